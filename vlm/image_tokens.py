@@ -62,11 +62,17 @@ class ImageTokens:
     def shape(self) -> TokenShape:
         return TokenShape(self.tokens.shape[1], self.grid_hw)
 
+    def owned_by(self, owner: Tensor) -> ImageTokens:
+        """The same tokens, with the owner int64[V, 3] of each view."""
+        return replace(self, owner=owner)
+
     def with_tokens(self, tokens: Tensor, shape: TokenShape) -> ImageTokens:
         """The same views with other tokens: float[V, shape.length, D]. Keeps owner, and valid where
         the length stays; drops pooled, which belongs to the old width."""
         if tokens.shape[1] != shape.length:
-            raise ValueError(f"tokens have length {tokens.shape[1]}, their shape says {shape.length}")
+            raise ValueError(
+                f"tokens have length {tokens.shape[1]}, their shape says {shape.length}"
+            )
         valid = self.valid if shape.length == self.tokens.shape[1] else None
         return replace(self, tokens=tokens, grid_hw=shape.grid_hw, valid=valid, pooled=None)
 

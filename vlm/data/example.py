@@ -18,6 +18,14 @@ class BadRow(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class Skipped:
+    """A row that was left out, and why; the trainer counts these and reports them."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ImageRef:
     """A picture not yet decoded.
 

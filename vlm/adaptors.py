@@ -1,0 +1,250 @@
+"""Adaptors: from image tokens of the tokenizer's width to image tokens of the text model's width.
+
+Each adaptor knows how it changes a view's token count (`shape_for`), so that the prompt can
+reserve exactly that many places before anything is computed.
+
+Shapes: V view, L image tokens per view, Q learned query, D in or out width, h w patch grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlm.config import from_dict, to_dict
+from vlm.image_tokens import ImageTokens, TokenShape
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MLPConfig:
+    """`depth` linear layers with GELU between them: 1 is one linear map, 2 is LLaVA's adaptor.
+
+    hidden_width: width between the layers; unused where depth is 1.
+    """
+
+    in_width: int
+    out_width: int
+    depth: int
+    hidden_width: int
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise ValueError(f"an MLP adaptor needs depth >= 1, found {self.depth}")
+
+
+def _mlp(config: MLPConfig) -> nn.Sequential:
+    widths = [config.in_width] + [config.hidden_width] * (config.depth - 1) + [config.out_width]
+    layers: list[nn.Module] = []
+    for i in range(config.depth):
+        layers += [nn.GELU()] * (i > 0) + [nn.Linear(widths[i], widths[i + 1])]
+    return nn.Sequential(*layers)
+
+
+class MLP(nn.Module):
+    """The same perceptron on every token; token count and grid stay. Linear where depth is 1."""
+
+    Config = MLPConfig
+
+    def __init__(self, config: MLPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = _mlp(config)
+
+    def shape_for(self, shape: TokenShape) -> TokenShape:
+        return shape
+
+    def forward(self, images: ImageTokens) -> ImageTokens:
+        return images.with_tokens(self.layers(images.tokens), images.shape)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitMLPConfig:
+    """For paired tokens, [high | low] along the width: each half has a linear map of its own to
+    half of `hidden_width`, then GELU and linear over both (DeepSeek-VL 7B's aligner)."""
+
+    high_width: int
+    low_width: int
+    hidden_width: int
+    out_width: int
+
+    def __post_init__(self) -> None:
+        if self.hidden_width % 2:
+            raise ValueError(f"hidden_width must be even, found {self.hidden_width}")
+
+    @property
+    def in_width(self) -> int:
+        return self.high_width + self.low_width
+
+
+class SplitMLP(nn.Module):
+    """Two linear maps, one for each tower of a paired tokenizer, joined high first.
+
+    Source: DeepSeek-VL (arXiv 2403.05525), section 2.2, hybrid vision encoder and adaptor.
+    """
+
+    Config = SplitMLPConfig
+
+    def __init__(self, config: SplitMLPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.high = nn.Linear(config.high_width, config.hidden_width // 2)
+        self.low = nn.Linear(config.low_width, config.hidden_width // 2)
+        self.out = nn.Linear(config.hidden_width, config.out_width)
+
+    def shape_for(self, shape: TokenShape) -> TokenShape:
+        return shape
+
+    def forward(self, images: ImageTokens) -> ImageTokens:
+        high, low = images.tokens.split([self.config.high_width, self.config.low_width], dim=-1)
+        joined = torch.cat([self.high(high), self.low(low)], dim=-1)
+        return images.with_tokens(self.out(F.gelu(joined)), images.shape)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PixelShuffleConfig:
+    """Blocks of `ratio` x `ratio` neighbouring tokens become one token, then an MLP."""
+
+    in_width: int
+    out_width: int
+    ratio: int
+    depth: int
+    hidden_width: int
+
+
+class PixelShuffle(nn.Module):
+    """Fewer, wider tokens: each block of ratio x ratio patches is concatenated row by row.
+
+    Needs a grid without prefix tokens whose sides are multiples of the ratio. With ratio 2 on a
+    4 x 6 grid, 24 tokens become 6 (2 x 3), four times as wide before the MLP.
+    """
+
+    Config = PixelShuffleConfig
+
+    def __init__(self, config: PixelShuffleConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.mlp = _mlp(
+            MLPConfig(
+                in_width=config.in_width * config.ratio**2,
+                out_width=config.out_width,
+                depth=config.depth,
+                hidden_width=config.hidden_width,
+            )
+        )
+
+    def shape_for(self, shape: TokenShape) -> TokenShape:
+        """Raises ValueError, showing the grid and the ratio, where blocks do not fit."""
+        r = self.config.ratio
+        if shape.grid_hw is None or shape.prefix:
+            raise ValueError(
+                f"pixel shuffle needs a grid without prefix tokens, found {shape}; "
+                "drop the prefix tokens in the image tokenizer"
+            )
+        h, w = shape.grid_hw
+        if h % r or w % r:
+            raise ValueError(f"pixel shuffle by {r} does not divide the grid {h} x {w}")
+        return TokenShape(shape.length // r**2, (h // r, w // r))
+
+    def forward(self, images: ImageTokens) -> ImageTokens:
+        shape = self.shape_for(images.shape)
+        h, w = shape.grid_hw
+        r = self.config.ratio
+        V, _, D = images.tokens.shape
+        blocks = images.tokens.view(V, h, r, w, r, D).transpose(2, 3).reshape(V, h * w, r * r * D)
+        return images.with_tokens(self.mlp(blocks), shape)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResamplerConfig:
+    """`queries` learned queries read each view through `depth` cross-attention blocks."""
+
+    in_width: int
+    out_width: int
+    queries: int
+    depth: int
+    heads: int
+
+    def __post_init__(self) -> None:
+        if self.out_width % self.heads:
+            raise ValueError(f"{self.heads} heads do not divide the width {self.out_width}")
+
+
+class ResamplerBlock(nn.Module):
+    """Pre-norm cross-attention from queries to image tokens, then a feed-forward layer."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_query = nn.LayerNorm(width)
+        self.norm_image = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, queries: Tensor, images: Tensor, valid: Tensor | None) -> Tensor:
+        """queries float[V, Q, D], images float[V, L, D], valid bool[V, L] or None."""
+        V, Q, D = queries.shape
+        q, kv = self.query(self.norm_query(queries)), self.key_value(self.norm_image(images))
+        k, v = kv.chunk(2, dim=-1)
+        q, k, v = (t.view(V, -1, self.heads, D // self.heads).transpose(1, 2) for t in (q, k, v))
+        mask = None if valid is None else valid[:, None, None, :]
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        queries = queries + self.out(read.transpose(1, 2).reshape(V, Q, D))
+        return queries + self.mlp(self.norm_mlp(queries))
+
+
+class Resampler(nn.Module):
+    """Any number of image tokens becomes a fixed number, whatever the picture's size.
+
+    Positions come from the image tokens themselves. Source: the perceiver resampler of Flamingo
+    (arXiv 2204.14198, section 3.1) in its single-image form.
+    """
+
+    Config = ResamplerConfig
+
+    def __init__(self, config: ResamplerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.project = nn.Linear(config.in_width, config.out_width)
+        self.queries = nn.Parameter(torch.randn(config.queries, config.out_width) * 0.02)
+        self.blocks = nn.ModuleList(
+            ResamplerBlock(config.out_width, config.heads) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.out_width)
+
+    def shape_for(self, shape: TokenShape) -> TokenShape:
+        return TokenShape(self.config.queries, None)
+
+    def forward(self, images: ImageTokens) -> ImageTokens:
+        context = self.project(images.tokens)
+        queries = self.queries.to(context.dtype).expand(len(context), -1, -1)
+        for block in self.blocks:
+            queries = block(queries, context, images.valid)
+        tokens = self.norm(queries)
+        return images.with_tokens(tokens, TokenShape(self.config.queries, None))
+
+
+KINDS = {"mlp": MLP, "split_mlp": SplitMLP, "pixel_shuffle": PixelShuffle, "resampler": Resampler}
+
+
+def build(values: dict[str, Any]) -> nn.Module:
+    """An adaptor with fresh weights from its configuration, `kind` included."""
+    values = dict(values)
+    kind = values.pop("kind", None)
+    if kind not in KINDS:
+        raise ValueError(f"adaptor kind {kind!r} is not one of {', '.join(KINDS)}")
+    return KINDS[kind](from_dict(KINDS[kind].Config, values, where=f"adaptor {kind}"))
+
+
+def config_of(adaptor: nn.Module) -> dict[str, Any]:
+    """The configuration of an adaptor, `kind` included: the inverse of `build`."""
+    kind = next(kind for kind, cls in KINDS.items() if type(adaptor) is cls)
+    return {"kind": kind, **to_dict(adaptor.config)}

@@ -1,0 +1,101 @@
+"""Decoder-only vision-language models: image tokens placed in a causal language model's stream.
+
+LLaVA, DeepSeek-VL, Idefics and Qwen-VL are of this family. The parts arrive finished; stages,
+learning rates, devices and sharding are unknown here.
+
+Shapes: B example, T text position, V view, P packed image tokens, N scored place, D decoder
+width, Z vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vlm.image_tokens import ImageTokenizer, ViewGroup, pack
+from vlm.placement import IMAGE, Batch, place, positions
+
+
+class DecoderOnly(nn.Module):
+    """An image tokenizer, an adaptor and a language model.
+
+    tokenizer: gives image tokens.
+    adaptor: brings them to the language model's width.
+    text: any transformers causal language model (`AutoModelForCausalLM`).
+    """
+
+    family = "decoder_only"
+
+    def __init__(self, tokenizer: ImageTokenizer, adaptor: nn.Module, text: nn.Module) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.adaptor = adaptor
+        self.text = text
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The components by name, as stages and start-up tables speak of them."""
+        return {"tokenizer": self.tokenizer, "adaptor": self.adaptor, "text": self.text}
+
+    def places_for(self, size_hw: tuple[int, int]) -> int:
+        """The exact number of stream places that a picture of `size_hw` pixels takes."""
+        shapes = self.tokenizer.shapes_for(size_hw)
+        return sum(self.adaptor.shape_for(shape).length for shape in shapes)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits float[N, Z] at the scored places only, row by row, each from the place before."""
+        vectors = self.embed(batch.ids, self.encode(batch.groups), batch.names)
+        hidden = self.read(vectors, batch)
+        return self.logits(hidden[:, :-1][batch.scored[:, 1:]])
+
+    def encode(self, groups: Sequence[ViewGroup]) -> tuple[Tensor, Tensor] | None:
+        """The image tokens of all views in stream order: (float[P, D], int64[P] example of each);
+        None where there is no image. Encoded once, they serve any number of prompts."""
+        if not groups:
+            return None
+        encoded = []
+        for group in groups:
+            images = self.tokenizer(group.pixels)
+            encoded.append(self.adaptor(images.owned_by(group.owner)))
+        return pack(encoded)
+
+    def embed(
+        self, ids: Tensor, images: tuple[Tensor, Tensor] | None, names: Sequence[str]
+    ) -> Tensor:
+        """The stream float[B, T, D] that the language model reads.
+
+        Raises ValueError where image places and image tokens of a row differ in number.
+        """
+        is_image = ids == IMAGE
+        vectors = self.text.get_input_embeddings()(ids.masked_fill(is_image, 0))
+        if images is None:
+            nothing = vectors.new_zeros(0, vectors.shape[-1]), ids.new_zeros(0)
+            return place(vectors, is_image, *nothing, names)
+        return place(vectors, is_image, *images, names)
+
+    def read(self, vectors: Tensor, batch: Batch) -> Tensor:
+        """The language model's final states float[B, T, D].
+
+        Right padding needs no mask: under causal attention no real place sees a later one.
+        """
+        if batch.padding == "right":
+            where = {}
+        else:
+            where = {"attention_mask": batch.valid, "position_ids": positions(batch.valid)}
+        out = self.text.get_decoder()(inputs_embeds=vectors, use_cache=False, **where)
+        return out.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The language model's scores float[N, Z] of states float[N, D], with the scaling or
+        capping that its own head applies (Gemma 2's cap, Granite's and Cohere's scales)."""
+        logits = self.text.get_output_embeddings()(hidden)
+        config = self.text.config.get_text_config()
+        if getattr(config, "logits_scaling", None) is not None:
+            logits = logits / config.logits_scaling
+        if getattr(config, "logit_scale", None) is not None:
+            logits = logits * config.logit_scale
+        cap = getattr(config, "final_logit_softcapping", None)
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits

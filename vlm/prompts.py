@@ -1,0 +1,290 @@
+"""From a conversation with images to ids, image places and the mask of scored tokens.
+
+The language model's own chat template writes the prompt. Images and answers are marked while the
+template runs by private-use characters, which are taken out before the text becomes ids: what the
+model reads is exactly what its template writes, and a text that spells "<image>" stays text.
+Exactly the answers and the end token after each are scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vlm.data.example import BadRow, Box, Example, Skipped, Turn
+from vlm.image_tokens import Pixels
+from vlm.pixels import BadImage, open_image
+from vlm.placement import IMAGE
+
+SLOT, ANSWER, END = "\ue5c0", "\ue5c1", "\ue5c2"  # private-use marks, one character each
+MARK = "<image>"
+"""Stands for an image in a literal prompt (`generate`, `score`), as published processors have it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One example, ready to be batched.
+
+    name: the example's own name.
+    ids: int64[T], IMAGE at image places; scored: bool[T], True at targets of the loss.
+    views: pixels of each view, without a view axis, with its (image, view) numbers.
+    places: the number of places that each image takes.
+    boxes: the example's boxes, in the pixels of its original images.
+    cut: the number of text tokens that had to go to fit the context.
+    """
+
+    name: str
+    ids: Tensor
+    scored: Tensor
+    views: tuple[tuple[Pixels, tuple[int, int]], ...]
+    places: tuple[int, ...]
+    boxes: tuple[Box, ...] = ()
+    cut: int = 0
+
+
+class Processor:
+    """Pictures and text in, rows of ids and pixels out.
+
+    text_tokenizer: a fast transformers tokenizer with a chat template.
+    pixel_spec: the image tokenizer's own preprocessing.
+    places_for: the number of places that a picture of (rows, columns) pixels takes in the stream.
+    system: the system message put before every conversation that has none; None leaves that to
+        the template, "" asks for an empty one.
+    max_tokens: the longest row; None means no limit. overflow says what happens to longer rows:
+        "drop" leaves them out, "shrink" cuts text from the end. Neither ever cuts an image run.
+    """
+
+    def __init__(
+        self,
+        text_tokenizer,
+        pixel_spec,
+        places_for: Callable[[tuple[int, int]], int],
+        *,
+        system: str | None = None,
+        max_tokens: int | None = None,
+        overflow: str = "drop",
+    ) -> None:
+        if overflow not in ("drop", "shrink"):
+            raise ValueError(f"overflow is 'drop' or 'shrink', found {overflow!r}")
+        if not getattr(text_tokenizer, "is_fast", False):
+            raise ValueError("the text tokenizer must be a fast one (it has to know offsets)")
+        if not text_tokenizer.chat_template:
+            raise ValueError(
+                "the text tokenizer has no chat template, so answers cannot be told from prompts; "
+                "set `text_tokenizer.chat_template`, or name a language model that was tuned to chat"
+            )
+        self.text_tokenizer = text_tokenizer
+        self.pixel_spec = pixel_spec
+        self.places_for = places_for
+        self.system = system
+        self.max_tokens = max_tokens
+        self.overflow = overflow
+        self._special = {
+            id for id, token in text_tokenizer.added_tokens_decoder.items() if token.special
+        } | set(text_tokenizer.all_special_ids)
+        probe = self._ids((Turn("user", ("a",)), Turn("assistant", ("b",))), [], "template probe")
+        self.end_id = int(probe[0][-1])
+
+    @property
+    def pad_id(self) -> int:
+        """The id at padding, which no loss and no real place ever sees."""
+        pad = self.text_tokenizer.pad_token_id
+        return self.end_id if pad is None else pad
+
+    def encode(self, example: Example) -> Row | Skipped:
+        """A training row: the conversation up to the end token of its last answer.
+
+        Raises BadRow or BadImage naming the row where a picture cannot be read or there is no
+        answer. Gives Skipped where the row does not fit `max_tokens` and cannot be shrunk.
+        """
+        if not any(turn.role == "assistant" for turn in example.turns):
+            raise BadRow(f"{example.name}: expected an assistant turn to learn from, found none")
+        views, places = self._look(example)
+        ids, scored = self._ids(example.turns, places, example.name)
+        return self._fit(
+            Row(
+                name=example.name,
+                ids=ids,
+                scored=scored,
+                views=tuple(views),
+                places=tuple(places),
+                boxes=example.boxes,
+            )
+        )
+
+    def encode_prompt(self, example: Example) -> Row:
+        """A row to generate from: the conversation, then the opening of the assistant's turn."""
+        views, places = self._look(example)
+        ids, scored = self._ids(example.turns, places, example.name, open_answer=True)
+        return Row(
+            name=example.name, ids=ids, scored=scored, views=tuple(views), places=tuple(places)
+        )
+
+    def encode_literal(
+        self, images: Sequence, prompt: str, answer: str | None = None, name: str = "prompt"
+    ) -> Row:
+        """A row from a literal prompt in which each "<image>" is a picture's place.
+
+        Special tokens are added as the text tokenizer adds them by itself. Where there is an
+        answer, it and the end token are scored.
+        Raises BadRow where marks and pictures differ in number.
+        """
+        if prompt.count(MARK) != len(images):
+            raise BadRow(
+                f"{name}: the prompt has {prompt.count(MARK)} {MARK} marks, "
+                f"there are {len(images)} images"
+            )
+        views, places = [], []
+        for number, image in enumerate(images):
+            picture = open_image(image)
+            views += self._views(picture, number)
+            places.append(self.places_for((picture.height, picture.width)))
+        marked = prompt.replace(MARK, SLOT)
+        if answer is not None:
+            marked += f"{ANSWER}{answer}{END}"
+        ids, scored = self._tokenize(marked, places, name, add_special_tokens=True)
+        if answer is not None:
+            ids = torch.cat([ids, torch.tensor([self.end_id])])
+            scored = torch.cat([scored, torch.tensor([True])])
+        return Row(name=name, ids=ids, scored=scored, views=tuple(views), places=tuple(places))
+
+    def render(self, turns: Sequence[Turn], name: str, open_answer: bool = False) -> str:
+        """What the chat template writes, with images and answers still marked."""
+        messages = []
+        if self.system is not None and turns[0].role != "system":
+            messages.append({"role": "system", "content": self.system})
+        for turn in turns:
+            if any(mark in turn.text for mark in (SLOT, ANSWER, END)):
+                raise BadRow(f"{name}: the text holds one of the private characters U+E5C0-U+E5C2")
+            content = "".join(SLOT if part is None else part for part in turn.content)
+            if turn.role == "assistant":
+                if not turn.text.strip():
+                    raise BadRow(f"{name}: expected an answer, found an empty assistant turn")
+                content = f"{ANSWER}{content.strip()}{END}"
+            messages.append({"role": turn.role, "content": content})
+        try:
+            return self.text_tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=open_answer
+            )
+        except Exception as error:  # templates raise their own kinds of error
+            raise BadRow(f"{name}: the chat template refuses this conversation: {error}") from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of generated ids, special tokens left out."""
+        return self.text_tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def _look(self, example: Example) -> tuple[list, list[int]]:
+        """Decoded views of the example's images and the places that each image takes."""
+        views, places = [], []
+        for number, reference in enumerate(example.images):
+            try:
+                picture = open_image(reference)
+            except BadImage as error:
+                raise BadImage(f"{example.name}: {error}") from error
+            views += self._views(picture, number)
+            places.append(self.places_for((picture.height, picture.width)))
+        return views, places
+
+    def _views(self, picture, number: int) -> list:
+        return [(view, (number, i)) for i, view in enumerate(self.pixel_spec(picture))]
+
+    def _ids(
+        self, turns: Sequence[Turn], places: list[int], name: str, open_answer: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        ids, scored = self._tokenize(self.render(turns, name, open_answer), places, name)
+        if open_answer:
+            return ids, torch.zeros_like(scored)
+        ids_list, scored_list = ids.tolist(), scored.tolist()
+        last = len(ids_list)
+        for t in range(len(ids_list)):
+            if scored_list[t] and (t + 1 == len(ids_list) or not scored_list[t + 1]):
+                end = self._end_after(ids_list, t, name)
+                scored[t : end + 1] = True
+                last = end + 1
+        return ids[:last], scored[:last]
+
+    def _end_after(self, ids: list[int], last: int, name: str) -> int:
+        """The place of the end token after an answer whose last token stands at `last`."""
+        for t in range(last + 1, len(ids)):
+            if ids[t] in self._special:
+                return t
+            if ids[t] == IMAGE or self.text_tokenizer.decode([ids[t]]).strip():
+                break
+        raise BadRow(
+            f"{name}: the chat template writes no end token after an answer; expected one of "
+            f"{self.text_tokenizer.all_special_tokens}"
+        )
+
+    def _tokenize(
+        self, marked: str, places: list[int], name: str, add_special_tokens: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and answer mask of a marked text. Text before, between and after images becomes ids
+        piece by piece, each as it would after a special token."""
+        pieces = marked.split(SLOT)
+        if len(pieces) != len(places) + 1:
+            raise BadRow(
+                f"{name}: the chat template wrote {len(pieces) - 1} image places for "
+                f"{len(places)} images"
+            )
+        ids: list[int] = []
+        scored: list[bool] = []
+        answering = False
+        for number, piece in enumerate(pieces):
+            if number:
+                ids += [IMAGE] * places[number - 1]
+                scored += [False] * places[number - 1]
+            text, inside = "", []
+            for character in piece:
+                if character in (ANSWER, END):
+                    answering = character == ANSWER
+                else:
+                    text += character
+                    inside.append(answering)
+            piece_ids, offsets = self._piece(text, number > 0, add_special_tokens)
+            ids += piece_ids
+            scored += [any(inside[start:end]) for start, end in offsets]
+        return torch.tensor(ids, dtype=torch.long), torch.tensor(scored, dtype=torch.bool)
+
+    def _piece(
+        self, text: str, continues: bool, add_special_tokens: bool
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and character offsets of one piece of text; a piece after an image is read behind a
+        special token, which is then taken off, so that no word-start mark is made up for it."""
+        anchor = self.text_tokenizer.eos_token if continues else None
+        prefix = anchor or ""
+        out = self.text_tokenizer(
+            prefix + text,
+            add_special_tokens=add_special_tokens and not continues,
+            return_offsets_mapping=True,
+        )
+        ids, offsets = out["input_ids"], out["offset_mapping"]
+        if anchor:
+            ids, offsets = ids[1:], offsets[1:]
+        cut = len(prefix)
+        return ids, [(max(start - cut, 0), max(end - cut, 0)) for start, end in offsets]
+
+    def _fit(self, row: Row) -> Row | Skipped:
+        limit = self.max_tokens
+        if limit is None or len(row.ids) <= limit:
+            return row
+        too_long = f"{len(row.ids)} tokens, the context takes {limit}"
+        if self.overflow == "drop":
+            return Skipped(row.name, too_long)
+        scored = row.scored[:limit].nonzero()[:, 0]
+        if not len(scored):
+            return Skipped(row.name, f"{too_long}, and no answer is left when it is cut")
+        end = int(scored[-1]) + 1  # an answer's token: every image run before it is whole
+        image_ends = torch.tensor(row.places).cumsum(0)
+        kept = int((image_ends <= (row.ids[:end] == IMAGE).sum()).sum())
+        return replace(
+            row,
+            ids=row.ids[:end],
+            scored=row.scored[:end],
+            views=tuple(view for view in row.views if view[1][0] < kept),
+            places=row.places[:kept],
+            boxes=tuple(box for box in row.boxes if box.image < kept),
+            cut=len(row.ids) - end,
+        )
