@@ -1,0 +1,91 @@
+"""Published systems, one file each, and the one way to open and write a model's folder."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vlm.inference.tasks import Model
+
+SYSTEMS = {
+    "vlm": ("vlm.systems.composed", "any image tokenizer and language model, our own layout"),
+}
+"""`format` or transformers' `model_type` in config.json -> (module, what it is)."""
+
+
+def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Model:
+    """The model in a folder or under a hub id.
+
+    source: a folder with config.json, a run folder of a recipe (its `model/` is taken), or a hub
+        id. device: "auto" takes a GPU where there is one. dtype: "auto" keeps each weight's own;
+        else "float32", "bfloat16" or "float16".
+    Raises ValueError naming the folder and what was expected, OSError for an unknown hub id.
+    """
+    import torch
+
+    folder = _folder(source)
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    kind = values.get("format") or values.get("model_type")
+    if kind not in SYSTEMS:
+        raise ValueError(
+            f"{path}: model type {kind!r} is not one of {', '.join(SYSTEMS)} (see `vlm systems`)"
+        )
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype is 'auto', 'float32', 'bfloat16' or 'float16', found {dtype!r}")
+    model = import_module(SYSTEMS[kind][0]).load(folder, values)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.module.to(device)
+    if dtype != "auto":
+        model.module.to(getattr(torch, dtype))
+    else:
+        _one_dtype(model.module)
+    return model
+
+
+def save(model: Model, folder: Path, layout: str) -> None:
+    """Writes a model in our own layout ("native")."""
+    if layout != "native":
+        raise ValueError(f"layout {layout!r}: a composed model has only the layout 'native'")
+    import_module(SYSTEMS["vlm"][0]).save(model, folder)
+
+
+def _one_dtype(module) -> None:
+    """Computes in the language model's dtype: a run saves fp32 masters beside bf16 parts."""
+    dtype = next(module.text.parameters()).dtype
+    for part in module.parts().values():
+        part.to(dtype)
+
+
+def _folder(source: str | Path) -> Path:
+    """The folder that holds config.json: `source`, its `model/`, or a hub snapshot."""
+    folder = Path(source)
+    for candidate in (folder, folder / "model"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if folder.exists():
+        found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "a file"
+        raise ValueError(
+            f"{folder}: expected config.json here or in model/, found {found}; "
+            "a run writes model/ when it ends"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import HFValidationError
+
+    try:
+        return Path(snapshot_download(str(source), ignore_patterns=["*.bin", "*.pt", "*.msgpack"]))
+    except HFValidationError as error:
+        raise OSError(f"{source}: no such folder, and no hub id") from error
+    except Exception as error:  # the client raises kinds of its transport, which change
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"{source}: no such folder, and the hub did not give it ({reason}); "
+            "without a network name a folder"
+        ) from error

@@ -1,0 +1,175 @@
+"""The public model: pictures and text in, captions, answers and scores out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from vlm.data.collate import collate
+from vlm.data.example import Example, Turn
+from vlm.families.decoder_only import DecoderOnly
+from vlm.inference import engine
+from vlm.inference.engine import Generation
+from vlm.placement import Batch
+from vlm.prompts import Processor, Row
+
+CAPTION_PROMPT = "Describe the picture."
+WINDOW = 8
+"""Batches of rows that are sorted by length together."""
+TASKS = {
+    "ocr": "encoder-decoder models",
+    "ground": "decoder-only models with <loc> tokens",
+    "embed_images": "contrastive models",
+    "embed_texts": "contrastive models",
+    "classify": "contrastive models",
+}
+
+
+class Model:
+    """A vision-language model with its processor, ready to use.
+
+    module: the family's plain nn.Module. processor: its prompts and preprocessing.
+    caption_prompt: what `caption` asks where nothing else is said.
+    `images` holds, per example, a picture (path, bytes, PIL image or array) or a list of pictures.
+    Options carry transformers' names and are greedy by default.
+    """
+
+    def __init__(
+        self,
+        module: DecoderOnly,
+        processor: Processor,
+        *,
+        stop_ids: Sequence[int],
+        caption_prompt: str = CAPTION_PROMPT,
+    ) -> None:
+        self.module = module
+        self.processor = processor
+        self.stop_ids = tuple(stop_ids)
+        self.caption_prompt = caption_prompt
+
+    def __getattr__(self, name: str):
+        if name in TASKS:
+            raise AttributeError(
+                f"{name}: a {self.module.family} model cannot do this; it is done by {TASKS[name]}"
+            )
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def caption(
+        self, images: Sequence, prompt: str | None = None, batch_size: int = 16, **options
+    ) -> list[str]:
+        """A caption for each picture; `prompt` (None: the prompt it was trained on) asks for it."""
+        question = self.caption_prompt if prompt is None else prompt
+        return self.answer(images, [question] * len(images), batch_size, **options)
+
+    def answer(
+        self, images: Sequence, questions: Sequence[str], batch_size: int = 16, **options
+    ) -> list[str]:
+        """The answer to each question about its picture or pictures, which come before it."""
+        rows = (
+            self.processor.encode_prompt(_question(pictures, question, _name(pictures, i)))
+            for i, (pictures, question) in enumerate(_pairs(images, questions, "questions"))
+        )
+        written = self._generate(rows, len(images), batch_size, **options)
+        return [generation.text for generation in written]
+
+    def generate(
+        self, images: Sequence, prompts: Sequence[str], batch_size: int = 16, **options
+    ) -> list[Generation]:
+        """What the model writes after literal prompts, in which "<image>" marks each picture."""
+        rows = (
+            self.processor.encode_literal(pictures, prompt, name=_name(pictures, i))
+            for i, (pictures, prompt) in enumerate(_pairs(images, prompts, "prompts"))
+        )
+        return self._generate(rows, len(images), batch_size, **options)
+
+    def score(
+        self,
+        images: Sequence,
+        prompts: Sequence[str],
+        answers: Sequence[str],
+        batch_size: int = 16,
+    ) -> torch.Tensor:
+        """Log-probability of each answer, end token included, after its literal prompt: fp32[N],
+        nats."""
+        if len(answers) != len(prompts):
+            raise ValueError(f"there are {len(prompts)} prompts and {len(answers)} answers")
+        rows = (
+            self.processor.encode_literal(pictures, prompt, answers[i], _name(pictures, i))
+            for i, (pictures, prompt) in enumerate(_pairs(images, prompts, "prompts"))
+        )
+        scores = torch.zeros(len(prompts))
+        for indices, batch in self._batches(rows, len(prompts), batch_size, "right"):
+            scores[indices] = -engine.answer_losses(self.module, batch).cpu()
+        return scores
+
+    def save(self, folder: str | Path, layout: str = "native") -> None:
+        """Writes weights, configuration and processor files; `vlm.load(folder)` reads them."""
+        from vlm.systems import save
+
+        save(self, Path(folder), layout)
+
+    def _generate(
+        self, rows: Iterable[Row], count: int, batch_size: int, **options
+    ) -> list[Generation]:
+        done: list[Generation | None] = [None] * count
+        for indices, batch in self._batches(rows, count, batch_size, "left"):
+            written = engine.generate(
+                self.module, batch, self.stop_ids, self.processor.pad_id, **options
+            )
+            for index, (ids, logprobs) in zip(indices, written):
+                text = self.processor.decode(ids)
+                done[index] = Generation(text, tuple(ids), tuple(logprobs))
+        return done
+
+    def _batches(
+        self, rows: Iterable[Row], count: int, batch_size: int, padding: str
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """Batches of rows of like length, with the rows' numbers; in evaluation mode.
+
+        Rows are made a window at a time, so that pictures are never all in memory.
+        """
+        numbered = enumerate(rows)
+        dtype = next(self.module.tokenizer.parameters()).dtype
+        training = self.module.training
+        self.module.eval()
+        try:
+            with tqdm(total=count, desc="examples", disable=count <= 64, leave=False) as bar:
+                while window := list(islice(numbered, WINDOW * batch_size)):
+                    window.sort(key=lambda item: len(item[1].ids))
+                    for start in range(0, len(window), batch_size):
+                        indices, part = zip(*window[start : start + batch_size])
+                        batch = collate(part, self.processor.pad_id, padding)
+                        yield list(indices), batch.to(self.device, dtype)
+                        bar.update(len(part))
+        finally:
+            self.module.train(training)
+
+
+def _question(pictures: Sequence, question: str, name: str) -> Example:
+    """A question about pictures, which come before it, without its answer."""
+    content = (*[None] * len(pictures), *([question] if question else []))
+    return Example(name, (Turn("user", content),), tuple(pictures))
+
+
+def _pairs(images: Sequence, texts: Sequence[str], what: str) -> Iterator[tuple[list, str]]:
+    if isinstance(images, (str, bytes, Path)) or isinstance(texts, str):
+        raise ValueError(f"images and {what} are lists, one entry for each example")
+    if len(images) != len(texts):
+        raise ValueError(f"there are {len(images)} images and {len(texts)} {what}")
+    for pictures, text in zip(images, texts):
+        yield list(pictures) if isinstance(pictures, (list, tuple)) else [pictures], text
+
+
+def _name(pictures: Sequence, index: int) -> str:
+    for picture in pictures:
+        if isinstance(picture, (str, Path)):
+            return str(picture)
+    return f"example {index}"

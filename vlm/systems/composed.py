@@ -1,0 +1,269 @@
+"""Any image tokenizer with any language model: our own composition and our own folder layout.
+
+A folder holds config.json (family, parts, prompt), model.safetensors and `text_tokenizer/`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from vlm import adaptors, assets, config, tokenizers
+from vlm.families.decoder_only import DecoderOnly
+from vlm.image_tokens import ImageTokenizer
+from vlm.inference.tasks import Model
+from vlm.prompts import Processor
+from vlm.weights import load_weights, read_weights, save_weights
+
+SOURCE = "our own"
+FORMAT = "vlm"
+VERSION = 1
+DEMO = "demo"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Folder:
+    """What config.json says, besides `format` and `version`.
+
+    tokenizer, adaptor: configurations with their `kind`. text: the language model's own
+    configuration. stop_ids: ids that end an answer. The rest is the processor's.
+    """
+
+    family: str
+    tokenizer: dict[str, Any]
+    adaptor: dict[str, Any]
+    text: dict[str, Any]
+    stop_ids: tuple[int, ...]
+    caption_prompt: str
+    system: str | None
+    max_tokens: int | None
+
+
+def build(
+    *,
+    vision: str = DEMO,
+    text: str = DEMO,
+    adaptor: str = "mlp",
+    adaptor_depth: int = 2,
+    shuffle_ratio: int = 2,
+    queries: int = 64,
+    system: str | None = None,
+    caption_prompt: str = "Describe the picture.",
+    max_tokens: int | None = None,
+    overflow: str = "drop",
+    size_hw: tuple[int, int] | None = None,
+    seed: int = 0,
+) -> Model:
+    """A decoder-only model from pretrained parts and a fresh adaptor.
+
+    vision: "demo", or "kind:id" such as "transformers:google/siglip-base-patch16-224",
+        "timm:vit_base_patch16_dinov2" or "open_clip:ViT-B-32:laion2b_s34b_b79k".
+    text: "demo", or a causal language model's hub id or folder, tuned to chat.
+    adaptor: "linear", "mlp", "pixel_shuffle" or "resampler", as wide as the language model.
+    seed: of the adaptor's weights; the global generator is left as it is.
+    Raises OSError or FetchError where weights cannot be had.
+    """
+    image_tokenizer = load_vision(vision, size_hw)
+    language = load_text(text)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        bridge = adaptors.build(
+            adaptor_config(
+                adaptor,
+                in_width=image_tokenizer.dim,
+                out_width=language.config.get_text_config().hidden_size,
+                depth=adaptor_depth,
+                ratio=shuffle_ratio,
+                queries=queries,
+            )
+        )
+    module = DecoderOnly(image_tokenizer, bridge, language)
+    text_tokenizer = load_text_tokenizer(text)
+    processor = Processor(
+        text_tokenizer,
+        image_tokenizer.pixel_spec,
+        module.places_for,
+        system=system,
+        max_tokens=max_tokens,
+        overflow=overflow,
+    )
+    return Model(
+        module.eval(),
+        processor,
+        stop_ids=stop_ids(processor, language),
+        caption_prompt=caption_prompt,
+    )
+
+
+def adaptor_config(
+    kind: str, *, in_width: int, out_width: int, depth: int, ratio: int, queries: int
+) -> dict[str, Any]:
+    """The configuration of an adaptor by name, its hidden layers as wide as the language model."""
+    widths = {"in_width": in_width, "out_width": out_width}
+    deep = {"depth": depth, "hidden_width": out_width}
+    known = {
+        "linear": {"kind": "mlp", **widths, "depth": 1, "hidden_width": out_width},
+        "mlp": {"kind": "mlp", **widths, **deep},
+        "pixel_shuffle": {"kind": "pixel_shuffle", **widths, **deep, "ratio": ratio},
+        "resampler": {
+            "kind": "resampler",
+            **widths,
+            "depth": depth,
+            "queries": queries,
+            "heads": max(1, out_width // 64),
+        },
+    }
+    if kind not in known:
+        raise ValueError(f"adaptor {kind!r} is not one of {', '.join(known)}")
+    return known[kind]
+
+
+def load_vision(name: str, size_hw: tuple[int, int] | None = None) -> ImageTokenizer:
+    """A pretrained image tokenizer: "demo" or "kind:id"; patch tokens only.
+
+    size_hw: pixels that pictures are brought to; None keeps the backbone's own.
+    """
+    if name == DEMO:
+        return _demo_vision(size_hw)
+    kind = name.partition(":")[0]
+    options: dict[str, Any] = {"prefix": "drop", "pooled": False}
+    if size_hw is not None:
+        options["size_hw"] = size_hw
+    if kind not in tokenizers.KINDS:
+        raise ValueError(
+            f"vision {name!r}: expected 'demo' or 'kind:id' with a kind of "
+            f"{', '.join(tokenizers.KINDS)}"
+        )
+    return tokenizers.load(name, **options)
+
+
+def _demo_vision(size_hw: tuple[int, int] | None) -> ImageTokenizer:
+    """tf_efficientnet_lite0 with ImageNet weights; statistics as its authors trained it
+    (mean 127, standard deviation 128 of 255)."""
+    from vlm.pixels import PixelSpec
+    from vlm.tokenizers import timm
+
+    folder = assets.fetch("efficientnet-lite0")
+    spec = PixelSpec(
+        size_hw=size_hw or (224, 224),
+        fit="stretch",
+        resample="bicubic",
+        backend="pil",
+        mean=(127 / 255,) * 3,
+        std=(128 / 255,) * 3,
+    )
+    tokenizer = timm.build(
+        timm.TimmConfig(
+            name="tf_efficientnet_lite0",
+            model_args={},
+            level=-1,
+            prefix="drop",
+            norm=True,
+            pooled=False,
+            pixel_spec=spec,
+        )
+    )
+    weights = load_file(folder / "model.safetensors")
+    body = {f"backbone.{k}": t for k, t in weights.items() if not k.startswith("classifier.")}
+    counters = {k: t for k, t in tokenizer.state_dict().items() if "num_batches_tracked" in k}
+    load_weights(tokenizer, counters | body, where=str(folder))
+    return tokenizer.eval()
+
+
+def load_text(name: str) -> torch.nn.Module:
+    """A causal language model with its weights in their stored dtype: "demo", a hub id or folder.
+
+    Raises OSError naming the id where it cannot be had. Remote code is never run.
+    """
+    source = assets.fetch("smollm2-135m-instruct") if name == DEMO else name
+    return _from_pretrained(AutoModelForCausalLM, source, dtype="auto")
+
+
+def load_text_tokenizer(name: str):
+    """The tokenizer that belongs to `load_text(name)`."""
+    source = assets.fetch("smollm2-135m-instruct") if name == DEMO else name
+    return _from_pretrained(AutoTokenizer, source)
+
+
+def _from_pretrained(loader, source: str | Path, **options):
+    try:
+        return loader.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"text {str(source)!r}: not a folder of a causal language model, and the hub did not "
+            f"give it ({reason}); without a network use a folder, or text='demo'"
+        ) from error
+
+
+def stop_ids(processor: Processor, language: torch.nn.Module) -> tuple[int, ...]:
+    """Ids that end an answer: the template's end token and the language model's own."""
+    own = getattr(language, "generation_config", None)
+    own = getattr(own, "eos_token_id", None)
+    listed = own if isinstance(own, (list, tuple)) else [] if own is None else [own]
+    return tuple(dict.fromkeys([processor.end_id, *listed]))
+
+
+def save(model: Model, folder: Path) -> None:
+    """Writes our own layout; see the module's docstring."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(model.module, folder)
+    description = Folder(
+        family=model.module.family,
+        tokenizer=tokenizers.config_to_dict(model.module.tokenizer),
+        adaptor=adaptors.config_of(model.module.adaptor),
+        text=model.module.text.config.to_dict(),
+        stop_ids=model.stop_ids,
+        caption_prompt=model.caption_prompt,
+        system=model.processor.system,
+        max_tokens=model.processor.max_tokens,
+    )
+    model.processor.text_tokenizer.save_pretrained(folder / "text_tokenizer")
+    values = {"format": FORMAT, "version": VERSION, **config.to_dict(description)}
+    (folder / "config.json").write_text(json.dumps(values, indent=2, default=str) + "\n")
+
+
+def load(folder: Path, values: dict[str, Any]) -> Model:
+    """The model in a folder of our own layout; `values` is what its config.json holds.
+
+    Raises ValueError naming the file and what does not fit.
+    """
+    values = dict(values)
+    where = str(folder / "config.json")
+    version = values.pop("version", None)
+    values.pop("format")
+    if version != VERSION:
+        raise ValueError(f"{where}: written as version {version}, this vlm reads {VERSION}")
+    described = config.from_dict(Folder, values, where)
+    if described.family != DecoderOnly.family:
+        raise ValueError(f"{where}: family {described.family!r} is not {DecoderOnly.family!r}")
+    with init_empty_weights(include_buffers=False):
+        text_config = AutoConfig.for_model(**described.text)
+        module = DecoderOnly(
+            tokenizers.build(described.tokenizer),
+            adaptors.build(described.adaptor),
+            AutoModelForCausalLM.from_config(text_config),
+        )
+    module.text.tie_weights()  # making parameters empty has parted tied ones
+    load_weights(module, read_weights(folder), where=str(folder))
+    module.text.generation_config.eos_token_id = list(described.stop_ids)
+    processor = Processor(
+        _from_pretrained(AutoTokenizer, folder / "text_tokenizer"),
+        module.tokenizer.pixel_spec,
+        module.places_for,
+        system=described.system,
+        max_tokens=described.max_tokens,
+    )
+    return Model(
+        module.eval(),
+        processor,
+        stop_ids=described.stop_ids,
+        caption_prompt=described.caption_prompt,
+    )
