@@ -1,0 +1,29 @@
+"""From picture files to normalised pixels.
+
+`decode` opens untrusted pictures safely; `spec` resizes, crops or pads, and normalises them as a
+model expects; `sources` reads that specification from the configurations of other libraries.
+"""
+
+from vlm.pixels.decode import MAX_PIXELS, BadImage, open_image
+from vlm.pixels.sources import (
+    from_open_clip,
+    from_timm,
+    from_transformers,
+    pair_from_transformers,
+)
+from vlm.pixels.spec import HALF, IMAGENET, OPENAI, PixelSpec, Statistics
+
+__all__ = [
+    "HALF",
+    "IMAGENET",
+    "MAX_PIXELS",
+    "OPENAI",
+    "BadImage",
+    "PixelSpec",
+    "Statistics",
+    "from_open_clip",
+    "from_timm",
+    "from_transformers",
+    "open_image",
+    "pair_from_transformers",
+]

@@ -1,0 +1,256 @@
+"""How a picture becomes the pixels that a backbone was trained on.
+
+Every published preprocessing in reach is one resize, then one window (a crop or a padding), then
+one normalisation. They differ in which box the resize aims at, how a side is rounded to whole
+pixels, which way half a pixel goes when the window is centred, and which library resamples. On
+square pictures most of these choices agree, so that mistakes hide there (trap T18): everything
+here is stated, and tested, for pictures and targets that are not square.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlm.geometry import Resize
+from vlm.pixels.decode import MAX_PIXELS, BadImage
+
+
+class Statistics(NamedTuple):
+    """Mean and standard deviation of each channel, in units where white is 1."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+OPENAI = Statistics((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+"""Source: openai/CLIP, `clip/clip.py`, `_transform`."""
+HALF = Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+CHOICES = {
+    "fit": ("stretch", "crop", "pad"),
+    "resample": ("nearest", "bilinear", "bicubic", "lanczos"),
+    "backend": ("torchvision", "pil"),
+    "rounding": ("usual", "truncate", "half_even", "half_even_ratio", "half_up"),
+    "anchor": ("centre", "top_left"),
+    "half_px": ("truncate", "floor", "half_even"),
+}
+"""The values that each choice of a PixelSpec may take."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PixelSpec:
+    """The preprocessing of one backbone: a picture in, one view of float[3, H, W] out.
+
+    size_hw: rows and columns of the view.
+    fit: how the picture meets the box `resize_hw`. "stretch": both sides become the box's. "crop":
+        the picture, its aspect kept, covers the box. "pad": it fits inside. Then a window of
+        size_hw is taken; what the picture does not fill is padded.
+    resample: the filter.
+    backend: who resizes. "torchvision": torch on the uint8 tensor, antialiased, as transformers
+        does by default; "pil": Pillow, as timm, open_clip and transformers' `backend="pil"` do.
+        They differ by a grey level or two.
+    mean, std: of each channel, where white is 1.
+    resize_hw: the box; None is size_hw itself. A square box under "crop" means "short edge to".
+    rounding: how a side that follows the aspect becomes whole: "truncate"; "half_even" and
+        "half_up", of side * scale; "half_even_ratio", of side / (1 / scale), which timm and
+        open_clip compute and which differs in rare ties; "usual" is "truncate" under "crop" and
+        "half_even" under "pad".
+    min_side_px: least resized side.
+    anchor: the window lies "centre" or "top_left", which pads at the bottom and right.
+    half_px: where the odd pixel of a centred window goes. "truncate": the window's start is
+        rounded towards the picture's corner, whether it crops or pads; "floor": always up and
+        left; "half_even": as round() says where it crops, "truncate" where it pads.
+    pad_rgb: colour of the padding, 0 to 255; None is 0 *after* normalising (SAM).
+
+    Raises ValueError that shows the field and its value.
+    """
+
+    size_hw: tuple[int, int]
+    fit: str
+    resample: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    backend: str = "torchvision"
+    resize_hw: tuple[int, int] | None = None
+    rounding: str = "usual"
+    min_side_px: int = 1
+    anchor: str = "centre"
+    half_px: str = "truncate"
+    pad_rgb: tuple[int, int, int] | None = (0, 0, 0)
+
+    def __post_init__(self) -> None:
+        for field, allowed in CHOICES.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(
+                    f"{field} must be one of {', '.join(allowed)}, found {getattr(self, field)!r}"
+                )
+        for field in ("size_hw", "resize_hw"):
+            value = getattr(self, field)
+            if value is None and field == "resize_hw":
+                continue
+            if not isinstance(value, tuple) or len(value) != 2 or not all(map(_is_side, value)):
+                raise ValueError(f"{field} must be (rows, columns), both positive, found {value}")
+        if not _is_side(self.min_side_px):
+            raise ValueError(f"min_side_px must be a positive integer, found {self.min_side_px}")
+        for field in ("mean", "std"):
+            value = getattr(self, field)
+            if (
+                not isinstance(value, tuple)
+                or len(value) != 3
+                or not all(map(math.isfinite, value))
+            ):
+                raise ValueError(f"{field} must be three finite numbers, found {value}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, found {self.std}")
+        if self.pad_rgb is not None and (
+            not isinstance(self.pad_rgb, tuple)
+            or len(self.pad_rgb) != 3
+            or not all(isinstance(level, int) and 0 <= level <= 255 for level in self.pad_rgb)
+        ):
+            raise ValueError(f"pad_rgb must be three integers in 0 to 255, found {self.pad_rgb}")
+
+    def __call__(self, image: Image.Image) -> list[Tensor]:
+        """The views of an RGB picture, here one: float32[3, H, W], normalised.
+
+        Raises ValueError for another mode, and BadImage where a very long picture would be resized
+        to more than MAX_PIXELS.
+        """
+        resized = self._resize(image)
+        if self.pad_rgb is None:
+            return [self._window(self.normalise(resized), (0.0, 0.0, 0.0))]
+        return [self.normalise(self._window(resized, self.pad_rgb))]
+
+    def resize_u8(self, image: Image.Image) -> Tensor:
+        """The view before normalising: uint8[3, H, W]. Where padding is 0 after normalising, the
+        mean colour, rounded, stands for it."""
+        fill = self.pad_rgb
+        if fill is None:
+            fill = tuple(min(255, max(0, round(255 * mean))) for mean in self.mean)
+        return self._window(self._resize(image), fill)
+
+    def view_sizes(self, size_hw: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of each view of a picture of `size_hw`: here one, always the same."""
+        return (self.size_hw,)
+
+    def resize_record(self, size_hw: tuple[int, int]) -> Resize:
+        """Where the pixels of a picture of `size_hw` rows and columns go in the view."""
+        resized_hw = self._resized_hw(size_hw)
+        top, left = self._start(resized_hw)
+        scale_xy = (resized_hw[1] / size_hw[1], resized_hw[0] / size_hw[0])
+        return Resize(size_hw, self.size_hw, scale_xy, (float(-left), float(-top)))
+
+    def normalise(self, pixels_u8: Tensor) -> Tensor:
+        """(x - 255 mean) / (255 std) of uint8[..., 3, H, W] in float32: mean and std are brought to
+        the pixels' unit, as transformers' torchvision backend does."""
+        mean, std = (_channels(value, pixels_u8.device) * 255 for value in (self.mean, self.std))
+        return pixels_u8.to(torch.float32).sub_(mean).div_(std)
+
+    def unnormalise(self, pixels: Tensor) -> Tensor:
+        """Normalised float[..., 3, H, W] as a picture to look at: uint8, rounded, cut at 0, 255."""
+        mean, std = (_channels(value, pixels.device) * 255 for value in (self.mean, self.std))
+        return (pixels.float() * std + mean).round_().clamp_(0, 255).to(torch.uint8)
+
+    def with_size(self, size_hw: tuple[int, int]) -> PixelSpec:
+        """The same preprocessing for another view size; resize_hw grows in proportion."""
+        if self.resize_hw is None:
+            return replace(self, size_hw=size_hw)
+        resize_hw = tuple(
+            max(1, round(box * new / old))
+            for box, new, old in zip(self.resize_hw, size_hw, self.size_hw)
+        )
+        return replace(self, size_hw=size_hw, resize_hw=resize_hw)
+
+    def _resized_hw(self, size_hw: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns after the resize, before the window."""
+        H, W = size_hw
+        box_h, box_w = self.resize_hw or self.size_hw
+        if self.fit == "stretch":
+            return box_h, box_w
+        rounding = self.rounding
+        if rounding == "usual":
+            rounding = "truncate" if self.fit == "crop" else "half_even"
+        if rounding == "truncate":
+            rows_decide = H * box_w <= W * box_h if self.fit == "crop" else H * box_w >= W * box_h
+            sides = (box_h, int(box_h * W / H)) if rows_decide else (int(box_w * H / W), box_w)
+        elif rounding == "half_even_ratio":
+            ratio = (min if self.fit == "crop" else max)(H / box_h, W / box_w)
+            sides = (round(H / ratio), round(W / ratio))
+        else:
+            scale = (max if self.fit == "crop" else min)(box_h / H, box_w / W)
+            whole = round if rounding == "half_even" else lambda side: int(side + 0.5)
+            sides = (whole(H * scale), whole(W * scale))
+        return max(sides[0], self.min_side_px), max(sides[1], self.min_side_px)
+
+    def _start(self, resized_hw: tuple[int, int]) -> tuple[int, int]:
+        """Row and column of the resized picture where the window starts; negative where it pads."""
+        if self.anchor == "top_left":
+            return 0, 0
+        spare_h, spare_w = (side - view for side, view in zip(resized_hw, self.size_hw))
+        return _halve(spare_h, self.half_px), _halve(spare_w, self.half_px)
+
+    def _resize(self, image: Image.Image) -> Tensor:
+        """The resized picture before the window: uint8[3, rows, columns]."""
+        if image.mode != "RGB":
+            raise ValueError(
+                f"expected a picture in mode RGB, as open_image gives, found {image.mode}"
+            )
+        rows, columns = self._resized_hw((image.height, image.width))
+        if rows * columns > MAX_PIXELS:
+            raise BadImage(
+                f"expected a picture that resizes to at most {MAX_PIXELS} pixels, found one of "
+                f"{image.height} × {image.width}, which becomes {rows} × {columns}"
+            )
+        if self.backend == "pil":
+            return _tensor(image.resize((columns, rows), Image.Resampling[self.resample.upper()]))
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.v2 import functional
+
+        # Pillow's nearest neighbour is torch's "nearest-exact": its "nearest" is half a pixel off.
+        mode = "nearest-exact" if self.resample == "nearest" else self.resample
+        return functional.resize_image(
+            _tensor(image), [rows, columns], InterpolationMode(mode), antialias=True
+        )
+
+    def _window(self, resized: Tensor, fill: tuple[float, float, float]) -> Tensor:
+        """The view of size_hw in `resized` [3, rows, columns], `fill` where it has no pixels."""
+        rows, columns = resized.shape[1:]
+        (top, left), (H, W) = self._start((rows, columns)), self.size_hw
+        inside = resized[:, max(top, 0) : max(top + H, 0), max(left, 0) : max(left + W, 0)]
+        if inside.shape[1:] == (H, W):
+            return inside.contiguous()
+        view = torch.tensor(fill, dtype=resized.dtype)[:, None, None].repeat(1, H, W)
+        y, x = max(-top, 0), max(-left, 0)
+        view[:, y : y + inside.shape[1], x : x + inside.shape[2]] = inside
+        return view
+
+
+def _is_side(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _halve(spare: int, half_px: str) -> int:
+    """Half of `spare` in whole pixels.
+
+    >>> [[_halve(spare, rule) for spare in (3, 1, -1)] for rule in CHOICES["half_px"]]
+    [[1, 0, 0], [1, 0, -1], [2, 0, 0]]
+    """
+    if half_px == "floor":
+        return spare // 2
+    return round(spare / 2) if half_px == "half_even" and spare > 0 else int(spare / 2)
+
+
+def _channels(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
+
+
+def _tensor(image: Image.Image) -> Tensor:
+    """An RGB picture as uint8[3, H, W], contiguous."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
