@@ -1,0 +1,45 @@
+"""Stage 1: train the adaptor between a frozen image tokenizer and a frozen language model.
+
+    accelerate launch recipes/stage1_adaptor.py
+
+needs no hub, no data and no argument: it trains on the packaged drawings and their captions, and
+measures the image gain on drawings by a vendor that it never saw. With a hub, for example:
+
+    accelerate launch recipes/stage1_adaptor.py --vision transformers:google/siglip-base-patch16-224
+        --text HuggingFaceTB/SmolLM2-360M-Instruct --train shards/pairs-{0000..0099}.tar
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlm.training import recipe
+from vlm.training.stages import FROZEN, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(recipe.Settings):
+    """Stage 1 of DeepSeek-VL: only the adaptor learns."""
+
+    out: Path = Path("runs/stage1")
+    steps: int = 150
+    batch: int = 16
+    rate: float = 1e-3
+    """Peak learning rate of the adaptor."""
+
+
+def stage(settings: Settings, micro_batch: int) -> Stage:
+    """The stage as a value."""
+    return Stage(
+        name="stage 1: adaptor",
+        rates=(("adaptor.*", settings.rate), ("tokenizer.*", FROZEN), ("text.*", FROZEN)),
+        steps=settings.steps,
+        batch=settings.batch,
+        micro_batch=micro_batch,
+        warmup=round(settings.warmup * settings.steps),
+        weight_decay=settings.weight_decay,
+        clip=settings.clip,
+    )
+
+
+if __name__ == "__main__":
+    recipe.start(Settings, stage)

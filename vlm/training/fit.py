@@ -1,0 +1,357 @@
+"""The training loop: one step is one batch, however it is split over micro-batches and ranks.
+
+The loss of a step is the sum over its scored tokens divided by their global number, counted over
+all micro-batches and ranks before the first backward pass. Gradients are summed over ranks once a
+step, absent ones as zeros, so that a rank whose examples hold no image still takes part.
+Position in the data is the step number alone, so that resuming is exact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from vlm.data.collate import Encoded, collate
+from vlm.data.example import BadRow, Skipped
+from vlm.data.mixture import MixtureDataset, StepSampler
+from vlm.inference.tasks import Model
+from vlm.losses.token import token_losses
+from vlm.pixels import BadImage
+from vlm.placement import Batch
+from vlm.training import checkpoint
+from vlm.training.checkpoint import Progress
+from vlm.training.meter import Meter, peak_flops
+from vlm.training.run import Run
+from vlm.training.stages import (
+    Stage,
+    StageError,
+    describe,
+    optimizer_for,
+    prepare,
+    set_rates,
+)
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its state is saved. `step` is the last step done."""
+
+    def __init__(self, step: int, folder: Path) -> None:
+        super().__init__(f"stopped after step {step}, saved in {folder}; go on with --resume")
+        self.step = step
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """How a run is carried out; nothing here changes what is learned.
+
+    workers: processes that read and decode, on each rank; 0 reads in the loop itself.
+    eval_every, save_every: in steps; 0 means at the end only.
+    """
+
+    workers: int = 1
+    eval_every: int = 0
+    save_every: int = 50
+
+
+def fit(
+    model: Model,
+    stage: Stage,
+    data: MixtureDataset,
+    run: Run,
+    accelerator: Accelerator,
+    *,
+    precision: str = "bf16",
+    pace: Pace | None = None,
+    resume: bool = False,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+) -> Progress:
+    """Trains `model` in place by `stage`; what it logs and saves lies in `run`.
+
+    precision: "bf16" (fp32 masters of what is trained, bf16 for all else) or "fp32".
+    evaluate: figures to log, called on every rank.
+    Raises StageError, BadRow, BadImage naming what does not fit; Interrupted after SIGINT or
+    SIGTERM, when all is saved.
+    """
+    pace = pace or Pace()
+    if precision not in DTYPES:
+        raise ValueError(f"precision is one of {', '.join(DTYPES)}, found {precision!r}")
+    module, device = model.module, accelerator.device
+    module.to(device)
+    prepare(module, stage, DTYPES[precision])
+    optimizer = optimizer_for(module, stage)
+    run.table(describe(module, optimizer))
+    progress = Progress()
+    if resume:
+        progress = checkpoint.restore(run.checkpoints, module, optimizer, run.deciding)
+        run.rewind(progress.step)
+    sampler = StepSampler(
+        batch=stage.batch,
+        micro_batch=stage.micro_batch,
+        rank=accelerator.process_index,
+        ranks=accelerator.num_processes,
+        start_step=progress.step,
+        steps=stage.steps,
+    )
+    loader = DataLoader(
+        _Guarded(Encoded(data, model.processor, data.on_bad_row)),
+        batch_sampler=sampler,
+        num_workers=pace.workers,
+        collate_fn=_Collate(model.processor.pad_id),
+        worker_init_fn=_ignore_interrupts if pace.workers else None,
+        pin_memory=device.type == "cuda",
+    )
+    peak, _ = peak_flops(device, DTYPES[precision])
+    step_of = _Step(module, stage, optimizer, accelerator, Meter(peak, accelerator.num_processes))
+    bar = tqdm(
+        total=stage.steps,
+        initial=progress.step,
+        desc=stage.name,
+        unit="step",
+        disable=not accelerator.is_main_process,
+        dynamic_ncols=True,
+    )
+    micro_batches = iter(loader)
+    audited = False
+    with _stop_requests() as requests:
+        for step in range(progress.step, stage.steps):
+            waiting = time.perf_counter()
+            micros = [next(micro_batches) for _ in range(sampler.micro_batches_per_step)]
+            waited = time.perf_counter() - waiting
+            figures = step_of(step, micros, waited, bool(requests))
+            _account(progress, micros, accelerator)
+            progress.step, progress.samples = step + 1, (step + 1) * stage.batch
+            if not audited and figures.pop("images"):
+                audit_gradients(module, step_of.reached)
+                audited = True
+            figures.pop("images", None)
+            stop = figures.pop("stop")
+            run.log(step + 1, {**figures, "batch": _digest(data, step, stage.batch)})
+            bar.update()
+            bar.set_postfix_str(
+                f"loss {figures['loss']:.3f}, {figures['samples_per_s']:.1f} samples/s, "
+                f"{figures['tokens_per_s']:.0f} tok/s, MFU {figures['mfu']:.0%}"
+            )
+            last = step + 1 == stage.steps
+            if last or stop or (pace.save_every and (step + 1) % pace.save_every == 0):
+                if accelerator.is_main_process:
+                    checkpoint.save(run.checkpoints, module, optimizer, progress, run.deciding)
+                accelerator.wait_for_everyone()
+            if stop and not last:
+                bar.close()
+                raise Interrupted(step + 1, run.checkpoints)
+            if evaluate and (last or (pace.eval_every and (step + 1) % pace.eval_every == 0)):
+                run.log(step + 1, {"eval": evaluate()})
+                step_of.meter.read()  # evaluation is no training time
+    bar.close()
+    return progress
+
+
+class _Step:
+    """One optimizer step over the rank's micro-batches; figures are those of all ranks."""
+
+    def __init__(self, module, stage: Stage, optimizer, accelerator, meter: Meter) -> None:
+        self.module, self.stage, self.optimizer = module, stage, optimizer
+        self.accelerator, self.meter = accelerator, meter
+        self.trainable = [p for p in module.parameters() if p.requires_grad]
+        self.reached: torch.Tensor | None = None
+
+    def __call__(
+        self, step: int, micros: list[MicroBatch], waited: float, stop: bool
+    ) -> dict[str, float]:
+        device = self.accelerator.device
+        batches = [micro.batch.to(device) for micro in micros if micro.batch is not None]
+        failed = next((micro.failed for micro in micros if micro.failed), None)
+        totals = self._sum(
+            [
+                sum(int(batch.scored.sum()) for batch in batches),
+                sum(len(batch.names) for batch in batches),
+                sum(int(batch.valid.sum()) for batch in batches),
+                sum(batch.valid.numel() for batch in batches),
+                sum(len(batch.groups) for batch in batches),
+                stop,
+                failed is not None,
+            ]
+        )
+        scored, samples, tokens, positions, images, stops, failures = (int(x) for x in totals)
+        if failures:
+            raise failed or BadRow("another rank found a row that cannot be used; see its message")
+        set_rates(self.optimizer, self.stage.factor(step))
+        loss = 0.0
+        for batch in batches:
+            if self.meter.flops_per_position is None:
+                loss += self.meter.count_flops(
+                    lambda batch=batch: self._backward(batch, scored), batch.ids.numel()
+                )
+            else:
+                loss += self._backward(batch, scored)
+        norm = self._update()
+        self.meter.add(samples, tokens, positions, waited)
+        return {
+            "loss": float(self._sum([loss])[0]),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": norm,
+            "scored": scored,
+            "samples": samples,
+            **self.meter.read(),
+            "images": images,
+            "stop": stops > 0,
+        }
+
+    def _backward(self, batch: Batch, scored: int) -> float:
+        """Adds this micro-batch's share of the step's gradient; gives its share of the loss."""
+        with self.accelerator.autocast():
+            logits = self.module(batch)
+        loss = token_losses(logits, batch.targets).sum() / max(scored, 1)
+        if loss.requires_grad:
+            loss.backward()
+        return float(loss.detach())
+
+    def _update(self) -> float:
+        """Sums gradients over ranks, clips, steps. A gradient that is absent everywhere is zero,
+        on one rank as on many."""
+        if self.reached is None or not bool(self.reached.all()):
+            flags = torch.tensor([p.grad is not None for p in self.trainable], dtype=torch.float32)
+            self.reached = self.accelerator.reduce(flags.to(self.accelerator.device), "sum") > 0
+        for parameter in self.trainable:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.accelerator.num_processes > 1:
+            self._sum_gradients()
+        norm = nn.utils.clip_grad_norm_(self.trainable, self.stage.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def _sum_gradients(self, bucket_elements: int = 2**24) -> None:
+        """All-reduces gradients in flat buckets of at most `bucket_elements` numbers."""
+        bucket: list[torch.Tensor] = []
+        for number, parameter in enumerate(self.trainable):
+            bucket.append(parameter.grad)
+            full = sum(grad.numel() for grad in bucket) >= bucket_elements
+            if full or number + 1 == len(self.trainable):
+                flat = torch.cat([grad.flatten() for grad in bucket])
+                torch.distributed.all_reduce(flat)
+                for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket])):
+                    grad.copy_(part.view_as(grad))
+                bucket = []
+
+    def _sum(self, values: list[float]) -> list[float]:
+        total = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.reduce(total, "sum").tolist()
+
+
+def audit_gradients(module: nn.Module, reached: torch.Tensor) -> None:
+    """Raises StageError naming every trainable parameter that got no gradient on any rank."""
+    names = [name for name, p in module.named_parameters() if p.requires_grad]
+    dead = [name for name, ok in zip(names, reached.tolist()) if not ok]
+    if dead:
+        raise StageError(
+            f"{len(dead)} trainable parameters got no gradient in the first step with images: "
+            f"{dead[:20]}; freeze them, or see what cuts them off from the loss"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What the loader gives: a batch (None where all rows were skipped), rows left out, text
+    tokens cut, and the error of a row that must not be skipped."""
+
+    batch: Batch | None
+    skipped: tuple[Skipped, ...]
+    cut: int
+    failed: Exception | None
+
+
+class _Guarded(Dataset):
+    """Gives a bad row's error as a value, so that it crosses the worker's border unchanged."""
+
+    def __init__(self, rows: Encoded) -> None:
+        self.rows = rows
+
+    def __getitem__(self, index: int):
+        try:
+            return self.rows[index]
+        except (BadRow, BadImage) as error:
+            return error
+
+
+class _Collate:
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, items: list) -> MicroBatch:
+        skipped = tuple(item for item in items if isinstance(item, Skipped))
+        failed = next((item for item in items if isinstance(item, Exception)), None)
+        rows = [item for item in items if not isinstance(item, (Skipped, Exception))]
+        return MicroBatch(
+            batch=collate(rows, self.pad_id) if rows else None,
+            skipped=skipped,
+            cut=sum(row.cut for row in rows),
+            failed=failed,
+        )
+
+
+def _account(progress: Progress, micros: list[MicroBatch], accelerator: Accelerator) -> None:
+    """Adds what was left out, on any rank, to the run's progress."""
+    skipped = [item for micro in micros for item in micro.skipped]
+    cut = sum(micro.cut for micro in micros)
+    unscored = sum(
+        int((~micro.batch.scored.any(1)).sum()) for micro in micros if micro.batch is not None
+    )
+    found = [([(item.name, item.reason) for item in skipped], cut, unscored)]
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        found = gather_object(found)
+    for items, cut_tokens, without in found:
+        progress.cut_tokens += cut_tokens
+        progress.unscored += without
+        for name, reason in items:
+            progress.skipped += 1
+            if len(progress.examples_skipped) < 20:
+                progress.examples_skipped.append(f"{name}: {reason}")
+
+
+def _digest(data: MixtureDataset, step: int, batch: int) -> str:
+    """A short hash of the names of the rows in a step, whatever its split."""
+    names = []
+    for number in range(step * batch, (step + 1) * batch):
+        draw = data.mixture[number]
+        names.append(f"{draw.source} {data.sources[draw.source].row_name(draw.row)}")
+    return hashlib.sha1("\n".join(names).encode()).hexdigest()[:12]
+
+
+def _ignore_interrupts(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """A list that fills when the process is asked to stop; the second request stops at once."""
+    requests: list[int] = []
+
+    def note(number: int, _) -> None:
+        if requests:
+            raise KeyboardInterrupt
+        requests.append(number)
+
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(kind, note) for kind in kinds]
+    try:
+        yield requests
+    finally:
+        for kind, handler in zip(kinds, before):
+            signal.signal(kind, handler)

@@ -1,0 +1,213 @@
+"""A run's folder: settings, versions, metrics, plots, pictures, checkpoints and the model.
+
+    settings.json    every setting, defaults resolved
+    versions.json    Python, platform and library versions
+    metrics.jsonl    one line a step, and one for each evaluation
+    tensorboard/     the same for TensorBoard
+    loss.png         the loss curve
+    samples.png      held-out pictures with their true and generated captions
+    checkpoints/     to resume from
+    model/           what `vlm.load` opens
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+LIBRARIES = ("vlm", "torch", "torchvision", "transformers", "accelerate", "timm", "open_clip_torch")
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used; the message names it and what to do."""
+
+
+class Run:
+    """The folder of one run. Only the main process writes.
+
+    settings: all of them. deciding: those that decide what is learned; to resume, they must not
+    have changed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        deciding: dict[str, Any],
+        *,
+        main: bool = True,
+        resume: bool = False,
+    ) -> None:
+        self.folder, self.settings, self.deciding, self.main = folder, settings, deciding, main
+        if resume and not self.checkpoints.is_dir():
+            raise RunError(f"{folder}: nothing to resume, expected checkpoints/ in it")
+        if not resume and main and (folder / "metrics.jsonl").exists():
+            raise RunError(
+                f"{folder} already holds a run: continue it with --resume, or name another --out"
+            )
+        self._board = None
+        if main:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._write("settings.json", settings)
+            self._write("versions.json", versions())
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def log(self, step: int, figures: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and the same for TensorBoard."""
+        if not self.main:
+            return
+        with self.metrics.open("a") as file:
+            file.write(json.dumps({"step": step, **figures}) + "\n")
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.folder / "tensorboard"))
+        flat = {f"eval/{k}": v for k, v in figures.get("eval", {}).items()} | figures
+        for name, value in flat.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(name, value, step)
+
+    def rewind(self, step: int) -> None:
+        """Takes out the lines after `step`: what a killed run logged beyond its checkpoint, and a
+        last line that was cut."""
+        if not self.main or not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError):
+                break
+        self.metrics.write_text("".join(f"{line}\n" for line in kept))
+
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        if not self.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+
+    def table(self, rows: list[tuple[str, ...]]) -> None:
+        """Prints the start-up table of components."""
+        if not self.main:
+            return
+        table = Table("component", "parameters", "trainable", "learning rate", "dtype")
+        for row in rows:
+            table.add_row(*row)
+        Console(file=sys.stderr).print(table)
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """The run's closing figures, as result.json."""
+        if self.main:
+            self._write("result.json", result)
+
+    def close(self) -> None:
+        """Draws the loss curve and closes the logs."""
+        if not self.main:
+            return
+        if self._board is not None:
+            self._board.close()
+        plot_loss(self.history(), self.folder / "loss.png")
+
+    def _write(self, name: str, values: dict[str, Any]) -> None:
+        (self.folder / name).write_text(json.dumps(values, indent=2, default=str) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Python, platform and the libraries that results depend on."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: version(name) for name in LIBRARIES},
+    }
+
+
+def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
+    """The training loss (raw and smoothed) and the held-out figures over steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    train = [(line["step"], line["loss"]) for line in history if "loss" in line]
+    held = [(line["step"], line["eval"]) for line in history if "eval" in line]
+    figure, axes = plt.subplots(1, 2 if held else 1, figsize=(11 if held else 6, 4), squeeze=False)
+    left = axes[0, 0]
+    if train:
+        steps, losses = zip(*train)
+        smooth, mean = [], losses[0]
+        for loss in losses:
+            mean = 0.9 * mean + 0.1 * loss
+            smooth.append(mean)
+        left.plot(steps, losses, color="#b9c6d8", linewidth=0.8, label="step")
+        left.plot(steps, smooth, color="#1f4e8c", label="smoothed")
+        left.legend(frameon=False)
+    left.set(xlabel="step", ylabel="nats per scored token", title="training loss")
+    if held:
+        right = axes[0, 1]
+        steps = [step for step, _ in held]
+        for key, colour, label in (
+            ("wrong", "#b5532a", "with another image"),
+            ("right", "#1f4e8c", "with its own image"),
+        ):
+            right.plot(
+                steps, [figures[key] for _, figures in held], "o-", color=colour, label=label
+            )
+        right.legend(frameon=False)
+        right.set(xlabel="step", ylabel="nats per caption", title="held-out captions")
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_captions(
+    pictures: list, true: list[str], generated: list[str], path: Path, columns: int = 4
+) -> None:
+    """A page of pictures, each with its true and its generated caption, as a PNG.
+
+    pictures: PIL images.
+    """
+    import textwrap
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = -(-len(pictures) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.1 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, picture, said, wrote in zip(axes.flat, pictures, true, generated):
+        axis.imshow(picture)
+        same = said.strip().lower() == wrote.strip().lower()
+        axis.set_title(_plain(textwrap.fill(said, 32)), fontsize=9, color="#444444")
+        axis.text(
+            0.5, -0.04, _plain(textwrap.fill(wrote or "(nothing)", 32)), fontsize=9,
+            transform=axis.transAxes, ha="center", va="top",
+            color="#1f7a3d" if same else "#1f4e8c",
+        )  # fmt: skip
+    figure.suptitle("above: true caption; below: generated (green where equal)", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _plain(text: str) -> str:
+    return text.replace("$", r"\$")  # a dollar sign would start a formula

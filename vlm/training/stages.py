@@ -1,0 +1,178 @@
+"""A training stage as a value: what is trained at which rate, for how long, on what schedule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+FROZEN = None
+"""The rate of parameters that are not trained."""
+
+
+class StageError(ValueError):
+    """A stage that does not fit its model; the message names parameters or patterns."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One stage of training.
+
+    name: for folders and messages.
+    rates: (pattern, peak learning rate or FROZEN) pairs. A pattern is a shell wildcard over
+        parameter names ("adaptor.*"); the first that matches decides.
+    steps: optimizer steps. batch: examples of a step, over all micro-batches and ranks.
+    micro_batch: examples of one forward pass on one rank.
+    warmup: steps of linear rise. floor: the last rate as a share of the peak (cosine decay to it;
+        1 keeps the rate constant).
+    weight_decay: on matrices only. clip: largest gradient norm, over all trainable parameters.
+    """
+
+    name: str
+    rates: tuple[tuple[str, float | None], ...]
+    steps: int
+    batch: int
+    micro_batch: int
+    warmup: int
+    floor: float = 0.1
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "batch", "micro_batch"):
+            if getattr(self, field) < 1:
+                raise StageError(f"{field} must be at least 1, found {getattr(self, field)}")
+        if not 0 <= self.warmup <= self.steps:
+            raise StageError(f"warmup must be in 0 to steps={self.steps}, found {self.warmup}")
+        if not 0 <= self.floor <= 1:
+            raise StageError(f"floor must be in 0 to 1, found {self.floor}")
+        for pattern, rate in self.rates:
+            if rate is not FROZEN and rate <= 0:
+                raise StageError(f"rate of {pattern!r} must be positive or FROZEN, found {rate}")
+
+    def factor(self, step: int) -> float:
+        """The share of the peak rate that step `step` (from 0) uses.
+
+        >>> stage = Stage(name="s", rates=(), steps=11, batch=1, micro_batch=1, warmup=2, floor=0.0)
+        >>> [round(stage.factor(step), 2) for step in (0, 1, 2, 6, 10)]
+        [0.5, 1.0, 0.97, 0.5, 0.03]
+        """
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        progress = (step + 1 - self.warmup) / (self.steps - self.warmup + 1)
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def assign_rates(
+    module: nn.Module, rates: tuple[tuple[str, float | None], ...]
+) -> dict[str, tuple[str, float | None]]:
+    """The (pattern, rate) that decides over each parameter, by name.
+
+    Raises StageError listing all parameters that no pattern matches and all patterns that match
+    no parameter.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    decided = {}
+    for name in names:
+        for pattern, rate in rates:
+            if fnmatchcase(name, pattern):
+                decided[name] = (pattern, rate)
+                break
+    orphans = [name for name in names if name not in decided]
+    idle = [p for p, _ in rates if not any(fnmatchcase(name, p) for name in names)]
+    if orphans or idle:
+        raise StageError(
+            f"parameters matched by no pattern ({len(orphans)}): {orphans[:20]}; "
+            f"patterns matching no parameter: {idle}; "
+            f"the model's parts are {sorted({name.split('.')[0] for name in names})}"
+        )
+    return decided
+
+
+def prepare(module: nn.Module, stage: Stage, compute_dtype: torch.dtype) -> None:
+    """Makes the stage true of a module, in place: frozen parameters get no gradient and
+    `compute_dtype`; trainable ones are fp32 masters; parts with trainable parameters are in
+    training mode, all others and every batch norm in evaluation mode.
+
+    Raises StageError where nothing is trained.
+    """
+    decided = assign_rates(module, stage.rates)
+    in_norm = {
+        id(p)
+        for m in module.modules()
+        if isinstance(m, _BatchNorm)
+        for p in m.parameters(recurse=False)
+    }
+    for name, parameter in module.named_parameters():
+        frozen = decided[name][1] is FROZEN
+        parameter.requires_grad_(not frozen)
+        # A batch norm keeps its weights in the dtype of its running statistics.
+        dtype = compute_dtype if frozen and id(parameter) not in in_norm else torch.float32
+        parameter.data = parameter.data.to(dtype)
+    if not any(p.requires_grad for p in module.parameters()):
+        raise StageError(f"stage {stage.name!r} trains no parameter")
+    for part in module.children():
+        part.train(any(p.requires_grad for p in part.parameters()))
+    for m in module.modules():
+        if isinstance(m, _BatchNorm):
+            m.eval()
+
+
+def optimizer_for(module: nn.Module, stage: Stage) -> torch.optim.AdamW:
+    """Fused AdamW with one group for each pattern and decay; a group names its pattern and peak.
+
+    Weight decay falls on matrices only, not on biases, norms or single vectors.
+    """
+    decided = assign_rates(module, stage.rates)
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            key = (decided[name][0], parameter.dim() > 1)
+            groups.setdefault(key, []).append(parameter)
+    peaks = dict(stage.rates)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "pattern": pattern,
+                "peak": peaks[pattern],
+                "lr": peaks[pattern],
+                "weight_decay": stage.weight_decay if decays else 0.0,
+            }
+            for (pattern, decays), parameters in groups.items()
+        ],
+        betas=stage.betas,
+        fused=True,
+    )
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Sets each group's rate to `factor` times its own peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+
+
+def describe(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, ...]]:
+    """The start-up table: for each part its name, parameters, trainable ones, learning rates and
+    dtypes, read from the live module and optimizer."""
+    rates = {id(p): group["peak"] for group in optimizer.param_groups for p in group["params"]}
+    rows = []
+    for name, part in module.named_children():
+        parameters = list(part.parameters())
+        trainable = [p for p in parameters if p.requires_grad]
+        found = sorted({rates[id(p)] for p in trainable})
+        rows.append(
+            (
+                name,
+                f"{sum(p.numel() for p in parameters):,}",
+                f"{sum(p.numel() for p in trainable):,}",
+                ", ".join(f"{rate:g}" for rate in found) or "frozen",
+                ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
+            )
+        )
+    return rows
