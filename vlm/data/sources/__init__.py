@@ -1,0 +1,25 @@
+"""Where examples come from: rows of JSON, tar shards, `datasets` tables, lists, drawn scenes.
+
+Every source is map-style: it knows its length and gives any row by number, so that a position in
+training is one integer (see `vlm.data.mixture`). Opening one builds a small index (byte offsets);
+rows stay on disk until they are asked for, and pictures stay encoded.
+"""
+
+from vlm.data.sources.base import BadSource, ListSource, Source
+from vlm.data.sources.json_rows import RowsSource
+from vlm.data.sources.row import RowFormat, example_from_row
+from vlm.data.sources.shards import ShardSource
+from vlm.data.sources.spec import open_source
+from vlm.data.sources.tables import TableSource
+
+__all__ = [
+    "BadSource",
+    "ListSource",
+    "RowFormat",
+    "RowsSource",
+    "ShardSource",
+    "Source",
+    "TableSource",
+    "example_from_row",
+    "open_source",
+]

@@ -1,0 +1,137 @@
+"""What every source is, and how a row's picture path finds its file.
+
+Rows come from strangers, paths in them too: a path is looked up under one root and nowhere else,
+and nothing is ever fetched from an address.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from vlm.data.example import BadRow, Example, ImageRef
+
+
+class BadSource(ValueError):
+    """A source that cannot be opened; the message names it, what was expected and found."""
+
+
+class Source(ABC):
+    """Examples by row number, 0 to len - 1.
+
+    A subclass sets `name`, calls `require_rows` once it knows its length, and implements
+    `__len__`, `row_name` and `read`. It must be picklable and safe to read from several processes
+    at once, so it keeps no open file.
+    """
+
+    name: str
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def row_name(self, row: int) -> str:
+        """The name of a row, unique in this source, found without decoding the row."""
+
+    @abstractmethod
+    def read(self, row: int) -> Example:
+        """The example of a row that exists. Raises BadRow naming file, row, expected, found."""
+
+    def __getitem__(self, row: int) -> Example:
+        """The example at `row`. Raises IndexError outside 0 to len - 1, BadRow as `read` does."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"{self.name}: row {row} of {len(self)}")
+        return self.read(row)
+
+    def require_rows(self) -> None:
+        """Raises BadSource where the source is empty: it would leave its share of a mixture out."""
+        if len(self) == 0:
+            raise BadSource(f"{self.name}: expected at least one row, found none")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {len(self)} rows)"
+
+
+class ListSource(Source):
+    """Examples held in memory, for tests and small hand-made sets."""
+
+    def __init__(self, examples: Sequence[Example], name: str = "list") -> None:
+        self.name = name
+        self._examples = tuple(examples)
+        self.require_rows()
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def row_name(self, row: int) -> str:
+        return self._examples[row].name
+
+    def read(self, row: int) -> Example:
+        return self._examples[row]
+
+
+class ImageRoot(Protocol):
+    """A place where picture paths of rows are looked up."""
+
+    def find(self, path: str, row_name: str) -> ImageRef:
+        """The picture at `path`. Raises BadRow where the path is unsafe or nothing is there."""
+
+
+class FolderImages:
+    """Pictures as files under one folder.
+
+    Absolute paths are taken where they lie under the folder. The test is on the path's words, not
+    on what links lead to: a link inside the folder is its owner's choice, a row cannot make one.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._given = Path(folder)
+        self._folder = os.path.abspath(folder)
+        self._real = os.path.realpath(folder)
+
+    def find(self, path: str, row_name: str) -> ImageRef:
+        refuse_address(path, row_name)
+        full = os.path.normpath(os.path.join(self._folder, path))
+        if not any(_lies_under(full, root) for root in (self._folder, self._real)):
+            raise BadRow(
+                f"{row_name}: expected an image path under {self._given}, found {path!r}, "
+                "which leaves it"
+            )
+        if not os.path.isfile(full):
+            raise BadRow(f"{row_name}: image file {path!r} is not under {self._given}")
+        return ImageRef(Path(full), f"{row_name}: {path}")
+
+
+def refuse_address(path: str, row_name: str) -> None:
+    """Raises BadRow where `path` is no file path: an address (T21), data, or nothing."""
+    if "://" in path or path.lower().startswith("data:"):
+        raise BadRow(f"{row_name}: expected a local image path, found the address {path[:80]!r}")
+    if not path or "\0" in path:
+        raise BadRow(f"{row_name}: expected an image path, found {path!r}")
+
+
+def read_bytes(path: str | Path, offset: int, size: int, row_name: str) -> bytes:
+    """`size` bytes of a file from `offset`. Raises BadRow where the file is gone or shorter now.
+
+    The file is opened anew: a handle kept open would share its position between the loader's
+    forked workers.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+    except OSError as error:
+        raise BadRow(f"{row_name}: {path} cannot be read: {error.strerror}") from error
+    if len(data) != size:
+        raise BadRow(
+            f"{row_name}: expected {size} bytes at byte {offset} of {path}, found {len(data)}; "
+            "the file has changed since it was opened"
+        )
+    return data
+
+
+def _lies_under(path: str, root: str) -> bool:
+    return path.startswith(root if root.endswith(os.sep) else root + os.sep)

@@ -1,0 +1,248 @@
+"""From one row of keys and values, whatever file it lay in, to one Example.
+
+Three forms of row are read, told apart by the keys that they have:
+
+    {"image": PATH or [PATH, ...], "conversations": [{"from": "human", "value": TEXT}, ...]}
+    {"images": [PATH, ...], "messages": [{"role": "user", "content": TEXT or [PART, ...]}, ...]}
+    {"image": PATH, "caption": TEXT}
+
+The first is LLaVA's, the second that of chat templates. `<image>` in a TEXT is an image's place.
+A PART is {"type": "text", "text": TEXT}, where `<image>` is plain text, or {"type": "image"}.
+Rows without images are text only. Each form may add
+"boxes": [{"image": 0, "xyxy": [x0, y0, x1, y1], "label": TEXT}, ...] in the image's own pixels.
+Other keys are left alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlm.data.example import BadRow, Box, Example, ImageRef, Turn, caption_example
+
+IMAGE_MARK = "<image>"
+IMAGE_KEYS = ("image", "images")
+CAPTION_KEYS = ("caption", "text")
+ROLE_NAMES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+
+FindImage = Callable[[Any, str], ImageRef]
+"""From an image value of a row and the row's name to the picture; raises BadRow."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowFormat:
+    """Which keys of a row are read.
+
+    prompt: the user's text after the image in rows that are captions; may be empty.
+    image: the key of the picture or list of pictures; None: "image" or "images". In tar shards,
+        the extension of the picture; None: any picture's.
+    caption: the key of the caption, which then makes every row a caption; None: rows may have
+        any of the three forms, captions under "caption" or else "text".
+    """
+
+    prompt: str = ""
+    image: str | None = None
+    caption: str | None = None
+
+
+def example_from_row(
+    row: Any,
+    name: str,
+    form: RowFormat,
+    find_image: FindImage,
+    pictures: Sequence[ImageRef] | None = None,
+) -> Example:
+    """The example that a row describes.
+
+    name: the row's name, which starts every message.
+    find_image: how an image value becomes a picture.
+    pictures: the pictures, where they lie beside the row and not in it; None: the row names them.
+    Raises BadRow saying what was expected and what was found.
+    """
+    if not isinstance(row, Mapping):
+        raise BadRow(f"{name}: expected an object of keys and values, found {_kind(row)}")
+    if pictures is None:
+        pictures = tuple(find_image(value, name) for value in _image_values(row, name, form))
+    boxes = _boxes(row.get("boxes"), name)
+    talks = [key for key in ("conversations", "messages") if row.get(key) is not None]
+    if form.caption is not None or not talks:
+        example = _caption(row, name, form, pictures)
+        return Example(name, example.turns, example.images, boxes)
+    if len(talks) > 1:
+        raise BadRow(f"{name}: expected conversations or messages, found both")
+    turns = tuple(_TURNS[talks[0]](row[talks[0]], name))
+    _check_order(turns, name)
+    slots = sum(turn.slots for turn in turns)
+    if slots != len(pictures):
+        hint = "" if pictures else "; literal marks belong in text parts of messages"
+        raise BadRow(
+            f"{name}: expected one {IMAGE_MARK} mark for each image, "
+            f"found {slots} marks and {len(pictures)} images{hint}"
+        )
+    return Example(name, turns, tuple(pictures), boxes)
+
+
+def _image_values(row: Mapping, name: str, form: RowFormat) -> list:
+    """The image values in order. A lone string or dict is one image, never a sequence."""
+    keys = IMAGE_KEYS if form.image is None else (form.image,)
+    given = [key for key in keys if row.get(key) is not None]
+    if len(given) > 1:
+        raise BadRow(f"{name}: expected image or images, found both")
+    if not given:
+        return _part_images(row.get("messages"))
+    value = row[given[0]]
+    if not isinstance(value, list | tuple):
+        return [value]
+    return list(value)
+
+
+def _part_images(messages: Any) -> list:
+    """Images that stand inside their parts: {"type": "image", "image": PATH}."""
+    if not isinstance(messages, list):
+        return []
+    return [
+        part["image"]
+        for message in messages
+        if isinstance(message, Mapping) and isinstance(message.get("content"), list)
+        for part in message["content"]
+        if isinstance(part, Mapping)
+        and part.get("type") == "image"
+        and part.get("image") is not None
+    ]
+
+
+def _caption(row: Mapping, name: str, form: RowFormat, pictures: Sequence[ImageRef]) -> Example:
+    keys = CAPTION_KEYS if form.caption is None else (form.caption,)
+    key = next((key for key in keys if row.get(key) is not None), None)
+    if key is None:
+        expected = ", ".join(keys if form.caption else ("conversations", "messages", *keys))
+        raise BadRow(f"{name}: expected one of the keys {expected}, found {sorted(map(str, row))}")
+    if not isinstance(row[key], str):
+        raise BadRow(f"{name}: expected {key} to be text, found {_kind(row[key])}")
+    if len(pictures) != 1:
+        raise BadRow(f"{name}: expected one image for the caption, found {len(pictures)}")
+    return caption_example(name, pictures[0], row[key], form.prompt)
+
+
+def _conversation_turns(value: Any, name: str) -> Iterator[Turn]:
+    for place, role, said in _said(value, name, "from", "value"):
+        if not isinstance(said, str):
+            raise BadRow(f"{place}: expected value to be text, found {_kind(said)}")
+        yield Turn(role, split_marks(said))
+
+
+def _message_turns(value: Any, name: str) -> Iterator[Turn]:
+    for place, role, said in _said(value, name, "role", "content"):
+        if isinstance(said, str):
+            yield Turn(role, split_marks(said))
+        elif isinstance(said, list):
+            yield Turn(role, tuple(_part(part, place) for part in said))
+        else:
+            raise BadRow(f"{place}: expected content to be text or parts, found {_kind(said)}")
+
+
+_TURNS = {"conversations": _conversation_turns, "messages": _message_turns}
+
+
+def _said(value: Any, name: str, role_key: str, text_key: str) -> Iterator[tuple[str, str, Any]]:
+    """(place for messages, role, what is said) of each turn."""
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"{name}: expected a list of turns, found {_kind(value)}")
+    for number, turn in enumerate(value):
+        place = f"{name}: turn {number}"
+        if not isinstance(turn, Mapping) or role_key not in turn or text_key not in turn:
+            found = sorted(map(str, turn)) if isinstance(turn, Mapping) else _kind(turn)
+            raise BadRow(f"{place}: expected the keys {role_key} and {text_key}, found {found}")
+        role = turn[role_key]
+        if not isinstance(role, str) or role not in ROLE_NAMES:
+            raise BadRow(
+                f"{place}: expected {role_key} to be one of {', '.join(ROLE_NAMES)}, found {role!r}"
+            )
+        yield place, ROLE_NAMES[role], turn[text_key]
+
+
+def _part(part: Any, place: str) -> str | None:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "image":
+        return None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    found = dict(part) if isinstance(part, Mapping) else part
+    raise BadRow(
+        f'{place}: expected a part {{"type": "image"}} or {{"type": "text", "text": TEXT}}, '
+        f"found {str(found)[:120]}"
+    )
+
+
+def split_marks(text: str) -> tuple[str | None, ...]:
+    """A turn's content: `text` with None at the place of each mark, nothing else changed.
+
+    >>> split_marks("<image>\\nWhich is older, this or <image>?")
+    (None, '\\nWhich is older, this or ', None, '?')
+    """
+    content: list[str | None] = []
+    for number, piece in enumerate(text.split(IMAGE_MARK)):
+        content += ([None] if number else []) + ([piece] if piece else [])
+    return tuple(content)
+
+
+def _check_order(turns: Sequence[Turn], name: str) -> None:
+    """Roles are system at most once and first, then user and assistant in turn, an answer last."""
+    if turns[-1].role != "assistant":
+        raise BadRow(f"{name}: expected an answer last, found a {turns[-1].role} turn: no answer")
+    talk = turns[1:] if turns[0].role == "system" else turns
+    start = len(turns) - len(talk)
+    for number, turn in enumerate(talk, start):
+        expected = ("user", "assistant")[(number - start) % 2]
+        if turn.role != expected:
+            raise BadRow(f"{name}: turn {number}: expected {expected}, found {turn.role}")
+        if turn.role == "user":
+            if not turn.slots and not turn.text.strip():
+                raise BadRow(f"{name}: turn {number}: expected text or an image, found nothing")
+        elif turn.slots:
+            raise BadRow(f"{name}: turn {number}: expected text as the answer, found an image mark")
+        elif not turn.text.strip():
+            raise BadRow(f"{name}: turn {number}: expected an answer, found no text: no answer")
+
+
+def _boxes(value: Any, name: str) -> tuple[Box, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise BadRow(f"{name}: expected boxes to be a list, found {_kind(value)}")
+    return tuple(_box(box, f"{name}: box {number}") for number, box in enumerate(value))
+
+
+def _box(box: Any, place: str) -> Box:
+    if not isinstance(box, Mapping) or not set(box) <= {"image", "xyxy", "label"}:
+        found = sorted(map(str, box)) if isinstance(box, Mapping) else _kind(box)
+        raise BadRow(f"{place}: expected the keys image, xyxy and label, found {found}")
+    image, xyxy, label = box.get("image"), box.get("xyxy"), box.get("label")
+    image = 0 if image is None else image
+    if not isinstance(image, int) or isinstance(image, bool):
+        raise BadRow(f"{place}: expected image to be a whole number, found {image!r}")
+    if not isinstance(label, str) or not label.strip():
+        raise BadRow(f"{place}: expected a label, found {label!r}")
+    if not (isinstance(xyxy, list | tuple) and len(xyxy) == 4 and all(map(_is_number, xyxy))):
+        raise BadRow(f"{place}: expected xyxy to be four numbers, found {str(xyxy)[:80]}")
+    x0, y0, x1, y1 = map(float, xyxy)
+    if not (x0 < x1 and y0 < y1):
+        raise BadRow(f"{place}: expected x0 < x1 and y0 < y1, found {[x0, y0, x1, y1]}")
+    return Box(image, (x0, y0, x1, y1), label)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _kind(value: Any) -> str:
+    """A value's kind and beginning, for messages."""
+    return f"{type(value).__name__} {str(value)[:60]!r}" if value or value == 0 else repr(value)

@@ -1,0 +1,204 @@
+"""WebDataset shards: tar files in which members that share a key, side by side, are one sample.
+
+The key of `photos/cat.left.png` is `photos/cat`, its extension `left.png`: the name is cut at the
+first dot after the last slash. Members without an extension, and those of which the key begins
+and ends with two underscores, belong to no sample.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vlm.data.example import BadRow, Example, ImageRef, caption_example
+from vlm.data.sources.base import BadSource, Source, read_bytes
+from vlm.data.sources.json_rows import load_json
+from vlm.data.sources.row import CAPTION_KEYS, RowFormat, example_from_row
+from vlm.data.sources.tar import walk_members
+
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
+_KEY_AND_EXTENSION = re.compile(r"^((?:.*/)?[^./]+)\.([^/]*)$", re.DOTALL)
+
+
+class ShardSource(Source):
+    """The samples of tar shards, shard by shard, in their order.
+
+    shards: a path with wildcards (*, ?, [..]) and brace ranges ({0000..0009}, {a,b}), or a list
+        of these; local files only, not compressed.
+    A sample is its pictures in order, with KEY.json (a row of any form that `row` reads) or
+    KEY.txt (a caption, in UTF-8); the JSON is read first, the text where it holds no caption.
+    Rows are named SHARD:KEY, the shard relative to the folder that all shards share.
+    Raises BadSource where a shard is missing, cut short, or its samples are not side by side.
+    """
+
+    def __init__(
+        self,
+        shards: str | Path | Sequence[str | Path],
+        form: RowFormat | None = None,
+        name: str | None = None,
+    ) -> None:
+        self._paths = find_shards(shards)
+        self._form = form or RowFormat()
+        folder = os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in self._paths])
+        self._names = [os.path.relpath(path, folder) for path in self._paths]
+        self.name = name or str(shards if isinstance(shards, str | Path) else self._names[0])
+        self._index = _Index.of(self._paths, self._form.image)
+        self.require_rows()
+
+    def __len__(self) -> int:
+        return len(self._index.sample_shard)
+
+    def row_name(self, row: int) -> str:
+        return f"{self._names[self._index.sample_shard[row]]}:{self._index.key(row)}"
+
+    def read(self, row: int) -> Example:
+        name = self.row_name(row)
+        pictures = self._pictures(row, name)
+        values = None
+        if (data := self._part(row, self._index.json_place, name)) is not None:
+            values = load_json(data, name)
+            if not self._lacks_caption(values):
+                return example_from_row(values, name, self._form, _no_image, pictures)
+        if (data := self._part(row, self._index.text_place, name)) is not None:
+            if len(pictures) != 1:
+                raise BadRow(f"{name}: expected one image for the text, found {len(pictures)}")
+            try:
+                text = data.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise BadRow(f"{name}: expected UTF-8 in the text, found other bytes") from error
+            return caption_example(name, pictures[0], text, self._form.prompt)
+        if values is not None:
+            return example_from_row(values, name, self._form, _no_image, pictures)
+        raise BadRow(
+            f"{name}: expected {self._index.key(row)}.json or .txt beside it, "
+            f"found {len(pictures)} images alone"
+        )
+
+    def _lacks_caption(self, values: object) -> bool:
+        keys = (self._form.caption,) if self._form.caption else CAPTION_KEYS
+        keys += () if self._form.caption else ("conversations", "messages")
+        return isinstance(values, dict) and all(values.get(key) is None for key in keys)
+
+    def _part(self, row: int, places: np.ndarray, name: str) -> bytes | None:
+        offset, size = map(int, places[row])
+        if offset < 0:
+            return None
+        return read_bytes(self._paths[self._index.sample_shard[row]], offset, size, name)
+
+    def _pictures(self, row: int, name: str) -> tuple[ImageRef, ...]:
+        index = self._index
+        path = self._paths[index.sample_shard[row]]
+        first = int(index.image_end[row - 1]) if row else 0
+        pictures = []
+        for image in range(first, int(index.image_end[row])):
+            offset, size = map(int, index.image_place[image])
+            extension = index.extensions[index.image_extension[image]]
+            pictures.append(ImageRef(read_bytes(path, offset, size, name), f"{name}.{extension}"))
+        return tuple(pictures)
+
+
+def find_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
+    """The local files that a pattern or list of patterns names; wildcards in sorted order.
+
+    Raises BadSource where a pattern names no file, or an address.
+    """
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    paths: list[str] = []
+    for pattern in [shards] if isinstance(shards, str | Path) else shards:
+        pattern = str(pattern)
+        if "://" in pattern or pattern.startswith("pipe:"):
+            raise BadSource(f"{pattern}: expected a local tar file, found an address")
+        try:
+            expanded = list(braceexpand(pattern, escape=False))
+        except UnbalancedBracesError as error:
+            raise BadSource(f"{pattern}: expected braces in pairs: {error}") from error
+        for path in expanded:
+            found = [path] if os.path.isfile(path) else sorted(glob.glob(path))
+            if not found:
+                raise BadSource(f"{pattern}: expected a tar file, found none at {path}")
+            paths += found
+    if len(set(paths)) != len(paths):
+        raise BadSource(f"{shards}: expected each shard once, found one named twice")
+    if not paths:
+        raise BadSource("expected at least one shard, found none")
+    return paths
+
+
+class _Index:
+    """Where the samples' members lie, in flat arrays; N samples, M pictures.
+
+    sample_shard: int32[N]. json_place, text_place: int64[N, 2], offset and size, -1 where there
+    is none. image_end: int64[N], the pictures up to and with each sample. image_place:
+    int64[M, 2]. image_extension: int16[M] into `extensions`. Keys lie in one run of bytes.
+    """
+
+    @classmethod
+    def of(cls, paths: Sequence[str], image_extension: str | None) -> _Index:
+        index, sample_shard, image_end, key_end = cls(), array("i"), array("q"), array("q")
+        json_place, text_place, image_place = array("q"), array("q"), array("q")
+        image_extensions, codes, keys = array("h"), {}, bytearray()
+        for shard, path in enumerate(paths):
+            seen: set[str] = set()  # of this shard only
+            key, extensions = None, set()
+            for member in walk_members(path):
+                match = _KEY_AND_EXTENSION.match(member.name)
+                if match is None or re.fullmatch("__.*__", match[1]):
+                    continue
+                if match[1] != key:
+                    key, extensions = match[1], set()
+                    if key in seen:
+                        raise BadSource(
+                            f"{path}: expected the members of a sample side by side, found "
+                            f"{member.name} away from the others of {key}; make the shard with "
+                            "`tar --sort=name`"
+                        )
+                    seen.add(key)
+                    sample_shard.append(shard)
+                    keys += key.encode("utf-8", "surrogateescape")
+                    key_end.append(len(keys))
+                    image_end.append(image_end[-1] if image_end else 0)
+                    json_place.extend((-1, 0))
+                    text_place.extend((-1, 0))
+                extension = match[2].lower()
+                if extension in extensions:
+                    raise BadSource(f"{path}: expected one member {member.name}, found two")
+                extensions.add(extension)
+                if extension == "json":
+                    json_place[-2], json_place[-1] = member.offset, member.size
+                elif extension == "txt":
+                    text_place[-2], text_place[-1] = member.offset, member.size
+                elif _is_picture(extension, image_extension):
+                    image_place.extend((member.offset, member.size))
+                    image_extensions.append(codes.setdefault(extension, len(codes)))
+                    image_end[-1] += 1
+        index.sample_shard = np.array(sample_shard, np.int32)
+        index.image_end = np.array(image_end, np.int64)
+        index.json_place = np.array(json_place, np.int64).reshape(-1, 2)
+        index.text_place = np.array(text_place, np.int64).reshape(-1, 2)
+        index.image_place = np.array(image_place, np.int64).reshape(-1, 2)
+        index.image_extension = np.array(image_extensions, np.int16)
+        index.extensions = list(codes)
+        index._key_end, index._keys = np.array(key_end, np.int64), bytes(keys)
+        return index
+
+    def key(self, row: int) -> str:
+        """The key of a sample."""
+        start = int(self._key_end[row - 1]) if row else 0
+        return self._keys[start : int(self._key_end[row])].decode("utf-8", "surrogateescape")
+
+
+def _is_picture(extension: str, wanted: str | None) -> bool:
+    if wanted is not None:
+        return extension == wanted
+    return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
+
+
+def _no_image(value: object, row_name: str) -> ImageRef:
+    raise BadRow(f"{row_name}: expected the image as a member beside the row, found {value!r}")

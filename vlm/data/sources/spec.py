@@ -1,0 +1,148 @@
+"""One line of text for every kind of source, so that a recipe's data are a list of strings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import unquote
+
+from vlm.data.sources.base import BadSource, Source
+from vlm.data.sources.json_rows import RowsSource
+from vlm.data.sources.row import RowFormat
+from vlm.data.sources.shards import ShardSource
+from vlm.data.sources.tables import TableSource, load_table
+
+SAMPLE_FOLDER = Path(__file__).resolve().parent.parent / "sample"
+SAMPLE_SPLITS = ("train", "val", "transfer")
+OPTIONS = ("prompt", "image", "caption", "root", "config")
+ACCEPTED = """\
+    sample:SPLIT                packaged drawings with captions: train, val, transfer
+    scenes:COUNT:KEY=VALUE...   drawn scenes, such as scenes:1000:seed=3
+    PATH.jsonl, PATH.json       rows: image and conversations, messages or caption
+    PATH.tar                    WebDataset shards; wildcards and {0000..0009} allowed
+    PATH.parquet                a table
+    FOLDER                      saved by datasets, or images with classes or metadata
+    FOLDER:SPLIT                one split of it
+    datasets:ORG/NAME:SPLIT     a hub set"""
+_SUFFIX = re.compile(r"\?(?=[a-z_]+=)")
+
+
+def open_source(
+    spec: str,
+    *,
+    prompt: str = "",
+    image: str | None = None,
+    caption: str | None = None,
+    root: str | Path | None = None,
+    config: str | None = None,
+) -> Source:
+    """The source that `spec` names, one of:
+
+        sample:SPLIT                packaged drawings with captions: train, val, transfer
+        scenes:COUNT:KEY=VALUE...   drawn scenes; keys are those of `Scenes.from_text`
+        PATH.jsonl, PATH.json       rows, as in `vlm.data.sources.row`
+        PATH.tar                    WebDataset shards; wildcards and {0000..0009} allowed
+        PATH.parquet                a table
+        FOLDER, FOLDER:SPLIT        saved by `datasets`, or images with classes or metadata
+        datasets:ORG/NAME:SPLIT     a hub set
+
+    Options are arguments, or stand behind the text as ?KEY=VALUE&KEY=VALUE (percent-encoded where
+    a value holds & or %), where they win over the arguments:
+
+    prompt: the user's text after the image, in rows that are captions; may be "".
+    image: key or column of the pictures; of tar shards, their extension. None: the usual ones.
+    caption: key or column of the caption, making every row a caption. None: any form of row.
+    root: where relative image paths start: a folder, or for JSON rows a .tar file too. None: the
+        folder of the rows.
+    config: a hub set's configuration.
+    Raises BadSource where nothing opens, listing what is accepted.
+
+    >>> open_source("scenes:10:seed=3")
+    Scenes('scenes:10:seed=3', 10 rows)
+    """
+    text, *suffix = _SUFFIX.split(spec, maxsplit=1)
+    options = {"prompt": prompt, "image": image, "caption": caption, "root": root, "config": config}
+    options |= _options(suffix[0], spec) if suffix else {}
+    kind, open_kind = _kind(text, spec)
+    unread = {key for key, value in options.items() if value} - set(_READS[kind])
+    if unread:
+        raise BadSource(
+            f"{spec}: {kind} takes the options {', '.join(_READS[kind])}, found {sorted(unread)}"
+        )
+    root, config = options.pop("root"), options.pop("config")
+    return open_kind(text, RowFormat(**options), root, config)
+
+
+_READS = {
+    "sample": ("prompt", "caption"),
+    "scenes": ("prompt",),
+    "rows": ("prompt", "image", "caption", "root"),
+    "shards": ("prompt", "image", "caption"),
+    "table": ("prompt", "image", "caption", "root"),
+    "datasets": OPTIONS,
+}
+
+
+def _kind(text: str, spec: str) -> tuple[str, Callable[..., Source]]:
+    """The kind of source that a text names, and what opens it."""
+    name, colon, _ = text.partition(":")
+    suffix = Path(text).suffix.lower()
+    if colon and name in _NAMED:
+        return name, _NAMED[name]
+    if suffix == ".tar":
+        return "shards", lambda text, form, *_: ShardSource(text, form)
+    if suffix in (".json", ".jsonl"):
+        return "rows", lambda text, form, root, _: RowsSource(text, form, image_root=root)
+    if suffix == ".parquet" or Path(_body_and_split(text)[0]).is_dir():
+        return "table", _table
+    raise BadSource(
+        f"{spec}: expected a source, found neither a known kind nor a folder. "
+        f"Accepted are:\n{ACCEPTED}"
+    )
+
+
+def _options(text: str, spec: str) -> dict[str, str]:
+    options = {}
+    for pair in text.split("&"):
+        key, equals, value = pair.partition("=")
+        if key not in OPTIONS or not equals:
+            raise BadSource(f"{spec}: expected options of {', '.join(OPTIONS)}, found {pair!r}")
+        options[key] = unquote(value)
+    return options
+
+
+def _sample(text: str, form: RowFormat, *_) -> Source:
+    split = text.removeprefix("sample:")
+    if split not in SAMPLE_SPLITS:
+        raise BadSource(f"{text}: expected one of {', '.join(SAMPLE_SPLITS)}")
+    return RowsSource(
+        SAMPLE_FOLDER / f"{split}.jsonl", form, SAMPLE_FOLDER / f"{split}.tar", f"sample:{split}"
+    )
+
+
+def _scenes(text: str, form: RowFormat, *_) -> Source:
+    from vlm.data.synthetic.scenes import Scenes  # which needs this package
+
+    return Scenes.from_text(text.removeprefix("scenes:"), prompt=form.prompt)
+
+
+def _table(text: str, form: RowFormat, root: str | Path | None, config: str | None) -> Source:
+    text = text.removeprefix("datasets:")
+    body, split = _body_and_split(text)
+    if not body:
+        raise BadSource(
+            f"datasets: expected ORG/NAME:SPLIT, found nothing. Accepted are:\n{ACCEPTED}"
+        )
+    table, folder = load_table(body, split, config)
+    return TableSource(table, text, form, folder if root is None else root)
+
+
+def _body_and_split(text: str) -> tuple[str, str | None]:
+    if Path(text).exists():
+        return text, None
+    body, colon, split = text.rpartition(":")
+    return (body, split) if colon else (text, None)
+
+
+_NAMED = {"sample": _sample, "scenes": _scenes, "datasets": _table}
