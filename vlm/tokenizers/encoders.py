@@ -1,0 +1,92 @@
+"""The vision encoders of transformers that can be image tokenizers, as data: what each class calls
+its blocks, its norm and its pooling. A new encoder is one entry here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoder:
+    """How one class of transformers names what we need; paths are dotted.
+
+    pool: the module that makes the pooled vector; "class" where it is the normed class token;
+        None where there is none. `pool_argument`: whether the class takes `add_pooling_layer`.
+    norms_tokens: whether `last_hidden_state` has passed `norm`.
+    resize_argument: whether positions are resized only when `interpolate_pos_encoding` is given.
+    prefix: number of tokens before the grid, from the configuration.
+    """
+
+    class_name: str
+    embed: tuple[str, ...] = ("embeddings",)
+    pre_norm: str = "pre_layrnorm"
+    blocks: str
+    norm: str
+    pool: str | None
+    pool_argument: bool = False
+    norms_tokens: bool = True
+    resize_argument: bool = True
+    prefix: Callable[[Any], int]
+
+
+ENCODERS = {
+    "siglip_vision_model": Encoder(
+        class_name="SiglipVisionModel",
+        blocks="encoder.layers",
+        norm="post_layernorm",
+        pool="head",
+        prefix=lambda config: 0,
+    ),
+    "clip_vision_model": Encoder(
+        class_name="CLIPVisionModel",
+        blocks="encoder.layers",
+        norm="post_layernorm",
+        pool="class",
+        norms_tokens=False,
+        prefix=lambda config: 1,
+    ),
+    "vit": Encoder(
+        class_name="ViTModel",
+        blocks="layers",
+        norm="layernorm",
+        pool="pooler",
+        pool_argument=True,
+        prefix=lambda config: 1,
+    ),
+    "deit": Encoder(
+        class_name="DeiTModel",
+        blocks="layers",
+        norm="layernorm",
+        pool="pooler",
+        pool_argument=True,
+        prefix=lambda config: 2,
+    ),
+    "dinov2": Encoder(
+        class_name="Dinov2Model",
+        blocks="encoder.layer",
+        norm="layernorm",
+        pool="class",
+        resize_argument=False,
+        prefix=lambda config: 1,
+    ),
+    "dinov2_with_registers": Encoder(
+        class_name="Dinov2WithRegistersModel",
+        blocks="encoder.layer",
+        norm="layernorm",
+        pool="class",
+        resize_argument=False,
+        prefix=lambda config: 1 + config.num_register_tokens,
+    ),
+    "sam_vision_model": Encoder(
+        class_name="SamVisionModel",
+        embed=("vision_encoder.pos_embed", "vision_encoder.patch_embed"),
+        blocks="vision_encoder.layers",
+        norm="vision_encoder.neck",
+        pool=None,
+        prefix=lambda config: 0,
+    ),
+}
+"""`model_type` of a vision configuration -> its encoder."""
