@@ -222,9 +222,7 @@ def test_run_folder_is_never_overwritten_and_resumes_only_itself(tmp_path):
     with pytest.raises(RunError, match="already holds a run"):
         training.train(tmp_path / "run")
     with pytest.raises(CheckpointError, match="steps: 6 then, 8 now"):
-        training.train(
-            tmp_path / "run", dataclasses.replace(training.STAGE, steps=8), resume=True
-        )
+        training.train(tmp_path / "run", dataclasses.replace(training.STAGE, steps=8), resume=True)
     with pytest.raises(CheckpointError, match="frozen weights are not those of this model"):
         training.train(tmp_path / "run", resume=True, chosen=training.model(seed=5))
     with pytest.raises(RunError, match="nothing to resume"):

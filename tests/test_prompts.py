@@ -14,7 +14,7 @@ LLAMA_2_STYLE = (
 )
 
 
-@pytest.fixture()
+@pytest.fixture
 def processor():
     return tiny.processor(tiny.decoder_only())
 

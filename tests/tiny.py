@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers import CONFIG_MAPPING as CONFIGS
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from vlm import adaptors
 from vlm.data.example import Example, Turn

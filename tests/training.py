@@ -58,9 +58,7 @@ def train(out, stage=STAGE, rows=None, chosen=None, seed=0, resume=False, precis
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if precision == "bf16" else "no")
     deciding = {"steps": stage.steps, "batch": stage.batch, "seed": seed}
-    run = Run(
-        Path(out), deciding, deciding, main=accelerator.is_main_process, resume=resume
-    )
+    run = Run(Path(out), deciding, deciding, main=accelerator.is_main_process, resume=resume)
     progress = fit(
         chosen, stage, dataset(rows, seed, on_bad_row), run, accelerator,
         precision=precision, pace=Pace(**{"workers": 0, "save_every": 0, **pace}), resume=resume,

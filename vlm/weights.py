@@ -81,9 +81,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], where: str) -> 
     for name, tensor in module.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(tensor), []).append(name)
     twins = {name: names for names in aliases.values() for name in names}
-    missing = [
-        name for name in own if not any(twin in state for twin in twins.get(name, [name]))
-    ]
+    missing = [name for name in own if not any(twin in state for twin in twins.get(name, [name]))]
     unused = [name for name in state if name not in own]
     misshapen = [
         f"{name}: expected {tuple(own[name].shape)}, found {tuple(tensor.shape)}"

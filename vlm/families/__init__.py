@@ -1,0 +1,1 @@
+"""Families of vision-language model: plain modules that take finished parts."""

@@ -1,0 +1,1 @@
+"""Using a trained model: generation, scoring, and the public tasks over them."""

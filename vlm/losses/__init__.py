@@ -1,0 +1,1 @@
+"""Losses: functions over tensors, which know no model and no trainer."""

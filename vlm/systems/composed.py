@@ -26,6 +26,8 @@ SOURCE = "our own"
 FORMAT = "vlm"
 VERSION = 1
 DEMO = "demo"
+LAYER_OPTION = {"timm": "level", "transformers": "layer", "open_clip": "layer"}
+"""Kinds of image tokenizer with pretrained weights -> what each calls its layer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +61,7 @@ def build(
     max_tokens: int | None = None,
     overflow: str = "drop",
     size_hw: tuple[int, int] | None = None,
+    vision_layer: int = -1,
     seed: int = 0,
 ) -> Model:
     """A decoder-only model from pretrained parts and a fresh adaptor.
@@ -70,7 +73,7 @@ def build(
     seed: of the adaptor's weights; the global generator is left as it is.
     Raises OSError or FetchError where weights cannot be had.
     """
-    image_tokenizer = load_vision(vision, size_hw)
+    image_tokenizer = load_vision(vision, size_hw, vision_layer)
     language = load_text(text)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -125,26 +128,31 @@ def adaptor_config(
     return known[kind]
 
 
-def load_vision(name: str, size_hw: tuple[int, int] | None = None) -> ImageTokenizer:
-    """A pretrained image tokenizer: "demo" or "kind:id"; patch tokens only.
+def load_vision(
+    name: str, size_hw: tuple[int, int] | None = None, layer: int = -1
+) -> ImageTokenizer:
+    """A pretrained image tokenizer: "demo" or "kind:id"; patch tokens only, nothing pooled.
 
     size_hw: pixels that pictures are brought to; None keeps the backbone's own.
+    layer: -1 the backbone's final features, its closing norm included; other numbers an earlier
+        block or level as it is (-2 is what LLaVA takes of CLIP).
     """
     if name == DEMO:
-        return _demo_vision(size_hw)
+        return _demo_vision(size_hw, layer)
     kind = name.partition(":")[0]
-    options: dict[str, Any] = {"prefix": "drop", "pooled": False}
-    if size_hw is not None:
-        options["size_hw"] = size_hw
-    if kind not in tokenizers.KINDS:
+    if kind not in LAYER_OPTION:
         raise ValueError(
             f"vision {name!r}: expected 'demo' or 'kind:id' with a kind of "
-            f"{', '.join(tokenizers.KINDS)}"
+            f"{', '.join(LAYER_OPTION)}"
         )
+    options: dict[str, Any] = {"prefix": "drop", "pooled": False, "norm": layer == -1}
+    options[LAYER_OPTION[kind]] = layer
+    if size_hw is not None:
+        options["size_hw"] = size_hw
     return tokenizers.load(name, **options)
 
 
-def _demo_vision(size_hw: tuple[int, int] | None) -> ImageTokenizer:
+def _demo_vision(size_hw: tuple[int, int] | None, layer: int) -> ImageTokenizer:
     """tf_efficientnet_lite0 with ImageNet weights; statistics as its authors trained it
     (mean 127, standard deviation 128 of 255)."""
     from vlm.pixels import PixelSpec
@@ -163,17 +171,18 @@ def _demo_vision(size_hw: tuple[int, int] | None) -> ImageTokenizer:
         timm.TimmConfig(
             name="tf_efficientnet_lite0",
             model_args={},
-            level=-1,
+            level=layer,
             prefix="drop",
-            norm=True,
+            norm=layer == -1,
             pooled=False,
             pixel_spec=spec,
         )
     )
     weights = load_file(folder / "model.safetensors")
-    body = {f"backbone.{k}": t for k, t in weights.items() if not k.startswith("classifier.")}
-    counters = {k: t for k, t in tokenizer.state_dict().items() if "num_batches_tracked" in k}
-    load_weights(tokenizer, counters | body, where=str(folder))
+    own = tokenizer.state_dict()
+    taken = {k: weights[k.removeprefix("backbone.")] for k in own if "batches_tracked" not in k}
+    counters = {k: t for k, t in own.items() if "batches_tracked" in k}
+    load_weights(tokenizer, taken | counters, where=str(folder))
     return tokenizer.eval()
 
 

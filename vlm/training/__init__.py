@@ -1,0 +1,1 @@
+"""Training: stages as values, the loop, checkpoints, the run folder."""

@@ -34,7 +34,11 @@ def image_gain_on(
     module.eval()
     sums = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
     starts = range(0, len(rows), batch_size)
-    mine = [s for i, s in enumerate(starts) if i % accelerator.num_processes == accelerator.process_index]
+    mine = [
+        s
+        for i, s in enumerate(starts)
+        if i % accelerator.num_processes == accelerator.process_index
+    ]
     for start in tqdm(
         mine, desc="held out", leave=False, disable=not accelerator.is_main_process or len(mine) < 4
     ):

@@ -6,6 +6,7 @@ A recipe file states its stage as a value and its own defaults; everything else 
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from vlm.data.sources import BadSource, open_source
 from vlm.data.sources.base import Source
 from vlm.inference.tasks import Model
 from vlm.pixels import BadImage, open_image
-from vlm.training.checkpoint import CheckpointError, Progress
+from vlm.training.checkpoint import CheckpointError
 from vlm.training.evaluate import image_gain_on
 from vlm.training.fit import Interrupted, Pace, fit
 from vlm.training.run import Run, RunError, draw_captions
@@ -49,6 +50,8 @@ class Settings:
     open_clip:ViT-B-32:laion2b_s34b_b79k."""
     image_px: tuple[int, int] | None = None
     """Rows and columns that pictures are brought to; None keeps the image tokenizer's own."""
+    vision_layer: int = -1
+    """Which of its layers: -1 the final features; -2 is LLaVA's choice for CLIP."""
     text: str = "demo"
     """Language model: "demo" (SmolLM2-135M-Instruct, no hub needed), a hub id or a folder."""
     adaptor: Literal["linear", "mlp", "pixel_shuffle", "resampler"] = "mlp"
@@ -134,6 +137,7 @@ def build_model(settings: Settings) -> Model:
         max_tokens=settings.max_tokens,
         overflow=settings.overflow,
         size_hw=settings.image_px,
+        vision_layer=settings.vision_layer,
         seed=settings.seed,
     )
 
@@ -207,11 +211,13 @@ def run(settings: Settings, stage: Callable[[Settings, int], Stage]) -> dict[str
         model.save(settings.out / "model")
         pictures, true, written = caption_some(model, source, rows, accelerator)
         draw_captions(pictures, true, written, settings.out / "samples.png")
+        picture = save_pictures(pictures[:4], true, settings.out / "pictures")
         result["exact_match"] = sum(map(_same, true, written)) / len(true)
         result["minutes"] = (time.monotonic() - started) / 60
         run_folder.write_result(result)
         run_folder.close()
         report(say, settings, result, true, written)
+        say(f"next: vlm caption {picture} --model {settings.out}", highlight=False, soft_wrap=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return result
@@ -238,11 +244,20 @@ def caption_some(model: Model, source: Source, rows: list[int], accelerator, cou
     return pictures, [example.answer for example in examples], written
 
 
+def save_pictures(pictures: list, captions: list[str], folder: Path) -> Path:
+    """Writes pictures as PNG files named after their captions; gives the first one's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{re.sub(r'[^a-z0-9]+', '-', said.lower())}.png" for said in captions]
+    for picture, path in zip(pictures, paths):
+        picture.save(path)
+    return paths[0]
+
+
 def report(say, settings: Settings, result: dict[str, Any], true, written) -> None:
     """The run's result, for people."""
     say()
     for said, wrote in list(zip(true, written))[:6]:
-        say(f"  true: {said:34} generated: {wrote}", highlight=False, markup=False)
+        say(f"  true: {said:34} generated: {wrote}", highlight=False, markup=False, soft_wrap=True)
     left_out = []
     if result["skipped"]:
         left_out.append(f"{result['skipped']} rows skipped, such as:")
@@ -260,7 +275,6 @@ def report(say, settings: Settings, result: dict[str, Any], true, written) -> No
         style="bold",
     )
     say(f"{settings.out}: loss.png, samples.png, metrics.jsonl, model/", highlight=False)
-    say(f"next: vlm caption PICTURE --model {settings.out}", highlight=False)
 
 
 def start(settings_class: type[Settings], stage: Callable[[Settings, int], Stage]) -> None:

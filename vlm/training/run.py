@@ -1,13 +1,15 @@
 """A run's folder: settings, versions, metrics, plots, pictures, checkpoints and the model.
 
-    settings.json    every setting, defaults resolved
-    versions.json    Python, platform and library versions
-    metrics.jsonl    one line a step, and one for each evaluation
-    tensorboard/     the same for TensorBoard
-    loss.png         the loss curve
-    samples.png      held-out pictures with their true and generated captions
-    checkpoints/     to resume from
-    model/           what `vlm.load` opens
+settings.json    every setting, defaults resolved
+versions.json    Python, platform and library versions
+metrics.jsonl    one line a step, and one for each evaluation
+tensorboard/     the same for TensorBoard
+loss.png         the loss curve
+samples.png      held-out pictures with their true and generated captions
+pictures/        a few of these pictures, to try the model on
+result.json      the closing figures
+checkpoints/     to resume from
+model/           what `vlm.load` opens
 """
 
 from __future__ import annotations

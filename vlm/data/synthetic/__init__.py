@@ -1,0 +1,1 @@
+"""Data drawn by rules, whose captions, answers and boxes are true by construction."""

@@ -1,0 +1,224 @@
+"""Adaptor training beside transformers' Llava class: same weights, same batch, one run.
+
+    python eval/speed_training.py
+
+Sizes are SigLIP-B/16-224 and SmolLM2-135M with random weights, batch 8, captions of unequal
+lengths; only the adaptor learns. First both give their loss in fp32, which must agree to 1e-4.
+Then each variant trains in a process of its own, in turn, for several rounds: ours as `fit` does
+it (bf16 frozen parts, fp32 masters), Llava under autocast with fp32 weights (what a Trainer does
+with bf16=True), and Llava with frozen parts in bf16 under autocast (its best). Reported are the
+medians of samples/s and of peak memory, and the ratios, which alone carry over to other machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+)
+
+from vlm import adaptors
+from vlm.families.decoder_only import DecoderOnly
+from vlm.image_tokens import ViewGroup
+from vlm.losses.token import token_losses
+from vlm.pixels import HALF, PixelSpec
+from vlm.placement import IMAGE, Batch
+from vlm.tokenizers.transformers import TransformersTokenizer
+from vlm.training.stages import FROZEN, Stage, optimizer_for, prepare
+
+VARIANTS = ("ours", "llava-autocast", "llava-bf16")
+VISION = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+              num_attention_heads=12, image_size=224, patch_size=16)  # fmt: skip
+TEXT = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+            num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+            max_position_embeddings=8192, pad_token_id=2)  # fmt: skip
+
+
+def llava(vision: dict = VISION, text: dict = TEXT, image_id: int = 49151, seed: int = 0):
+    """transformers' Llava of the given sizes with random weights, in fp32."""
+    torch.manual_seed(seed)
+    config = LlavaConfig(
+        vision_config=SiglipVisionConfig(**vision, vision_use_head=False),
+        text_config=LlamaConfig(**text),
+        image_token_index=image_id,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=text.get("tie_word_embeddings", False),
+    )
+    return LlavaForConditionalGeneration._from_config(config, dtype=torch.float32).eval()
+
+
+def ours_from(peer: LlavaForConditionalGeneration) -> DecoderOnly:
+    """Our model with a Llava's weights."""
+    config = peer.config
+    side = config.vision_config.image_size
+    width = config.text_config.hidden_size
+    spec = PixelSpec(
+        size_hw=(side, side), fit="stretch", resample="bicubic", mean=HALF.mean, std=HALF.std
+    )
+    tower = type(peer.model.vision_tower)(config.vision_config).eval()
+    tower.load_state_dict(peer.model.vision_tower.state_dict())
+    tokenizer = TransformersTokenizer(
+        tower, spec, layer=-1, prefix="drop", norm=False, pooled=False
+    )
+    adaptor = adaptors.build(
+        {
+            "kind": "mlp",
+            "in_width": config.vision_config.hidden_size,
+            "out_width": width,
+            "depth": 2,
+            "hidden_width": width,
+        }
+    )
+    projector = peer.model.multi_modal_projector
+    adaptor.layers[0].load_state_dict(projector.linear_1.state_dict())
+    adaptor.layers[2].load_state_dict(projector.linear_2.state_dict())
+    text = LlamaForCausalLM._from_config(config.text_config, dtype=torch.float32)
+    text.model.load_state_dict(peer.model.language_model.state_dict())
+    text.lm_head.load_state_dict(peer.lm_head.state_dict())
+    return DecoderOnly(tokenizer, adaptor, text).eval()
+
+
+def batch_for(
+    peer: LlavaForConditionalGeneration, size: int = 8, prompt: int = 20, seed: int = 1
+) -> tuple[Batch, dict[str, Tensor]]:
+    """One batch for both: ours, and Llava's keyword arguments. Each row is an image, a prompt of
+    `prompt` random ids, and an answer of 8 to 71 ids, unequal from row to row."""
+    generator = torch.Generator().manual_seed(seed)
+    side = peer.config.vision_config.image_size
+    places = (side // peer.config.vision_config.patch_size) ** 2
+    answers = [8 + (i * 63) // max(size - 1, 1) for i in range(size)]
+    T = places + prompt + max(answers)
+    ids = torch.randint(3, peer.config.text_config.vocab_size - 1, (size, T), generator=generator)
+    ids[:, :places] = IMAGE
+    position = torch.arange(T)
+    ends = torch.tensor([places + prompt + answer for answer in answers])
+    valid = position < ends[:, None]
+    scored = valid & (position >= places + prompt)
+    ids[~valid] = peer.config.text_config.pad_token_id
+    pixels = torch.randn(size, 3, side, side, generator=generator)
+    owner = torch.tensor([[row, 0, 0] for row in range(size)])
+    ours = Batch(
+        ids=ids,
+        valid=valid,
+        scored=scored,
+        groups=(ViewGroup(pixels=pixels, owner=owner),),
+        names=tuple(f"row {row}" for row in range(size)),
+    )
+    theirs = {
+        "input_ids": ids.masked_fill(ids == IMAGE, peer.config.image_token_id),
+        "attention_mask": valid.long(),
+        "pixel_values": pixels,
+        "labels": ids.masked_fill(~scored, -100),
+    }
+    return ours, theirs
+
+
+def losses(peer: LlavaForConditionalGeneration) -> tuple[float, float]:
+    """The fp32 loss of one batch: ours, Llava's."""
+    ours, theirs = batch_for(peer)
+    with torch.no_grad():
+        mine = token_losses(ours_from(peer)(ours), ours.targets).mean()
+        return float(mine), float(peer(**theirs).loss)
+
+
+def train(variant: str, steps: int) -> dict[str, float]:
+    """Trains the adaptor; samples/s (median step), peak memory of the process in MB, last loss."""
+    peer = llava()
+    ours, theirs = batch_for(peer)
+    if variant == "ours":
+        module = ours_from(peer)
+        del peer
+        stage = Stage(
+            name="speed", rates=(("adaptor.*", 1e-3), ("*", FROZEN)), steps=steps, batch=8,
+            micro_batch=8, warmup=0,
+        )  # fmt: skip
+        prepare(module, stage, torch.bfloat16)
+        optimizer = optimizer_for(module, stage)
+        trained = [p for p in module.parameters() if p.requires_grad]
+
+        def loss() -> Tensor:
+            return token_losses(module(ours), ours.targets).mean()
+    else:
+        peer.requires_grad_(False)
+        if variant == "llava-bf16":
+            peer.to(torch.bfloat16)
+        projector = peer.model.multi_modal_projector.float().requires_grad_(True).train()
+        trained = list(projector.parameters())
+        optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+
+        def loss() -> Tensor:
+            return peer(**theirs).loss
+
+    seconds, last = [], 0.0
+    for _ in range(steps):
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss()
+        value.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        last = float(value.detach())
+        seconds.append(time.perf_counter() - start)
+    return {
+        "samples_per_s": 8 / statistics.median(seconds[1:]),
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "loss": last,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )  # noqa: E501
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each variant")
+    parser.add_argument(
+        "--steps", type=int, default=6, help="steps in each; the first is not timed"
+    )
+    parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
+    settings = parser.parse_args()
+    if settings.only:
+        print(json.dumps(train(settings.only, settings.steps)))
+        return
+    mine, theirs = losses(llava())
+    print(f"fp32 loss: ours {mine:.6f}, Llava {theirs:.6f}, difference {abs(mine - theirs):.1e}")
+    if abs(mine - theirs) > 1e-4:
+        sys.exit("the losses differ: speeds would mean nothing")
+    found = {variant: [] for variant in VARIANTS}
+    for _ in range(settings.rounds):
+        for variant in VARIANTS:
+            command = [sys.executable, __file__, "--only", variant, "--steps", str(settings.steps)]
+            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found[variant].append(json.loads(out.strip().splitlines()[-1]))
+    medians = {
+        variant: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        for variant, runs in found.items()
+    }
+    print(f"{'variant':16} {'samples/s':>10} {'peak MB':>9} {'loss':>8} {'speed':>7} {'memory':>7}")
+    for variant, figures in medians.items():
+        print(
+            f"{variant:16} {figures['samples_per_s']:10.2f} {figures['peak_mb']:9.0f} "
+            f"{figures['loss']:8.4f} "
+            f"{medians['ours']['samples_per_s'] / figures['samples_per_s']:6.2f}x "
+            f"{medians['ours']['peak_mb'] / figures['peak_mb']:6.2f}x"
+        )
+    print("speed: ours / variant, higher is better; memory: ours / variant, lower is better")
+
+
+if __name__ == "__main__":
+    main()

