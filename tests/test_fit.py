@@ -71,7 +71,7 @@ def test_killed_run_resumes_to_the_same_metrics(tmp_path, workers):
     _, _, expected = training.train(tmp_path / "whole", save_every=2)
     killed = launch(tmp_path / "cut", kill_at=5, save_every=2, workers=workers)
     assert killed.returncode != 0
-    chosen, progress, found = training.train(
+    _, progress, found = training.train(
         tmp_path / "cut", resume=True, save_every=2, workers=workers
     )
     assert learned(expected) == learned(found)
@@ -201,7 +201,7 @@ def bad_rows(tmp_path):
 
 def test_bad_row_stops_the_run_and_is_named(tmp_path):
     for workers in (0, 1):
-        with pytest.raises((BadRow, BadImage), match="rows:1[01]: "):
+        with pytest.raises((BadRow, BadImage), match=r"rows:1[01]: "):
             training.train(tmp_path / str(workers), rows=bad_rows(tmp_path), workers=workers)
 
 
@@ -234,7 +234,7 @@ def test_checkpoint_that_is_broken_is_named(tmp_path):
     (path,) = list_checkpoints(tmp_path / "run/checkpoints")
     state = path / "state.pt"
     state.write_bytes(state.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="state.pt: broken checkpoint"):
+    with pytest.raises(CheckpointError, match=r"state\.pt: broken checkpoint"):
         training.train(tmp_path / "run", resume=True)
 
 

@@ -54,7 +54,7 @@ def test_demo_backbone_knows_a_cat(demo):
         features = whole.forward_features(pixels[None])
     assert probabilities[281:286].sum() > 0.7  # tabby, tiger cat, Persian, Siamese, Egyptian
     torch.testing.assert_close(tokens.tokens, features.flatten(2).transpose(1, 2))
-    assert tokens.grid_hw == (7, 7)
+    assert tokens.grid_hw == (6, 6)
 
 
 def test_demo_language_model_answers(demo):
@@ -94,6 +94,7 @@ def test_stage1_trains_reports_and_captions(demo, tmp_path):
         (["--vision", "transformers:no/such"], "no/such"),
         (["--text", "no/such"], "text 'no/such'"),
         (["--batch", "6", "--micro-batch", "4"], "a batch of 6 is no whole number"),
+        (["--image-px", "224", "224"], "pixel shuffle by 2 does not divide the grid 7 x 7"),
         (["--warmup", "2"], "warmup must be in 0 to steps"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Tiny random parts for laws: a byte tokenizer with a chat template, text models, an image tokenizer."""
+"""Tiny random parts for laws: a byte tokenizer with a chat template, text and image models."""
 
 import torch
 from PIL import Image

@@ -21,7 +21,7 @@ from vlm.placement import IMAGE
 
 SLOT, ANSWER, END = "\ue5c0", "\ue5c1", "\ue5c2"  # private-use marks, one character each
 MARK = "<image>"
-"""Stands for an image in a literal prompt (`generate`, `score`), as published processors have it."""
+"""Stands for an image in a literal prompt (`generate`, `score`), as in published processors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +74,7 @@ class Processor:
         if not text_tokenizer.chat_template:
             raise ValueError(
                 "the text tokenizer has no chat template, so answers cannot be told from prompts; "
-                "set `text_tokenizer.chat_template`, or name a language model that was tuned to chat"
+                "set `text_tokenizer.chat_template`, or name a language model tuned to chat"
             )
         self.text_tokenizer = text_tokenizer
         self.pixel_spec = pixel_spec

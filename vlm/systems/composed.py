@@ -52,7 +52,7 @@ def build(
     *,
     vision: str = DEMO,
     text: str = DEMO,
-    adaptor: str = "mlp",
+    adaptor: str = "pixel_shuffle",
     adaptor_depth: int = 2,
     shuffle_ratio: int = 2,
     queries: int = 64,
@@ -88,6 +88,7 @@ def build(
             )
         )
     module = DecoderOnly(image_tokenizer, bridge, language)
+    module.places_for(image_tokenizer.pixel_spec.size_hw)  # whether the parts fit, before any work
     text_tokenizer = load_text_tokenizer(text)
     processor = Processor(
         text_tokenizer,
@@ -153,14 +154,15 @@ def load_vision(
 
 
 def _demo_vision(size_hw: tuple[int, int] | None, layer: int) -> ImageTokenizer:
-    """tf_efficientnet_lite0 with ImageNet weights; statistics as its authors trained it
-    (mean 127, standard deviation 128 of 255)."""
+    """tf_efficientnet_lite0 with ImageNet weights, at 192 pixels: a grid of 6 x 6, which pixel
+    shuffle halves. Statistics as its authors trained it (mean 127, standard deviation 128 of
+    255)."""
     from vlm.pixels import PixelSpec
     from vlm.tokenizers import timm
 
     folder = assets.fetch("efficientnet-lite0")
     spec = PixelSpec(
-        size_hw=size_hw or (224, 224),
+        size_hw=size_hw or (192, 192),
         fit="stretch",
         resample="bicubic",
         backend="pil",

@@ -54,8 +54,9 @@ class Settings:
     """Which of its layers: -1 the final features; -2 is LLaVA's choice for CLIP."""
     text: str = "demo"
     """Language model: "demo" (SmolLM2-135M-Instruct, no hub needed), a hub id or a folder."""
-    adaptor: Literal["linear", "mlp", "pixel_shuffle", "resampler"] = "mlp"
-    """What stands between them."""
+    adaptor: Literal["linear", "mlp", "pixel_shuffle", "resampler"] = "pixel_shuffle"
+    """What stands between them. pixel_shuffle makes one token of each block of neighbours, which
+    cuts the cost of an image by shuffle_ratio squared; its grid must divide."""
     adaptor_depth: int = 2
     """Layers of the adaptor."""
     shuffle_ratio: int = 2
@@ -65,7 +66,7 @@ class Settings:
 
     train: tuple[str, ...] = ("sample:train",)
     """Training data, any number of: sample:train, PATH.jsonl, PATH-{0000..0009}.tar, FOLDER,
-    datasets:ORG/NAME:SPLIT, scenes:1000:seed=3; options behind "?", such as rows.tar?caption=text."""
+    datasets:ORG/NAME:SPLIT, scenes:1000:seed=3; options behind "?": rows.tar?caption=text."""
     weights: tuple[float, ...] | None = None
     """Share of each in the mixture; None goes by their sizes."""
     held_out: str = "sample:transfer"
