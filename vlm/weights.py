@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 INDEX = "model.safetensors.index.json"
 
@@ -103,6 +104,22 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], where: str) -> 
             for name in names:
                 parent, _, leaf = name.rpartition(".")
                 setattr(module.get_submodule(parent), leaf, shared)
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype, where=lambda parameter: True) -> None:
+    """Gives the parameters that `where` chooses a dtype, in place. Buffers keep theirs: rotary
+    frequencies and running statistics lose their meaning in 16 bits; so do the weights of batch
+    norms, which must match their statistics.
+    """
+    kept = {
+        id(parameter)
+        for norm in module.modules()
+        if isinstance(norm, _BatchNorm)
+        for parameter in norm.parameters(recurse=False)
+    }
+    for parameter in module.parameters():
+        if where(parameter):
+            parameter.data = parameter.data.to(torch.float32 if id(parameter) in kept else dtype)
 
 
 def same_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

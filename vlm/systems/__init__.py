@@ -20,11 +20,13 @@ def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Model
     """The model in a folder or under a hub id.
 
     source: a folder with config.json, a run folder of a recipe (its `model/` is taken), or a hub
-        id. device: "auto" takes a GPU where there is one. dtype: "auto" keeps each weight's own;
-        else "float32", "bfloat16" or "float16".
+        id. device: "auto" takes a GPU where there is one. dtype: "auto" takes the language
+        model's own for all parts; else "float32", "bfloat16" or "float16".
     Raises ValueError naming the folder and what was expected, OSError for an unknown hub id.
     """
     import torch
+
+    from vlm.weights import cast_parameters
 
     folder = _folder(source)
     path = folder / "config.json"
@@ -42,11 +44,10 @@ def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Model
     model = import_module(SYSTEMS[kind][0]).load(folder, values)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    # A run saves fp32 masters beside bf16 parts; all compute in the language model's dtype.
+    chosen = next(model.module.text.parameters()).dtype
+    cast_parameters(model.module, chosen if dtype == "auto" else getattr(torch, dtype))
     model.module.to(device)
-    if dtype != "auto":
-        model.module.to(getattr(torch, dtype))
-    else:
-        _one_dtype(model.module)
     return model
 
 
@@ -55,13 +56,6 @@ def save(model: Model, folder: Path, layout: str) -> None:
     if layout != "native":
         raise ValueError(f"layout {layout!r}: a composed model has only the layout 'native'")
     import_module(SYSTEMS["vlm"][0]).save(model, folder)
-
-
-def _one_dtype(module) -> None:
-    """Computes in the language model's dtype: a run saves fp32 masters beside bf16 parts."""
-    dtype = next(module.text.parameters()).dtype
-    for part in module.parts().values():
-        part.to(dtype)
 
 
 def _folder(source: str | Path) -> Path:

@@ -70,6 +70,8 @@ def build(
         "timm:vit_base_patch16_dinov2" or "open_clip:ViT-B-32:laion2b_s34b_b79k".
     text: "demo", or a causal language model's hub id or folder, tuned to chat.
     adaptor: "linear", "mlp", "pixel_shuffle" or "resampler", as wide as the language model.
+    max_tokens: longest row; None takes the language model's context. overflow: what happens to
+        longer rows, see `Processor`.
     seed: of the adaptor's weights; the global generator is left as it is.
     Raises OSError or FetchError where weights cannot be had.
     """
@@ -95,7 +97,7 @@ def build(
         image_tokenizer.pixel_spec,
         module.places_for,
         system=system,
-        max_tokens=max_tokens,
+        max_tokens=max_tokens or context_of(language),
         overflow=overflow,
     )
     return Model(
@@ -104,6 +106,11 @@ def build(
         stop_ids=stop_ids(processor, language),
         caption_prompt=caption_prompt,
     )
+
+
+def context_of(language: torch.nn.Module) -> int | None:
+    """The longest row that the language model was made for; None where it does not say."""
+    return getattr(language.config.get_text_config(), "max_position_embeddings", None)
 
 
 def adaptor_config(

@@ -58,7 +58,7 @@ class Pace:
     """How a run is carried out; nothing here changes what is learned.
 
     workers: processes that read and decode, on each rank; 0 reads in the loop itself.
-    eval_every, save_every: in steps; 0 means at the end only.
+    eval_every, save_every: in steps; 0 is never between (a checkpoint is saved at the end anyway).
     """
 
     workers: int = 1
@@ -81,7 +81,7 @@ def fit(
     """Trains `model` in place by `stage`; what it logs and saves lies in `run`.
 
     precision: "bf16" (fp32 masters of what is trained, bf16 for all else) or "fp32".
-    evaluate: figures to log, called on every rank.
+    evaluate: figures to log between steps, called on every rank; the end is the caller's.
     Raises StageError, BadRow, BadImage naming what does not fit; Interrupted after SIGINT or
     SIGTERM, when all is saved.
     """
@@ -145,6 +145,9 @@ def fit(
                 f"{figures['tokens_per_s']:.0f} tok/s, MFU {figures['mfu']:.0%}"
             )
             last = step + 1 == stage.steps
+            if evaluate and not last and pace.eval_every and (step + 1) % pace.eval_every == 0:
+                run.log(step + 1, {"eval": evaluate()})
+                step_of.meter.read()  # evaluation is no training time
             if last or stop or (pace.save_every and (step + 1) % pace.save_every == 0):
                 if accelerator.is_main_process:
                     checkpoint.save(run.checkpoints, module, optimizer, progress, run.deciding)
@@ -152,9 +155,6 @@ def fit(
             if stop and not last:
                 bar.close()
                 raise Interrupted(step + 1, run.checkpoints)
-            if evaluate and (last or (pace.eval_every and (step + 1) % pace.eval_every == 0)):
-                run.log(step + 1, {"eval": evaluate()})
-                step_of.meter.read()  # evaluation is no training time
     bar.close()
     return progress
 

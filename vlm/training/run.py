@@ -84,17 +84,18 @@ class Run:
                 self._board.add_scalar(name, value, step)
 
     def rewind(self, step: int) -> None:
-        """Takes out the lines after `step`: what a killed run logged beyond its checkpoint, and a
-        last line that was cut."""
+        """Takes out the lines after `step`: what a killed run logged beyond its checkpoint, the
+        closing figures, and a last line that was cut."""
         if not self.main or not self.metrics.exists():
             return
         kept = []
         for line in self.metrics.read_text().splitlines():
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (json.JSONDecodeError, KeyError):
+                values = json.loads(line)
+            except json.JSONDecodeError:
                 break
+            if values["step"] <= step and "final" not in values:
+                kept.append(line)
         self.metrics.write_text("".join(f"{line}\n" for line in kept))
 
     def history(self) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from vlm.weights import cast_parameters
+
 FROZEN = None
 """The rate of parameters that are not trained."""
 
@@ -102,18 +104,10 @@ def prepare(module: nn.Module, stage: Stage, compute_dtype: torch.dtype) -> None
     Raises StageError where nothing is trained.
     """
     decided = assign_rates(module, stage.rates)
-    in_norm = {
-        id(p)
-        for m in module.modules()
-        if isinstance(m, _BatchNorm)
-        for p in m.parameters(recurse=False)
-    }
     for name, parameter in module.named_parameters():
-        frozen = decided[name][1] is FROZEN
-        parameter.requires_grad_(not frozen)
-        # A batch norm keeps its weights in the dtype of its running statistics.
-        dtype = compute_dtype if frozen and id(parameter) not in in_norm else torch.float32
-        parameter.data = parameter.data.to(dtype)
+        parameter.requires_grad_(decided[name][1] is not FROZEN)
+    cast_parameters(module, torch.float32, lambda parameter: parameter.requires_grad)
+    cast_parameters(module, compute_dtype, lambda parameter: not parameter.requires_grad)
     if not any(p.requires_grad for p in module.parameters()):
         raise StageError(f"stage {stage.name!r} trains no parameter")
     for part in module.children():
