@@ -207,7 +207,7 @@ def draw_captions(
             color="#1f7a3d" if same else "#1f4e8c",
         )  # fmt: skip
     figure.suptitle("above: true caption; below: generated (green where equal)", fontsize=10)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.99), h_pad=1.5)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
