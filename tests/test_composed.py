@@ -1,0 +1,120 @@
+"""`vlm.build` from pretrained parts in local folders, as the hub would give them."""
+
+import pytest
+import torch
+import transformers
+
+import vlm
+from tests import tiny
+from vlm.weights import same_bits
+
+ENCODERS = {
+    "siglip": (
+        transformers.SiglipVisionConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            image_size=64, patch_size=16,
+        ),
+        transformers.SiglipVisionModel,
+        transformers.SiglipImageProcessor(size={"height": 64, "width": 64}),
+        16,
+    ),
+    "dinov2": (
+        transformers.Dinov2Config(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
+        ),
+        transformers.Dinov2Model,
+        transformers.BitImageProcessor(
+            size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56}
+        ),
+        16,
+    ),
+    "clip": (
+        transformers.CLIPVisionConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+            image_size=56, patch_size=14,
+        ),
+        transformers.CLIPVisionModel,
+        transformers.CLIPImageProcessor(
+            size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}
+        ),
+        16,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def folders(tmp_path):
+    def write(encoder, text):
+        config, model_class, image_processor, _ = ENCODERS[encoder]
+        torch.manual_seed(0)
+        model_class(config).save_pretrained(tmp_path / "vision")
+        image_processor.save_pretrained(tmp_path / "vision")
+        tiny.text_model(text).save_pretrained(tmp_path / "text")
+        tiny.text_tokenizer().save_pretrained(tmp_path / "text")
+        return f"transformers:{tmp_path / 'vision'}", str(tmp_path / "text")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("encoder", "text", "layer"),
+    [("siglip", "qwen2", -1), ("dinov2", "llama", -1), ("clip", "gemma2", -2)],
+)
+def test_any_pairing_composes_saves_and_reopens(folders, tmp_path, encoder, text, layer):
+    """T16, T18: towers with and without a class token; non-square pictures; places as promised."""
+    vision, language = folders(encoder, text)
+    model = vlm.build(vision=vision, text=language, vision_layer=layer, system="")
+    patches = ENCODERS[encoder][3]
+    assert model.module.places_for((30, 71)) == patches // 4
+    assert model.processor.max_tokens == 512  # the language model's context
+    pictures = [tiny.picture(1, (30, 71)), tiny.picture(2, (90, 20))]
+    captions = model.caption(pictures, max_new_tokens=6)
+    model.save(tmp_path / "saved")
+    again = vlm.load(tmp_path / "saved", device="cpu")
+    assert same_bits(model.module.state_dict(), again.module.state_dict())
+    assert again.caption(pictures, max_new_tokens=6) == captions
+
+
+@pytest.mark.parametrize("adaptor", ["linear", "mlp", "resampler"])
+def test_adaptors_are_chosen_by_name_and_seeded(folders, adaptor):
+    vision, language = folders("siglip", "llama")
+    torch.manual_seed(7)
+    before = torch.rand(3)
+    torch.manual_seed(7)
+    a, b, c = (
+        vlm.build(vision=vision, text=language, adaptor=adaptor, queries=5, seed=seed)
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(torch.rand(3), before)  # the global generator is left alone
+    assert same_bits(a.module.adaptor.state_dict(), b.module.adaptor.state_dict())
+    assert not same_bits(a.module.adaptor.state_dict(), c.module.adaptor.state_dict())
+    assert a.module.places_for((9, 9)) == (5 if adaptor == "resampler" else 16)
+
+
+def test_other_picture_size_is_taken_over_by_positions(folders):
+    """T18: a square encoder takes a wide picture by resized positions."""
+    vision, language = folders("siglip", "llama")
+    model = vlm.build(vision=vision, text=language, size_hw=(32, 128))
+    assert model.module.places_for((10, 10)) == (32 // 16) * (128 // 16) // 4
+    assert len(model.caption([tiny.picture()], max_new_tokens=2)) == 1
+
+
+def test_parts_that_do_not_fit_are_refused_before_any_work(folders):
+    vision, language = folders("siglip", "llama")
+    with pytest.raises(ValueError, match="pixel shuffle by 2 does not divide the grid 3 x 4"):
+        vlm.build(vision=vision, text=language, size_hw=(48, 64))
+    with pytest.raises(ValueError, match="adaptor 'perceiver' is not one of linear"):
+        vlm.build(vision=vision, text=language, adaptor="perceiver")
+    with pytest.raises(OSError, match="text 'no/where': not a folder of a causal language model"):
+        vlm.build(vision=vision, text="no/where")
+    with pytest.raises(OSError, match="no/where"):
+        vlm.build(vision="transformers:no/where", text=language)
+
+
+def test_16_bit_models_keep_buffers_whose_meaning_16_bits_would_lose(folders, tmp_path):
+    vision, language = folders("siglip", "llama")
+    vlm.build(vision=vision, text=language).save(tmp_path / "saved")
+    model = vlm.load(tmp_path / "saved", device="cpu", dtype="bfloat16")
+    assert {p.dtype for p in model.module.parameters()} == {torch.bfloat16}
+    assert model.module.text.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert len(model.caption([tiny.picture()], max_new_tokens=2)) == 1
