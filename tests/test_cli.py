@@ -8,9 +8,7 @@ from PIL import Image
 from tests import tiny, training
 from vlm import assets, cli
 from vlm.data.example import Box
-from vlm.data.sources import open_source
 from vlm.inspect import box_line, mask_runs, row_text, show_batch
-from vlm.training.recipe import held_out_rows
 
 
 def test_import_is_light():
@@ -65,12 +63,6 @@ def test_inspected_row_shows_scored_text_runs_and_padding(capsys):
     assert [text.plain[span.start : span.end] for span in scored] == ["a cat<|im_end|>"]
     assert mask_runs(batch.scored[0]).startswith("0×")
     assert box_line(Box(0, (1, 2, 3.5, 4), "cat")).endswith("'cat' x 1–3.5, y 2–4 px")
-
-
-def test_held_out_rows_are_spread_over_the_source():
-    source = open_source("scenes:10")
-    assert list(held_out_rows(source, 3)) == [0, 3, 6]
-    assert list(held_out_rows(source, 99)) == list(range(10))
 
 
 def fake_pip(monkeypatch, contents):

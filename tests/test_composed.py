@@ -65,7 +65,7 @@ def test_any_pairing_composes_saves_and_reopens(folders, tmp_path, encoder, text
     vision, language = folders(encoder, text)
     model = vlm.build(vision=vision, text=language, vision_layer=layer, system="")
     patches = ENCODERS[encoder][3]
-    assert model.module.places_for((30, 71)) == patches // 4
+    assert model.processor.places_for((30, 71)) == patches // 4
     assert model.processor.max_tokens == 512  # the language model's context
     pictures = [tiny.picture(1, (30, 71)), tiny.picture(2, (90, 20))]
     captions = model.caption(pictures, max_new_tokens=6)
@@ -88,14 +88,14 @@ def test_adaptors_are_chosen_by_name_and_seeded(folders, adaptor):
     assert torch.equal(torch.rand(3), before)  # the global generator is left alone
     assert same_bits(a.module.adaptor.state_dict(), b.module.adaptor.state_dict())
     assert not same_bits(a.module.adaptor.state_dict(), c.module.adaptor.state_dict())
-    assert a.module.places_for((9, 9)) == (5 if adaptor == "resampler" else 16)
+    assert a.processor.places_for((9, 9)) == (5 if adaptor == "resampler" else 16)
 
 
 def test_other_picture_size_is_taken_over_by_positions(folders):
     """T18: a square encoder takes a wide picture by resized positions."""
     vision, language = folders("siglip", "llama")
     model = vlm.build(vision=vision, text=language, size_hw=(32, 128))
-    assert model.module.places_for((10, 10)) == (32 // 16) * (128 // 16) // 4
+    assert model.processor.places_for((10, 10)) == (32 // 16) * (128 // 16) // 4
     assert len(model.caption([tiny.picture()], max_new_tokens=2)) == 1
 
 
@@ -105,10 +105,23 @@ def test_parts_that_do_not_fit_are_refused_before_any_work(folders):
         vlm.build(vision=vision, text=language, size_hw=(48, 64))
     with pytest.raises(ValueError, match="adaptor 'perceiver' is not one of linear"):
         vlm.build(vision=vision, text=language, adaptor="perceiver")
-    with pytest.raises(OSError, match="text 'no/where': not a folder of a causal language model"):
+    with pytest.raises(OSError, match="text 'no/where': AutoModelForCausalLM finds no"):
         vlm.build(vision=vision, text="no/where")
     with pytest.raises(OSError, match="no/where"):
         vlm.build(vision="transformers:no/where", text=language)
+
+
+def test_generation_is_plain_before_and_after_saving(folders, tmp_path):
+    """A language model's own habits (a repetition penalty) neither apply nor get lost on saving."""
+    vision, language = folders("siglip", "llama")
+    expected = vlm.build(vision=vision, text=language).caption([tiny.picture()], max_new_tokens=8)
+    habits = transformers.GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1)
+    habits.save_pretrained(language)
+    model = vlm.build(vision=vision, text=language)
+    assert model.caption([tiny.picture()], max_new_tokens=8) == expected
+    model.save(tmp_path / "saved")
+    again = vlm.load(tmp_path / "saved", device="cpu")
+    assert again.caption([tiny.picture()], max_new_tokens=8) == expected
 
 
 def test_16_bit_models_keep_buffers_whose_meaning_16_bits_would_lose(folders, tmp_path):

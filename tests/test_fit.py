@@ -1,6 +1,8 @@
 import dataclasses
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,21 +17,33 @@ from vlm.data.example import BadRow, Example, ImageRef, Turn
 from vlm.pixels import BadImage
 from vlm.training import stages
 from vlm.training.checkpoint import CheckpointError, list_checkpoints
-from vlm.training.run import RunError
+from vlm.training.fit import Interrupted
+from vlm.training.run import Run, RunError
 from vlm.training.stages import FROZEN, StageError
 
 ROOT = Path(__file__).parent.parent
 
 
 def launch(out, processes=1, **options):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes"]
-    command += [str(processes), "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["--module", "tests.training", str(out), json.dumps(options)]
-    return subprocess.run(
+    """The tiny run as a process of its own, or as several that exchange gradients by gloo."""
+    command = [sys.executable, "-m", "tests.training"]
+    if processes > 1:  # accelerate's name for several processes on one machine, GPUs or not
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+        command += ["--num_processes", str(processes), "--num_machines", "1"]
+        command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += ["--main_process_port", "0", "--module", "tests.training"]
+    command += [str(out), json.dumps(options)]
+    done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+    if done.returncode == 0:
+        assert (Path(out) / "world").read_text() == str(processes)
+    return done
+
+
+def lines(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
 def learned(history):
@@ -52,16 +66,34 @@ def test_step_is_the_same_for_every_split_into_micro_batches(tmp_path, micro_bat
         torch.testing.assert_close(training.weights(parts)[name], weight, atol=2e-5, rtol=1e-4)
 
 
-def test_two_processes_follow_one(tmp_path):
-    """T9, T10: also where one rank's micro-batch holds text alone."""
-    _, _, expected = training.train(tmp_path / "one")
-    out = launch(tmp_path / "two", processes=2, stage={"micro_batch": 1})
-    assert out.returncode == 0, out.stderr[-2000:]
-    found = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
-    for a, b in zip(expected, found, strict=True):
+@pytest.mark.parametrize("by_kind", [False, True], ids=["shuffled", "one rank without pictures"])
+def test_two_processes_follow_one(tmp_path, by_kind):
+    """T9, T10: loss, gradient norm and weights, also where one rank holds text alone throughout."""
+    data = training.in_order(training.split_by_kind()) if by_kind else None
+    one, _, expected = training.train(tmp_path / "one", data=data)
+    done = launch(tmp_path / "two", 2, stage={"micro_batch": 2}, split_by_kind=by_kind)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for a, b in zip(expected, lines(tmp_path / "two"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
         assert (b["batch"], b["scored"], b["samples"]) == (a["batch"], a["scored"], a["samples"])
+    two = torch.load(tmp_path / "two/weights.pt")
+    for name, weight in training.weights(one).items():
+        torch.testing.assert_close(two[name], weight, atol=2e-5, rtol=1e-4)
+
+
+def test_two_killed_processes_resume_on_two_and_on_one(tmp_path):
+    """T10, T13: optimizer state saved by two ranks reloads on two ranks, and on one."""
+    _, _, expected = training.train(tmp_path / "whole")
+    for resumed_on in (2, 1):
+        out = tmp_path / str(resumed_on)
+        assert launch(out, 2, stage={"micro_batch": 2}, kill_at=5, save_every=2).returncode
+        split = {"micro_batch": 4 // resumed_on}
+        done = launch(out, resumed_on, stage=split, save_every=2, resume=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        for a, b in zip(expected, lines(out), strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+            assert b["batch"] == a["batch"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -79,28 +111,53 @@ def test_killed_run_resumes_to_the_same_metrics(tmp_path, workers):
     assert len(list_checkpoints(tmp_path / "cut/checkpoints")) == 2
 
 
-def test_interrupt_saves_and_says_how_to_go_on(tmp_path):
-    import signal
+def test_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
+    _, _, expected = training.train(tmp_path / "whole")
+    assert launch(tmp_path / "cut", kill_at=2).returncode
+    with pytest.raises(RunError, match="already holds a run"):
+        training.train(tmp_path / "cut")
+    _, _, found = training.train(tmp_path / "cut", resume=True)
+    assert learned(expected) == learned(found)
 
-    from vlm.training.fit import Interrupted
-    from vlm.training.run import Run
 
+def test_resume_is_exact_with_dropout(tmp_path):
+    """T13: random numbers of a step depend on the seed, the step and the rank alone."""
+    _, _, expected = training.train(tmp_path / "whole", dropout=0.3)
+    assert launch(tmp_path / "cut", kill_at=5, save_every=2, dropout=0.3).returncode
+    _, _, found = training.train(tmp_path / "cut", resume=True, dropout=0.3)
+    assert learned(expected) == learned(found)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stop_request_saves_and_says_how_to_go_on(tmp_path, monkeypatch, kind, workers):
+    """The request reaches the loop and, as from a terminal or scheduler, the loader's workers."""
     log = Run.log
 
-    def log_and_interrupt(self, step, figures):
+    def log_and_ask_to_stop(self, step, figures):
         log(self, step, figures)
         if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
+                os.kill(process.pid, kind)
 
-    Run.log = log_and_interrupt
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", log_and_ask_to_stop)
         with pytest.raises(Interrupted, match=r"after step 4, saved in .*go on with --resume"):
-            training.train(tmp_path / "run")
-    finally:
-        Run.log = log
+            training.train(tmp_path / "run", workers=workers)
     _, progress, history = training.train(tmp_path / "run", resume=True)
     assert [line["step"] for line in history] == [1, 2, 3, 4, 5, 6]
     assert progress.samples == 24
+
+
+def test_loss_that_is_no_number_stops_the_run_and_changes_nothing(tmp_path):
+    chosen = training.model()
+    with torch.no_grad():
+        chosen.module.text.lm_head.weight[5] = float("nan")
+    before = training.weights(chosen)
+    with pytest.raises(StageError, match=r"the loss of step 1 is nan; .* Its rows here: \['"):
+        training.train(tmp_path, chosen=chosen)
+    after = training.weights(chosen)
+    assert all(torch.equal(after[n], before[n]) for n in before if n.startswith("adaptor."))
 
 
 def test_only_the_adaptor_changes(tmp_path):
@@ -218,15 +275,23 @@ def test_bad_rows_are_skipped_only_when_told_and_counted(tmp_path):
 
 
 def test_run_folder_is_never_overwritten_and_resumes_only_itself(tmp_path):
-    training.train(tmp_path / "run")
+    """Settings, stage, rows and frozen weights: whatever differs is named, and nothing written."""
+    run = tmp_path / "run"
+    training.train(run)
+    settings = (run / "settings.json").read_text()
     with pytest.raises(RunError, match="already holds a run"):
-        training.train(tmp_path / "run")
+        training.train(run)
     with pytest.raises(CheckpointError, match="steps: 6 then, 8 now"):
-        training.train(tmp_path / "run", dataclasses.replace(training.STAGE, steps=8), resume=True)
+        training.train(run, dataclasses.replace(training.STAGE, steps=8), resume=True)
+    with pytest.raises(CheckpointError, match=r"stage: .*'clip': 1\.0.* then, .*'clip': 5\.0"):
+        training.train(run, dataclasses.replace(training.STAGE, clip=5.0), resume=True)
+    with pytest.raises(CheckpointError, match=r"rows: \['tiny: 13, .* now"):
+        training.train(run, rows=training.examples()[:7], resume=True)
     with pytest.raises(CheckpointError, match="frozen weights are not those of this model"):
-        training.train(tmp_path / "run", resume=True, chosen=training.model(seed=5))
+        training.train(run, resume=True, chosen=training.model(seed=5))
     with pytest.raises(RunError, match="nothing to resume"):
         training.train(tmp_path / "none", resume=True)
+    assert (run / "settings.json").read_text() == settings
 
 
 def test_checkpoint_that_is_broken_is_named(tmp_path):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from PIL import Image
@@ -98,6 +100,61 @@ def test_template_that_trims_and_spaces_answers_scores_up_to_its_end_token():
     assert scored_text(processor, row) == "a cat <|im_end|>"
 
 
+THINKING = (  # Qwen3's way: an answer opens with an empty line of thought
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}"
+)
+NO_SYSTEM = (  # Gemma's way
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    + tiny.CHAT_TEMPLATE
+)
+
+
+def test_prompt_of_a_thinking_template_is_what_was_trained_on():
+    tokenizer = tiny.text_tokenizer(chat_template=THINKING)
+    processor = tiny.processor(tiny.decoder_only(), text_tokenizer=tokenizer)
+    example = tiny.example(content=(None, "what?"), answer="a cat")
+    row, prompt = processor.encode(example), processor.encode_prompt(example.question())
+    assert prompt.ids.tolist() == row.ids[: int(row.scored.nonzero()[0])].tolist()
+    assert "</think>" in tokenizer.decode(prompt.ids[prompt.ids != IMAGE])
+    assert scored_text(processor, row) == "a cat<|im_end|>"
+
+
+def test_template_whose_prompt_is_not_what_it_trains_on_is_refused():
+    tokenizer = tiny.text_tokenizer(chat_template=THINKING.replace("enable_thinking", "nothing"))
+    with pytest.raises(BadRow, match=r"before an answer it writes .* but to ask for one"):
+        tiny.processor(tiny.decoder_only(), text_tokenizer=tokenizer)
+
+
+def test_empty_system_message_is_none_where_the_template_takes_none():
+    tokenizer = tiny.text_tokenizer(chat_template=NO_SYSTEM)
+    processor = tiny.processor(tiny.decoder_only(), text_tokenizer=tokenizer, system="")
+    assert processor.system is None
+    with pytest.raises(BadRow, match="no system role"):
+        tiny.processor(tiny.decoder_only(), text_tokenizer=tokenizer, system="Be brief.")
+
+
+def test_prompt_longer_than_the_context_is_refused():
+    processor = tiny.processor(tiny.decoder_only(), max_tokens=40)
+    with pytest.raises(BadRow, match=r"long: 79 tokens, the context takes 40"):
+        processor.encode_prompt(tiny.example("long", ("y" * 60,)).question())
+    with pytest.raises(BadRow, match="prompt: 60 tokens, the context takes 40"):
+        processor.encode_literal([], "y" * 60)
+
+
+def test_picture_too_long_to_resize_is_named_with_its_row():
+    model = tiny.decoder_only()
+    model.tokenizer.pixel_spec = dataclasses.replace(
+        model.tokenizer.pixel_spec, fit="crop", size_hw=(224, 224)
+    )
+    thread = Image.new("RGB", (20000, 1))
+    with pytest.raises(BadImage, match="rows:4: "):
+        tiny.processor(model).encode(tiny.example("rows:4", images=(thread,)))
+
+
 def test_system_message_is_added_where_a_conversation_has_none():
     model = tiny.decoder_only()
     processor = tiny.processor(model, system="Be brief.")
@@ -146,11 +203,8 @@ def test_shrinking_never_cuts_an_image_run(limit):
     assert int((row.ids == IMAGE).sum()) == 6 * len(row.places)
     assert [image for _, (image, _) in row.views] == list(range(len(row.places)))
     assert row.scored[-1]
-    assert row.cut == len(processor_row(example).ids) - len(row.ids)
-
-
-def processor_row(example):
-    return tiny.processor(tiny.decoder_only()).encode(example)
+    whole = tiny.processor(tiny.decoder_only()).encode(example)
+    assert row.cut == int((whole.ids != IMAGE).sum() - (row.ids != IMAGE).sum())
 
 
 @pytest.mark.parametrize(
@@ -167,7 +221,10 @@ def test_bad_conversation_is_named(processor, example, message):
 
 
 def test_template_without_an_end_token_is_refused_at_once():
-    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
     tokenizer = tiny.text_tokenizer(chat_template=template)
     with pytest.raises(BadRow, match="writes no end token after an answer"):
         tiny.processor(tiny.decoder_only(), text_tokenizer=tokenizer)

@@ -10,7 +10,9 @@ from tests import tiny, training
 from vlm.data.collate import collate
 from vlm.data.example import BadRow, Example, Turn
 from vlm.inference import engine
+from vlm.losses.token import token_losses
 from vlm.pixels import BadImage
+from vlm.systems.composed import Composition
 from vlm.weights import WeightsError, same_bits
 
 
@@ -60,7 +62,7 @@ def test_greedy_ids_equal_the_naive_loop():
 def test_generation_stops_at_the_end_token_and_reports_its_logprob():
     model = training.model()
     free = model.generate([[]], ["abc"], max_new_tokens=6)[0]
-    model.stop_ids = (free.ids[3],)
+    model.parts.stop_ids = (free.ids[3],)
     stopped = model.generate([[], []], ["abc", "xyz!"], max_new_tokens=6)[0]
     assert stopped.ids == free.ids[: free.ids.index(free.ids[3]) + 1]
     assert len(stopped.logprobs) == len(stopped.ids)
@@ -82,6 +84,28 @@ def test_score_equals_the_logprobs_of_what_was_generated():
         row = type(row)(name="r", ids=ids, scored=scored, views=row.views, places=row.places)
         loss = engine.answer_losses(model.module, collate([row], model.processor.pad_id))
         assert float(-loss) == pytest.approx(sum(written.logprobs), abs=1e-3)
+
+
+@torch.no_grad()
+def test_beam_logprobs_equal_the_rescored_beam():
+    """T20: a beam's log-probabilities are those of its own ids, and confidences lie in [0, 1]."""
+    model = training.model()
+    prompts, images = ["<image> tell", "some text"], [[tiny.picture()], []]
+    written = model.generate(images, prompts, max_new_tokens=6, num_beams=3)
+    for prompt, pictures, found in zip(prompts, images, written):
+        row = model.processor.encode_literal(pictures, prompt)
+        ids = torch.cat([row.ids, torch.tensor(found.ids)])
+        scored = torch.arange(len(ids)) >= len(row.ids)
+        row = type(row)(name="r", ids=ids, scored=scored, views=row.views, places=row.places)
+        batch = collate([row], model.processor.pad_id)
+        losses = token_losses(model.module(batch), batch.targets)
+        assert found.logprobs == pytest.approx((-losses).tolist(), abs=1e-3)
+        assert all(0 <= torch.tensor(logprob).exp() <= 1 for logprob in found.logprobs)
+
+
+def test_several_sequences_for_one_prompt_are_refused():
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        training.model().generate([[]], ["a"], num_return_sequences=2, do_sample=True)
 
 
 def test_score_in_a_batch_equals_one_by_one():
@@ -183,7 +207,8 @@ def timm_model():
         )
         module = DecoderOnly(tokenizer, adaptor, tiny.text_model(kind)).eval()
         processor = tiny.processor(module, system="Be brief.")
-        return Model(module, processor, stop_ids=(processor.end_id,), caption_prompt="what?")
+        ends = (processor.end_id,)
+        return Model(Composition(module=module, processor=processor, stop_ids=ends))
 
     return build
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from vlm import adaptors
 from vlm.data.example import Example, Turn
-from vlm.families.decoder_only import DecoderOnly
+from vlm.families.decoder_only import DecoderOnly, Places
 from vlm.image_tokens import ImageTokenizer, ImageTokens
 from vlm.pixels import PixelSpec
 from vlm.prompts import Processor
@@ -109,7 +109,7 @@ def processor(model, **options):
     return Processor(
         options.pop("text_tokenizer", None) or text_tokenizer(),
         model.tokenizer.pixel_spec,
-        model.places_for,
+        Places(model.tokenizer, model.adaptor),
         **options,
     )
 

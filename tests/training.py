@@ -13,9 +13,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from tests import tiny
-from vlm.data.mixture import Mixture, MixtureDataset
+from vlm.data.mixture import Draw, Mixture, MixtureDataset
 from vlm.data.sources import ListSource
 from vlm.inference.tasks import Model
+from vlm.systems.composed import Composition
 from vlm.training.fit import Pace, fit
 from vlm.training.run import Run
 from vlm.training.stages import FROZEN, Stage
@@ -43,7 +44,7 @@ def examples():
 def model(**options):
     module = tiny.decoder_only(**options)
     processor = tiny.processor(module)
-    return Model(module, processor, stop_ids=(processor.end_id,))
+    return Model(Composition(module=module, processor=processor, stop_ids=(processor.end_id,)))
 
 
 def dataset(rows=None, seed=0, on_bad_row="raise"):
@@ -51,16 +52,40 @@ def dataset(rows=None, seed=0, on_bad_row="raise"):
     return MixtureDataset([source], Mixture([source], seed=seed), on_bad_row)
 
 
+def in_order(rows):
+    """A dataset that gives the rows in their own order, so that a test decides who gets which."""
+    chosen = dataset(rows)
+    chosen.mixture = InOrder(chosen.mixture)
+    return chosen
+
+
+class InOrder:
+    def __init__(self, mixture):
+        self.lengths, self.weights, self.seed = mixture.lengths, mixture.weights, mixture.seed
+
+    def __getitem__(self, number):
+        epoch, row = divmod(number, self.lengths[0])
+        return Draw(0, row, epoch)
+
+
+def split_by_kind():
+    """Rows of which, in batches of 4 over 2 ranks, rank 0 has pictures and rank 1 has none."""
+    rows = examples()
+    return [*rows[0:2], *rows[10:12], *rows[2:4], rows[12], rows[10]]
+
+
 def train(out, stage=STAGE, rows=None, chosen=None, seed=0, resume=False, precision="fp32",
-          on_bad_row="raise", **pace):  # fmt: skip
+          on_bad_row="raise", dropout=0.0, data=None, **pace):  # fmt: skip
     """Trains and gives (model, progress, lines of metrics.jsonl)."""
     chosen = chosen or model()
+    if dropout:
+        chosen.module.adaptor.layers.append(torch.nn.Dropout(dropout))
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if precision == "bf16" else "no")
     deciding = {"steps": stage.steps, "batch": stage.batch, "seed": seed}
     run = Run(Path(out), deciding, deciding, main=accelerator.is_main_process, resume=resume)
     progress = fit(
-        chosen, stage, dataset(rows, seed, on_bad_row), run, accelerator,
+        chosen, stage, data or dataset(rows, seed, on_bad_row), run, accelerator,
         precision=precision, pace=Pace(**{"workers": 0, "save_every": 0, **pace}), resume=resume,
     )  # fmt: skip
     return chosen, progress, run.history()
@@ -73,6 +98,8 @@ def weights(chosen):
 if __name__ == "__main__":
     options = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
     torch.set_num_threads(1)
+    if options.pop("split_by_kind", False):
+        options["data"] = in_order(split_by_kind())
     kill_at = options.pop("kill_at", None)
     stage = dataclasses.replace(STAGE, **options.pop("stage", {}))
     if kill_at is not None:
@@ -87,3 +114,5 @@ if __name__ == "__main__":
     chosen, _, _ = train(sys.argv[1], stage, **options)
     if int(os.environ.get("RANK", 0)) == 0:
         torch.save(weights(chosen), Path(sys.argv[1]) / "weights.pt")
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        (Path(sys.argv[1]) / "world").write_text(str(world))

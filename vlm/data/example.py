@@ -97,6 +97,12 @@ class Example:
                     f"{self.name}: a box names image {box.image}, the row has {len(self.images)}"
                 )
 
+    def question(self) -> Example:
+        """The example without its last answer and what follows it, to be answered."""
+        last = max(i for i, turn in enumerate(self.turns) if turn.role == "assistant")
+        turns = self.turns[:last]
+        return Example(self.name, turns, self.images[: sum(turn.slots for turn in turns)])
+
     @property
     def answer(self) -> str:
         """The text of the last assistant turn, or "" where there is none."""

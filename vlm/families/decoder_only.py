@@ -14,8 +14,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vlm.image_tokens import ImageTokenizer, ViewGroup, pack
+from vlm.image_tokens import ImageTokenizer, ViewGroup, meta_twin, pack
 from vlm.placement import IMAGE, Batch, place, positions
+
+
+class Places:
+    """Counts the places of a picture in the stream before any compute.
+
+    Holds shapes and no weights, so that a loader's workers carry it lightly.
+    """
+
+    def __init__(self, tokenizer: ImageTokenizer, adaptor: nn.Module) -> None:
+        self.tokenizer = meta_twin(tokenizer)
+        self.adaptor = meta_twin(adaptor)
+
+    def __call__(self, size_hw: tuple[int, int]) -> int:
+        """The exact number of places that a picture of (rows, columns) pixels takes.
+
+        Raises ValueError where the adaptor cannot take the image tokenizer's grid.
+        """
+        shapes = self.tokenizer.shapes_for(size_hw)
+        return sum(self.adaptor.shape_for(shape).length for shape in shapes)
 
 
 class DecoderOnly(nn.Module):
@@ -37,11 +56,6 @@ class DecoderOnly(nn.Module):
     def parts(self) -> dict[str, nn.Module]:
         """The components by name, as stages and start-up tables speak of them."""
         return {"tokenizer": self.tokenizer, "adaptor": self.adaptor, "text": self.text}
-
-    def places_for(self, size_hw: tuple[int, int]) -> int:
-        """The exact number of stream places that a picture of `size_hw` pixels takes."""
-        shapes = self.tokenizer.shapes_for(size_hw)
-        return sum(self.adaptor.shape_for(shape).length for shape in shapes)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits float[N, Z] at the scored places only, row by row, each from the place before."""

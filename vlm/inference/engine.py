@@ -43,8 +43,11 @@ def generate(
 
     options: transformers' names (`max_new_tokens`, `num_beams`, `do_sample`, `temperature`,
         `top_p`, ...), greedy by default.
-    Raises ValueError for a batch padded on the right.
+        `num_return_sequences` is refused: there is one answer to each row.
+    Raises ValueError for a batch padded on the right, or an option that is refused.
     """
+    if options.get("num_return_sequences", 1) != 1:
+        raise ValueError("num_return_sequences: there is one answer to each prompt; ask again")
     if batch.padding != "left" and not bool(batch.valid.all()):
         raise ValueError("generation continues at the end of rows: pad the batch on the left")
     vectors = module.embed(batch.ids, module.encode(batch.groups), batch.names)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from vlm import systems
 from vlm.data.collate import collate
 from vlm.data.example import Example, Turn
 from vlm.families.decoder_only import DecoderOnly
@@ -16,8 +17,9 @@ from vlm.inference import engine
 from vlm.inference.engine import Generation
 from vlm.placement import Batch
 from vlm.prompts import Processor, Row
+from vlm.systems import composed
+from vlm.systems.composed import Composition
 
-CAPTION_PROMPT = "Describe the picture."
 WINDOW = 8
 """Batches of rows that are sorted by length together."""
 TASKS = {
@@ -29,27 +31,36 @@ TASKS = {
 }
 
 
+def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Model:
+    """The model in a folder or under a hub id, ready to use.
+
+    source: a model's folder, a run folder of a recipe (its `model/` is taken), or a hub id.
+    device: "auto" takes a GPU where there is one. dtype: "auto" takes the language model's own
+        for all parts; else "float32", "bfloat16" or "float16".
+    Raises ValueError naming the folder and what was expected, OSError for an unknown hub id.
+    """
+    return Model(systems.load(source, device, dtype))
+
+
+def build(**settings) -> Model:
+    """A model composed of pretrained parts and a fresh adaptor; the settings are those of
+    `vlm.systems.composed.build`."""
+    return Model(composed.build(**settings))
+
+
 class Model:
     """A vision-language model with its processor, ready to use.
 
-    module: the family's plain nn.Module. processor: its prompts and preprocessing.
-    caption_prompt: what `caption` asks where nothing else is said.
+    parts: what `vlm.systems` opened. module: the family's plain nn.Module. processor: its prompts
+    and preprocessing.
     `images` holds, per example, a picture (path, bytes, PIL image or array) or a list of pictures.
     Options carry transformers' names and are greedy by default.
     """
 
-    def __init__(
-        self,
-        module: DecoderOnly,
-        processor: Processor,
-        *,
-        stop_ids: Sequence[int],
-        caption_prompt: str = CAPTION_PROMPT,
-    ) -> None:
-        self.module = module
-        self.processor = processor
-        self.stop_ids = tuple(stop_ids)
-        self.caption_prompt = caption_prompt
+    def __init__(self, parts: Composition) -> None:
+        self.parts = parts
+        self.module: DecoderOnly = parts.module
+        self.processor: Processor = parts.processor
 
     def __getattr__(self, name: str):
         if name in TASKS:
@@ -66,7 +77,7 @@ class Model:
         self, images: Sequence, prompt: str | None = None, batch_size: int = 16, **options
     ) -> list[str]:
         """A caption for each picture; `prompt` (None: the prompt it was trained on) asks for it."""
-        question = self.caption_prompt if prompt is None else prompt
+        question = self.parts.caption_prompt if prompt is None else prompt
         return self.answer(images, [question] * len(images), batch_size, **options)
 
     def answer(
@@ -79,6 +90,13 @@ class Model:
         )
         written = self._generate(rows, len(images), batch_size, **options)
         return [generation.text for generation in written]
+
+    def answer_examples(
+        self, examples: Sequence[Example], batch_size: int = 16, **options
+    ) -> list[str]:
+        """What the model writes at the place of each example's last answer."""
+        rows = (self.processor.encode_prompt(example.question()) for example in examples)
+        return [g.text for g in self._generate(rows, len(examples), batch_size, **options)]
 
     def generate(
         self, images: Sequence, prompts: Sequence[str], batch_size: int = 16, **options
@@ -112,9 +130,7 @@ class Model:
 
     def save(self, folder: str | Path, layout: str = "native") -> None:
         """Writes weights, configuration and processor files; `vlm.load(folder)` reads them."""
-        from vlm.systems import save
-
-        save(self, Path(folder), layout)
+        systems.save(self.parts, Path(folder), layout)
 
     def _generate(
         self, rows: Iterable[Row], count: int, batch_size: int, **options
@@ -122,7 +138,7 @@ class Model:
         done: list[Generation | None] = [None] * count
         for indices, batch in self._batches(rows, count, batch_size, "left"):
             written = engine.generate(
-                self.module, batch, self.stop_ids, self.processor.pad_id, **options
+                self.module, batch, self.parts.stop_ids, self.processor.pad_id, **options
             )
             for index, (ids, logprobs) in zip(indices, written):
                 text = self.processor.decode(ids)

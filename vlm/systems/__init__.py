@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vlm.inference.tasks import Model
+    from vlm.systems.composed import Composition
 
 SYSTEMS = {
     "vlm": ("vlm.systems.composed", "any image tokenizer and language model, our own layout"),
@@ -16,12 +16,13 @@ SYSTEMS = {
 """`format` or transformers' `model_type` in config.json -> (module, what it is)."""
 
 
-def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Model:
-    """The model in a folder or under a hub id.
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-    source: a folder with config.json, a run folder of a recipe (its `model/` is taken), or a hub
-        id. device: "auto" takes a GPU where there is one. dtype: "auto" takes the language
-        model's own for all parts; else "float32", "bfloat16" or "float16".
+
+def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Composition:
+    """The parts of the model in a folder or under a hub id.
+
+    The arguments are those of `vlm.load`.
     Raises ValueError naming the folder and what was expected, OSError for an unknown hub id.
     """
     import torch
@@ -34,13 +35,9 @@ def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Model
         values = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
-    kind = values.get("format") or values.get("model_type")
-    if kind not in SYSTEMS:
-        raise ValueError(
-            f"{path}: model type {kind!r} is not one of {', '.join(SYSTEMS)} (see `vlm systems`)"
-        )
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype is 'auto', 'float32', 'bfloat16' or 'float16', found {dtype!r}")
+    kind = _kind(values, path)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is one of {', '.join(DTYPES)}, found {dtype!r}")
     model = import_module(SYSTEMS[kind][0]).load(folder, values)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,11 +48,21 @@ def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Model
     return model
 
 
-def save(model: Model, folder: Path, layout: str) -> None:
+def save(model: Composition, folder: Path, layout: str) -> None:
     """Writes a model in our own layout ("native")."""
     if layout != "native":
         raise ValueError(f"layout {layout!r}: a composed model has only the layout 'native'")
     import_module(SYSTEMS["vlm"][0]).save(model, folder)
+
+
+def _kind(values: dict, where: str | Path) -> str:
+    """Which of SYSTEMS a config.json speaks of. Raises ValueError naming what it found."""
+    kind = values.get("format") or values.get("model_type")
+    if kind not in SYSTEMS:
+        raise ValueError(
+            f"{where}: model type {kind!r} is not one of {', '.join(SYSTEMS)} (see `vlm systems`)"
+        )
+    return kind
 
 
 def _folder(source: str | Path) -> Path:
@@ -70,13 +77,17 @@ def _folder(source: str | Path) -> Path:
             f"{folder}: expected config.json here or in model/, found {found}; "
             "a run writes model/ when it ends"
         )
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.utils import HFValidationError
 
     try:
+        config = hf_hub_download(str(source), "config.json")  # small: is it one of ours at all?
+        _kind(json.loads(Path(config).read_text()), f"{source} on the hub")
         return Path(snapshot_download(str(source), ignore_patterns=["*.bin", "*.pt", "*.msgpack"]))
     except HFValidationError as error:
         raise OSError(f"{source}: no such folder, and no hub id") from error
+    except ValueError:
+        raise
     except Exception as error:  # the client raises kinds of its transport, which change
         reason = str(error).strip().splitlines()[0]
         raise OSError(

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from vlm import adaptors, assets, config, tokenizers
-from vlm.families.decoder_only import DecoderOnly
+from vlm.families.decoder_only import DecoderOnly, Places
 from vlm.image_tokens import ImageTokenizer
-from vlm.inference.tasks import Model
 from vlm.prompts import Processor
 from vlm.weights import load_weights, read_weights, save_weights
 
@@ -28,6 +27,23 @@ VERSION = 1
 DEMO = "demo"
 LAYER_OPTION = {"timm": "level", "transformers": "layer", "open_clip": "layer"}
 """Kinds of image tokenizer with pretrained weights -> what each calls its layer."""
+
+
+CAPTION_PROMPT = "Describe the picture."
+
+
+@dataclass(kw_only=True, slots=True)
+class Composition:
+    """A module with what is needed to use it.
+
+    processor: prompts and preprocessing. stop_ids: ids that end an answer. caption_prompt: what
+    asks for a caption where nothing else is said.
+    """
+
+    module: DecoderOnly
+    processor: Processor
+    stop_ids: tuple[int, ...]
+    caption_prompt: str = CAPTION_PROMPT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,13 +73,13 @@ def build(
     shuffle_ratio: int = 2,
     queries: int = 64,
     system: str | None = None,
-    caption_prompt: str = "Describe the picture.",
+    caption_prompt: str = CAPTION_PROMPT,
     max_tokens: int | None = None,
     overflow: str = "drop",
     size_hw: tuple[int, int] | None = None,
     vision_layer: int = -1,
     seed: int = 0,
-) -> Model:
+) -> Composition:
     """A decoder-only model from pretrained parts and a fresh adaptor.
 
     vision: "demo", or "kind:id" such as "transformers:google/siglip-base-patch16-224",
@@ -90,21 +106,20 @@ def build(
             )
         )
     module = DecoderOnly(image_tokenizer, bridge, language)
-    module.places_for(image_tokenizer.pixel_spec.size_hw)  # whether the parts fit, before any work
-    text_tokenizer = load_text_tokenizer(text)
+    places = Places(image_tokenizer, bridge)
+    places(image_tokenizer.pixel_spec.size_hw)  # whether the parts fit, before any work
     processor = Processor(
-        text_tokenizer,
+        load_text_tokenizer(text),
         image_tokenizer.pixel_spec,
-        module.places_for,
+        places,
         system=system,
         max_tokens=max_tokens or context_of(language),
         overflow=overflow,
     )
-    return Model(
-        module.eval(),
-        processor,
-        stop_ids=stop_ids(processor, language),
-        caption_prompt=caption_prompt,
+    ends = stop_ids(processor, language)
+    language.generation_config = GenerationConfig()  # its own habits would be lost when saved
+    return Composition(
+        module=module.eval(), processor=processor, stop_ids=ends, caption_prompt=caption_prompt
     )
 
 
@@ -216,8 +231,9 @@ def _from_pretrained(loader, source: str | Path, **options):
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise OSError(
-            f"text {str(source)!r}: not a folder of a causal language model, and the hub did not "
-            f"give it ({reason}); without a network use a folder, or text='demo'"
+            f"text {str(source)!r}: {loader.__name__} finds no causal language model in a "
+            f"folder of this name, and the hub did not give one ({reason}); without a network "
+            "name a folder, or 'demo'"
         ) from error
 
 
@@ -229,7 +245,7 @@ def stop_ids(processor: Processor, language: torch.nn.Module) -> tuple[int, ...]
     return tuple(dict.fromkeys([processor.end_id, *listed]))
 
 
-def save(model: Model, folder: Path) -> None:
+def save(model: Composition, folder: Path) -> None:
     """Writes our own layout; see the module's docstring."""
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model.module, folder)
@@ -248,7 +264,7 @@ def save(model: Model, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(values, indent=2, default=str) + "\n")
 
 
-def load(folder: Path, values: dict[str, Any]) -> Model:
+def load(folder: Path, values: dict[str, Any]) -> Composition:
     """The model in a folder of our own layout; `values` is what its config.json holds.
 
     Raises ValueError naming the file and what does not fit.
@@ -271,17 +287,17 @@ def load(folder: Path, values: dict[str, Any]) -> Model:
         )
     module.text.tie_weights()  # making parameters empty has parted tied ones
     load_weights(module, read_weights(folder), where=str(folder))
-    module.text.generation_config.eos_token_id = list(described.stop_ids)
+    module.text.generation_config = GenerationConfig()
     processor = Processor(
         _from_pretrained(AutoTokenizer, folder / "text_tokenizer"),
         module.tokenizer.pixel_spec,
-        module.places_for,
+        Places(module.tokenizer, module.adaptor),
         system=described.system,
         max_tokens=described.max_tokens,
     )
-    return Model(
-        module.eval(),
-        processor,
+    return Composition(
+        module=module.eval(),
+        processor=processor,
         stop_ids=described.stop_ids,
         caption_prompt=described.caption_prompt,
     )

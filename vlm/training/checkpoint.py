@@ -82,7 +82,6 @@ def save(
             "progress": vars(progress),
             "fingerprint": fingerprint(module),
             "settings": settings,
-            "torch_rng": torch.get_rng_state(),
         },
         scratch / "state.pt",
     )
@@ -109,11 +108,13 @@ def restore(
     """Puts the newest checkpoint of `folder` into module and optimizer.
 
     settings: those that decide what is learned; a run goes on with the same ones only.
+    Random numbers need no saving: the loop seeds them for each step.
+    Gives a fresh Progress where the run was stopped before its first checkpoint.
     Raises CheckpointError naming the file, and every setting or weight that differs.
     """
     found = list_checkpoints(folder)
     if not found:
-        raise CheckpointError(f"{folder}: no checkpoint to resume from")
+        return Progress()
     path = found[-1] / "state.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -134,5 +135,4 @@ def restore(
         for name, tensor in state["trainable"].items():
             own[name].copy_(tensor)
     optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["torch_rng"])
     return Progress(**state["progress"])

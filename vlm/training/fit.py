@@ -9,11 +9,12 @@ Position in the data is the step number alone, so that resuming is exact.
 from __future__ import annotations
 
 import hashlib
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -93,10 +94,11 @@ def fit(
     prepare(module, stage, DTYPES[precision])
     optimizer = optimizer_for(module, stage)
     run.table(describe(module, optimizer))
+    deciding = run.deciding | _decided_by(stage, data)
     progress = Progress()
     if resume:
-        progress = checkpoint.restore(run.checkpoints, module, optimizer, run.deciding)
-        run.rewind(progress.step)
+        progress = checkpoint.restore(run.checkpoints, module, optimizer, deciding)
+    run.open(progress.step)
     sampler = StepSampler(
         batch=stage.batch,
         micro_batch=stage.micro_batch,
@@ -110,8 +112,8 @@ def fit(
         batch_sampler=sampler,
         num_workers=pace.workers,
         collate_fn=_Collate(model.processor.pad_id),
-        worker_init_fn=_ignore_interrupts if pace.workers else None,
-        pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_stopping_to_the_loop if pace.workers else None,
+        generator=torch.Generator(),  # so that making the loader draws no global random number
     )
     peak, _ = peak_flops(device, DTYPES[precision])
     step_of = _Step(module, stage, optimizer, accelerator, Meter(peak, accelerator.num_processes))
@@ -127,11 +129,12 @@ def fit(
     audited = False
     with _stop_requests() as requests:
         for step in range(progress.step, stage.steps):
+            torch.manual_seed(_step_seed(data.mixture.seed, step, accelerator.process_index))
             waiting = time.perf_counter()
             micros = [next(micro_batches) for _ in range(sampler.micro_batches_per_step)]
             waited = time.perf_counter() - waiting
             figures = step_of(step, micros, waited, bool(requests))
-            _account(progress, micros, accelerator)
+            _account(progress, micros, figures.pop("left_out"), accelerator)
             progress.step, progress.samples = step + 1, (step + 1) * stage.batch
             if not audited and figures.pop("images"):
                 audit_gradients(module, step_of.reached)
@@ -150,7 +153,7 @@ def fit(
                 step_of.meter.read()  # evaluation is no training time
             if last or stop or (pace.save_every and (step + 1) % pace.save_every == 0):
                 if accelerator.is_main_process:
-                    checkpoint.save(run.checkpoints, module, optimizer, progress, run.deciding)
+                    checkpoint.save(run.checkpoints, module, optimizer, progress, deciding)
                 accelerator.wait_for_everyone()
             if stop and not last:
                 bar.close()
@@ -173,6 +176,7 @@ class _Step:
     ) -> dict[str, float]:
         device = self.accelerator.device
         batches = [micro.batch.to(device) for micro in micros if micro.batch is not None]
+        with_images = sum(bool(batch.groups) for batch in batches)
         failed = next((micro.failed for micro in micros if micro.failed), None)
         totals = self._sum(
             [
@@ -180,35 +184,50 @@ class _Step:
                 sum(len(batch.names) for batch in batches),
                 sum(int(batch.valid.sum()) for batch in batches),
                 sum(batch.valid.numel() for batch in batches),
-                sum(len(batch.groups) for batch in batches),
+                with_images,
                 stop,
                 failed is not None,
+                sum(len(micro.skipped) + micro.cut + micro.unscored for micro in micros),
             ]
         )
-        scored, samples, tokens, positions, images, stops, failures = (int(x) for x in totals)
+        scored, samples, tokens, positions, images, stops, failures, left_out = map(int, totals)
         if failures:
             raise failed or BadRow("another rank found a row that cannot be used; see its message")
         set_rates(self.optimizer, self.stage.factor(step))
         loss = 0.0
         for batch in batches:
-            if self.meter.flops_per_position is None:
+            if self.meter.flops_per_position is None and (batch.groups or not images):
                 loss += self.meter.count_flops(
                     lambda batch=batch: self._backward(batch, scored), batch.ids.numel()
                 )
             else:
                 loss += self._backward(batch, scored)
+        loss = float(self._sum([loss])[0])
+        if not math.isfinite(loss):
+            raise StageError(
+                f"the loss of step {step + 1} is {loss}; nothing was changed by it. Its rows here: "
+                f"{[name for batch in batches for name in batch.names][:32]}"
+            )
         norm = self._update()
         self.meter.add(samples, tokens, positions, waited)
         return {
-            "loss": float(self._sum([loss])[0]),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "loss": loss,
+            **self._rates(),
             "grad_norm": norm,
             "scored": scored,
             "samples": samples,
             **self.meter.read(),
             "images": images,
             "stop": stops > 0,
+            "left_out": left_out,
         }
+
+    def _rates(self) -> dict[str, float]:
+        """The live learning rate, one for each pattern where there are several."""
+        rates = {group["pattern"]: group["lr"] for group in self.optimizer.param_groups}
+        if len(rates) == 1:
+            return {"lr": next(iter(rates.values()))}
+        return {f"lr {pattern}": rate for pattern, rate in rates.items()}
 
     def _backward(self, batch: Batch, scored: int) -> float:
         """Adds this micro-batch's share of the step's gradient; gives its share of the loss."""
@@ -267,11 +286,12 @@ def audit_gradients(module: nn.Module, reached: torch.Tensor) -> None:
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """What the loader gives: a batch (None where all rows were skipped), rows left out, text
-    tokens cut, and the error of a row that must not be skipped."""
+    tokens cut, rows without a scored token, and the error of a row that must not be skipped."""
 
     batch: Batch | None
     skipped: tuple[Skipped, ...]
     cut: int
+    unscored: int
     failed: Exception | None
 
 
@@ -296,21 +316,26 @@ class _Collate:
         skipped = tuple(item for item in items if isinstance(item, Skipped))
         failed = next((item for item in items if isinstance(item, Exception)), None)
         rows = [item for item in items if not isinstance(item, (Skipped, Exception))]
+        batch = collate(rows, self.pad_id) if rows else None
         return MicroBatch(
-            batch=collate(rows, self.pad_id) if rows else None,
+            batch=batch,
             skipped=skipped,
             cut=sum(row.cut for row in rows),
+            unscored=0 if batch is None else int((~batch.scored.any(1)).sum()),
             failed=failed,
         )
 
 
-def _account(progress: Progress, micros: list[MicroBatch], accelerator: Accelerator) -> None:
-    """Adds what was left out, on any rank, to the run's progress."""
+def _account(
+    progress: Progress, micros: list[MicroBatch], left_out: int, accelerator: Accelerator
+) -> None:
+    """Adds what was left out, on any rank, to the run's progress. left_out: how much there is, on
+    all ranks; where there is none, nothing is exchanged."""
+    if not left_out:
+        return
     skipped = [item for micro in micros for item in micro.skipped]
     cut = sum(micro.cut for micro in micros)
-    unscored = sum(
-        int((~micro.batch.scored.any(1)).sum()) for micro in micros if micro.batch is not None
-    )
+    unscored = sum(micro.unscored for micro in micros)
     found = [([(item.name, item.reason) for item in skipped], cut, unscored)]
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
@@ -334,8 +359,28 @@ def _digest(data: MixtureDataset, step: int, batch: int) -> str:
     return hashlib.sha1("\n".join(names).encode()).hexdigest()[:12]
 
 
-def _ignore_interrupts(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _decided_by(stage: Stage, data: MixtureDataset) -> dict[str, object]:
+    """What decides, besides the settings, what a run learns: the stage, and the rows drawn. How a
+    step is split does not."""
+    values = asdict(stage)
+    del values["micro_batch"]
+    mixture = data.mixture
+    return {
+        "stage": repr(values),
+        "rows": [f"{s.name}: {len(s)}, {s.row_name(len(s) - 1)}" for s in data.sources],
+        "mixture": f"weights {mixture.weights}, seed {mixture.seed}",
+    }
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of a step's random numbers (dropout), the same whenever the run was resumed."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:7], "big")
+
+
+def _leave_stopping_to_the_loop(_: int) -> None:
+    """A loader's worker ignores what asks the run to stop: the loop still needs its rows."""
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, signal.SIG_IGN)
 
 
 @contextmanager

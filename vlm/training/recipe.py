@@ -6,8 +6,8 @@ A recipe file states its stage as a value and its own defaults; everything else 
 from __future__ import annotations
 
 import dataclasses
-import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,14 +17,17 @@ from typing import Any, Literal
 import torch
 import tyro
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from rich.console import Console
+from tqdm import tqdm
 
-from vlm.data.example import BadRow, Example
+from vlm.data.example import BadRow, Skipped
 from vlm.data.mixture import Mixture, MixtureDataset
 from vlm.data.sources import BadSource, open_source
 from vlm.data.sources.base import Source
 from vlm.inference.tasks import Model
 from vlm.pixels import BadImage, open_image
+from vlm.systems.composed import CAPTION_PROMPT
 from vlm.training.checkpoint import CheckpointError
 from vlm.training.evaluate import image_gain_on
 from vlm.training.fit import Interrupted, Pace, fit
@@ -33,6 +36,7 @@ from vlm.training.stages import Stage, StageError
 from vlm.weights import WeightsError
 
 PICTURES = 16
+UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +76,9 @@ class Settings:
     held_out: str = "sample:transfer"
     """Data to evaluate on: by default drawings by another vendor than the training ones."""
     held_out_rows: int = 400
-    """How many of its rows the closing evaluation takes; those during training take a quarter."""
-    prompt: str = "Describe the picture."
+    """How many of its rows the closing evaluation takes, and those during training a quarter of;
+    0 evaluates nothing."""
+    prompt: str = CAPTION_PROMPT
     """The user's text after an image where rows hold a caption alone."""
     system: str | None = ""
     """System message where a conversation has none; "" is an empty one, None the template's own."""
@@ -150,10 +155,46 @@ def training_data(settings: Settings) -> MixtureDataset:
     return MixtureDataset(sources, mixture, settings.bad_rows)
 
 
-def held_out_rows(source: Source, count: int) -> range:
-    """`count` rows spread evenly over a source (all of them where it has fewer)."""
+def held_out_rows(source: Source, count: int) -> list[int]:
+    """`count` rows spread evenly over a source; all of them where it has fewer.
+
+    >>> from vlm.data.sources import open_source
+    >>> held_out_rows(open_source("scenes:10"), 4)
+    [0, 2, 5, 7]
+    """
     count = min(count, len(source))
-    return range(0, len(source) // count * count, len(source) // count)
+    return [i * len(source) // count for i in range(count)]
+
+
+def usable_rows(model: Model, source: Source, rows: list[int], bad_rows: str, say) -> list[int]:
+    """Those of the held-out rows that can be evaluated: readable, short enough, with an image.
+
+    What is left out is said. Raises BadRow or BadImage for the first unreadable one unless
+    `bad_rows` is "skip", and ValueError where fewer than two are left.
+    """
+    usable, reasons = [], []
+    for row in tqdm(rows, desc="reading held-out rows", disable=len(rows) < 1000, leave=False):
+        try:
+            encoded = model.processor.encode(source[row])
+        except (BadRow, BadImage) as error:
+            if bad_rows == "raise":
+                raise
+            encoded = Skipped(source.row_name(row), str(error))
+        if isinstance(encoded, Skipped):
+            reasons.append(f"{encoded.name}: {encoded.reason}")
+        elif not encoded.views:
+            reasons.append(f"{encoded.name}: no image")
+        else:
+            usable.append(row)
+    if reasons:
+        say(f"{len(reasons)} of {len(rows)} held-out rows left out, such as:\n  {reasons[0]}")
+    if rows and len(usable) < 2:
+        raise ValueError(
+            f"{source.name}: expected at least two held-out rows with an image, found "
+            f"{len(usable)} of {len(rows)}; name others with --held-out, or evaluate none with "
+            "--held-out-rows 0"
+        )
+    return usable
 
 
 def run(settings: Settings, stage: Callable[[Settings, int], Stage]) -> dict[str, Any]:
@@ -166,7 +207,12 @@ def run(settings: Settings, stage: Callable[[Settings, int], Stage]) -> dict[str
         mixed_precision="bf16" if settings.precision == "bf16" else "no",
         cpu=not torch.cuda.is_available(),
     )
-    say = Console(file=sys.stderr, quiet=not accelerator.is_main_process).print
+    if accelerator.distributed_type not in UNSHARDED:
+        raise ValueError(
+            f"this accelerate configuration asks for {accelerator.distributed_type.value}; the "
+            "recipes run on one process or on replicas (MULTI_GPU, MULTI_CPU)"
+        )
+    say = Console(file=sys.stderr, quiet=not accelerator.is_main_process, soft_wrap=True).print
     share, rest = divmod(settings.batch, accelerator.num_processes)
     if rest:
         raise ValueError(
@@ -175,6 +221,10 @@ def run(settings: Settings, stage: Callable[[Settings, int], Stage]) -> dict[str
     plan = stage(settings, settings.micro_batch or share)
     data = training_data(settings)
     source = open_source(settings.held_out, prompt=settings.prompt)
+    say(
+        f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on "
+        f"{accelerator.device.type}, {share} examples of each step on each"
+    )
     run_folder = Run(
         settings.out,
         dataclasses.asdict(settings),
@@ -184,8 +234,9 @@ def run(settings: Settings, stage: Callable[[Settings, int], Stage]) -> dict[str
     )
     with accelerator.main_process_first():
         model = build_model(settings)
-    rows = list(held_out_rows(source, settings.held_out_rows))
-    evaluate = _Evaluate(model, source, rows, accelerator)
+    rows = held_out_rows(source, settings.held_out_rows) if settings.held_out_rows else []
+    rows = usable_rows(model, source, rows, settings.bad_rows, say)
+    evaluate = _Evaluate(model, source, rows, accelerator) if rows else None
     try:
         progress = fit(
             model,
@@ -205,20 +256,20 @@ def run(settings: Settings, stage: Callable[[Settings, int], Stage]) -> dict[str
     except Interrupted:
         run_folder.close()
         raise
-    gain = evaluate(full=True)
-    run_folder.log(progress.step, {"eval": gain, "final": True})
-    result = {"held_out": source.name, **gain, **vars(progress)}
     if accelerator.is_main_process:
         model.save(settings.out / "model")
-        pictures, true, written = caption_some(model, source, rows, accelerator)
-        draw_captions(pictures, true, written, settings.out / "samples.png")
-        picture = save_pictures(pictures[:4], true, settings.out / "pictures")
-        result["exact_match"] = sum(map(_same, true, written)) / len(true)
+    result = vars(progress) | {"held_out": source.name}
+    if evaluate:
+        gain = evaluate(full=True)
+        run_folder.log(progress.step, {"eval": gain, "final": True})
+        result |= gain
+    if accelerator.is_main_process:
+        if evaluate:
+            show_some(model, source, rows, accelerator, settings.out, say)
         result["minutes"] = (time.monotonic() - started) / 60
         run_folder.write_result(result)
         run_folder.close()
-        report(say, settings, result, true, written)
-        say(f"next: vlm caption {picture} --model {settings.out}", highlight=False, soft_wrap=True)
+        report(say, settings, result)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return result
@@ -231,34 +282,31 @@ class _Evaluate:
         self.model, self.source, self.rows, self.accelerator = model, source, rows, accelerator
 
     def __call__(self, full: bool = False) -> dict[str, float]:
-        rows = self.rows if full else self.rows[: max(2, len(self.rows) // 4)]
+        rows = self.rows if full or len(self.rows) < 8 else self.rows[::4]
         return image_gain_on(self.model, self.source, rows, self.accelerator)
 
 
-def caption_some(model: Model, source: Source, rows: list[int], accelerator, count: int = PICTURES):
-    """Pictures of some held-out rows, their captions, and what the model writes for them."""
-    step = max(1, len(rows) // count)
-    examples: list[Example] = [source[row] for row in rows[::step][:count]]
+def show_some(model: Model, source: Source, rows: list[int], accelerator, out: Path, say) -> None:
+    """Writes samples.png: some held-out pictures with their true and generated answers, and a few
+    of the pictures themselves, named after their row, to try the model on."""
+    examples = [source[row] for row in rows[:: max(1, len(rows) // PICTURES)][:PICTURES]]
     pictures = [open_image(example.images[0]) for example in examples]
     with accelerator.autocast():
-        written = model.caption(pictures, max_new_tokens=32)
-    return pictures, [example.answer for example in examples], written
-
-
-def save_pictures(pictures: list, captions: list[str], folder: Path) -> Path:
-    """Writes pictures as PNG files named after their captions; gives the first one's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{re.sub(r'[^a-z0-9]+', '-', said.lower())}.png" for said in captions]
+        written = model.answer_examples(examples, max_new_tokens=32)
+    true = [example.answer for example in examples]
+    draw_captions(pictures, true, written, out / "samples.png")
+    (out / "pictures").mkdir(exist_ok=True)
+    paths = [out / "pictures" / f"{number}.png" for number in range(4)]
     for picture, path in zip(pictures, paths):
         picture.save(path)
-    return paths[0]
-
-
-def report(say, settings: Settings, result: dict[str, Any], true, written) -> None:
-    """The run's result, for people."""
     say()
     for said, wrote in list(zip(true, written))[:6]:
-        say(f"  true: {said:34} generated: {wrote}", highlight=False, markup=False, soft_wrap=True)
+        say(f"  true: {_short(said):34} generated: {_short(wrote)}", highlight=False, markup=False)
+    say(f"\nnext: vlm caption {paths[0]} --model {out}", highlight=False)
+
+
+def report(say, settings: Settings, result: dict[str, Any]) -> None:
+    """The run's result, for people."""
     left_out = []
     if result["skipped"]:
         left_out.append(f"{result['skipped']} rows skipped, such as:")
@@ -267,15 +315,16 @@ def report(say, settings: Settings, result: dict[str, Any], true, written) -> No
         left_out.append(f"{result['cut_tokens']} text tokens cut to fit the context")
     if result["unscored"]:
         left_out.append(f"{result['unscored']} rows had no scored token")
-    say("\n".join(left_out or ["no row was left out"]), highlight=False, markup=False)
-    say(
-        f"image gain on {result['held_out']}: {result['gain']:.2f} "
-        f"± {result['gain_se']:.2f} nats per caption "
-        f"(wrong image {result['wrong']:.2f}, right image {result['right']:.2f}, "
-        f"{result['captions']} captions)",
-        style="bold",
-    )
+    say("\n".join(left_out or ["no training row was left out"]), highlight=False, markup=False)
     say(f"{settings.out}: loss.png, samples.png, metrics.jsonl, model/", highlight=False)
+    if "gain" in result:
+        say(
+            f"image gain on {result['held_out']}: {result['gain']:.2f} "
+            f"± {result['gain_se']:.2f} nats per caption "
+            f"(wrong image {result['wrong']:.2f}, right image {result['right']:.2f}, "
+            f"{result['captions']} captions)",
+            style="bold",
+        )
 
 
 def start(settings_class: type[Settings], stage: Callable[[Settings, int], Stage]) -> None:
@@ -293,5 +342,5 @@ def start(settings_class: type[Settings], stage: Callable[[Settings, int], Stage
         sys.exit(1)
 
 
-def _same(a: str, b: str) -> bool:
-    return a.strip().lower() == b.strip().lower()
+def _short(text: str) -> str:
+    return textwrap.shorten(text, 60)

@@ -55,10 +55,29 @@ class Run:
                 f"{folder} already holds a run: continue it with --resume, or name another --out"
             )
         self._board = None
-        if main:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._write("settings.json", settings)
-            self._write("versions.json", versions())
+        self._first_step = 0
+
+    def open(self, step: int) -> None:
+        """Begins to write, after `step` steps: settings and versions, and metrics.jsonl without
+        the lines after that step (what a killed run logged beyond its checkpoint, the closing
+        figures, and a last line that was cut)."""
+        self._first_step = step + 1
+        if not self.main:
+            return
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._write("settings.json", self.settings)
+        self._write("versions.json", versions())
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if values["step"] <= step and "final" not in values:
+                kept.append(line)
+        self.metrics.write_text("".join(f"{line}\n" for line in kept))
 
     @property
     def checkpoints(self) -> Path:
@@ -77,26 +96,13 @@ class Run:
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.folder / "tensorboard"))
+            self._board = SummaryWriter(
+                str(self.folder / "tensorboard"), purge_step=self._first_step
+            )
         flat = {f"eval/{k}": v for k, v in figures.get("eval", {}).items()} | figures
         for name, value in flat.items():
             if isinstance(value, (int, float)):
                 self._board.add_scalar(name, value, step)
-
-    def rewind(self, step: int) -> None:
-        """Takes out the lines after `step`: what a killed run logged beyond its checkpoint, the
-        closing figures, and a last line that was cut."""
-        if not self.main or not self.metrics.exists():
-            return
-        kept = []
-        for line in self.metrics.read_text().splitlines():
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if values["step"] <= step and "final" not in values:
-                kept.append(line)
-        self.metrics.write_text("".join(f"{line}\n" for line in kept))
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""

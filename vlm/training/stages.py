@@ -62,7 +62,7 @@ class Stage:
 
         >>> stage = Stage(name="s", rates=(), steps=11, batch=1, micro_batch=1, warmup=2, floor=0.0)
         >>> [round(stage.factor(step), 2) for step in (0, 1, 2, 6, 10)]
-        [0.5, 1.0, 0.97, 0.5, 0.03]
+        [0.5, 1.0, 0.98, 0.5, 0.02]
         """
         if step < self.warmup:
             return (step + 1) / self.warmup
