@@ -25,8 +25,9 @@ def tile_grid(
 ) -> tuple[int, int]:
     """Rows and columns of tiles for a picture of `size_hw` pixels, at most `max_tiles` in all.
 
-    The layout whose aspect is nearest to the picture's; among equally near ones the largest that
-    enlarges the picture to no more than twice its pixels, so that a small picture is not cut.
+    The layout whose aspect is nearest to the picture's, which alone decides for a picture that is
+    not square; among equally near ones the largest that enlarges the picture to no more than twice
+    its pixels.
 
     >>> tile_grid((400, 800), (384, 384), 6)
     (1, 2)
