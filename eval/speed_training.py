@@ -5,10 +5,10 @@
 Sizes are SigLIP-B/16-224 and SmolLM2-135M with random weights, batch 8, captions of unequal
 lengths; only the adaptor learns. First both give their loss in fp32, which must agree to 1e-4.
 Then each variant trains in a process of its own, in turn, for several rounds: ours with the
-preparation and optimizer of `fit` (bf16 frozen parts, fp32 masters), Llava under autocast with fp32 weights (what a Trainer does
-with bf16=True), and Llava with frozen parts in bf16 under autocast (its best). Reported are the
-medians of samples/s and of peak memory (of the process while it trains, the building of the model
-left out), and the ratios, which alone carry over to other machines.
+preparation and optimizer of `fit` (bf16 frozen parts, fp32 masters), Llava under autocast with
+fp32 weights (what a Trainer does with bf16=True), and Llava with frozen parts in bf16 under
+autocast (its best). Reported are the medians of samples/s and of the process's peak memory while
+it trains (building the model left out), and the ratios, which alone carry over to other machines.
 """
 
 from __future__ import annotations
