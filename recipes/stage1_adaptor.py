@@ -21,7 +21,7 @@ class Settings(recipe.Settings):
     """Stage 1 of DeepSeek-VL: only the adaptor learns."""
 
     out: Path = Path("runs/stage1")
-    steps: int = 140
+    steps: int = 200
     batch: int = 16
     rate: float = 3e-3
     """Peak learning rate of the adaptor."""

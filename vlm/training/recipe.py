@@ -6,6 +6,7 @@ A recipe file states its stage as a value and its own defaults; everything else 
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import textwrap
 import time
@@ -105,6 +106,9 @@ class Settings:
     """bf16 keeps fp32 masters of what is trained."""
     seed: int = 0
     """Of the adaptor's first weights and of the order of the data."""
+    threads: int | None = None
+    """CPU threads of each process; None shares the machine's cores among its processes (where
+    there is a GPU: torch's own choice). `accelerate launch` alone would leave each process one."""
     workers: int = 1
     """Processes that read and decode pictures, for each training process."""
     eval_every: int = 50
@@ -113,7 +117,7 @@ class Settings:
     """Steps between checkpoints; 0 saves at the end only."""
 
 
-FREE = ("out", "resume", "workers", "eval_every", "save_every", "micro_batch", "held_out",
+FREE = ("out", "resume", "threads", "workers", "eval_every", "save_every", "micro_batch", "held_out",
         "held_out_rows")  # fmt: skip
 """Settings that may change when a run is resumed: they decide nothing that is learned."""
 
@@ -212,6 +216,7 @@ def run(settings: Settings, stage: Callable[[Settings, int], Stage]) -> dict[str
             f"this accelerate configuration asks for {accelerator.distributed_type.value}; the "
             "recipes run on one process or on replicas (MULTI_GPU, MULTI_CPU)"
         )
+    share_cores(accelerator, settings.threads)
     say = Console(file=sys.stderr, quiet=not accelerator.is_main_process, soft_wrap=True).print
     share, rest = divmod(settings.batch, accelerator.num_processes)
     if rest:
@@ -223,7 +228,8 @@ def run(settings: Settings, stage: Callable[[Settings, int], Stage]) -> dict[str
     source = open_source(settings.held_out, prompt=settings.prompt)
     say(
         f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on "
-        f"{accelerator.device.type}, {share} examples of each step on each"
+        f"{accelerator.device.type}, {torch.get_num_threads()} threads and {share} examples of "
+        "each step on each"
     )
     run_folder = Run(
         settings.out,
@@ -273,6 +279,16 @@ def run(settings: Settings, stage: Callable[[Settings, int], Stage]) -> dict[str
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return result
+
+
+def share_cores(accelerator: Accelerator, threads: int | None) -> None:
+    """Gives this process `threads` CPU threads; None: its share of the cores it may use, unless it
+    computes on a GPU."""
+    if threads is None and accelerator.device.type != "cpu":
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(threads or max(1, cores // neighbours))
 
 
 class _Evaluate:
