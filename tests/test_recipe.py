@@ -105,6 +105,24 @@ def test_bad_settings_end_with_one_line_before_training(demo, tmp_path, argument
     assert "Traceback" not in done.stderr
 
 
+def test_processes_share_the_cores(monkeypatch):
+    """`accelerate launch` sets OMP_NUM_THREADS=1 on CPUs; a lone process still uses all cores."""
+    import torch
+    from accelerate import Accelerator
+
+    from vlm.training.recipe import share_cores
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    try:
+        for neighbours, threads, expected in (("1", None, 6), ("4", None, 1), ("2", 5, 5)):
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", neighbours)
+            share_cores(Accelerator(cpu=True), threads)
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_every_recipe_says_what_its_settings_mean():
     for path in sorted((ROOT / "recipes").glob("*.py")):
         spec = importlib.util.spec_from_file_location(path.stem, path)

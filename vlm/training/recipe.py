@@ -117,8 +117,8 @@ class Settings:
     """Steps between checkpoints; 0 saves at the end only."""
 
 
-FREE = ("out", "resume", "threads", "workers", "eval_every", "save_every", "micro_batch", "held_out",
-        "held_out_rows")  # fmt: skip
+FREE = ("out", "resume", "threads", "workers", "eval_every", "save_every", "micro_batch",
+        "held_out", "held_out_rows")  # fmt: skip
 """Settings that may change when a run is resumed: they decide nothing that is learned."""
 
 ERRORS = (BadRow, BadImage, BadSource, CheckpointError, RunError, StageError, WeightsError,
