@@ -116,3 +116,6 @@ if __name__ == "__main__":
         torch.save(weights(chosen), Path(sys.argv[1]) / "weights.pt")
         world = int(os.environ.get("WORLD_SIZE", 1))
         (Path(sys.argv[1]) / "world").write_text(str(world))
+    if torch.distributed.is_initialized():  # leave together: gloo aborts a rank whose peer is gone
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
