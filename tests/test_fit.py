@@ -20,6 +20,7 @@ from vlm.training.checkpoint import CheckpointError, list_checkpoints
 from vlm.training.fit import Interrupted
 from vlm.training.run import Run, RunError
 from vlm.training.stages import FROZEN, StageError
+from vlm.weights import same_bits
 
 ROOT = Path(__file__).parent.parent
 
@@ -272,6 +273,26 @@ def test_bad_rows_are_skipped_only_when_told_and_counted(tmp_path):
     named = "\n".join(progress.examples_skipped)
     assert "cut.png" in named
     assert "expected an assistant turn" in named
+
+
+def test_counting_operations_changes_no_gradient(tmp_path, monkeypatch):
+    """T13: torch's counter computes by other kernels; what it counts is thrown away."""
+    from vlm.training.meter import Meter
+
+    counted, _, with_counter = training.train(tmp_path / "a", precision="bf16", dropout=0.3)
+    monkeypatch.setattr(
+        Meter, "count_flops", lambda self, run, positions: setattr(self, "flops_per_position", 1.0)
+    )
+    plain, _, without = training.train(tmp_path / "b", precision="bf16", dropout=0.3)
+    for a, b in zip(with_counter, without, strict=True):
+        assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
+    assert same_bits(training.weights(counted), training.weights(plain))
+
+
+def test_step_whose_rows_are_all_left_out_stops_the_run(tmp_path):
+    rows = [Example(f"r{i}", (Turn("user", ("and?",)),)) for i in range(4)]
+    with pytest.raises(StageError, match=r"every row of step 1 was left out.*an assistant"):
+        training.train(tmp_path, rows=rows, on_bad_row="skip")
 
 
 def test_run_folder_is_never_overwritten_and_resumes_only_itself(tmp_path):

@@ -193,15 +193,18 @@ class _Step:
         scored, samples, tokens, positions, images, stops, failures, left_out = map(int, totals)
         if failures:
             raise failed or BadRow("another rank found a row that cannot be used; see its message")
+        if not samples:
+            reasons = [item.reason for micro in micros for item in micro.skipped]
+            raise StageError(
+                f"every row of step {step + 1} was left out, so there is nothing to learn from; "
+                f"here for example: {reasons[:1]}"
+            )
         set_rates(self.optimizer, self.stage.factor(step))
         loss = 0.0
         for batch in batches:
             if self.meter.flops_per_position is None and (batch.groups or not images):
-                loss += self.meter.count_flops(
-                    lambda batch=batch: self._backward(batch, scored), batch.ids.numel()
-                )
-            else:
-                loss += self._backward(batch, scored)
+                self._count_flops(batch, scored)
+            loss += self._backward(batch, scored)
         loss = float(self._sum([loss])[0])
         if not math.isfinite(loss):
             raise StageError(
@@ -228,6 +231,17 @@ class _Step:
         if len(rates) == 1:
             return {"lr": next(iter(rates.values()))}
         return {f"lr {pattern}": rate for pattern, rate in rates.items()}
+
+    def _count_flops(self, batch: Batch, scored: int) -> None:
+        """Counts a pass whose gradients are thrown away: under the counter torch computes by other
+        kernels, with other roundings, which must not depend on where a run was resumed."""
+        before = [p.grad for p in self.trainable]
+        for parameter in self.trainable:
+            parameter.grad = None
+        with torch.random.fork_rng():
+            self.meter.count_flops(lambda: self._backward(batch, scored), batch.ids.numel())
+        for parameter, grad in zip(self.trainable, before):
+            parameter.grad = grad
 
     def _backward(self, batch: Batch, scored: int) -> float:
         """Adds this micro-batch's share of the step's gradient; gives its share of the loss."""

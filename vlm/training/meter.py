@@ -1,7 +1,8 @@
 """How fast a step was: samples and real tokens a second, and the share of the machine's peak.
 
 Floating-point operations are counted, not estimated from a formula: torch's own counter runs over
-the first micro-batch, forward and backward, and the count is scaled by positions computed.
+one extra pass of the first micro-batch, forward and backward, and the count is scaled by
+positions computed.
 """
 
 from __future__ import annotations
@@ -52,12 +53,11 @@ class Meter:
         self.samples = self.tokens = self.positions = 0
         self.waited = 0.0
 
-    def count_flops(self, run, positions: int):
-        """Runs `run()` once under torch's counter; `positions` is what it computes over."""
+    def count_flops(self, run, positions: int) -> None:
+        """Runs `run()` under torch's counter; `positions` is what it computes over."""
         with FlopCounterMode(display=False) as counter:
-            result = run()
+            run()
         self.flops_per_position = counter.get_total_flops() / max(positions, 1)
-        return result
 
     def add(self, samples: int, tokens: int, positions: int, waited: float) -> None:
         """samples, real (unpadded) stream places, places computed, seconds waited for data."""
