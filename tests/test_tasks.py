@@ -158,6 +158,11 @@ def test_bad_arguments_name_what_was_expected(tmp_path):
         model.caption([tmp_path / "gone.png"])
     with pytest.raises(BadRow, match="has 0 <image> marks, there are 1 images"):
         model.generate([[tiny.picture()]], ["no mark"])
+    for option in ("batch_size", "num_beams", "max_new_tokens"):
+        with pytest.raises(ValueError, match=f"{option} must be at least 1, found 0"):
+            model.caption([tiny.picture()], **{option: 0})
+    with pytest.raises(ValueError, match="max_tokens must be at least 1, found -1"):
+        tiny.processor(model.module, max_tokens=-1)
     with pytest.raises(AttributeError, match="it is done by encoder-decoder models"):
         model.ocr([tiny.picture()])
 

@@ -72,6 +72,8 @@ class Processor:
     ) -> None:
         if overflow not in ("drop", "shrink"):
             raise ValueError(f"overflow is 'drop' or 'shrink', found {overflow!r}")
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, found {max_tokens}")
         if not getattr(text_tokenizer, "is_fast", False):
             raise ValueError("the text tokenizer must be a fast one (it has to know offsets)")
         if not text_tokenizer.chat_template:

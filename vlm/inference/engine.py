@@ -46,6 +46,9 @@ def generate(
         `num_return_sequences` is refused: there is one answer to each row.
     Raises ValueError for a batch padded on the right, or an option that is refused.
     """
+    for name in ("num_beams", "max_new_tokens"):
+        if options.get(name, 1) < 1:
+            raise ValueError(f"{name} must be at least 1, found {options[name]}")
     if options.get("num_return_sequences", 1) != 1:
         raise ValueError("num_return_sequences: there is one answer to each prompt; ask again")
     if batch.padding != "left" and not bool(batch.valid.all()):

@@ -152,6 +152,8 @@ class Model:
 
         Rows are made a window at a time, so that pictures are never all in memory.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, found {batch_size}")
         numbered = enumerate(rows)
         dtype = next(self.module.tokenizer.parameters()).dtype
         training = self.module.training

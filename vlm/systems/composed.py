@@ -113,7 +113,7 @@ def build(
         image_tokenizer.pixel_spec,
         places,
         system=system,
-        max_tokens=max_tokens or context_of(language),
+        max_tokens=context_of(language) if max_tokens is None else max_tokens,
         overflow=overflow,
     )
     ends = stop_ids(processor, language)
