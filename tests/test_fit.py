@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from vlm.data.example import BadRow, Example, ImageRef, Turn
 from vlm.pixels import BadImage
 from vlm.training import stages
 from vlm.training.checkpoint import CheckpointError, list_checkpoints
-from vlm.training.fit import Interrupted
+from vlm.training.fit import Interrupted, _leave_stopping_to_the_loop
 from vlm.training.run import Run, RunError
 from vlm.training.stages import FROZEN, StageError
 from vlm.weights import same_bits
@@ -261,6 +262,37 @@ def test_bad_row_stops_the_run_and_is_named(tmp_path):
     for workers in (0, 1):
         with pytest.raises((BadRow, BadImage), match=r"rows:1[01]: "):
             training.train(tmp_path / str(workers), rows=bad_rows(tmp_path), workers=workers)
+
+
+def test_run_that_fails_leaves_no_worker_behind(tmp_path):
+    """Its error, and so every frame of the loop, is alive: workers must not wait for its end."""
+    with pytest.raises((BadRow, BadImage)) as error:
+        training.train(tmp_path / "run", rows=bad_rows(tmp_path), workers=2)
+    assert not multiprocessing.active_children()
+    assert error.tb
+
+
+def test_worker_ends_at_the_second_request():
+    """What multiprocessing sends a worker that is left over must end it, or exit waits for ever."""
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+
+    def wait():
+        _leave_stopping_to_the_loop(0)
+        ready.set()
+        while True:
+            time.sleep(0.01)
+
+    worker = context.Process(target=wait, daemon=True)
+    worker.start()
+    assert ready.wait(20)
+    os.kill(worker.pid, signal.SIGINT)
+    worker.terminate()
+    worker.join(0.3)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == -signal.SIGTERM
 
 
 def test_bad_rows_are_skipped_only_when_told_and_counted(tmp_path):

@@ -125,9 +125,8 @@ def fit(
         disable=not accelerator.is_main_process,
         dynamic_ncols=True,
     )
-    micro_batches = iter(loader)
     audited = False
-    with _stop_requests() as requests:
+    with _stop_requests() as requests, _batches_of(loader) as micro_batches:
         for step in range(progress.step, stage.steps):
             torch.manual_seed(_step_seed(data.mixture.seed, step, accelerator.process_index))
             waiting = time.perf_counter()
@@ -392,9 +391,26 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def _leave_stopping_to_the_loop(_: int) -> None:
-    """A loader's worker ignores what asks the run to stop: the loop still needs its rows."""
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, signal.SIG_IGN)
+    """A loader's worker ignores the first request to stop, which a terminal or a scheduler sends to
+    every process: the loop still needs its rows. A second SIGTERM ends it: one that ignored every
+    one would keep the main process waiting for it for ever."""
+
+    def end_at_the_next(number: int, _) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end_at_the_next)
+
+
+@contextmanager
+def _batches_of(loader: DataLoader) -> Iterator[Iterator]:
+    """The loader's iterator; its workers have ended when the block is left, however it is left."""
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        if loader.num_workers:
+            batches._shutdown_workers()  # torch has no public name for it; __del__ comes too late
 
 
 @contextmanager
