@@ -42,18 +42,21 @@ ENCODERS = {
 }  # fmt: skip
 
 
+def write_parts(folder, encoder, text):
+    """A tiny image encoder and language model as the hub would give them: what `vision` and `text`
+    are then."""
+    config, model_class, image_processor, _ = ENCODERS[encoder]
+    torch.manual_seed(0)
+    model_class(config).save_pretrained(folder / "vision")
+    image_processor.save_pretrained(folder / "vision")
+    tiny.text_model(text).save_pretrained(folder / "text")
+    tiny.text_tokenizer().save_pretrained(folder / "text")
+    return f"transformers:{folder / 'vision'}", str(folder / "text")
+
+
 @pytest.fixture
 def folders(tmp_path):
-    def write(encoder, text):
-        config, model_class, image_processor, _ = ENCODERS[encoder]
-        torch.manual_seed(0)
-        model_class(config).save_pretrained(tmp_path / "vision")
-        image_processor.save_pretrained(tmp_path / "vision")
-        tiny.text_model(text).save_pretrained(tmp_path / "text")
-        tiny.text_tokenizer().save_pretrained(tmp_path / "text")
-        return f"transformers:{tmp_path / 'vision'}", str(tmp_path / "text")
-
-    return write
+    return lambda encoder, text: write_parts(tmp_path, encoder, text)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Where a picture's pixels go when it is resized and then cropped or padded, and the way back.
+"""Where a picture's pixels go when it is resized and then cropped or padded, and the way back; and
+boxes as `<loc>` tokens in such a frame.
 
 One `Resize` record is made by the code that resizes, so that boxes and points can never drift from
 the pixels. Coordinates lie on pixel *edges*: the origin is the outer top left corner, pixel (0, 0)
@@ -8,6 +9,7 @@ covers 0 to 1 on both axes, and a box's end is exclusive, so that a box over the
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,6 +91,86 @@ class Resize:
             for offset, scale, more in zip(self.offset_xy, second.scale_xy, second.offset_xy)
         )
         return Resize(self.input_hw, second.output_hw, scale_xy, offset_xy)
+
+
+LOC_ORDERS = {"yxyx": (1, 0, 3, 2), "xyxy": (0, 1, 2, 3)}
+"""Order of a box's four tokens -> which of x0, y0, x1, y1 each is. A swap is its own inverse."""
+LOC_FRAMES = ("input", "image")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocTokens:
+    """Boxes as four tokens each, `<loc0000>` to the last bin.
+
+    bins: equal parts of each axis of the frame; a coordinate is read back as its bin's middle, so
+        that it is off by half a bin at most.
+    order: "yxyx" (top, left, bottom, right: PaliGemma's) or "xyxy".
+    frame: what 0 to 1 spans: "input", the picture as the image tokenizer sees it, padding and all;
+        or "image", the picture as it came. A box's part outside the frame is cut.
+
+    >>> loc, same = LocTokens(bins=10), Resize((100, 200), (100, 200), (1, 1), (0, 0))
+    >>> loc.write((20, 10, 160, 100), same)
+    '<loc0001><loc0001><loc0009><loc0008>'
+    >>> loc.read('<loc0001><loc0001><loc0009><loc0008>', same).tolist()
+    [[30.0, 15.0, 170.0, 95.0]]
+    """
+
+    bins: int = 1024
+    order: str = "yxyx"
+    frame: str = "input"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bins <= 10_000:
+            raise ValueError(f"bins must be 2 to 10000, found {self.bins}")
+        if self.order not in LOC_ORDERS:
+            raise ValueError(f"order is one of {', '.join(LOC_ORDERS)}, found {self.order!r}")
+        if self.frame not in LOC_FRAMES:
+            raise ValueError(f"frame is one of {', '.join(LOC_FRAMES)}, found {self.frame!r}")
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The token of each bin, in order."""
+        return tuple(map(_loc, range(self.bins)))
+
+    def encode(self, boxes_xyxy_px: ArrayLike, resize: Resize) -> NDArray[np.int64]:
+        """Boxes of the picture as it came, [N, 4], as bins in this order: int64[N, 4].
+
+        resize: how the picture came into the image tokenizer's view.
+        """
+        boxes, size_hw = _table(boxes_xyxy_px, 4, "boxes"), resize.input_hw
+        if self.frame == "input":
+            boxes, size_hw = resize.boxes(boxes), resize.output_hw
+        parts = boxes / np.tile(size_hw[::-1], 2)
+        bins = np.floor(parts * self.bins).clip(0, self.bins - 1).astype(np.int64)
+        return bins[:, LOC_ORDERS[self.order]]
+
+    def decode(self, bins: ArrayLike, resize: Resize) -> NDArray[np.float64]:
+        """Bins in this order, [N, 4], as boxes in the pixels of the picture as it came, cut at its
+        border: float64[N, 4]. A box may come out empty or inverted, as it was written."""
+        parts = (_table(bins, 4, "bins")[:, LOC_ORDERS[self.order]] + 0.5) / self.bins
+        if self.frame == "input":
+            return resize.invert_boxes(parts * np.tile(resize.output_hw[::-1], 2), clip=True)
+        return parts * np.tile(resize.input_hw[::-1], 2)
+
+    def write(self, box_xyxy_px: ArrayLike, resize: Resize) -> str:
+        """One box of the picture as it came, as text."""
+        return "".join(map(_loc, self.encode([box_xyxy_px], resize)[0]))
+
+    def read(self, text: str, resize: Resize) -> NDArray[np.float64]:
+        """The boxes that a text holds, in the pixels of the picture as it came: float64[N, 4].
+
+        Four tokens that stand next to each other are a box; fewer than four left over are none.
+        """
+        runs = re.findall(r"(?:<loc\d{4}>)+", text)
+        found = []
+        for run in runs:
+            bins = [int(number) for number in re.findall(r"\d{4}", run)]
+            found += [bins[i : i + 4] for i in range(0, len(bins) - 3, 4)]
+        return self.decode(found, resize)
+
+
+def _loc(number: int) -> str:
+    return f"<loc{number:04d}>"
 
 
 def _table(values: ArrayLike, columns: int, what: str) -> NDArray[np.float64]:

@@ -14,14 +14,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vlm.data.boxes import check_boxes
 from vlm.data.example import BadRow, Box, Example, Skipped, Turn
+from vlm.geometry import LocTokens
 from vlm.image_tokens import Pixels
 from vlm.pixels import BadImage, open_image
 from vlm.placement import IMAGE
 
 SLOT, ANSWER, END = "\ue5c0", "\ue5c1", "\ue5c2"  # private-use marks, one character each
 MARK = "<image>"
-"""Stands for an image in a literal prompt (`generate`, `score`), as in published processors."""
+"""Stands for an image in a literal prompt (`generate`, `score`), unless a published system has its
+own mark."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +61,8 @@ class Processor:
         the template, "" asks for an empty one (none where the template takes no system message).
     max_tokens: the longest row; None means no limit. overflow says what happens to longer rows:
         "drop" leaves them out, "shrink" cuts text from the end. Neither ever cuts an image run.
+    loc: how boxes are written; None where the language model has no tokens for them.
+    image_mark: stands for an image in a literal prompt.
     """
 
     def __init__(
@@ -69,6 +74,8 @@ class Processor:
         system: str | None = None,
         max_tokens: int | None = None,
         overflow: str = "drop",
+        loc: LocTokens | None = None,
+        image_mark: str = MARK,
     ) -> None:
         if overflow not in ("drop", "shrink"):
             raise ValueError(f"overflow is 'drop' or 'shrink', found {overflow!r}")
@@ -87,6 +94,9 @@ class Processor:
         self.system = system
         self.max_tokens = max_tokens
         self.overflow = overflow
+        self._loc = None
+        self.loc = loc
+        self.image_mark = image_mark
         self._special = {
             id for id, token in text_tokenizer.added_tokens_decoder.items() if token.special
         } | set(text_tokenizer.all_special_ids)
@@ -95,21 +105,36 @@ class Processor:
         self.end_id = int(self._ids(PROBE, [], "chat template")[0][-1])
 
     @property
+    def loc(self) -> LocTokens | None:
+        """How boxes are written. Setting it raises ValueError where the text tokenizer lacks one of
+        the tokens (T7: each is one id)."""
+        return self._loc
+
+    @loc.setter
+    def loc(self, loc: LocTokens | None) -> None:
+        if loc is not None:
+            self._require_loc_tokens(loc)
+        self._loc = loc
+
+    @property
     def pad_id(self) -> int:
         """The id at padding, which no loss and no real place ever sees."""
         pad = self.text_tokenizer.pad_token_id
         return self.end_id if pad is None else pad
 
     def encode(self, example: Example) -> Row | Skipped:
-        """A training row: the conversation up to the end token of its last answer.
+        """A training row: the conversation up to the end token of its last answer, or a document
+        with the end token, all of it scored.
 
         Raises BadRow or BadImage naming the row where a picture cannot be read or there is no
         answer. Gives Skipped where the row does not fit `max_tokens` and cannot be shrunk.
         """
+        if example.is_document:
+            return self._fit(self._document(example))
         if not any(turn.role == "assistant" for turn in example.turns):
             raise BadRow(f"{example.name}: expected an assistant turn to learn from, found none")
-        views, places = self._look(example)
-        ids, scored = self._ids(example.turns, places, example.name)
+        views, places, turns = self._look(example)
+        ids, scored = self._ids(turns, places, example.name)
         return self._fit(
             Row(
                 name=example.name,
@@ -126,34 +151,46 @@ class Processor:
 
         Raises BadRow naming both numbers where it is longer than `max_tokens`.
         """
-        views, places = self._look(example)
-        ids, scored = self._ids(example.turns, places, example.name, open_answer=True)
+        views, places, turns = self._look(example)
+        ids, scored = self._ids(turns, places, example.name, open_answer=True)
         self._require_room(example.name, len(ids))
         return Row(
             name=example.name, ids=ids, scored=scored, views=tuple(views), places=tuple(places)
         )
 
+    def prompt_ids(self, turns: Sequence[Turn], places: Sequence[int], name: str) -> Tensor:
+        """The ids int64[T] of a conversation whose pictures were looked at before, up to the opening
+        of the assistant's turn; IMAGE at image places.
+
+        places: the number of places that each picture takes, in the order of the turns.
+        Raises BadRow naming both numbers where it is longer than `max_tokens`.
+        """
+        ids, _ = self._ids(turns, list(places), name, open_answer=True)
+        self._require_room(name, len(ids))
+        return ids
+
     def encode_literal(
         self, images: Sequence, prompt: str, answer: str | None = None, name: str = "prompt"
     ) -> Row:
-        """A row from a literal prompt in which each "<image>" is a picture's place.
+        """A row from a literal prompt in which each `image_mark` is a picture's place.
 
         Special tokens are added as the text tokenizer adds them by itself. Where there is an
         answer, it and the end token are scored.
         Raises BadRow where marks and pictures differ in number, or the row is longer than
         `max_tokens`; BadImage naming the picture.
         """
-        if prompt.count(MARK) != len(images):
+        marks = prompt.count(self.image_mark)
+        if marks != len(images):
             raise BadRow(
-                f"{name}: the prompt has {prompt.count(MARK)} {MARK} marks, "
+                f"{name}: the prompt has {marks} {self.image_mark} marks, "
                 f"there are {len(images)} images"
             )
         views, places = [], []
         for number, image in enumerate(images):
-            seen, count = self._see(image, number, name)
+            seen, size_hw = self._see(image, number, name)
             views += seen
-            places.append(count)
-        marked = prompt.replace(MARK, SLOT)
+            places.append(self.places_for(size_hw))
+        marked = prompt.replace(self.image_mark, SLOT)
         if answer is not None:
             marked += f"{ANSWER}{answer}{END}"
         ids, scored = self._tokenize(marked, places, name, add_special_tokens=True)
@@ -173,7 +210,7 @@ class Processor:
                 raise BadRow(f"{name}: the text holds one of the private characters U+E5C0-U+E5C2")
             content = "".join(SLOT if part is None else part for part in turn.content)
             if turn.role == "assistant":
-                if not turn.text.strip():
+                if not (turn.text.strip() or open_answer):  # a model may have answered nothing
                     raise BadRow(f"{name}: expected an answer, found an empty assistant turn")
                 content = f"{ANSWER}{content.strip()}{END}"
             messages.append({"role": turn.role, "content": content})
@@ -191,23 +228,69 @@ class Processor:
         """The text of generated ids, special tokens left out."""
         return self.text_tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    def _look(self, example: Example) -> tuple[list, list[int]]:
-        """Decoded views of the example's images and the places that each image takes."""
-        views, places = [], []
+    def _look(self, example: Example) -> tuple[list, list[int], tuple[Turn, ...]]:
+        """Decoded views of the example's images, the places that each image takes, and the turns
+        with boxes written out."""
+        views, places, sizes = [], [], []
         for number, reference in enumerate(example.images):
-            seen, count = self._see(reference, number, example.name)
+            seen, size_hw = self._see(reference, number, example.name)
             views += seen
-            places.append(count)
-        return views, places
+            places.append(self.places_for(size_hw))
+            sizes.append(size_hw)
+        return views, places, self._write_boxes(example, sizes)
 
-    def _see(self, image, number: int, name: str) -> tuple[list, int]:
-        """The views of one image, each with its (image, view) numbers, and the image's places."""
+    def _see(self, image, number: int, name: str) -> tuple[list, tuple[int, int]]:
+        """The views of one image, each with its (image, view) numbers, and its rows and columns."""
         try:
             picture = open_image(image)
             views = [(view, (number, i)) for i, view in enumerate(self.pixel_spec(picture))]
         except BadImage as error:
             raise BadImage(f"{name}: {error}") from error
-        return views, self.places_for((picture.height, picture.width))
+        return views, (picture.height, picture.width)
+
+    def _write_boxes(self, example: Example, sizes: list[tuple[int, int]]) -> tuple[Turn, ...]:
+        """The example's turns with each box as its tokens."""
+        if not any(turn.box_numbers for turn in example.turns):
+            return example.turns
+        if self.loc is None:
+            raise BadRow(
+                f"{example.name}: the answers hold boxes, but this model has no <loc> tokens to "
+                "write them; add them with --loc-bins"
+            )
+        written = []
+        for box in check_boxes(example.boxes, sizes, example.name):
+            resize = self.pixel_spec.resize_record(sizes[box.image])
+            written.append(self.loc.write(box.xyxy_px, resize))
+        return tuple(
+            Turn(t.role, tuple(written[p] if isinstance(p, int) else p for p in t.content))
+            for t in example.turns
+        )
+
+    def _document(self, example: Example) -> Row:
+        text = example.turns[0].text.strip()
+        if not text:
+            raise BadRow(f"{example.name}: expected a document's text, found none")
+        ids = self.text_tokenizer(text, add_special_tokens=True)["input_ids"]
+        if ids[-1] != self.end_id:
+            ids = [*ids, self.end_id]
+        return Row(
+            name=example.name,
+            ids=torch.tensor(ids),
+            scored=torch.ones(len(ids), dtype=torch.bool),
+            views=(),
+            places=(),
+        )
+
+    def _require_loc_tokens(self, loc: LocTokens) -> None:
+        split = [token for token in loc.tokens if len(self._plain_ids(token)) != 1]
+        if split:
+            raise ValueError(
+                f"the text tokenizer writes {len(split)} of {loc.bins} <loc> tokens with several "
+                f"ids, such as {split[0]}: expected each as one; add them with vlm.vocabulary.grow"
+            )
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return self.text_tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _fit_template(self) -> None:
         """Finds how the template writes a prompt exactly as it writes the text before an answer.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "text")
 
 
 class BadRow(ValueError):
@@ -40,24 +40,32 @@ class ImageRef:
 @dataclass(frozen=True, slots=True)
 class Box:
     """A box on one image of the example, in that image's own pixels after EXIF rotation:
-    x0, y0, x1, y1, origin top left, end exclusive."""
+    x0, y0, x1, y1, origin top left, end exclusive. score: of a predicted box, in 0 to 1; None for
+    a true one."""
 
     image: int
     xyxy_px: tuple[float, float, float, float]
     label: str
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side says: `content` is text, with None at the place of each image."""
+    """What one side says: `content` is text, with None at the place of each image, and a number i
+    at the place of the example's i-th box, which is written as `<loc>` tokens."""
 
     role: str
-    content: tuple[str | None, ...]
+    content: tuple[str | int | None, ...]
 
     @property
     def text(self) -> str:
-        """The text alone, image places left out."""
-        return "".join(part for part in self.content if part is not None)
+        """The text alone, places of images and boxes left out."""
+        return "".join(part for part in self.content if isinstance(part, str))
+
+    @property
+    def box_numbers(self) -> tuple[int, ...]:
+        """The boxes that the turn writes."""
+        return tuple(part for part in self.content if isinstance(part, int))
 
     @property
     def slots(self) -> int:
@@ -71,7 +79,8 @@ class Example:
 
     name: the row's own name, unique within its source, such as "train.jsonl:12"; used in
         messages and in the record of which rows a batch held.
-    turns: at least one; roles are "system" (first only), then "user" and "assistant" in turn.
+    turns: at least one; roles are "system" (first only), then "user" and "assistant" in turn; or
+        one turn of role "text": a document without images, all of which is learned.
     images: in the order of their places in the turns, all turns counted through.
     boxes: what is drawn where, for grounding; may be empty.
     """
@@ -97,11 +106,33 @@ class Example:
                     f"{self.name}: a box names image {box.image}, the row has {len(self.images)}"
                 )
 
+        for number in (number for turn in self.turns for number in turn.box_numbers):
+            if not 0 <= number < len(self.boxes):
+                raise BadRow(
+                    f"{self.name}: a turn names box {number}, the row has {len(self.boxes)}"
+                )
+        if self.is_document and (len(self.turns) > 1 or self.images):
+            raise BadRow(
+                f"{self.name}: expected a document to be one turn without images, found "
+                f"{len(self.turns)} turns and {len(self.images)} images"
+            )
+
+    @property
+    def is_document(self) -> bool:
+        """Whether this is plain text, not a conversation."""
+        return any(turn.role == "text" for turn in self.turns)
+
     def question(self) -> Example:
         """The example without its last answer and what follows it, to be answered."""
         last = max(i for i, turn in enumerate(self.turns) if turn.role == "assistant")
         turns = self.turns[:last]
-        return Example(self.name, turns, self.images[: sum(turn.slots for turn in turns)])
+        images = self.images[: sum(turn.slots for turn in turns)]
+        kept = [i for i, box in enumerate(self.boxes) if box.image < len(images)]
+        turns = tuple(
+            Turn(t.role, tuple(kept.index(p) if isinstance(p, int) else p for p in t.content))
+            for t in turns
+        )
+        return Example(self.name, turns, images, tuple(self.boxes[i] for i in kept))
 
     @property
     def answer(self) -> str:

@@ -4,7 +4,7 @@
 model expects; `sources` reads that specification from the configurations of other libraries.
 """
 
-from vlm.pixels.decode import MAX_PIXELS, BadImage, open_image
+from vlm.pixels.decode import MAX_PIXELS, BadImage, image_size, open_image
 from vlm.pixels.sources import (
     from_open_clip,
     from_timm,
@@ -24,6 +24,7 @@ __all__ = [
     "from_open_clip",
     "from_timm",
     "from_transformers",
+    "image_size",
     "open_image",
     "pair_from_transformers",
 ]

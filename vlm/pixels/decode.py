@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 if TYPE_CHECKING:
     from vlm.data.example import ImageRef
@@ -29,6 +29,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 89_478_485
 """Most rows times columns of a picture: Pillow's own first bound against decompression bombs
 (a quarter of a GiB in RGB), so that the two never disagree."""
+
+SIDEWAYS = (5, 6, 7, 8)
+"""Values of the EXIF orientation that swap rows and columns."""
 
 _SCHEME = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.\-]*://|data:)")
 
@@ -106,6 +109,24 @@ def open_image(
                 f"{name}: expected a picture that converts to RGB, found mode {image.mode} "
                 f"({_short(str(error))})"
             ) from error
+
+
+def image_size(source: ImageRef) -> tuple[int, int]:
+    """Rows and columns that `open_image` would give, from the picture's header alone.
+
+    Raises BadImage where the header cannot be read; pixels that are damaged stay unseen.
+    """
+    with ExitStack() as stack:
+        if isinstance(source.data, bytes):
+            file = io.BytesIO(source.data)
+        else:
+            file = stack.enter_context(_open_path(source.data, source.name))
+        image = stack.enter_context(_read_header(file, source.name, MAX_PIXELS))
+        try:
+            turned = image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+        except Exception:  # a damaged EXIF block, which `open_image` leaves out with a warning
+            turned = False
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def _short(text: str) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm import tokenizers
+from vlm.geometry import Resize
 from vlm.image_tokens import ImageTokenizer, ImageTokens
 from vlm.pixels import PixelSpec
 
@@ -44,6 +45,10 @@ class PairedSpec:
         """For each view its two pixel sizes, ((H, W) of high, (H, W) of low)."""
         low_hw = self.high.size_hw if self.low_from == "high" else size_hw
         return tuple(zip(self.high.view_sizes(size_hw), self.low.view_sizes(low_hw), strict=True))
+
+    def resize_record(self, size_hw: tuple[int, int]) -> Resize:
+        """Where the pixels of a picture of `size_hw` go in the high tower's view."""
+        return self.high.resize_record(size_hw)
 
     def __call__(self, image: Image.Image) -> list[tuple[Tensor, Tensor]]:
         """The views of an RGB picture: for each (high, low), float32[3, H, W] both."""
@@ -90,7 +95,26 @@ class BilinearNeck(nn.Module):
         return resized.flatten(2).transpose(1, 2)
 
 
-NECKS = {neck.kind: neck for neck in (AverageNeck, BilinearNeck)}
+class SameGridNeck(nn.Module):
+    """Takes tokens as they are, where the high tower gives the low tower's grid by itself."""
+
+    kind = "same"
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, tokens: ImageTokens, grid_hw: tuple[int, int]) -> Tensor:
+        """Returns float[V, h * w, D] unchanged. Raises ValueError showing grids that differ."""
+        if tokens.grid_hw != grid_hw:
+            raise ValueError(
+                f"neck 'same': the high tower's grid {tokens.grid_hw} is not the low tower's "
+                f"{grid_hw}"
+            )
+        return tokens.tokens
+
+
+NECKS = {neck.kind: neck for neck in (AverageNeck, BilinearNeck, SameGridNeck)}
 """Name in a configuration -> class of neck; constructed with `dim`, the high tower's width."""
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vlm import tokenizers
+from vlm.geometry import Resize
 from vlm.image_tokens import ImageTokenizer, ImageTokens, Pixels
 from vlm.pixels import PixelSpec
 
@@ -88,17 +89,26 @@ class TilesSpec:
         count = rows * columns
         return (self.tile.size_hw,) * (count + (self.thumbnail and count > 1))
 
+    def resize_record(self, size_hw: tuple[int, int]) -> Resize:
+        """Where the pixels of a picture go in the whole of its tiles."""
+        return self._whole(size_hw).resize_record(size_hw)
+
     def __call__(self, image: Image.Image) -> list[Tensor]:
         """The views of an RGB picture, each float32[3, H, W]."""
         rows, columns = self.layout((image.height, image.width))
         H, W = self.tile.size_hw
-        (whole,) = self.tile.with_size((rows * H, columns * W))(image)
+        (whole,) = self._whole((image.height, image.width))(image)
         views = [
             whole[:, row * H : (row + 1) * H, column * W : (column + 1) * W].contiguous()
             for row in range(rows)
             for column in range(columns)
         ]
         return views + (self.tile(image) if self.thumbnail and len(views) > 1 else [])
+
+    def _whole(self, size_hw: tuple[int, int]) -> PixelSpec:
+        """The preprocessing that brings a picture to the whole of its tiles."""
+        (rows, columns), (H, W) = self.layout(size_hw), self.tile.size_hw
+        return self.tile.with_size((rows * H, columns * W))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

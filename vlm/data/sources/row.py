@@ -9,17 +9,18 @@ Three forms of row are read, told apart by the keys that they have:
 The first is LLaVA's, the second that of chat templates. `<image>` in a TEXT is an image's place.
 A PART is {"type": "text", "text": TEXT}, where `<image>` is plain text, or {"type": "image"}.
 Rows without images are text only. Each form may add
-"boxes": [{"image": 0, "xyxy": [x0, y0, x1, y1], "label": TEXT}, ...] in the image's own pixels.
+"boxes": [{"image": 0, "xyxy": [x0, y0, x1, y1], "label": TEXT}, ...] in the image's own pixels, as
+`vlm.data.boxes` checks them.
 Other keys are left alone.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vlm.data.boxes import check_box
 from vlm.data.example import BadRow, Box, Example, ImageRef, Turn, caption_example
 
 IMAGE_MARK = "<image>"
@@ -231,16 +232,7 @@ def _box(box: Any, place: str) -> Box:
         raise BadRow(f"{place}: expected image to be a whole number, found {image!r}")
     if not isinstance(label, str) or not label.strip():
         raise BadRow(f"{place}: expected a label, found {label!r}")
-    if not (isinstance(xyxy, list | tuple) and len(xyxy) == 4 and all(map(_is_number, xyxy))):
-        raise BadRow(f"{place}: expected xyxy to be four numbers, found {str(xyxy)[:80]}")
-    x0, y0, x1, y1 = map(float, xyxy)
-    if not (x0 < x1 and y0 < y1):
-        raise BadRow(f"{place}: expected x0 < x1 and y0 < y1, found {[x0, y0, x1, y1]}")
-    return Box(image, (x0, y0, x1, y1), label)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return Box(image, check_box(xyxy, place), label)
 
 
 def _kind(value: Any) -> str:

@@ -10,19 +10,20 @@ import io
 from collections.abc import Callable
 
 from vlm.data.example import Box, Example, ImageRef, Turn, caption_example
+from vlm.data.grounding import ground
 from vlm.data.sources.base import BadSource, Source
 from vlm.data.synthetic.scene import Dice, Scene, compose, draw, exact_box
 from vlm.data.synthetic.scene_text import ask, caption
 
-TASKS = ("caption", "question", "mixed")
+TASKS = ("caption", "question", "mixed", "ground")
 
 
 class Scenes(Source):
     """Drawn scenes as examples, with boxes of every shape.
 
     count: the number of rows. seed: any integer.
-    task: "caption" (the user's `prompt` after the image), "question", or "mixed", where even rows
-        are captions and odd rows questions.
+    task: "caption" (the user's `prompt` after the image), "question", "mixed", where even rows are
+        captions and odd rows questions, or "ground", which asks where each kind of shape is.
     size_hw: pixels; None gives each row its own, from 128 to 320 a side.
     shapes: the fewest and the most shapes of a scene, 1 to 9; where little room is left, fewer.
     Pictures are PNG bytes, drawn when a row is read. Rows are named NAME[ROW].
@@ -84,6 +85,8 @@ class Scenes(Source):
         draw(scene).save(packed, "PNG", compress_level=1)
         image = ImageRef(packed.getvalue(), name)
         boxes = tuple(Box(0, exact_box(shape), shape.label) for shape in scene.shapes)
+        if self._task == "ground":
+            return ground(Example(name, (Turn("user", (None,)),), (image,), boxes))
         if self._task == "caption" or (self._task == "mixed" and row % 2 == 0):
             example = caption_example(name, image, caption(scene), self._prompt)
             return Example(name, example.turns, (image,), boxes)
