@@ -13,12 +13,16 @@ import heapq
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch.utils.data import Dataset, Sampler
 
 from vlm.data.example import BadRow, Example, Skipped
 from vlm.data.sources.base import Source
+from vlm.pixels import BadImage
+
+if TYPE_CHECKING:
+    from vlm.data.augment import Augment
 
 _MASK = (1 << 64) - 1
 _ROUNDS = 8
@@ -30,9 +34,12 @@ class Mixture:
     sources: at least one; only their lengths and names are used.
     weights: each source's share of the samples, in any unit, at least 0; None: its number of rows.
     seed: any integer; another seed gives other orders of rows.
+    warmup: (weights, samples): the shares at the start, which turn evenly into `weights` over the
+        first `samples` samples; None: the same shares throughout.
 
     Shares: among the first i samples, whatever i, a source has its exact share to within 2
-    samples (within 1/2 where there are two sources), however many sources there are.
+    samples (within 1/2 where there are two sources), however many sources there are; with a
+    warm-up to within 5.
     Epochs: a source's draws, taken len(source) at a time, are its rows each exactly once, in an
     order of their own.
     Raises ValueError naming the values where weights do not fit.
@@ -44,7 +51,11 @@ class Mixture:
     """
 
     def __init__(
-        self, sources: Sequence[Source], weights: Sequence[float] | None = None, seed: int = 0
+        self,
+        sources: Sequence[Source],
+        weights: Sequence[float] | None = None,
+        seed: int = 0,
+        warmup: tuple[Sequence[float], int] | None = None,
     ) -> None:
         self.lengths = [len(source) for source in sources]
         names = [source.name for source in sources]
@@ -53,35 +64,78 @@ class Mixture:
         if 0 in self.lengths:
             raise ValueError(f"source {names[self.lengths.index(0)]} has no rows")
         self.weights = list(self.lengths if weights is None else weights)
-        if len(self.weights) != len(sources):
-            raise ValueError(
-                f"{len(self.weights)} weights {self.weights} for {len(names)} sources "
-                f"{names}: one weight for each source"
-            )
-        if any(not math.isfinite(weight) or weight < 0 for weight in self.weights):
-            raise ValueError(f"weights are finite and at least 0, found {self.weights}")
-        if not any(self.weights):
-            raise ValueError(f"at least one weight is above 0, found {self.weights}")
+        _check_weights(self.weights, names)
         self.seed = seed
-        self._root = _share_tree(self.weights)
+        self.warmup = None if warmup is None else (list(warmup[0]), warmup[1])
+        self._shares = _Shares(self.weights)
+        self._first = self._shares
+        self._warm = 0
+        if self.warmup is not None:
+            _check_weights(self.warmup[0], names)
+            self._first, self._warm = _Shares(self.warmup[0]), max(0, self.warmup[1])
         self._keys = [_mix(_mix(seed & _MASK) ^ source) for source in range(len(sources))]
 
     def __getitem__(self, i: int) -> Draw:
         """Sample i >= 0: its source's number and its row."""
         if i < 0:
             raise IndexError(f"samples are numbered from 0, found {i}")
+        late = self._late(i)
+        if self._late(i + 1) > late:
+            source, position = self._shares.source_of(late)
+            position += self._first.counts(i - late)[source] if self._warm else 0
+        else:
+            source, position = self._first.source_of(i - late)
+            position += self._shares.counts(late)[source]
+        epoch, position = divmod(position, self.lengths[source])
+        key = _mix(self._keys[source] ^ epoch)
+        return Draw(source, permuted(position, self.lengths[source], key), epoch)
+
+    def counts(self, i: int) -> list[int]:
+        """How many of the first i samples each source gives."""
+        late = self._late(i)
+        counts = self._shares.counts(late)
+        first = self._first.counts(i - late)
+        return [a + b for a, b in zip(counts, first)]
+
+    def _late(self, i: int) -> int:
+        """How many of the first i samples are drawn by `weights`: their density rises evenly from
+        0 to 1 over the warm-up; the others are drawn by the shares at the start."""
+        if i >= self._warm:
+            return i - self._warm + (self._warm + 1) // 2
+        return (i * i + self._warm) // (2 * self._warm)
+
+
+def _check_weights(weights: Sequence[float], names: Sequence[str]) -> None:
+    if len(weights) != len(names):
+        raise ValueError(
+            f"{len(weights)} weights {list(weights)} for {len(names)} sources "
+            f"{list(names)}: one weight for each source"
+        )
+    if any(not math.isfinite(weight) or weight < 0 for weight in weights):
+        raise ValueError(f"weights are finite and at least 0, found {list(weights)}")
+    if not any(weights):
+        raise ValueError(f"at least one weight is above 0, found {list(weights)}")
+
+
+class _Shares:
+    """Fixed shares: which source each sample comes from, and its number among that source's."""
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        self._sources = len(weights)
+        self._root = _share_tree(weights)
+
+    def source_of(self, i: int) -> tuple[int, int]:
+        """Sample i's source, and how many of the samples before it that source gave."""
         node = self._root
         while isinstance(node, _Fork):
             before = node.left_count(i)
             goes_left = node.left_count(i + 1) > before
             node, i = (node.left, before) if goes_left else (node.right, i - before)
-        epoch, position = divmod(i, self.lengths[node])
-        key = _mix(self._keys[node] ^ epoch)
-        return Draw(node, permuted(position, self.lengths[node], key), epoch)
+        return node, i
 
     def counts(self, i: int) -> list[int]:
         """How many of the first i samples each source gives."""
-        counts = [0] * len(self.lengths)
+        counts = [0] * self._sources
         open_nodes = [(self._root, i)]
         while open_nodes:
             node, count = open_nodes.pop()
@@ -167,10 +221,15 @@ class MixtureDataset(Dataset):
 
     on_bad_row: "raise" stops at a row that cannot be read, naming it; "skip" gives Skipped in its
     place, for the loop to count and report.
+    augment: changes a training example by a seed, the same whenever the run is resumed.
     """
 
     def __init__(
-        self, sources: Sequence[Source], mixture: Mixture, on_bad_row: str = "raise"
+        self,
+        sources: Sequence[Source],
+        mixture: Mixture,
+        on_bad_row: str = "raise",
+        augment: Augment | None = None,
     ) -> None:
         if on_bad_row not in ("raise", "skip"):
             raise ValueError(f"on_bad_row is 'raise' or 'skip', found {on_bad_row!r}")
@@ -182,13 +241,17 @@ class MixtureDataset(Dataset):
         self.sources = list(sources)
         self.mixture = mixture
         self.on_bad_row = on_bad_row
+        self.augment = augment
 
     def __getitem__(self, number: int) -> Example | Skipped:
         draw = self.mixture[number]
         source = self.sources[draw.source]
         try:
-            return source[draw.row]
-        except BadRow as error:
+            example = source[draw.row]
+            if self.augment is not None:
+                example = self.augment(example, _mix(_mix(self.mixture.seed & _MASK) ^ number) >> 1)
+            return example
+        except (BadRow, BadImage) as error:
             if self.on_bad_row == "raise":
                 raise
             return Skipped(source.row_name(draw.row), str(error))

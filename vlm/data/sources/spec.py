@@ -8,6 +8,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from vlm.data.sources.base import BadSource, Source
+from vlm.data.sources.coco import CocoSource
+from vlm.data.sources.documents import Documents
 from vlm.data.sources.json_rows import RowsSource
 from vlm.data.sources.row import RowFormat
 from vlm.data.sources.shards import ShardSource
@@ -20,11 +22,14 @@ ACCEPTED = """\
     sample:SPLIT                packaged drawings with captions: train, val, transfer
     scenes:COUNT:KEY=VALUE...   drawn scenes, such as scenes:1000:seed=3
     PATH.jsonl, PATH.json       rows: image and conversations, messages or caption
+    coco:PATH.json              boxes in COCO's JSON; the pictures' folder behind ?root=
     PATH.tar                    WebDataset shards; wildcards and {0000..0009} allowed
     PATH.parquet                a table
     FOLDER                      saved by datasets, or images with classes or metadata
     FOLDER:SPLIT                one split of it
-    datasets:ORG/NAME:SPLIT     a hub set"""
+    datasets:ORG/NAME:SPLIT     a hub set
+    PATH.txt                    plain text, paragraphs parted by empty lines
+    python:SPLIT                plain text, Python's own manual: train, val"""
 _SUFFIX = re.compile(r"\?(?=[a-z_]+=)")
 
 
@@ -42,10 +47,13 @@ def open_source(
         sample:SPLIT                packaged drawings with captions: train, val, transfer
         scenes:COUNT:KEY=VALUE...   drawn scenes; keys are those of `Scenes.from_text`
         PATH.jsonl, PATH.json       rows, as in `vlm.data.sources.row`
+        coco:PATH.json              detection data, as in `vlm.data.sources.coco`
         PATH.tar                    WebDataset shards; wildcards and {0000..0009} allowed
         PATH.parquet                a table
         FOLDER, FOLDER:SPLIT        saved by `datasets`, or images with classes or metadata
         datasets:ORG/NAME:SPLIT     a hub set
+        PATH.txt                    plain text, paragraphs parted by empty lines
+        python:SPLIT                plain text, Python's own manual: train, val
 
     Options are arguments, or stand behind the text as ?KEY=VALUE&KEY=VALUE (percent-encoded where
     a value holds & or %), where they win over the arguments:
@@ -53,8 +61,8 @@ def open_source(
     prompt: the user's text after the image, in rows that are captions; may be "".
     image: key or column of the pictures; of tar shards, their extension. None: the usual ones.
     caption: key or column of the caption, making every row a caption. None: any form of row.
-    root: where relative image paths start: a folder, or for JSON rows a .tar file too. None: the
-        folder of the rows.
+    root: where relative image paths start: a folder, or for JSON rows and COCO's files a .tar file
+        too. None: the folder of the rows.
     config: a hub set's configuration.
     Raises BadSource where nothing opens, listing what is accepted.
 
@@ -63,9 +71,13 @@ def open_source(
     """
     text, *suffix = _SUFFIX.split(spec, maxsplit=1)
     options = {"prompt": prompt, "image": image, "caption": caption, "root": root, "config": config}
-    options |= _options(suffix[0], spec) if suffix else {}
+    own = _options(suffix[0], spec) if suffix else {}
+    options |= own
     kind, open_kind = _kind(text, spec)
-    unread = {key for key, value in options.items() if value} - set(_READS[kind])
+    # The argument `prompt` is for sources of captions among others; behind the text it is for this.
+    given = {key for key, value in options.items() if value}
+    given -= {"prompt"} - set(own) if kind in _WITHOUT_PROMPT else set()
+    unread = given - set(_READS[kind])
     if unread:
         raise BadSource(
             f"{spec}: {kind} takes the options {', '.join(_READS[kind])}, found {sorted(unread)}"
@@ -81,7 +93,13 @@ _READS = {
     "shards": ("prompt", "image", "caption"),
     "table": ("prompt", "image", "caption", "root"),
     "datasets": OPTIONS,
+    "coco": ("root",),
+    "python": (),
+    "text": (),
 }
+
+
+_WITHOUT_PROMPT = ("coco", "python", "text")
 
 
 def _kind(text: str, spec: str) -> tuple[str, Callable[..., Source]]:
@@ -92,6 +110,8 @@ def _kind(text: str, spec: str) -> tuple[str, Callable[..., Source]]:
         return name, _NAMED[name]
     if suffix == ".tar":
         return "shards", lambda text, form, *_: ShardSource(text, form)
+    if suffix == ".txt":
+        return "text", lambda text, *_: Documents.from_file(text)
     if suffix in (".json", ".jsonl"):
         return "rows", lambda text, form, root, _: RowsSource(text, form, image_root=root)
     if suffix == ".parquet" or Path(_body_and_split(text)[0]).is_dir():
@@ -145,4 +165,18 @@ def _body_and_split(text: str) -> tuple[str, str | None]:
     return (body, split) if colon else (text, None)
 
 
-_NAMED = {"sample": _sample, "scenes": _scenes, "datasets": _table}
+def _coco(text: str, _, root: str | Path | None, *__) -> Source:
+    return CocoSource(text.removeprefix("coco:"), root)
+
+
+def _manual(text: str, *_) -> Source:
+    return Documents.from_manual(text.removeprefix("python:"))
+
+
+_NAMED = {
+    "sample": _sample,
+    "scenes": _scenes,
+    "datasets": _table,
+    "coco": _coco,
+    "python": _manual,
+}
