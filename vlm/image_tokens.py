@@ -203,7 +203,7 @@ class ImageTokenizer(nn.Module, ABC):
         twin = self._meta[0]
         with torch.no_grad():
             dtype = next((p.dtype for p in twin.parameters()), torch.float32)
-            return twin(_meta_pixels(view_hw, dtype)).shape
+            return twin(meta_pixels(view_hw, dtype)).shape
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_meta": []}
@@ -219,8 +219,8 @@ def meta_twin(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo).eval()
 
 
-def _meta_pixels(view_hw: tuple, dtype: torch.dtype) -> Pixels:
+def meta_pixels(view_hw: tuple, dtype: torch.dtype) -> Pixels:
     """Pixels of one view on the meta device; nested sizes, one for each tower, give a tuple."""
     if isinstance(view_hw[0], tuple):
-        return tuple(_meta_pixels(part, dtype) for part in view_hw)
+        return tuple(meta_pixels(part, dtype) for part in view_hw)
     return torch.empty(1, 3, *view_hw, device="meta", dtype=dtype)

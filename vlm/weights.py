@@ -8,31 +8,61 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from vlm.merge import Made, plain_state
+
 INDEX = "model.safetensors.index.json"
+SHARD, MADE_SHARD = 5 * 10**9, 10**9
+"""Bytes of a file at most; the second where tensors are made for it, which are then in memory."""
 
 
 class WeightsError(ValueError):
     """Weights that do not fit; the message lists every key that is missing, unused or misshapen."""
 
 
-def save_weights(module: nn.Module, folder: Path) -> None:
+def save_weights(
+    module: nn.Module, folder: Path, name: Callable[[str], str] = str, *, merge: bool = True
+) -> None:
     """Writes all parameters and persistent buffers, each in its own dtype, in shards of 5 GB.
 
+    The files hold the module's plain weights (see `vlm.merge`); the module itself stays as it is.
+    name: what each of the module's names is called in the files. merge: whether LoRA is merged;
+        where not, its layers are written beside those that they stand for.
     Raises OSError before anything is written where the disk has no room.
     """
-    state = module.state_dict()
-    unique = {tensor.data_ptr(): tensor for tensor in state.values()}
-    need_room(folder, sum(t.numel() * t.element_size() for t in unique.values()))
-    save_torch_state_dict({k: t.contiguous() for k, t in state.items()}, folder)
+    state = {name(key): tensor for key, tensor in plain_state(module, lora=merge).items()}
+    likes = {key: t.like if isinstance(t, Made) else t for key, t in state.items()}
+    unique = {t.data_ptr() or key: key for key, t in reversed(likes.items())}
+    likes = {key: likes[key] for key in likes if key in set(unique.values())}
+    need_room(folder, sum(t.numel() * t.element_size() for t in likes.values()))
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (*folder.glob("model*.safetensors"), folder / INDEX):
+        old.unlink(missing_ok=True)
+    made = any(isinstance(tensor, Made) for tensor in state.values())
+    plan = split_torch_state_dict_into_shards(likes, max_shard_size=MADE_SHARD if made else SHARD)
+    for file, keys in plan.filename_to_tensors.items():
+        save_file({key: _whole(state[key]) for key in keys}, folder / file, {"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _whole(tensor: Tensor | Made) -> Tensor:
+    """The tensor with a storage of its own size, as files take it."""
+    if isinstance(tensor, Made):
+        return tensor.make()
+    tensor = tensor.contiguous()
+    own = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if own else tensor.clone()
 
 
 def need_room(folder: Path, size: int) -> None:
@@ -71,23 +101,25 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_weights(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+def load_weights(
+    module: nn.Module, state: Mapping[str, Tensor], where: str, name: Callable[[str], str] = str
+) -> None:
     """Puts tensors into a module in place of its own, dtypes as stored, no tensor left over.
 
-    where: names the source in messages.
+    where: names the source in messages. name: what each of the module's names is called in `state`.
     Raises WeightsError listing all missing, unused and wrongly shaped keys together.
     """
-    own = module.state_dict()
+    own = {name(key): tensor for key, tensor in module.state_dict().items()}
     aliases: dict[int, list[str]] = {}
-    for name, tensor in module.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(tensor), []).append(name)
-    twins = {name: names for names in aliases.values() for name in names}
-    missing = [name for name in own if not any(twin in state for twin in twins.get(name, [name]))]
-    unused = [name for name in state if name not in own]
+    for key, tensor in module.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(tensor), []).append(key)
+    twins = {name(key): [name(k) for k in keys] for keys in aliases.values() for key in keys}
+    missing = [key for key in own if not any(twin in state for twin in twins.get(key, [key]))]
+    unused = [key for key in state if key not in own]
     misshapen = [
-        f"{name}: expected {tuple(own[name].shape)}, found {tuple(tensor.shape)}"
-        for name, tensor in state.items()
-        if name in own and own[name].shape != tensor.shape
+        f"{key}: expected {tuple(own[key].shape)}, found {tuple(tensor.shape)}"
+        for key, tensor in state.items()
+        if key in own and own[key].shape != tensor.shape
     ]
     if missing or unused or misshapen:
         raise WeightsError(
@@ -96,13 +128,14 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], where: str) -> 
             f"unused ({len(unused)}): {unused}\n"
             f"wrong shape ({len(misshapen)}): {misshapen}"
         )
-    module.load_state_dict(state, strict=False, assign=True)
-    for names in aliases.values():
-        given = next((name for name in names if name in state), None)
-        if given is not None and len(names) > 1:
-            shared = module.get_parameter(given)
-            for name in names:
-                parent, _, leaf = name.rpartition(".")
+    given = {key: state[name(key)] for key in module.state_dict() if name(key) in state}
+    module.load_state_dict(given, strict=False, assign=True)
+    for keys in aliases.values():
+        first = next((key for key in keys if key in given), None)
+        if first is not None and len(keys) > 1:
+            shared = module.get_parameter(first)
+            for key in keys:
+                parent, _, leaf = key.rpartition(".")
                 setattr(module.get_submodule(parent), leaf, shared)
 
 
@@ -118,7 +151,7 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype, where=lambda paramete
         for parameter in norm.parameters(recurse=False)
     }
     for parameter in module.parameters():
-        if where(parameter):
+        if where(parameter) and parameter.is_floating_point():  # packed weights are not
             parameter.data = parameter.data.to(torch.float32 if id(parameter) in kept else dtype)
 
 

@@ -12,23 +12,28 @@ if TYPE_CHECKING:
 
 SYSTEMS = {
     "vlm": ("vlm.systems.composed", "any image tokenizer and language model, our own layout"),
+    "deepseek_vl": ("vlm.systems.deepseek_vl", "DeepSeek-VL 1.3B: SigLIP, MLP, LLaMA"),
+    "deepseek_vl_hybrid": ("vlm.systems.deepseek_vl", "DeepSeek-VL 7B: SigLIP and SAM, LLaMA"),
 }
 """`format` or transformers' `model_type` in config.json -> (module, what it is)."""
 
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "stored", "float32", "bfloat16", "float16")
+LAYOUTS = ("native", "reference")
 
 
 def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Composition:
     """The parts of the model in a folder or under a hub id.
 
     The arguments are those of `vlm.load`.
-    Raises ValueError naming the folder and what was expected, OSError for an unknown hub id.
+    Raises ValueError naming the folder and what was expected, or the device that is not here;
+    OSError for an unknown hub id.
     """
     import torch
 
     from vlm.weights import cast_parameters
 
+    device = _device(device)
     folder = _folder(source)
     path = folder / "config.json"
     try:
@@ -39,20 +44,51 @@ def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Compo
     if dtype not in DTYPES:
         raise ValueError(f"dtype is one of {', '.join(DTYPES)}, found {dtype!r}")
     model = import_module(SYSTEMS[kind][0]).load(folder, values)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     # A run saves fp32 masters beside bf16 parts; all compute in the language model's dtype.
     chosen = next(model.module.text.parameters()).dtype
-    cast_parameters(model.module, chosen if dtype == "auto" else getattr(torch, dtype))
+    if dtype != "stored":
+        cast_parameters(model.module, chosen if dtype == "auto" else getattr(torch, dtype))
     model.module.to(device)
     return model
 
 
-def save(model: Composition, folder: Path, layout: str) -> None:
-    """Writes a model in our own layout ("native")."""
-    if layout != "native":
-        raise ValueError(f"layout {layout!r}: a composed model has only the layout 'native'")
-    import_module(SYSTEMS["vlm"][0]).save(model, folder)
+def save(model: Composition, folder: Path, layout: str, merge: bool = True) -> None:
+    """Writes a model in our own layout ("native"), or in that of the published system which it
+    came from ("reference"). merge: whether LoRA is merged; only "native" can keep its layers.
+
+    Raises ValueError for a layout that the model does not have.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is one of {', '.join(LAYOUTS)}, found {layout!r}")
+    if layout == "reference" and model.reference is None:
+        raise ValueError(
+            "layout 'reference': this model came from no published system, so it has only the "
+            "layout 'native'"
+        )
+    if layout == "native":
+        import_module(SYSTEMS["vlm"][0]).save(model, folder, merge)
+        return
+    if not merge:
+        raise ValueError("merge=False: only the layout 'native' has a place for LoRA layers")
+    import_module(SYSTEMS[model.reference.model_type][0]).save(model, folder)
+
+
+def _device(name: str) -> str:
+    """The device that `name` asks for, "auto" decided. Raises ValueError where there is none."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        here = not torch.empty(0, device=name).is_meta  # which would lose the weights
+        reason = "it holds no values"
+    except (RuntimeError, AssertionError) as error:  # each build of torch has its own
+        here, reason = False, str(error).strip().splitlines()[0].partition(". ")[0]
+    if not here:
+        raise ValueError(
+            f"device {name!r}: expected auto, cpu or a device of this machine ({reason[:100]})"
+        )
+    return name
 
 
 def _kind(values: dict, where: str | Path) -> str:

@@ -1,12 +1,13 @@
 """Any image tokenizer with any language model: our own composition and our own folder layout.
 
-A folder holds config.json (family, parts, prompt), model.safetensors and `text_tokenizer/`.
+A folder holds config.json (family, parts, prompt), model.safetensors and `text_tokenizer/`; of a
+model that came from a published system, also that folder's small files, in `reference/`.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,20 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from vlm import adaptors, assets, config, tokenizers
+from vlm.data.grounding import GROUND_PROMPT
 from vlm.families.decoder_only import DecoderOnly, Places
+from vlm.geometry import LocTokens
 from vlm.image_tokens import ImageTokenizer
-from vlm.prompts import Processor
+from vlm.prompts import MARK, Processor
+from vlm.systems.reference import Reference, read_reference
+from vlm.vocabulary import grow
 from vlm.weights import load_weights, read_weights, save_weights
 
 SOURCE = "our own"
 FORMAT = "vlm"
 VERSION = 1
+REFERENCE = "reference"
+"""Sub-folder for the files of the published folder that a model came from."""
 DEMO = "demo"
 LAYER_OPTION = {"timm": "level", "transformers": "layer", "open_clip": "layer"}
 """Kinds of image tokenizer with pretrained weights -> what each calls its layer."""
@@ -37,13 +44,17 @@ class Composition:
     """A module with what is needed to use it.
 
     processor: prompts and preprocessing. stop_ids: ids that end an answer. caption_prompt: what
-    asks for a caption where nothing else is said.
+    asks for a caption where nothing else is said. ground_prompt: what asks for the boxes of a
+    `{phrase}`. reference: the published layout that it came from, which it can be saved in; None
+    for one composed here.
     """
 
     module: DecoderOnly
     processor: Processor
     stop_ids: tuple[int, ...]
     caption_prompt: str = CAPTION_PROMPT
+    ground_prompt: str = GROUND_PROMPT
+    reference: Reference | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +62,10 @@ class Folder:
     """What config.json says, besides `format` and `version`.
 
     tokenizer, adaptor: configurations with their `kind`. text: the language model's own
-    configuration. stop_ids: ids that end an answer. The rest is the processor's.
+    configuration. stop_ids: ids that end an answer. loc: how boxes are written; None: not at all.
+    reference: the published system that the model came from, whose files lie in `reference/`.
+    lora: for each component with LoRA layers of its own what they are, see `vlm.lora`.
+    The rest is the prompts'.
     """
 
     family: str
@@ -62,6 +76,11 @@ class Folder:
     caption_prompt: str
     system: str | None
     max_tokens: int | None
+    ground_prompt: str = GROUND_PROMPT
+    loc: LocTokens | None = None
+    image_mark: str = MARK
+    reference: str | None = None
+    lora: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def build(
@@ -78,6 +97,7 @@ def build(
     overflow: str = "drop",
     size_hw: tuple[int, int] | None = None,
     vision_layer: int = -1,
+    text_layers: int | None = None,
     seed: int = 0,
 ) -> Composition:
     """A decoder-only model from pretrained parts and a fresh adaptor.
@@ -88,11 +108,15 @@ def build(
     adaptor: "linear", "mlp", "pixel_shuffle" or "resampler", as wide as the language model.
     max_tokens: longest row; None takes the language model's context. overflow: what happens to
         longer rows, see `Processor`.
+    text_layers: how many of the language model's first layers are kept, for small and fast
+        models; None keeps all.
     seed: of the adaptor's weights; the global generator is left as it is.
     Raises OSError or FetchError where weights cannot be had.
     """
     image_tokenizer = load_vision(vision, size_hw, vision_layer)
     language = load_text(text)
+    if text_layers is not None:
+        keep_layers(language, text_layers)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         bridge = adaptors.build(
@@ -123,6 +147,34 @@ def build(
     )
 
 
+def keep_layers(language: torch.nn.Module, count: int) -> None:
+    """Cuts a language model off after its first `count` layers, in place; its final norm and head
+    stay. Raises ValueError where it has fewer."""
+    config = language.config.get_text_config()
+    if not 1 <= count <= config.num_hidden_layers:
+        raise ValueError(
+            f"text_layers must be 1 to {config.num_hidden_layers}, which this language model has, "
+            f"found {count}"
+        )
+    decoder = language.get_decoder()
+    decoder.layers = decoder.layers[:count]
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:count]
+
+
+def add_loc_tokens(parts: Composition, loc: LocTokens) -> None:
+    """Gives a composition the tokens that boxes are written with, in place: ids and rows.
+
+    Raises ValueError where it writes boxes in another way already.
+    """
+    had = parts.processor.loc
+    if had is not None and had != loc:
+        raise ValueError(f"this model writes boxes as {had}, not as {loc}")
+    grow(parts.module.text, parts.processor.text_tokenizer, loc.tokens)
+    parts.processor.loc = loc
+
+
 def context_of(language: torch.nn.Module) -> int | None:
     """The longest row that the language model was made for; None where it does not say."""
     return getattr(language.config.get_text_config(), "max_position_embeddings", None)
@@ -137,7 +189,14 @@ def adaptor_config(
     known = {
         "linear": {"kind": "mlp", **widths, "depth": 1, "hidden_width": out_width},
         "mlp": {"kind": "mlp", **widths, **deep},
-        "pixel_shuffle": {"kind": "pixel_shuffle", **widths, **deep, "ratio": ratio},
+        "pixel_shuffle": {
+            "kind": "pixel_shuffle",
+            **widths,
+            **deep,
+            "ratio": ratio,
+            "norm": True,
+            "positions": 6,
+        },
         "resampler": {
             "kind": "resampler",
             **widths,
@@ -245,10 +304,11 @@ def stop_ids(processor: Processor, language: torch.nn.Module) -> tuple[int, ...]
     return tuple(dict.fromkeys([processor.end_id, *listed]))
 
 
-def save(model: Composition, folder: Path) -> None:
-    """Writes our own layout; see the module's docstring."""
+def save(model: Composition, folder: Path, merge: bool = True) -> None:
+    """Writes our own layout; see the module's docstring. merge: whether LoRA is merged into the
+    weights that are written, or kept as layers of its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_weights(model.module, folder)
+    save_weights(model.module, folder, merge=merge)
     description = Folder(
         family=model.module.family,
         tokenizer=tokenizers.config_to_dict(model.module.tokenizer),
@@ -258,10 +318,23 @@ def save(model: Composition, folder: Path) -> None:
         caption_prompt=model.caption_prompt,
         system=model.processor.system,
         max_tokens=model.processor.max_tokens,
+        ground_prompt=model.ground_prompt,
+        loc=model.processor.loc,
+        image_mark=model.processor.image_mark,
+        reference=None if model.reference is None else model.reference.model_type,
+        lora={} if merge else _kept_lora(model.module),
     )
+    if model.reference is not None:
+        model.reference.write(folder / REFERENCE)
     model.processor.text_tokenizer.save_pretrained(folder / "text_tokenizer")
     values = {"format": FORMAT, "version": VERSION, **config.to_dict(description)}
     (folder / "config.json").write_text(json.dumps(values, indent=2, default=str) + "\n")
+
+
+def _kept_lora(module: DecoderOnly) -> dict[str, dict[str, Any]]:
+    from vlm.lora import lora_of  # here, since peft is slow to import
+
+    return lora_of(module)
 
 
 def load(folder: Path, values: dict[str, Any]) -> Composition:
@@ -285,6 +358,10 @@ def load(folder: Path, values: dict[str, Any]) -> Composition:
             adaptors.build(described.adaptor),
             AutoModelForCausalLM.from_config(text_config),
         )
+        if described.lora:
+            from vlm.lora import add_lora_of  # here, since peft is slow to import
+
+            add_lora_of(module, described.lora, f"{where}.lora")
     module.text.tie_weights()  # making parameters empty has parted tied ones
     load_weights(module, read_weights(folder), where=str(folder))
     module.text.generation_config = GenerationConfig()
@@ -294,10 +371,15 @@ def load(folder: Path, values: dict[str, Any]) -> Composition:
         Places(module.tokenizer, module.adaptor),
         system=described.system,
         max_tokens=described.max_tokens,
+        loc=described.loc,
+        image_mark=described.image_mark,
     )
+    reference = described.reference
     return Composition(
         module=module.eval(),
         processor=processor,
         stop_ids=described.stop_ids,
         caption_prompt=described.caption_prompt,
+        ground_prompt=described.ground_prompt,
+        reference=reference and read_reference(folder / REFERENCE, reference),
     )

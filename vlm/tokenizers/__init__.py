@@ -22,6 +22,7 @@ KINDS = {
     "open_clip": "vlm.tokenizers.open_clip",
     "paired": "vlm.tokenizers.paired",
     "tiles": "vlm.tokenizers.tiles",
+    "sam_hybrid": "vlm.tokenizers.sam_hybrid",
 }
 """Kind of image tokenizer -> the module that defines it."""
 
@@ -31,6 +32,7 @@ ABOUT = {
     "open_clip": "image towers of open_clip",
     "paired": "two towers on one grid, high resolution and low",
     "tiles": "one picture cut into views, with a thumbnail",
+    "sam_hybrid": "SAM's last and first global features, convolved to a coarser grid",
 }
 """Kind of image tokenizer -> what it is, for people."""
 

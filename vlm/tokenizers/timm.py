@@ -111,6 +111,8 @@ class TimmTokenizer(ImageTokenizer):
 
         Raises ValueError where the final features hold no patch tokens (PiT).
         """
+        # Convolutions of pixels that lie channel by channel are 3 to 8 times slower on CPUs.
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
         options = {"level": self.level, "prefix": self.config.prefix, "norm": self.config.norm}
         tokens, grid_hw, final = features(self.backbone, pixels, **options)
         pooled = self.backbone.forward_head(final, pre_logits=True) if self.config.pooled else None

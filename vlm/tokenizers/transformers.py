@@ -10,6 +10,7 @@ columns.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -186,22 +187,33 @@ class TransformersTokenizer(ImageTokenizer):
         return resizes
 
     def _sam_tokens(self, pixels: Tensor) -> ImageTokens:
-        """SAM's encoder step by step, its position table resized bicubically where needed."""
         encoder = self.backbone.vision_encoder
-        x_VhwE = encoder.patch_embed.projection(pixels).permute(0, 2, 3, 1)
+        for x_VhwE in sam_states(encoder, pixels):  # noqa: B007 - the last one stays
+            pass
         grid_hw = (x_VhwE.shape[1], x_VhwE.shape[2])
-        if encoder.pos_embed is not None:
-            positions = encoder.pos_embed
-            if tuple(positions.shape[1:3]) != grid_hw:
-                positions = positions.permute(0, 3, 1, 2).float()
-                positions = F.interpolate(positions, grid_hw, mode="bicubic", align_corners=False)
-                positions = positions.permute(0, 2, 3, 1).to(x_VhwE.dtype)
-            x_VhwE = x_VhwE + positions
-        for block in encoder.layers:
-            x_VhwE = block(x_VhwE)
         if self.config.norm:
             x_VhwE = encoder.neck(x_VhwE).permute(0, 2, 3, 1)
         return ImageTokens(tokens=x_VhwE.flatten(1, 2), grid_hw=grid_hw)
+
+
+def sam_states(encoder: nn.Module, pixels: Tensor) -> Iterator[Tensor]:
+    """The states of SAM's image encoder, float[V, h, w, E]: the embeddings, then what each block
+    gives; its position table is resized bicubically where needed.
+
+    encoder: transformers' SamVisionEncoder, which itself refuses other sizes.
+    """
+    x_VhwE = encoder.patch_embed.projection(pixels).permute(0, 2, 3, 1)
+    if encoder.pos_embed is not None:
+        positions, grid_hw = encoder.pos_embed, tuple(x_VhwE.shape[1:3])
+        if tuple(positions.shape[1:3]) != grid_hw:
+            positions = positions.permute(0, 3, 1, 2).float()
+            positions = F.interpolate(positions, grid_hw, mode="bicubic", align_corners=False)
+            positions = positions.permute(0, 2, 3, 1).to(x_VhwE.dtype)
+        x_VhwE = x_VhwE + positions
+    yield x_VhwE
+    for block in encoder.layers:
+        x_VhwE = block(x_VhwE)
+        yield x_VhwE
 
 
 def build(config: TransformersConfig) -> TransformersTokenizer:

@@ -1,0 +1,104 @@
+"""What published systems share: weight names in two columns, and the files of the folder that a
+model came from, kept as they are so that the published layout can be written again.
+
+A system's KEY_MAP is a list of (published prefix, our prefix). Where several published prefixes
+stand for one of ours (names changed between versions of a library), all are read, and the first
+is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vlm.weights import INDEX, WeightsError
+
+KeyMap = Sequence[tuple[str, str]]
+
+KEPT = (".json", ".jinja", ".txt", ".model")
+"""Endings of a published folder's small files: configurations, prompts, vocabularies. Its licence
+is kept too."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """The published layout that a model came from.
+
+    model_type: its entry in `vlm.systems.SYSTEMS`.
+    files: name -> content of every small file of its folder, config.json included.
+    """
+
+    model_type: str
+    files: Mapping[str, bytes]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What its config.json says; a fresh copy."""
+        return json.loads(self.files["config.json"])
+
+    def write(self, folder: Path) -> None:
+        """Puts the files into `folder`, as they were."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
+
+
+def read_reference(folder: Path, model_type: str) -> Reference:
+    """The small files of a published folder; weights, code and pictures are left out."""
+    names = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_file()
+        and (path.suffix in KEPT or path.name.startswith("LICENSE"))
+        and path.name != INDEX
+    )
+    return Reference(
+        model_type=model_type, files={name: (folder / name).read_bytes() for name in names}
+    )
+
+
+def published_name(key: str, key_map: KeyMap) -> str:
+    """What one of our weights is called in the published layout.
+
+    Raises ValueError for a weight that the layout has no place for (a LoRA that is not merged).
+
+    >>> published_name("adaptor.out.bias", [("model.aligner.proj.", "adaptor.out.")])
+    'model.aligner.proj.bias'
+    """
+    for published, ours in key_map:
+        if key.startswith(ours):
+            return published + key.removeprefix(ours)
+    raise ValueError(
+        f"the published layout has no place for {key}; it has {[ours for _, ours in key_map]}"
+    )
+
+
+def first_names(
+    state: Mapping[str, Tensor], key_map: KeyMap, unused: Iterable[str], where: str
+) -> dict[str, Tensor]:
+    """A published state under the first of the names that the map has for each weight.
+
+    unused: prefixes of weights that are known and never needed; they are left out.
+    Keys that the map does not know stay as they are. Raises WeightsError where two keys are one.
+    """
+    first: dict[str, str] = {}
+    for published, ours in key_map:
+        first.setdefault(ours, published)
+    found: dict[str, str] = {}
+    for key in state:
+        if any(key.startswith(prefix) for prefix in unused):
+            continue
+        fitting = [pair for pair in key_map if key.startswith(pair[0])]
+        name = key
+        if fitting:
+            published, ours = max(fitting, key=lambda pair: len(pair[0]))
+            name = first[ours] + key.removeprefix(published)
+        if name in found:
+            raise WeightsError(f"{where}: {found[name]} and {key} are the same weight")
+        found[name] = key
+    return {name: state[key] for name, key in found.items()}
