@@ -1,0 +1,115 @@
+"""Less memory for training: activations that are computed again instead of kept.
+
+What is frozen below the first trainable parameter keeps no activations by itself: autograd keeps
+only what a gradient needs. A frozen language model above a trained adaptor does keep them, since
+the gradient passes through it; so it gains from checkpointing as a trained one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed._composable import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from vlm.families.decoder_only import DecoderOnly
+from vlm.image_tokens import ImageTokenizer, meta_pixels, meta_twin
+
+PROBE_HW = (256, 192)
+"""Rows and columns of the picture that shows what an image tokenizer keeps."""
+
+
+def checkpoint_activations(
+    module: DecoderOnly, parts: Sequence[str] = ("tokenizer", "text")
+) -> None:
+    """Makes the blocks of the named parts keep their input alone and compute the rest again in the
+    backward pass, in place: the loss and its gradients stay, in less memory and more time.
+
+    It acts in training and evaluation mode alike (a frozen part is in the latter), and whether or
+    not the input needs a gradient. parts: paths ("tokenizer", "text", "tokenizer.low").
+    Raises ValueError naming the part that leads nowhere, and the backbone that cannot: what an
+    image tokenizer keeps is measured.
+    """
+    for path in parts:
+        try:
+            part = module.get_submodule(path)
+        except AttributeError as error:
+            raise ValueError(
+                f"no part {path!r}: the parts are {sorted(module.parts())}, or paths below them"
+            ) from error
+        for name, owner in _owners(part):
+            where = f"{path}.{name}" if name else path
+            before = _kept(owner)
+            if not _enable(owner) or (before and _kept(owner) >= before):
+                raise ValueError(
+                    f"{where}: {_kind(owner)} has no blocks whose activations can be computed "
+                    "again, or they are so already; leave it out of the parts"
+                )
+
+
+@contextmanager
+def saved_bytes() -> Iterator[dict[int, int]]:
+    """Counts what autograd keeps for the backward pass within the block, parameters left out: a
+    dict from a tensor's storage to its bytes, each storage once."""
+    kept: dict[int, int] = {}
+    held = []  # a storage that is freed could lend its address to another
+
+    def pack(tensor: Tensor) -> Tensor:
+        base = tensor if tensor._base is None else tensor._base
+        if not isinstance(base, nn.Parameter):
+            storage = tensor.untyped_storage()
+            key = id(base) if tensor.is_meta else storage.data_ptr()
+            kept[key] = storage.nbytes()
+            held.append(base)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+def _owners(part: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The image tokenizers in a part that hold no other, by name; the part itself without any."""
+    found = [(n, m) for n, m in part.named_modules() if isinstance(m, ImageTokenizer)]
+    leaves = [
+        (n, m)
+        for n, m in found
+        if not any(isinstance(inner, ImageTokenizer) for inner in list(m.modules())[1:])
+    ]
+    return leaves or [("", part)]
+
+
+def _enable(owner: nn.Module) -> bool:
+    """Turns checkpointing on, where there are blocks for it; whether there are."""
+    blocks = [m for m in owner.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for block in blocks:
+        if checkpoint.state(block) is None:
+            checkpoint(block)
+    if blocks:
+        return True
+    switches = [m for m in owner.modules() if hasattr(m, "set_grad_checkpointing")]
+    if not switches:
+        return False
+    try:
+        switches[0].set_grad_checkpointing(True)  # timm and open_clip: the whole backbone
+    except AssertionError:  # how timm says that a backbone cannot
+        return False
+    return True
+
+
+def _kept(owner: nn.Module) -> int:
+    """Bytes that one view of an image tokenizer keeps; 0 for other modules, which are not run."""
+    if not isinstance(owner, ImageTokenizer):
+        return 0
+    twin = meta_twin(owner).requires_grad_(True)
+    dtype = next(twin.parameters()).dtype
+    with saved_bytes() as kept, torch.enable_grad():
+        twin(meta_pixels(owner.pixel_spec.view_sizes(PROBE_HW)[0], dtype))
+    return sum(kept.values())
+
+
+def _kind(owner: nn.Module) -> str:
+    inner = getattr(owner, "backbone", getattr(owner, "visual", owner))
+    return type(inner).__name__
