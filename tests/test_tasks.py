@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -103,6 +104,80 @@ def test_beam_logprobs_equal_the_rescored_beam():
         assert all(0 <= torch.tensor(logprob).exp() <= 1 for logprob in found.logprobs)
 
 
+@torch.no_grad()
+def next_logits(model, row):
+    batch = collate([row], model.processor.pad_id)
+    vectors = model.module.embed(row.ids[None], model.module.encode(batch.groups), ["row"])
+    return model.module.text(inputs_embeds=vectors).logits[0, -1]
+
+
+def test_beams_as_many_as_the_vocabulary_find_the_most_probable_pair():
+    """T20's other half: the best of all answers of two ids, by brute force, and its total."""
+    model = training.model(kind="qwen2", vocab=260, seed=3)  # a seed at which greedy misses it
+    model.parts.stop_ids = (259,)
+    pictures, prompt = [tiny.picture(2)], "<image> tell"
+    row = model.processor.encode_literal(pictures, prompt)
+    first = next_logits(model, row).log_softmax(-1)
+    totals = {}
+    for id in range(259):
+        ids = torch.cat([row.ids, torch.tensor([id])])
+        longer = dataclasses.replace(row, ids=ids, scored=torch.zeros(len(ids), dtype=torch.bool))
+        value, second = next_logits(model, longer).log_softmax(-1)[:259].max(0)
+        totals[(id, int(second))] = float(first[id] + value)
+    best = max(totals, key=totals.get)
+    options = {"max_new_tokens": 2, "min_new_tokens": 2, "length_penalty": 0.0}
+    (beam,) = model.generate([pictures], [prompt], num_beams=260, **options)
+    assert beam.ids == best
+    assert sum(beam.logprobs) == pytest.approx(totals[best], abs=1e-3)
+    (greedy,) = model.generate([pictures], [prompt], max_new_tokens=2, min_new_tokens=2)
+    assert sum(greedy.logprobs) < sum(beam.logprobs) - 0.01
+
+
+def test_sampled_ids_follow_the_models_distribution_and_the_seed():
+    """Frequencies of the first id lie near its probabilities; a seed repeats them, and leaves
+    torch's global generator alone."""
+    model = training.model()
+    with torch.no_grad():
+        model.module.text.get_output_embeddings().weight.mul_(0.05)  # so that many ids are likely
+    count, options = 2000, {"do_sample": True, "top_k": 0, "max_new_tokens": 1, "batch_size": 500}
+    before = torch.get_rng_state()
+    drawn = model.generate([[]] * count, ["abc"] * count, seed=1, **options)
+    again = model.generate([[]] * count, ["abc"] * count, seed=1, **options)
+    assert drawn == again
+    assert torch.equal(torch.get_rng_state(), before)
+    other = model.generate([[]] * count, ["abc"] * count, seed=2, **options)
+    assert drawn != other
+    probabilities = next_logits(model, model.processor.encode_literal([], "abc")).softmax(-1)
+    found = torch.bincount(torch.tensor([g.ids[0] for g in drawn]), minlength=300) / count
+    assert float((found - probabilities).abs().sum()) < 0.35  # 0.3 is usual, 2 the most
+    for generation in drawn[:50]:
+        expected = float(probabilities[generation.ids[0]].log())
+        assert generation.logprobs[0] == pytest.approx(expected, abs=1e-3)
+    one = model.generate([[]] * 20, ["abc"] * 20, **{**options, "top_k": 1})
+    assert {g.ids[0] for g in one} == {int(probabilities.argmax())}
+
+
+def test_repetition_penalty_and_length_penalty_count_what_was_written_alone():
+    """A prompt of vectors has no ids: a word of the prompt is not penalised, one that was written
+    is; a longer prompt changes no length."""
+    model = training.model()
+    plain = model.generate([[]], ["abc"], max_new_tokens=8)[0]
+    penalised = model.generate([[]], ["abc"], max_new_tokens=8, repetition_penalty=50.0)[0]
+    assert penalised.ids[0] == plain.ids[0]
+    assert len(set(plain.ids)) < len(set(penalised.ids)) == len(penalised.ids)
+    model.parts.stop_ids = tuple(range(100, 300))
+    prompts = ["a", "a much longer prompt than the other one"]
+    options = {"num_beams": 4, "max_new_tokens": 12}
+    for prompt in prompts:
+        lengths = [
+            len(model.generate([[]], [prompt], length_penalty=penalty, **options)[0].ids)
+            for penalty in (-5.0, 5.0)
+        ]
+        assert lengths[0] <= lengths[1]
+    exact = model.generate([[], []], prompts, min_new_tokens=5, **options)
+    assert all(len(generation.ids) >= 5 for generation in exact)
+
+
 def test_several_sequences_for_one_prompt_are_refused():
     with pytest.raises(ValueError, match="num_return_sequences"):
         training.model().generate([[]], ["a"], num_return_sequences=2, do_sample=True)
@@ -161,6 +236,13 @@ def test_bad_arguments_name_what_was_expected(tmp_path):
     for option in ("batch_size", "num_beams", "max_new_tokens"):
         with pytest.raises(ValueError, match=f"{option} must be at least 1, found 0"):
             model.caption([tiny.picture()], **{option: 0})
+    for options, message in (
+        ({"seed": 1}, "seed: expected 0 or more, and do_sample=True to draw; found 1"),
+        ({"seed": -1, "do_sample": True}, "seed: expected 0 or more.*found -1"),
+        ({"max_length": 9}, "max_length would count the prompt's places too: give max_new_tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.caption([tiny.picture()], **options)
     with pytest.raises(ValueError, match="max_tokens must be at least 1, found -1"):
         tiny.processor(model.module, max_tokens=-1)
     with pytest.raises(AttributeError, match="it is done by encoder-decoder models"):

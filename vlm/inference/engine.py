@@ -2,17 +2,25 @@
 
 Decoding itself is transformers' `generate`, on our parts. Batches are padded on the left, so that
 every row's next token stands at the end; greedy ids in a batch equal those of a row alone.
+`generate` sees no prompt ids, only vectors: `repetition_penalty` and `no_repeat_ngram_size` look at
+what was written alone, and lengths (`length_penalty`, `min_new_tokens`) count it alone.
 
-Shapes: B example, T text position, N scored place, Z vocabulary.
+Shapes: B example, T text position, N scored place, D decoder width, Z vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Event
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from vlm.families.decoder_only import DecoderOnly
 from vlm.losses.token import sum_by_row, token_losses
@@ -35,28 +43,60 @@ class Generation:
     logprobs: tuple[float, ...]
 
 
+Written = tuple[list[int], list[float]]
+"""The ids that were written and the log-probability of each in nats."""
+
+
 @torch.no_grad()
 def generate(
     module: DecoderOnly, batch: Batch, stop_ids: Sequence[int], pad_id: int, **options
-) -> list[tuple[list[int], list[float]]]:
-    """Ids and log-probabilities written after each row of a left-padded batch.
+) -> list[Written]:
+    """What is written after each row of a left-padded batch.
 
-    options: transformers' names (`max_new_tokens`, `num_beams`, `do_sample`, `temperature`,
-        `top_p`, ...), greedy by default.
-        `num_return_sequences` is refused: there is one answer to each row.
+    options: see `write`.
     Raises ValueError for a batch padded on the right, or an option that is refused.
     """
+    check_options(options)
+    if batch.padding != "left" and not bool(batch.valid.all()):
+        raise ValueError("generation continues at the end of rows: pad the batch on the left")
+    vectors = module.embed(batch.ids, module.encode(batch.groups), batch.names)
+    return write(module, vectors, batch.valid, stop_ids, pad_id, **options)
+
+
+def check_options(options: dict, seed: int | None = None) -> None:
+    """Raises ValueError for an option that cannot be, before anything is computed."""
+    if seed is not None and (seed < 0 or not options.get("do_sample")):
+        raise ValueError(f"seed: expected 0 or more, and do_sample=True to draw; found {seed}")
     for name in ("num_beams", "max_new_tokens"):
         if options.get(name, 1) < 1:
             raise ValueError(f"{name} must be at least 1, found {options[name]}")
     if options.get("num_return_sequences", 1) != 1:
         raise ValueError("num_return_sequences: there is one answer to each prompt; ask again")
-    if batch.padding != "left" and not bool(batch.valid.all()):
-        raise ValueError("generation continues at the end of rows: pad the batch on the left")
-    vectors = module.embed(batch.ids, module.encode(batch.groups), batch.names)
+    for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        if name in options:
+            raise ValueError(f"{name} would count the prompt's places too: give {instead}")
+
+
+@torch.no_grad()
+def write(
+    module: DecoderOnly,
+    vectors: Tensor,
+    valid: Tensor,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    **options,
+) -> list[Written]:
+    """What is written after each row of a stream.
+
+    vectors: float[B, T, D], padded on the left. valid: bool[B, T], False at padding.
+    options: transformers' names (`max_new_tokens`, `num_beams`, `do_sample`, `temperature`,
+        `top_p`, ...), greedy by default; with `do_sample`, transformers' `top_k` is 50 unless
+        given. `num_return_sequences`, `max_length` and `min_length` are refused.
+    """
+    check_options(options)
     out = module.text.generate(
         inputs_embeds=vectors,
-        attention_mask=batch.valid.long(),
+        attention_mask=valid.long(),
         eos_token_id=list(stop_ids),
         pad_token_id=pad_id,
         return_dict_in_generate=True,
@@ -75,6 +115,78 @@ def generate(
         length = ends[0] + 1 if ends else len(ids)
         rows.append((ids[:length], row[:length]))
     return rows
+
+
+@contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Draws come from `seed`, and torch's global generators are put back afterwards; None draws
+    from the global generators, as transformers does."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards each part has its own mode again."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def stream(start: Callable[..., Written]) -> Generator[int, None, Written]:
+    """Ids as they are written, one at a time; the value returned is that of `start`.
+
+    start: generates one row, and hands `streamer` and `stopping_criteria` on to `write`. It runs
+    in a thread of its own, which has ended when this generator has, however that comes: closed
+    early, generation stops after the id in work. What `start` raises is raised here.
+    """
+    ids: SimpleQueue[int | None] = SimpleQueue()
+    abandoned = Event()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="vlm-stream") as pool:
+        try:
+            done = pool.submit(
+                start,
+                streamer=_Queued(ids),
+                stopping_criteria=StoppingCriteriaList([_Once(abandoned)]),
+            )
+            done.add_done_callback(lambda _: ids.put(None))
+            while (id := ids.get()) is not None:
+                yield id
+            return done.result()
+        finally:
+            abandoned.set()
+
+
+class _Queued(BaseStreamer):
+    """Puts each id that transformers hands on into a queue. The prompt has none: it is vectors."""
+
+    def __init__(self, ids: SimpleQueue) -> None:
+        self.ids = ids
+
+    def put(self, value: Tensor) -> None:
+        for id in value.flatten().tolist():
+            self.ids.put(id)
+
+    def end(self) -> None:
+        """The queue is ended when the thread is, errors included."""
+
+
+class _Once(StoppingCriteria):
+    """Stops every row once an event is set."""
+
+    def __init__(self, event: Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Tensor, scores: object, **_) -> Tensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
 @torch.no_grad()

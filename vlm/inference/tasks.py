@@ -11,10 +11,12 @@ from tqdm import tqdm
 
 from vlm import systems
 from vlm.data.collate import collate
-from vlm.data.example import Example, Turn
+from vlm.data.example import Box, Example, Turn
 from vlm.families.decoder_only import DecoderOnly
 from vlm.inference import engine
+from vlm.inference.chat import Chat, read_messages
 from vlm.inference.engine import Generation
+from vlm.inference.ground import find
 from vlm.placement import Batch
 from vlm.prompts import Processor, Row
 from vlm.systems import composed
@@ -24,7 +26,6 @@ WINDOW = 8
 """Batches of rows that are sorted by length together."""
 TASKS = {
     "ocr": "encoder-decoder models",
-    "ground": "decoder-only models with <loc> tokens",
     "embed_images": "contrastive models",
     "embed_texts": "contrastive models",
     "classify": "contrastive models",
@@ -36,7 +37,8 @@ def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Model
 
     source: a model's folder, a run folder of a recipe (its `model/` is taken), or a hub id.
     device: "auto" takes a GPU where there is one. dtype: "auto" takes the language model's own
-        for all parts; else "float32", "bfloat16" or "float16".
+        for all parts; "stored" leaves each part as it was saved, to train on; else "float32",
+        "bfloat16" or "float16".
     Raises ValueError naming the folder and what was expected, OSError for an unknown hub id.
     """
     return Model(systems.load(source, device, dtype))
@@ -54,7 +56,9 @@ class Model:
     parts: what `vlm.systems` opened. module: the family's plain nn.Module. processor: its prompts
     and preprocessing.
     `images` holds, per example, a picture (path, bytes, PIL image or array) or a list of pictures.
-    Options carry transformers' names and are greedy by default.
+    Options carry transformers' names and are greedy by default. With `do_sample=True`, `seed` makes
+    what is drawn repeatable for the same rows in the same batches; torch's global generators stay
+    as they are.
     """
 
     def __init__(self, parts: Composition) -> None:
@@ -90,6 +94,40 @@ class Model:
         )
         written = self._generate(rows, len(images), batch_size, **options)
         return [generation.text for generation in written]
+
+    def chat(
+        self, messages: Sequence[dict], stream: bool = False, **options
+    ) -> str | Iterator[str]:
+        """The answer to the last message of a conversation.
+
+        messages: transformers' chat format, see `vlm.inference.chat`; the last is the user's.
+        stream: gives pieces of the answer as they are written; joined, they are the answer.
+        To go on with a conversation without encoding its pictures anew, keep a
+        `vlm.inference.chat.Chat`.
+        Raises ValueError naming the message, what was expected and what was found.
+        """
+        turns = read_messages(messages)
+        if not turns or turns[-1][0].role != "user":
+            found = f"{turns[-1][0].role}'s" if turns else "no message"
+            raise ValueError(f"messages: expected the last to be the user's, found {found}")
+        return Chat(self, messages[:-1]).ask(messages[-1]["content"], stream=stream, **options)
+
+    def ground(
+        self,
+        images: Sequence,
+        phrases: Sequence[str | Sequence[str]],
+        batch_size: int = 16,
+        **options,
+    ) -> list[list[Box]]:
+        """The boxes of phrases in each picture, in its own pixels, phrase after phrase, the phrase
+        being their label; their scores lie in 0 to 1.
+
+        phrases: for each picture one, or a list. A phrase whose answer cannot be read has no box;
+        `vlm.inference.ground.find`, which takes the same options, says why.
+        Raises ValueError for a model without <loc> tokens.
+        """
+        found = find(self, images, phrases, batch_size, **options)
+        return [[box for answer in answers for box in answer.boxes] for answers in found]
 
     def answer_examples(
         self, examples: Sequence[Example], batch_size: int = 16, **options
@@ -128,21 +166,32 @@ class Model:
             scores[indices] = -engine.answer_losses(self.module, batch).cpu()
         return scores
 
-    def save(self, folder: str | Path, layout: str = "native") -> None:
-        """Writes weights, configuration and processor files; `vlm.load(folder)` reads them."""
-        systems.save(self.parts, Path(folder), layout)
+    def save(self, folder: str | Path, layout: str = "native", merge: bool = True) -> None:
+        """Writes weights, configuration and processor files; `vlm.load(folder)` reads them.
+
+        merge: whether LoRA is merged into the weights that are written (this model stays as it
+            is), or written as layers of its own, to go on training with.
+        """
+        systems.save(self.parts, Path(folder), layout, merge)
 
     def _generate(
-        self, rows: Iterable[Row], count: int, batch_size: int, **options
+        self,
+        rows: Iterable[Row],
+        count: int,
+        batch_size: int,
+        seed: int | None = None,
+        **options,
     ) -> list[Generation]:
+        engine.check_options(options, seed)
         done: list[Generation | None] = [None] * count
-        for indices, batch in self._batches(rows, count, batch_size, "left"):
-            written = engine.generate(
-                self.module, batch, self.parts.stop_ids, self.processor.pad_id, **options
-            )
-            for index, (ids, logprobs) in zip(indices, written):
-                text = self.processor.decode(ids)
-                done[index] = Generation(text, tuple(ids), tuple(logprobs))
+        with engine.seeded(seed, self.device):
+            for indices, batch in self._batches(rows, count, batch_size, "left"):
+                written = engine.generate(
+                    self.module, batch, self.parts.stop_ids, self.processor.pad_id, **options
+                )
+                for index, (ids, logprobs) in zip(indices, written):
+                    text = self.processor.decode(ids)
+                    done[index] = Generation(text, tuple(ids), tuple(logprobs))
         return done
 
     def _batches(
@@ -156,19 +205,17 @@ class Model:
             raise ValueError(f"batch_size must be at least 1, found {batch_size}")
         numbered = enumerate(rows)
         dtype = next(self.module.tokenizer.parameters()).dtype
-        training = self.module.training
-        self.module.eval()
-        try:
-            with tqdm(total=count, desc="examples", disable=count <= 64, leave=False) as bar:
-                while window := list(islice(numbered, WINDOW * batch_size)):
-                    window.sort(key=lambda item: len(item[1].ids))
-                    for start in range(0, len(window), batch_size):
-                        indices, part = zip(*window[start : start + batch_size])
-                        batch = collate(part, self.processor.pad_id, padding)
-                        yield list(indices), batch.to(self.device, dtype)
-                        bar.update(len(part))
-        finally:
-            self.module.train(training)
+        with (
+            engine.evaluating(self.module),
+            tqdm(total=count, desc="examples", disable=count <= 64, leave=False) as bar,
+        ):
+            while window := list(islice(numbered, WINDOW * batch_size)):
+                window.sort(key=lambda item: len(item[1].ids))
+                for start in range(0, len(window), batch_size):
+                    indices, part = zip(*window[start : start + batch_size])
+                    batch = collate(part, self.processor.pad_id, padding)
+                    yield list(indices), batch.to(self.device, dtype)
+                    bar.update(len(part))
 
 
 def _question(pictures: Sequence, question: str, name: str) -> Example:

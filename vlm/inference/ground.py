@@ -1,0 +1,272 @@
+"""Where phrases are in a picture: boxes in the caller's pixels, each with its score.
+
+A model answers with location tokens, four for a box. A picture is encoded once, however many
+phrases are asked of it. What cannot be read as boxes gives none and says why; it never raises.
+
+Shapes: B phrase, T text position, P packed image tokens, D decoder width, Z vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from vlm.data.collate import collate
+from vlm.data.example import Box, Example, Turn
+from vlm.geometry import Resize
+from vlm.inference import engine
+from vlm.pixels import open_image
+from vlm.prompts import Processor, Row
+
+if TYPE_CHECKING:
+    from vlm.inference.tasks import Model
+
+MAX_NEW_TOKENS = 4 * 32
+"""Longest answer where nothing else is asked: 32 boxes."""
+NO_BOX = "no location tokens"
+NOT_FOURS = "location tokens not in fours"
+NO_AREA = "a box without area"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a model answered to where a phrase is.
+
+    phrase: what was asked for, which is the boxes' label.
+    boxes: in the order written, in the picture's own pixels, cut at its border. A box's score is
+        the geometric mean of the probabilities of its four tokens, in 0 to 1.
+    text: what the model wrote.
+    fault: why something written is no box: NO_BOX (there was nothing to read), NOT_FOURS (location
+        tokens in a row are no whole boxes: none of the answer is taken), NO_AREA (a box that is
+        inverted or empty is left out); None where all was read.
+    """
+
+    phrase: str
+    boxes: tuple[Box, ...]
+    text: str
+    fault: str | None
+
+
+def find(
+    model: Model,
+    images: Sequence,
+    phrases: Sequence[str | Sequence[str]],
+    batch_size: int = 16,
+    *,
+    prompt: str | None = None,
+    constrained: bool = False,
+    seed: int | None = None,
+    **options,
+) -> list[list[Found]]:
+    """The answer to each phrase of each picture.
+
+    images: pictures (paths, bytes, PIL images or arrays). phrases: for each, one or a list.
+    batch_size: pictures encoded, and phrases answered, at once.
+    prompt: asks for a `{phrase}`; None takes the one that the model was trained on.
+    constrained: allows nothing but whole boxes and the end. Scores stay those of the model's own
+        distribution.
+    seed: of what is drawn, with `do_sample=True`.
+    options: transformers' names, greedy by default, at most MAX_NEW_TOKENS tokens.
+    Raises ValueError for a model without location tokens and for arguments that do not fit,
+    BadImage naming the picture.
+    """
+    asked = _asked(images, phrases)
+    prompt = model.parts.ground_prompt if prompt is None else prompt
+    _check(model, prompt, batch_size)
+    options = {"max_new_tokens": MAX_NEW_TOKENS, **options}
+    engine.check_options(options, seed)
+    bins = _bins(model)
+    if constrained:
+        only = BoxesOnly(tuple(bins), model.parts.stop_ids)
+        given = options.get("logits_processor", ())
+        options["logits_processor"] = LogitsProcessorList([*given, only])
+    found: list[list[Found]] = [[] for _ in images]
+    count = sum(map(len, asked))
+    with (
+        engine.evaluating(model.module),
+        engine.seeded(seed, model.device),
+        tqdm(total=count, desc="phrases", disable=count <= 64, leave=False) as bar,
+    ):
+        for start in range(0, len(images), batch_size):
+            numbers = range(start, min(start + batch_size, len(images)))
+            questions = _questions(model, images, asked, numbers, prompt)
+            for question, written in _answers(model, questions, batch_size, options):
+                phrase, resize = question.phrase, question.resize
+                answer = read_answer(phrase, written, model.processor, bins, resize)
+                found[question.image].append(answer)
+            bar.update(len(questions))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """One phrase of one picture: the picture's number, its image tokens float[P, D] and where its
+    pixels went, and the row to answer, without pixels."""
+
+    image: int
+    phrase: str
+    resize: Resize
+    tokens: Tensor
+    row: Row
+
+
+@torch.no_grad()
+def _questions(
+    model: Model, images: Sequence, asked: Sequence[Sequence[str]], numbers: range, prompt: str
+) -> list[_Question]:
+    """The questions of some pictures, each of which is opened and encoded once."""
+    numbers = [i for i in numbers if asked[i]]
+    if not numbers:
+        return []
+    processor, rows, sizes = model.processor, [], []
+    for i in numbers:
+        name = str(images[i]) if isinstance(images[i], (str, Path)) else f"image {i}"
+        picture = open_image(images[i], name=name)
+        turns = (_turn(prompt, asked[i][0]),)
+        rows.append(processor.encode_prompt(Example(name, turns, (picture,))))
+        sizes.append((picture.height, picture.width))
+    dtype = next(model.module.tokenizer.parameters()).dtype
+    batch = collate(rows, processor.pad_id, "left").to(model.device, dtype)
+    tokens, owner = model.module.encode(batch.groups)
+    questions = []
+    for at, (i, row, size_hw) in enumerate(zip(numbers, rows, sizes)):
+        resize = processor.pixel_spec.resize_record(size_hw)
+        own = tokens[owner == at]
+        for phrase in asked[i]:
+            ids = processor.prompt_ids((_turn(prompt, phrase),), row.places, row.name)
+            nothing = torch.zeros(len(ids), dtype=torch.bool)
+            asks = Row(name=row.name, ids=ids, scored=nothing, views=(), places=row.places)
+            questions.append(_Question(i, phrase, resize, own, asks))
+    return questions
+
+
+@torch.no_grad()
+def _answers(
+    model: Model, questions: list[_Question], batch_size: int, options: dict
+) -> list[tuple[_Question, engine.Written]]:
+    """Each question with what is written, in their order; those of like length go together."""
+    written: list[engine.Written | None] = [None] * len(questions)
+    order = sorted(range(len(questions)), key=lambda q: len(questions[q].row.ids))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        part = [questions[q] for q in chosen]
+        batch = collate([question.row for question in part], model.processor.pad_id, "left")
+        batch = batch.to(model.device)
+        counts = torch.tensor([len(question.tokens) for question in part], device=model.device)
+        owner = torch.arange(len(part), device=model.device).repeat_interleave(counts)
+        tokens = torch.cat([question.tokens for question in part])
+        vectors = model.module.embed(batch.ids, (tokens, owner), batch.names)
+        answers = engine.write(
+            model.module, vectors, batch.valid, model.parts.stop_ids, model.processor.pad_id,
+            **options,
+        )  # fmt: skip
+        for q, answer in zip(chosen, answers):
+            written[q] = answer
+    return list(zip(questions, written))
+
+
+def read_answer(
+    phrase: str,
+    written: engine.Written,
+    processor: Processor,
+    bins: dict[int, int],
+    resize: Resize,
+) -> Found:
+    """The boxes in what was written; other tokens may stand between them.
+
+    bins: id of each location token -> its number. resize: how the picture came into its view.
+    """
+    ids, logprobs = written
+    text = processor.decode(ids)
+    runs, at = [], 0
+    for is_location, group in groupby(ids, key=bins.__contains__):
+        length = len(list(group))
+        if is_location:
+            runs.append(range(at, at + length))
+        at += length
+    if not runs:
+        return Found(phrase, (), text, NO_BOX)
+    if any(len(run) % 4 for run in runs):
+        return Found(phrase, (), text, NOT_FOURS)
+    fours = [run[i : i + 4] for run in runs for i in range(0, len(run), 4)]
+    decoded = processor.loc.decode([[bins[ids[t]] for t in four] for four in fours], resize)
+    boxes = []
+    for four, box in zip(fours, decoded.tolist()):
+        if box[0] < box[2] and box[1] < box[3]:
+            score = min(1.0, math.exp(sum(logprobs[t] for t in four) / 4))
+            boxes.append(Box(0, tuple(box), phrase, score))
+    return Found(phrase, tuple(boxes), text, None if len(boxes) == len(fours) else NO_AREA)
+
+
+class BoxesOnly(LogitsProcessor):
+    """Allows location tokens, and an end after each fourth.
+
+    location_ids, stop_ids: ids of the two.
+    """
+
+    def __init__(self, location_ids: Sequence[int], stop_ids: Sequence[int]) -> None:
+        self.location_ids, self.stop_ids = list(location_ids), list(stop_ids)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`scores` float[B, Z] with -inf at what is not allowed after `input_ids` int64[B, T], the
+        ids written so far."""
+        allowed = self.location_ids + ([] if input_ids.shape[1] % 4 else self.stop_ids)
+        only = torch.full_like(scores, -math.inf)
+        only[:, allowed] = scores[:, allowed]
+        return only
+
+
+def _turn(prompt: str, phrase: str) -> Turn:
+    return Turn("user", (None, prompt.format(phrase=phrase)))
+
+
+def _bins(model: Model) -> dict[int, int]:
+    tokens = model.processor.loc.tokens
+    ids = model.processor.text_tokenizer.convert_tokens_to_ids(list(tokens))
+    return {id: number for number, id in enumerate(ids)}
+
+
+def _asked(images: Sequence, phrases: Sequence[str | Sequence[str]]) -> list[tuple[str, ...]]:
+    """The phrases of each picture. Raises ValueError naming the one that cannot be asked."""
+    if isinstance(images, (str, bytes, Path)) or isinstance(phrases, str):
+        raise ValueError("images and phrases are lists, one entry for each picture")
+    if len(images) != len(phrases):
+        raise ValueError(f"there are {len(images)} images and {len(phrases)} entries of phrases")
+    asked = []
+    for i, (image, given) in enumerate(zip(images, phrases)):
+        if isinstance(image, (list, tuple)):
+            raise ValueError(f"images[{i}]: expected one picture to find phrases in, found a list")
+        listed = (given,) if isinstance(given, str) else tuple(given)
+        for phrase in listed:
+            if not isinstance(phrase, str) or not phrase.strip():
+                raise ValueError(f"phrases[{i}]: expected a text to look for, found {phrase!r}")
+        asked.append(listed)
+    return asked
+
+
+def _check(model: Model, prompt: str, batch_size: int) -> None:
+    if model.processor.loc is None:
+        raise ValueError(
+            "ground: this model has no <loc> tokens to write boxes with; decoder-only models that "
+            "were trained with --loc-bins have them"
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+    try:
+        asks = prompt.format(phrase="\ue000") != prompt.format(phrase="")
+    except (KeyError, IndexError, ValueError):
+        asks = False
+    if not asks:
+        raise ValueError(
+            f"expected a prompt with {{phrase}} where the phrase goes and no other braces, found "
+            f"{prompt!r}"
+        )
