@@ -1,0 +1,157 @@
+"""How near captions come to references: exact match, CIDEr-D and BLEU-4.
+
+Pure functions over pairs (candidate, references), a pair for each picture, with any number of
+references. CIDEr-D weighs n-grams by the pictures whose references hold them, and BLEU-4 counts
+over the corpus, so a part of the pairs says nothing: processes gather their pairs first.
+
+CIDEr-D is computed by pycocoevalcap's scorer (that of the COCO evaluation), BLEU-4 by sacrebleu.
+The COCO evaluation cuts texts into tokens with a Java program; `tokens` stands in for it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+Pair = tuple[str, Sequence[str]]
+"""A picture's candidate caption and its references."""
+
+_STRAIGHT = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "."})
+_CONTRACTIONS = re.compile(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))\b")
+_TOKEN = re.compile(
+    r"""(?:\w\.){2,}            # u.s.
+      | \d+(?:[.,:/]\d+)+       # 3.5, 1,000
+      | n't\b | '\w+            # parts of contractions
+      | \w+(?:-\w+)*            # t-shirt
+      | [^\w\s]                 # signs""",
+    re.VERBOSE,
+)
+_DROPPED = set(".?!,:;-'\"`()[]{}")
+
+
+def tokens(text: str) -> list[str]:
+    """A caption's tokens for CIDEr-D and BLEU-4: those of the Penn Treebank as the COCO evaluation
+    takes them, lower-case and without punctuation.
+
+    Contractions are split ("isn't": is n't), hyphened words and numbers stay whole, other signs
+    (& % $ # * +) are tokens of their own. Text without spaces between words is one word a run.
+    Source: pycocoevalcap, tokenizer/ptbtokenizer.py, PUNCTUATIONS. There brackets survive, as
+    "-lrb-" and "-rrb-", because lower case hides them from that list; here they are dropped.
+
+    >>> tokens("A man's T-shirt isn't 3.5 feet (long) — is it?")
+    ['a', 'man', "'s", 't-shirt', 'is', "n't", '3.5', 'feet', 'long', 'is', 'it']
+    """
+    text = _CONTRACTIONS.sub(r" \1", text.translate(_STRAIGHT).lower())
+    text = re.sub(r"\bcannot\b", "can not", text)
+    return [token for token in _TOKEN.findall(text) if token not in _DROPPED]
+
+
+def normalise(text: str) -> str:
+    """A caption as exact match compares it: case folded, white space at the ends gone and collapsed
+    within, one full stop at the end gone.
+
+    >>> normalise("  A grinning\\n Face. ")
+    'a grinning face'
+    """
+    return " ".join(text.casefold().split()).removesuffix(".").rstrip()
+
+
+def exact_matches(pairs: Sequence[Pair]) -> np.ndarray:
+    """Whether each candidate equals one of its references, both normalised: bool[N].
+
+    Raises ValueError for no pairs, or a picture without references, naming it by its place.
+    """
+    _check(pairs)
+    return np.array(
+        [normalise(candidate) in map(normalise, references) for candidate, references in pairs]
+    )
+
+
+def wilson_interval(hits: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Bounds in [0, 1] of a proportion of which `hits` in `count` were seen; z: the normal quantile
+    (the default: 95 %).
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    Raises ValueError unless 0 <= hits <= count and count is at least 1.
+
+    >>> [round(bound, 3) for bound in wilson_interval(0, 10)]
+    [0.0, 0.278]
+    """
+    if not 0 <= hits <= count or count < 1:
+        raise ValueError(f"expected 0 <= hits <= count and a count of 1 or more: {hits} of {count}")
+    share, spread = hits / count, z * z / count
+    middle = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
+    low = 0.0 if hits == 0 else middle - half
+    return low, 1.0 if hits == count else middle + half
+
+
+def cider_d(pairs: Sequence[Pair]) -> np.ndarray:
+    """CIDEr-D of each picture, float64[N] in 0 to 10; their mean is the corpus's.
+
+    (Papers often print it times 100.) Its weights are log(pictures / pictures whose references hold
+    the n-gram): one picture alone, or the same references everywhere, score 0.
+    Source: Vedantam et al. 2015, section 6; pycocoevalcap, cider/cider_scorer.py.
+    Raises ValueError for no pairs, or a picture without references, naming it by its place.
+    """
+    from pycocoevalcap.cider.cider import Cider
+
+    _check(pairs)
+    candidates, references = _joined(pairs)
+    if not any(any(texts) for texts in references.values()):
+        return np.zeros(len(pairs))  # signs alone: no n-gram, which the scorer cannot take
+    return np.asarray(Cider().compute_score(references, candidates)[1])
+
+
+def bleu_4(pairs: Sequence[Pair]) -> float:
+    """BLEU-4 of the corpus, in 0 to 1: n-grams to four words, the closest reference's length,
+    unsmoothed, as in the COCO evaluation. 0 where no four words in a row are right (there: 1e-5
+    or so).
+
+    Source: Papineni et al. 2002.
+    Raises ValueError for no pairs, or a picture without references, naming it by its place.
+    """
+    from sacrebleu.metrics import BLEU
+
+    _check(pairs)
+    candidates, references = _joined(pairs)
+    most = max(len(texts) for texts in references.values())
+    streams = [
+        [texts[i] if i < len(texts) else None for texts in references.values()] for i in range(most)
+    ]
+    bleu = BLEU(tokenize="none", smooth_method="none", force=True)
+    return bleu.corpus_score([texts[0] for texts in candidates.values()], streams).score / 100
+
+
+def caption_figures(pairs: Sequence[Pair]) -> dict[str, float | list[float] | int]:
+    """The corpus's figures: pictures, exact_match with its 95 % interval, cider_d, bleu_4."""
+    hits = int(exact_matches(pairs).sum())
+    return {
+        "pictures": len(pairs),
+        "exact_match": hits / len(pairs),
+        "exact_match_95": list(wilson_interval(hits, len(pairs))),
+        "cider_d": float(cider_d(pairs).mean()),
+        "bleu_4": bleu_4(pairs),
+    }
+
+
+def _joined(pairs: Sequence[Pair]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    """Candidates and references by picture, tokens joined by spaces."""
+    candidates = {i: [" ".join(tokens(candidate))] for i, (candidate, _) in enumerate(pairs)}
+    references = {
+        i: [" ".join(tokens(text)) for text in texts] for i, (_, texts) in enumerate(pairs)
+    }
+    return candidates, references
+
+
+def _check(pairs: Sequence[Pair]) -> None:
+    if not len(pairs):
+        raise ValueError("expected at least one picture with a caption, found none")
+    for i, (candidate, references) in enumerate(pairs):
+        if isinstance(references, str) or not len(references):
+            raise ValueError(f"picture {i}: expected a list of references, found {references!r}")
+        if not isinstance(candidate, str):
+            raise ValueError(f"picture {i}: expected a text as candidate, found {candidate!r}")
