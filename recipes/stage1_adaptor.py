@@ -12,12 +12,15 @@ measures the image gain on drawings by a vendor that it never saw. With a hub, f
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from vlm.training import recipe
+from vlm.training.settings import FromParts, tuned
 from vlm.training.stages import FROZEN, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(recipe.Settings):
+class Settings(FromParts):
     """Stage 1 of DeepSeek-VL: only the adaptor learns."""
 
     out: Path = Path("runs/stage1")
@@ -27,15 +30,20 @@ class Settings(recipe.Settings):
     """Peak learning rate of the adaptor."""
 
 
-def stage(settings: Settings, micro_batch: int) -> Stage:
+def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:
     """The stage as a value."""
     return Stage(
         name="stage 1: adaptor",
-        rates=(("adaptor.*", settings.rate), ("tokenizer.*", FROZEN), ("text.*", FROZEN)),
+        rates=(
+            ("tokenizer.*", FROZEN),
+            ("adaptor.*", settings.rate),
+            *tuned(module, "text", "frozen", settings.rate),
+        ),
         steps=settings.steps,
         batch=settings.batch,
         micro_batch=micro_batch,
         warmup=round(settings.warmup * settings.steps),
+        floor=settings.floor,
         weight_decay=settings.weight_decay,
         clip=settings.clip,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from vlm.data.collate import collate
 from vlm.data.sources.base import Source
-from vlm.inference.engine import image_gain
+from vlm.inference.engine import answer_losses, image_gain
 from vlm.inference.tasks import Model
+from vlm.placement import Batch
 
 
 def image_gain_on(
@@ -30,20 +31,8 @@ def image_gain_on(
     (wrong - right), gain_se (its standard error), captions (how many), loss (right, per token).
     """
     module = model.module
-    was_training = [(part, part.training) for part in module.modules()]
-    module.eval()
     sums = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
-    starts = range(0, len(rows), batch_size)
-    mine = [
-        s
-        for i, s in enumerate(starts)
-        if i % accelerator.num_processes == accelerator.process_index
-    ]
-    for start in tqdm(
-        mine, desc="held out", leave=False, disable=not accelerator.is_main_process or len(mine) < 4
-    ):
-        encoded = [model.processor.encode(source[row]) for row in rows[start : start + batch_size]]
-        batch = collate(encoded, model.processor.pad_id).to(accelerator.device)
+    for batch in _batches(model, source, rows, accelerator, batch_size):
         with accelerator.autocast():
             right, wrong = (t.double() for t in image_gain(module, batch))
         paired = ~wrong.isnan()
@@ -57,8 +46,6 @@ def image_gain_on(
                 batch.scored[paired].sum().double(),
             ]
         )
-    for part, mode in was_training:
-        part.training = mode
     right, wrong, squares, count, tokens = accelerator.reduce(sums, "sum").tolist()
     if not count:
         raise ValueError(f"{source.name}: no two held-out rows with images to compare")
@@ -72,3 +59,32 @@ def image_gain_on(
         "captions": int(count),
         "loss": right / tokens,
     }
+
+
+def text_loss_on(
+    model: Model, source: Source, rows: Sequence[int], accelerator: Accelerator, batch_size: int = 8
+) -> float:
+    """The mean loss over the scored tokens of rows, in nats, the same on any number of ranks."""
+    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    for batch in _batches(model, source, rows, accelerator, batch_size):
+        with accelerator.autocast():
+            losses = answer_losses(model.module, batch)
+        sums += torch.stack([losses.double().sum(), batch.scored.sum().double()])
+    loss, tokens = accelerator.reduce(sums, "sum").tolist()
+    return loss / tokens
+
+
+def _batches(
+    model: Model, source: Source, rows: Sequence[int], accelerator: Accelerator, batch_size: int
+) -> Iterator[Batch]:
+    """This rank's share of the rows as batches on its device; in evaluation mode meanwhile."""
+    was_training = [(part, part.training) for part in model.module.modules()]
+    model.module.eval()
+    starts = range(0, len(rows), batch_size)
+    mine = starts[accelerator.process_index :: accelerator.num_processes]
+    quiet = not accelerator.is_main_process or len(mine) < 4
+    for start in tqdm(mine, desc="held out", leave=False, disable=quiet):
+        encoded = [model.processor.encode(source[row]) for row in rows[start : start + batch_size]]
+        yield collate(encoded, model.processor.pad_id).to(accelerator.device)
+    for part, mode in was_training:
+        part.training = mode

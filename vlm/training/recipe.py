@@ -11,152 +11,35 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import tyro
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from rich.console import Console
 from tqdm import tqdm
 
 from vlm.data.example import BadRow, Skipped
-from vlm.data.mixture import Mixture, MixtureDataset
 from vlm.data.sources import BadSource, open_source
 from vlm.data.sources.base import Source
 from vlm.inference.tasks import Model
 from vlm.pixels import BadImage, open_image
-from vlm.systems.composed import CAPTION_PROMPT
 from vlm.training.checkpoint import CheckpointError
-from vlm.training.evaluate import image_gain_on
+from vlm.training.evaluate import image_gain_on, text_loss_on
 from vlm.training.fit import Interrupted, Pace, fit
+from vlm.training.memory import checkpoint_activations
 from vlm.training.run import Run, RunError, draw_captions
+from vlm.training.settings import Settings, deciding, training_data
 from vlm.training.stages import Stage, StageError
 from vlm.weights import WeightsError
 
 PICTURES = 16
 UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Settings of a decoder-only run."""
-
-    out: Path
-    """The run's folder: settings, metrics, plots, checkpoints and the model."""
-    resume: bool = False
-    """Go on from the newest checkpoint in `out`, with the same settings."""
-
-    vision: str = "demo"
-    """Image tokenizer: "demo" (an ImageNet backbone that needs no hub), or "kind:id", such as
-    transformers:google/siglip-base-patch16-224, timm:vit_base_patch14_dinov2,
-    open_clip:ViT-B-32:laion2b_s34b_b79k."""
-    image_px: tuple[int, int] | None = None
-    """Rows and columns that pictures are brought to; None keeps the image tokenizer's own."""
-    vision_layer: int = -1
-    """Which of its layers: -1 the final features; -2 is LLaVA's choice for CLIP."""
-    text: str = "demo"
-    """Language model: "demo" (SmolLM2-135M-Instruct, no hub needed), a hub id or a folder."""
-    adaptor: Literal["linear", "mlp", "pixel_shuffle", "resampler"] = "pixel_shuffle"
-    """What stands between them. pixel_shuffle makes one token of each block of neighbours, which
-    cuts the cost of an image by shuffle_ratio squared; its grid must divide."""
-    adaptor_depth: int = 2
-    """Layers of the adaptor."""
-    shuffle_ratio: int = 2
-    """pixel_shuffle: sides of the blocks that become one token."""
-    queries: int = 64
-    """resampler: tokens that it gives for each view."""
-
-    train: tuple[str, ...] = ("sample:train",)
-    """Training data, any number of: sample:train, PATH.jsonl, PATH-{0000..0009}.tar, FOLDER,
-    datasets:ORG/NAME:SPLIT, scenes:1000:seed=3; options behind "?": rows.tar?caption=text."""
-    weights: tuple[float, ...] | None = None
-    """Share of each in the mixture; None goes by their sizes."""
-    held_out: str = "sample:transfer"
-    """Data to evaluate on: by default drawings by another vendor than the training ones."""
-    held_out_rows: int = 400
-    """How many of its rows the closing evaluation takes, and those during training a quarter of;
-    0 evaluates nothing."""
-    prompt: str = CAPTION_PROMPT
-    """The user's text after an image where rows hold a caption alone."""
-    system: str | None = ""
-    """System message where a conversation has none; "" is an empty one, None the template's own."""
-    max_tokens: int | None = None
-    """Longest row, image places included; None takes the language model's context."""
-    overflow: Literal["drop", "shrink"] = "drop"
-    """Rows that are longer: left out, or their text cut from the end; both are counted."""
-    bad_rows: Literal["raise", "skip"] = "raise"
-    """Rows that cannot be read: stop and name the row, or leave them out and count them."""
-
-    steps: int
-    """Optimizer steps."""
-    batch: int
-    """Examples of a step, over all processes."""
-    micro_batch: int | None = None
-    """Examples of one forward pass on one process; None takes all of its share at once."""
-    warmup: float = 0.05
-    """Share of the steps in which the learning rates rise."""
-    weight_decay: float = 0.0
-    """On matrices only."""
-    clip: float = 1.0
-    """Largest gradient norm."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16 keeps fp32 masters of what is trained."""
-    seed: int = 0
-    """Of the adaptor's first weights and of the order of the data."""
-    threads: int | None = None
-    """CPU threads of each process; None shares the machine's cores among its processes (where
-    there is a GPU: torch's own choice). `accelerate launch` alone would leave each process one."""
-    workers: int = 1
-    """Processes that read and decode pictures, for each training process."""
-    eval_every: int = 50
-    """Steps between evaluations on a quarter of the held-out rows; 0 evaluates at the end only."""
-    save_every: int = 50
-    """Steps between checkpoints; 0 saves at the end only."""
-
-
-FREE = ("out", "resume", "threads", "workers", "eval_every", "save_every", "micro_batch",
-        "held_out", "held_out_rows")  # fmt: skip
-"""Settings that may change when a run is resumed: they decide nothing that is learned."""
-
 ERRORS = (BadRow, BadImage, BadSource, CheckpointError, RunError, StageError, WeightsError,
           OSError, ValueError, RuntimeError)  # fmt: skip
-
-
-def deciding(settings: Settings) -> dict[str, Any]:
-    """The settings that decide what is learned, as plain values."""
-    values = dataclasses.asdict(settings)
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in FREE}
-
-
-def build_model(settings: Settings) -> Model:
-    """The model that the settings compose, with pretrained parts and a fresh adaptor."""
-    import vlm
-
-    return vlm.build(
-        vision=settings.vision,
-        text=settings.text,
-        adaptor=settings.adaptor,
-        adaptor_depth=settings.adaptor_depth,
-        shuffle_ratio=settings.shuffle_ratio,
-        queries=settings.queries,
-        system=settings.system,
-        caption_prompt=settings.prompt,
-        max_tokens=settings.max_tokens,
-        overflow=settings.overflow,
-        size_hw=settings.image_px,
-        vision_layer=settings.vision_layer,
-        seed=settings.seed,
-    )
-
-
-def training_data(settings: Settings) -> MixtureDataset:
-    """The mixture of the settings' sources."""
-    sources = [open_source(spec, prompt=settings.prompt) for spec in settings.train]
-    mixture = Mixture(sources, settings.weights, settings.seed)
-    return MixtureDataset(sources, mixture, settings.bad_rows)
 
 
 def held_out_rows(source: Source, count: int) -> list[int]:
@@ -201,11 +84,27 @@ def usable_rows(model: Model, source: Source, rows: list[int], bad_rows: str, sa
     return usable
 
 
-def run(settings: Settings, stage: Callable[[Settings, int], Stage]) -> dict[str, Any]:
-    """One run from settings to result: trains, evaluates, captions, saves.
+def usable_documents(model: Model, source: Source, count: int) -> list[int]:
+    """Rows of a text-only source that fit the context. Raises ValueError where a row has images or
+    none fits."""
+    usable = []
+    for row in held_out_rows(source, count):
+        encoded = model.processor.encode(source[row])
+        if not isinstance(encoded, Skipped):
+            if encoded.views:
+                raise ValueError(f"{encoded.name}: expected text alone, found images")
+            usable.append(row)
+    if not usable:
+        raise ValueError(f"{source.name}: no row fits the context")
+    return usable
 
-    stage: makes the stage from the settings and the examples of one forward pass.
-    """
+
+MakeStage = Callable[[Settings, torch.nn.Module, int], Stage]
+"""From the settings, the model's module and the examples of one forward pass to the stage."""
+
+
+def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
+    """One run from settings to result: trains, evaluates, captions, saves."""
     started = time.monotonic()
     accelerator = Accelerator(
         mixed_precision="bf16" if settings.precision == "bf16" else "no",
@@ -223,26 +122,32 @@ def run(settings: Settings, stage: Callable[[Settings, int], Stage]) -> dict[str
         raise ValueError(
             f"batch {settings.batch} does not divide over {accelerator.num_processes} processes"
         )
-    plan = stage(settings, settings.micro_batch or share)
     data = training_data(settings)
-    source = open_source(settings.held_out, prompt=settings.prompt)
-    say(
-        f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on "
-        f"{accelerator.device.type}, {torch.get_num_threads()} threads and {share} examples of "
-        "each step on each"
-    )
+    source = open_source(settings.held_out, prompt=settings.caption_prompt)
+    documents = open_source(settings.text_held_out) if settings.text_held_out_rows else None
+    with accelerator.main_process_first():
+        model = settings.build()
+    if settings.checkpoint_activations:
+        checkpoint_activations(model.module)
+    plan = make_stage(settings, model.module, settings.micro_batch or share)
     run_folder = Run(
         settings.out,
-        dataclasses.asdict(settings),
+        {"stage": plan.name, **dataclasses.asdict(settings)},
         deciding(settings),
         main=accelerator.is_main_process,
         resume=settings.resume,
     )
-    with accelerator.main_process_first():
-        model = build_model(settings)
+    say(
+        f"{plan.name}: {accelerator.num_processes} "
+        f"process{'es' * (accelerator.num_processes > 1)} on {accelerator.device.type}, "
+        f"{torch.get_num_threads()} threads and {share} examples of each step on each"
+    )
     rows = held_out_rows(source, settings.held_out_rows) if settings.held_out_rows else []
     rows = usable_rows(model, source, rows, settings.bad_rows, say)
-    evaluate = _Evaluate(model, source, rows, accelerator) if rows else None
+    texts = usable_documents(model, documents, settings.text_held_out_rows) if documents else []
+    evaluate = _Evaluate(model, accelerator, source, rows, documents, texts)
+    model.module.to(accelerator.device)
+    before = evaluate.text_loss()
     try:
         progress = fit(
             model,
@@ -257,20 +162,22 @@ def run(settings: Settings, stage: Callable[[Settings, int], Stage]) -> dict[str
                 save_every=settings.save_every,
             ),
             resume=settings.resume,
-            evaluate=evaluate,
+            evaluate=evaluate if rows else None,
         )
     except Interrupted:
         run_folder.close()
         raise
     if accelerator.is_main_process:
-        model.save(settings.out / "model")
+        model.save(settings.out / "model", merge=getattr(settings, "merge", True))
     result = vars(progress) | {"held_out": source.name}
-    if evaluate:
-        gain = evaluate(full=True)
-        run_folder.log(progress.step, {"eval": gain, "final": True})
-        result |= gain
+    figures = evaluate(full=True) if rows else {}
+    if texts:
+        figures |= {"text_loss": evaluate.text_loss(), "text_loss_before": before}
+    if figures:
+        run_folder.log(progress.step, {"eval": figures, "final": True})
+        result |= figures
     if accelerator.is_main_process:
-        if evaluate:
+        if rows:
             show_some(model, source, rows, accelerator, settings.out, say)
         result["minutes"] = (time.monotonic() - started) / 60
         run_folder.write_result(result)
@@ -294,12 +201,28 @@ def share_cores(accelerator: Accelerator, threads: int | None) -> None:
 class _Evaluate:
     """The held-out figures: on a quarter of the rows during training, on all at the end."""
 
-    def __init__(self, model: Model, source: Source, rows: list[int], accelerator) -> None:
-        self.model, self.source, self.rows, self.accelerator = model, source, rows, accelerator
+    def __init__(
+        self,
+        model: Model,
+        accelerator: Accelerator,
+        source: Source,
+        rows: list[int],
+        documents: Source | None,
+        texts: list[int],
+    ) -> None:
+        self.model, self.accelerator = model, accelerator
+        self.source, self.rows = source, rows
+        self.documents, self.texts = documents, texts
 
     def __call__(self, full: bool = False) -> dict[str, float]:
         rows = self.rows if full or len(self.rows) < 8 else self.rows[::4]
         return image_gain_on(self.model, self.source, rows, self.accelerator)
+
+    def text_loss(self) -> float | None:
+        """The loss on documents, nats per token; None where there are none."""
+        if not self.texts:
+            return None
+        return text_loss_on(self.model, self.documents, self.texts, self.accelerator)
 
 
 def show_some(model: Model, source: Source, rows: list[int], accelerator, out: Path, say) -> None:
@@ -333,6 +256,12 @@ def report(say, settings: Settings, result: dict[str, Any]) -> None:
         left_out.append(f"{result['unscored']} rows had no scored token")
     say("\n".join(left_out or ["no training row was left out"]), highlight=False, markup=False)
     say(f"{settings.out}: loss.png, samples.png, metrics.jsonl, model/", highlight=False)
+    if "text_loss" in result:
+        change = result["text_loss"] / result["text_loss_before"] - 1
+        say(
+            f"loss on {settings.text_held_out}: {result['text_loss']:.3f} nats per token, "
+            f"{result['text_loss_before']:.3f} before this stage ({change:+.1%})"
+        )
     if "gain" in result:
         say(
             f"image gain on {result['held_out']}: {result['gain']:.2f} "
@@ -343,11 +272,11 @@ def report(say, settings: Settings, result: dict[str, Any]) -> None:
         )
 
 
-def start(settings_class: type[Settings], stage: Callable[[Settings, int], Stage]) -> None:
+def start(settings_class: type[Settings], make_stage: MakeStage) -> None:
     """A recipe's main: settings from the command line, one clear line where something is wrong."""
-    settings = tyro.cli(settings_class, description=sys.modules["__main__"].__doc__)
     try:
-        run(settings, stage)
+        settings = read_settings(settings_class, sys.argv[1:], sys.modules["__main__"].__doc__)
+        run(settings, make_stage)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(130)
@@ -356,6 +285,39 @@ def start(settings_class: type[Settings], stage: Callable[[Settings, int], Stage
             raise  # a fault of the program or the machine: show where
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def read_settings(
+    settings_class: type[Settings], arguments: list[str], about: str | None, prog: str | None = None
+) -> Settings:
+    """Settings from a command line; `--config FILE.yaml` replaces defaults, options win over it.
+
+    Raises ValueError naming the file's keys that are no settings.
+    """
+    default = None
+    if "--config" in arguments:
+        at = arguments.index("--config")
+        if at + 1 == len(arguments):
+            raise ValueError("--config: expected a YAML file behind it")
+        default = _from_yaml(settings_class, Path(arguments[at + 1]))
+        arguments = arguments[:at] + arguments[at + 2 :]
+    about = f"{about or ''}\n--config FILE.yaml takes settings from a file."
+    options = {} if default is None else {"default": default}
+    return tyro.cli(settings_class, args=arguments, description=about, prog=prog, **options)
+
+
+def _from_yaml(settings_class: type[Settings], path: Path) -> Settings:
+    values = yaml.safe_load(path.read_text())
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected settings as KEY: VALUE lines, found {values!r}")
+    known = {field.name for field in dataclasses.fields(settings_class)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(
+            f"{path}: {unknown} are no settings of this recipe; it has {sorted(known)}"
+        )
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return settings_class(**{k: Path(v) if k == "out" else v for k, v in values.items()})
 
 
 def _short(text: str) -> str:

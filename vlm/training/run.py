@@ -219,4 +219,7 @@ def draw_captions(
 
 
 def _plain(text: str) -> str:
-    return text.replace("$", r"\$")  # a dollar sign would start a formula
+    """Text that matplotlib draws as it is: a dollar sign would start a formula, and control
+    characters have no glyph."""
+    shown = "".join(c if c.isprintable() or c == "\n" else "\u00b7" for c in text)
+    return shown.replace("$", r"\$").replace("\ufffd", "?")

@@ -1,0 +1,58 @@
+"""Stage 2: train the adaptor and the language model together, with text-only data mixed in.
+
+    accelerate launch recipes/stage2_joint.py
+
+goes on from runs/stage1, on the packaged drawings and Python's own manual. Data with pictures rise
+from none to their share while training warms up, so that the language model keeps what it knows.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from vlm.training import recipe
+from vlm.training.settings import Augmentation, FromRun, tuned
+from vlm.training.stages import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(FromRun):
+    """Stage 2 of DeepSeek-VL: adaptor and language model learn jointly."""
+
+    follows = ("stage 1: adaptor", "stage 2: joint")
+
+    previous: str = "runs/stage1"
+    out: Path = Path("runs/stage2")
+    text_train: tuple[str, ...] = ("python:train",)
+    text_share: float = 0.2
+    modality_warmup: float = 0.05
+    augment: Augmentation = "light"
+    text_held_out_rows: int = 100
+    steps: int = 200
+    batch: int = 32
+    adaptor_rate: float = 1e-3
+    language_rate: float = 2e-4
+
+
+def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:
+    """The stage as a value."""
+    return Stage(
+        name="stage 2: joint",
+        rates=(
+            *tuned(module, "tokenizer", settings.vision, settings.vision_rate),
+            *tuned(module, "adaptor", settings.adaptor, settings.adaptor_rate),
+            *tuned(module, "text", settings.language, settings.language_rate),
+        ),
+        steps=settings.steps,
+        batch=settings.batch,
+        micro_batch=micro_batch,
+        warmup=round(settings.warmup * settings.steps),
+        floor=settings.floor,
+        weight_decay=settings.weight_decay,
+        clip=settings.clip,
+    )
+
+
+if __name__ == "__main__":
+    recipe.start(Settings, stage)

@@ -1,0 +1,60 @@
+"""Stage 3: supervised fine-tuning of image tokenizer, adaptor and language model.
+
+    accelerate launch recipes/stage3_sft.py
+
+goes on from runs/stage2, on the packaged drawings. Conversations of several turns and pictures are
+trained as they are; exactly the answers are scored. A high-resolution tower stays frozen.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from vlm.training import recipe
+from vlm.training.settings import Augmentation, FromRun, Mode, high_resolution_frozen, tuned
+from vlm.training.stages import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(FromRun):
+    """Stage 3 of DeepSeek-VL: all but the high-resolution tower learn from instructions."""
+
+    follows = ("stage 2: joint", "stage 3: sft")
+
+    previous: str = "runs/stage2"
+    out: Path = Path("runs/stage3")
+    text_train: tuple[str, ...] = ("python:train",)
+    text_share: float = 0.1
+    augment: Augmentation = "strong"
+    text_held_out_rows: int = 100
+    steps: int = 200
+    batch: int = 32
+    vision: Mode = "full"
+    vision_rate: float = 2e-4
+    adaptor_rate: float = 3e-4
+    language_rate: float = 2e-4
+
+
+def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:
+    """The stage as a value."""
+    return Stage(
+        name="stage 3: sft",
+        rates=(
+            *high_resolution_frozen(module),
+            *tuned(module, "tokenizer", settings.vision, settings.vision_rate),
+            *tuned(module, "adaptor", settings.adaptor, settings.adaptor_rate),
+            *tuned(module, "text", settings.language, settings.language_rate),
+        ),
+        steps=settings.steps,
+        batch=settings.batch,
+        micro_batch=micro_batch,
+        warmup=round(settings.warmup * settings.steps),
+        floor=settings.floor,
+        weight_decay=settings.weight_decay,
+        clip=settings.clip,
+    )
+
+
+if __name__ == "__main__":
+    recipe.start(Settings, stage)

@@ -1,0 +1,196 @@
+"""The three stages in a row, by settings alone, for any pairing of image encoder and text model."""
+
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+
+import vlm
+from tests.test_composed import write_parts
+from vlm.training import recipe
+from vlm.training.run import RunError
+from vlm.training.settings import training_data
+from vlm.weights import same_bits
+
+SCENES = "scenes:40:seed=1:size=64x96:task=mixed"
+SHORT = dict(batch=2, steps=2, held_out="scenes:4:seed=9", held_out_rows=2, workers=0, eval_every=0,
+             save_every=0, threads=1, precision="fp32")  # fmt: skip
+
+
+def stage_of(name):
+    sys.path.insert(0, "recipes")
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove("recipes")
+
+
+def weights(folder):
+    module = vlm.load(folder, dtype="stored").module
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def changed_parts(before, after):
+    return {n.split(".")[0] for n in before if not same_bits({n: before[n]}, {n: after[n]})}
+
+
+@pytest.fixture
+def stage1(tmp_path):
+    def run(encoder="siglip", text="llama", **more):
+        vision, language = write_parts(tmp_path, encoder, text)
+        module = stage_of("stage1_adaptor")
+        settings = module.Settings(
+            **SHORT, out=tmp_path / "s1", vision=vision, text=language, adaptor="mlp",
+            train=(SCENES,), **more,
+        )  # fmt: skip
+        recipe.run(settings, module.stage)
+        return tmp_path / "s1"
+
+    return run
+
+
+def continued(name, previous, out, **more):
+    module = stage_of(name)
+    values = {**SHORT, "previous": str(previous), "out": out, "train": (SCENES,),
+              "text_held_out_rows": 2, **more}  # fmt: skip
+    settings = module.Settings(**values)
+    recipe.run(settings, module.stage)
+    return json.loads((out / "result.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("encoder", "text"),
+    [("siglip", "qwen2"), ("dinov2", "llama")],
+    ids=["siglip-qwen", "dino-llama"],
+)
+def test_three_stages_train_what_they_say(stage1, tmp_path, encoder, text):
+    first = stage1(encoder, text)
+    start = weights(first)
+    result = continued("stage2_joint", first, tmp_path / "s2")
+    joint = weights(tmp_path / "s2")
+    assert changed_parts(start, joint) == {"adaptor", "text"}
+    assert result["text_loss"] != result["text_loss_before"] > 0
+    continued(
+        "stage3_sft", tmp_path / "s2", tmp_path / "s3", loc_bins=16,
+        train=("scenes:9:size=64x96:task=ground", SCENES), weights=(1.0, 1.0),
+    )  # fmt: skip
+    tuned = weights(tmp_path / "s3")
+    assert changed_parts(joint, {n: tuned[n][: len(w)] for n, w in joint.items()}) == {
+        "tokenizer", "adaptor", "text",
+    }  # fmt: skip
+    assert vlm.load(tmp_path / "s3").processor.loc.bins == 16
+
+
+@pytest.mark.parametrize("language", ["lora", "frozen"])
+def test_new_rows_alone_learn_where_the_language_model_does_not(stage1, tmp_path, language):
+    """T7: the rows of old tokens keep their bits; the folder holds one ordinary table."""
+    first = stage1()
+    before = weights(first)
+    continued(
+        "stage2_joint", first, tmp_path / "s2", language=language, loc_bins=16, lora_rank=2,
+        train=("scenes:9:size=64x96:task=ground",), text_train=(), text_share=0.0,
+        modality_warmup=0.0, weight_decay=0.1,
+    )  # fmt: skip
+    after = weights(tmp_path / "s2")
+    table = "text.model.embed_tokens.weight"
+    assert len(after[table]) == 259 + 16 or len(after[table]) == 300
+    assert torch.equal(after[table][:259], before[table][:259])
+    assert not torch.equal(after[table][259:275], before[table][259:275])
+    changed = changed_parts(
+        {n: w for n, w in before.items() if n != table}, {n: after[n] for n in before}
+    )
+    assert changed == ({"adaptor", "text"} if language == "lora" else {"adaptor"})
+
+
+def test_lora_on_the_image_tokenizer_kept_as_layers(stage1, tmp_path):
+    first = stage1()
+    more = dict(vision="lora", language="frozen", lora_rank=2, checkpoint_activations=True)
+    continued("stage2_joint", first, tmp_path / "kept", merge=False, **more)
+    kept = weights(tmp_path / "kept")
+    assert any("lora_B" in name and w.abs().sum() > 0 for name, w in kept.items())
+    continued("stage2_joint", first, tmp_path / "merged", **more)
+    merged = weights(tmp_path / "merged")
+    assert set(merged) == set(weights(first))
+    assert changed_parts(weights(first), merged) == {"tokenizer", "adaptor"}
+
+
+def test_wrong_previous_stage_is_named_before_any_compute(stage1, tmp_path):
+    with pytest.raises(RunError, match=r"holds 'stage 1: adaptor'; expected .*'stage 2: joint'"):
+        continued("stage3_sft", stage1(), tmp_path / "s3")
+    assert not (tmp_path / "s3").exists()
+
+
+def test_run_starts_from_a_models_folder(stage1, tmp_path):
+    model = stage1() / "model"
+    continued("stage3_sft", model, tmp_path / "s3", text_train=(), text_share=0.0)
+    module = stage_of("stage1_adaptor")
+    settings = module.Settings(
+        **SHORT, out=tmp_path / "again", start=str(model), train=(SCENES,), prompt="Say it."
+    )
+    recipe.run(settings, module.stage)
+    assert vlm.load(tmp_path / "again").parts.caption_prompt == "Say it."
+
+
+def test_prompt_of_the_previous_stage_is_kept(stage1, tmp_path):
+    first = stage1(prompt="What is this?")
+    continued("stage2_joint", first, tmp_path / "s2", text_train=(), text_share=0.0,
+              modality_warmup=0.0, train=("scenes:9:size=64x96",))  # fmt: skip
+    assert vlm.load(tmp_path / "s2").parts.caption_prompt == "What is this?"
+
+
+def test_modality_warmup_begins_with_text_alone():
+    module = stage_of("stage2_joint")
+    settings = module.Settings(
+        train=(SCENES,), text_train=("python:train",), text_share=0.25, modality_warmup=0.5,
+        steps=100, batch=8,
+    )  # fmt: skip
+    data = training_data(settings)
+    documents = [data[i].is_document for i in range(800)]
+    assert all(documents[:14])  # the expected number of rows with pictures is under a half
+    assert abs(sum(documents[:400]) - (200 + 50)) <= 5  # half of the warm-up, and a quarter of it
+    assert abs(sum(documents[400:]) - 100) <= 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(text_share=0.5), "text_train .* text_share 0.5: expected both or neither"),
+        (dict(text_train=("python:val",), text_share=1.0), "text_share must be in 0 to 1"),
+        (dict(modality_warmup=0.5), "begins with text alone: it needs text_train"),
+        (dict(weights=(1.0, 2.0)), "2 weights for 1 training sources"),
+    ],
+)
+def test_data_that_do_not_fit_are_named(options, message):
+    settings = stage_of("stage1_adaptor").Settings(train=(SCENES,), **options)
+    with pytest.raises(ValueError, match=message):
+        training_data(settings)
+
+
+def test_settings_come_from_a_file_and_options_win(tmp_path):
+    module = stage_of("stage2_joint")
+    (tmp_path / "run.yaml").write_text("steps: 7\nbatch: 12\nout: there\ntrain: [a.jsonl]\n")
+    arguments = ["--config", str(tmp_path / "run.yaml"), "--batch", "24"]
+    settings = recipe.read_settings(module.Settings, arguments, "about")
+    assert (settings.steps, settings.batch, settings.train) == (7, 24, ("a.jsonl",))
+    (tmp_path / "run.yaml").write_text("stepz: 7\n")
+    with pytest.raises(ValueError, match=r"run\.yaml: \['stepz'\] are no settings"):
+        recipe.read_settings(module.Settings, arguments, "about")
+
+
+@pytest.mark.parametrize("size", ["1.3b", "7b"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_published_settings_are_those_of_the_recipes(size, stage):
+    name = {1: "stage1_adaptor", 2: "stage2_joint", 3: "stage3_sft"}[stage]
+    module = stage_of(name)
+    path = f"recipes/configs/deepseek_vl_{size}_stage{stage}.yaml"
+    settings = recipe.read_settings(module.Settings, ["--config", path], "about")
+    published = {
+        1: (1e-3, 256, 15_000),
+        2: (3e-5, 1024, 96_000) if size == "1.3b" else (4.2e-5, 2304, 42_000),
+        3: (2e-5, 256, 10_000),
+    }
+    rate = settings.rate if stage == 1 else settings.language_rate
+    assert (rate, settings.batch, settings.steps) == published[stage]
+    assert settings.text_share == (0.7 if stage == 2 else 0.0)

@@ -1,0 +1,334 @@
+"""What a decoder-only recipe can be told: its settings, and the model and data that they name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from vlm.data.augment import LEVELS
+from vlm.data.mixture import Mixture, MixtureDataset
+from vlm.data.sources import open_source
+from vlm.geometry import LocTokens
+from vlm.inference.tasks import Model
+from vlm.lora import Lora, add_lora, lora_of
+from vlm.systems.composed import CAPTION_PROMPT, add_loc_tokens
+from vlm.training.run import RunError
+from vlm.training.stages import FROZEN
+from vlm.vocabulary import train_rows
+
+Mode = Literal["full", "lora", "frozen"]
+Augmentation = Literal["none", "light", "strong"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of any decoder-only run."""
+
+    out: Path
+    """The run's folder: settings, metrics, plots, checkpoints and the model."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`, with the same settings."""
+
+    train: tuple[str, ...] = ("sample:train",)
+    """Training data, any number of: sample:train, PATH.jsonl, PATH-{0000..0009}.tar, FOLDER,
+    coco:ANNOTATIONS.json, datasets:ORG/NAME:SPLIT, scenes:1000:seed=3; options behind "?":
+    rows.tar?caption=text."""
+    weights: tuple[float, ...] | None = None
+    """Share of each in the mixture; None goes by their sizes."""
+    text_train: tuple[str, ...] = ()
+    """Training data without pictures: python:train (Python's manual), PATH.txt, PATH.jsonl."""
+    text_share: float = 0.0
+    """Share of the mixture that is text_train."""
+    modality_warmup: float = 0.0
+    """Share of the steps over which the data with pictures rise evenly from none to their share;
+    DeepSeek-VL's second stage begins with text alone."""
+    augment: Augmentation = "none"
+    """How far training pictures are changed at random: windows, colours, blur; boxes move along."""
+    held_out: str = "sample:transfer"
+    """Data to evaluate on: by default drawings by another vendor than the training ones."""
+    held_out_rows: int = 400
+    """How many of its rows the closing evaluation takes, and those during training a quarter of;
+    0 evaluates nothing."""
+    text_held_out: str = "python:val"
+    """Data without pictures to evaluate on, before and after."""
+    text_held_out_rows: int = 0
+    """How many of its rows; 0 evaluates none."""
+    overflow: Literal["drop", "shrink"] = "drop"
+    """Rows that are longer than the context: left out, or their text cut from the end; both are
+    counted."""
+    bad_rows: Literal["raise", "skip"] = "raise"
+    """Rows that cannot be read: stop and name the row, or leave them out and count them."""
+    loc_bins: int = 0
+    """Bins of the <loc> tokens that boxes are written with, four a box; 0 adds none. 1024 is
+    PaliGemma's; fewer are learned from fewer boxes. Their rows learn in every stage."""
+    checkpoint_activations: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more
+    time, the same gradients."""
+
+    steps: int
+    """Optimizer steps."""
+    batch: int
+    """Examples of a step, over all processes."""
+    micro_batch: int | None = None
+    """Examples of one forward pass on one process; None takes all of its share at once."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rates rise."""
+    floor: float = 0.1
+    """The last learning rate as a share of its peak, reached by a cosine; 1 keeps the peak."""
+    weight_decay: float = 0.0
+    """On matrices only."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16 keeps fp32 masters of what is trained."""
+    seed: int = 0
+    """Of the first weights of new parts and of the order of the data."""
+    threads: int | None = None
+    """CPU threads of each process; None shares the machine's cores among its processes (where
+    there is a GPU: torch's own choice). `accelerate launch` alone would leave each process one."""
+    workers: int = 1
+    """Processes that read and decode pictures, for each training process."""
+    eval_every: int = 50
+    """Steps between evaluations on a quarter of the held-out rows; 0 evaluates at the end only."""
+    save_every: int = 50
+    """Steps between checkpoints; 0 saves at the end only."""
+
+    @property
+    def caption_prompt(self) -> str:
+        """The user's text after an image where rows hold a caption alone."""
+        raise NotImplementedError
+
+    def build(self) -> Model:
+        """The model to train."""
+        raise NotImplementedError
+
+    def add_tokens(self, model: Model, learned: bool) -> None:
+        """Gives the model the <loc> tokens that the settings ask for. learned: whether the whole
+        language model learns; else only the rows of these tokens do, as `text.*.new`."""
+        loc = LocTokens(bins=self.loc_bins) if self.loc_bins else model.processor.loc
+        if loc is None:
+            return
+        add_loc_tokens(model.parts, loc)
+        if not learned:
+            ids = model.processor.text_tokenizer.convert_tokens_to_ids(list(loc.tokens))
+            train_rows(model.module.text, ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromParts(Settings):
+    """Settings of a run that composes its model of pretrained parts and a fresh adaptor."""
+
+    start: str | None = None
+    """A model's folder or hub id whose parts are taken, its adaptor included (DeepSeek-VL's own,
+    for one); None composes the parts below."""
+    vision: str = "demo"
+    """Image tokenizer: "demo" (an ImageNet backbone that needs no hub), or "kind:id", such as
+    transformers:google/siglip-base-patch16-224, timm:vit_base_patch14_dinov2,
+    open_clip:ViT-B-32:laion2b_s34b_b79k."""
+    image_px: tuple[int, int] | None = None
+    """Rows and columns that pictures are brought to; None keeps the image tokenizer's own."""
+    vision_layer: int = -1
+    """Which of its layers: -1 the final features; -2 is LLaVA's choice for CLIP."""
+    text: str = "demo"
+    """Language model: "demo" (SmolLM2-135M-Instruct, no hub needed), a hub id or a folder."""
+    text_layers: int | None = None
+    """How many of its first layers are kept, for small and fast models; None keeps all."""
+    adaptor: Literal["linear", "mlp", "pixel_shuffle", "resampler"] = "pixel_shuffle"
+    """What stands between them. pixel_shuffle makes one token of each block of neighbours, which
+    cuts the cost of an image by shuffle_ratio squared; its grid must divide."""
+    adaptor_depth: int = 2
+    """Layers of the adaptor."""
+    shuffle_ratio: int = 2
+    """pixel_shuffle: sides of the blocks that become one token."""
+    queries: int = 64
+    """resampler: tokens that it gives for each view."""
+    prompt: str = CAPTION_PROMPT
+    """The user's text after an image where rows hold a caption alone."""
+    system: str | None = ""
+    """System message where a conversation has none; "" is an empty one, None the template's own."""
+    max_tokens: int | None = None
+    """Longest row, image places included; None takes the language model's context."""
+
+    @property
+    def caption_prompt(self) -> str:
+        return self.prompt
+
+    def build(self) -> Model:
+        model = self.compose() if self.start is None else load_stored(self.start, self)
+        self.add_tokens(model, learned=False)
+        return model
+
+    def compose(self) -> Model:
+        """The model of pretrained parts and a fresh adaptor."""
+        import vlm
+
+        return vlm.build(
+            vision=self.vision,
+            text=self.text,
+            adaptor=self.adaptor,
+            adaptor_depth=self.adaptor_depth,
+            shuffle_ratio=self.shuffle_ratio,
+            queries=self.queries,
+            system=self.system,
+            caption_prompt=self.prompt,
+            max_tokens=self.max_tokens,
+            overflow=self.overflow,
+            size_hw=self.image_px,
+            vision_layer=self.vision_layer,
+            text_layers=self.text_layers,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromRun(Settings):
+    """Settings of a run that goes on from an earlier stage's."""
+
+    follows: ClassVar[tuple[str, ...]] = ()
+    """Names of the stages that this one may follow."""
+
+    previous: str
+    """The previous stage's run folder; or a model's folder or hub id that no run here made."""
+    prompt: str | None = None
+    """The user's text after an image where rows hold a caption alone; None keeps the previous
+    stage's."""
+
+    vision: Mode = "frozen"
+    """What of the image tokenizer learns."""
+    vision_rate: float = 2e-5
+    """Its peak learning rate."""
+    adaptor: Mode = "full"
+    """What of the adaptor learns."""
+    adaptor_rate: float = 2e-4
+    """Its peak learning rate."""
+    language: Mode = "full"
+    """What of the language model learns."""
+    language_rate: float = 2e-5
+    """Its peak learning rate; with LoRA or frozen, that of the rows of new <loc> tokens too."""
+    lora_rank: int = 16
+    """Rank of the low-rank layers of every component that is "lora"."""
+    lora_alpha: int = 32
+    """Their scale times their rank."""
+    lora_dropout: float = 0.0
+    """Dropout before them."""
+    merge: bool = True
+    """Whether the model is saved with LoRA merged into its weights, or as layers of its own."""
+
+    @property
+    def caption_prompt(self) -> str:
+        if self.prompt is not None:
+            return self.prompt
+        config = Path(self.previous, "model", "config.json")
+        if not config.is_file():
+            return CAPTION_PROMPT
+        return json.loads(config.read_text()).get("caption_prompt", CAPTION_PROMPT)
+
+    def build(self) -> Model:
+        self.require_stage()
+        model = load_stored(self.previous, self)
+        self.add_tokens(model, learned=self.language == "full")
+        self.add_lora(model.module)
+        return model
+
+    def add_lora(self, module: nn.Module) -> None:
+        """Puts low-rank layers on every component that is "lora" and has none yet."""
+        low = "tokenizer.low" if hasattr(module.tokenizer, "high") else "tokenizer"
+        modes = {low: self.vision, "adaptor": self.adaptor, "text": self.language}
+        value = Lora(rank=self.lora_rank, alpha=self.lora_alpha, dropout=self.lora_dropout)
+        there = lora_of(module)
+        wanted = {c: value for c, mode in modes.items() if mode == "lora" and c not in there}
+        if wanted:
+            add_lora(module, wanted, seed=self.seed)
+
+    def require_stage(self) -> None:
+        """Raises RunError where `previous` is a run of a stage that this one does not follow."""
+        path = Path(self.previous, "settings.json")
+        if not path.is_file():
+            return
+        held = json.loads(path.read_text()).get("stage")
+        if held not in self.follows:
+            raise RunError(
+                f"{self.previous} holds {held!r}; expected a run of "
+                f"{' or '.join(map(repr, self.follows))}, or a model's folder"
+            )
+
+
+def load_stored(source: str, settings: Settings) -> Model:
+    """The model in a folder or under a hub id, its weights as they were saved."""
+    import vlm
+
+    model = vlm.load(source, device="cpu", dtype="stored")
+    model.parts.caption_prompt = settings.caption_prompt
+    model.processor.overflow = settings.overflow
+    return model
+
+
+FREE = ("out", "resume", "threads", "workers", "eval_every", "save_every", "micro_batch",
+        "held_out", "held_out_rows", "text_held_out", "text_held_out_rows",
+        "checkpoint_activations", "merge")  # fmt: skip
+"""Settings that may change when a run is resumed: they decide nothing that is learned."""
+
+
+def deciding(settings: Settings) -> dict[str, Any]:
+    """The settings that decide what is learned, as plain values."""
+    values = dataclasses.asdict(settings)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in FREE}
+
+
+def tuned(
+    module: nn.Module, component: str, mode: Mode, rate: float
+) -> tuple[tuple[str, float | None], ...]:
+    """The patterns and rates of one component for `Stage.rates`. Where rows of new tokens were set
+    apart they learn at the same rate."""
+    if mode == "full":
+        return ((f"{component}.*", rate),)
+    rates = [(f"{component}.*", FROZEN)]
+    names = [name for name, _ in getattr(module, component).named_parameters()]
+    if any(name.endswith(".new") for name in names):
+        rates.insert(0, (f"{component}.*.new", rate))
+    if mode == "lora":
+        rates.insert(0, (f"{component}.*lora_*", rate))
+    return tuple(rates)
+
+
+def high_resolution_frozen(module: nn.Module) -> tuple[tuple[str, None], ...]:
+    """The pattern that freezes the high-resolution tower of a paired image tokenizer; none where
+    there is no such tower."""
+    return (("tokenizer.high*", FROZEN),) if hasattr(module.tokenizer, "high") else ()
+
+
+def training_data(settings: Settings) -> MixtureDataset:
+    """The mixture of the settings' sources."""
+    if not 0 <= settings.text_share < 1:
+        raise ValueError(f"text_share must be in 0 to 1, 1 excluded, found {settings.text_share}")
+    if bool(settings.text_train) != bool(settings.text_share):
+        raise ValueError(
+            f"text_train {list(settings.text_train)} and text_share {settings.text_share}: "
+            "expected both or neither"
+        )
+    prompt = settings.caption_prompt
+    seen = [open_source(spec, prompt=prompt) for spec in settings.train]
+    read = [open_source(spec, prompt=prompt) for spec in settings.text_train]
+    shares = settings.weights or [len(source) for source in seen]
+    if len(shares) != len(seen):
+        raise ValueError(f"{len(shares)} weights for {len(seen)} training sources: one for each")
+    share = settings.text_share
+    weights = _scaled(shares, 1 - share) + _scaled([len(source) for source in read], share)
+    warmup = None
+    if settings.modality_warmup:
+        if not read:
+            raise ValueError("modality_warmup begins with text alone: it needs text_train")
+        samples = round(settings.modality_warmup * settings.steps) * settings.batch
+        warmup = ([0.0] * len(seen) + weights[len(seen) :], samples)
+    mixture = Mixture(seen + read, weights, settings.seed, warmup)
+    return MixtureDataset(seen + read, mixture, settings.bad_rows, LEVELS[settings.augment])
+
+
+def _scaled(weights, total: float) -> list[float]:
+    whole = sum(weights)
+    return [total * weight / whole if whole else weight for weight in weights]
