@@ -106,13 +106,20 @@ class SplitMLP(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PixelShuffleConfig:
-    """Blocks of `ratio` x `ratio` neighbouring tokens become one token, then an MLP."""
+    """Blocks of `ratio` x `ratio` neighbouring tokens become one token, then an MLP.
+
+    norm: a LayerNorm over each block before the MLP, for backbones whose features are of any
+        scale. positions: octaves of sines and cosines of a block's place in the picture that are
+        put beside it, for backbones that do not say where a feature lies (CNNs); 0 puts none.
+    """
 
     in_width: int
     out_width: int
     ratio: int
     depth: int
     hidden_width: int
+    norm: bool = False
+    positions: int = 0
 
 
 class PixelShuffle(nn.Module):
@@ -127,9 +134,11 @@ class PixelShuffle(nn.Module):
     def __init__(self, config: PixelShuffleConfig) -> None:
         super().__init__()
         self.config = config
+        width = config.in_width * config.ratio**2
+        self.norm = nn.LayerNorm(width) if config.norm else nn.Identity()
         self.mlp = _mlp(
             MLPConfig(
-                in_width=config.in_width * config.ratio**2,
+                in_width=width + 4 * config.positions,
                 out_width=config.out_width,
                 depth=config.depth,
                 hidden_width=config.hidden_width,
@@ -155,7 +164,25 @@ class PixelShuffle(nn.Module):
         r = self.config.ratio
         V, _, D = images.tokens.shape
         blocks = images.tokens.view(V, h, r, w, r, D).transpose(2, 3).reshape(V, h * w, r * r * D)
+        blocks = self.norm(blocks)
+        if self.config.positions:
+            where = grid_waves((h, w), self.config.positions).to(blocks)
+            blocks = torch.cat([blocks, where.expand(V, -1, -1)], dim=-1)
         return images.with_tokens(self.mlp(blocks), shape)
+
+
+def grid_waves(grid_hw: tuple[int, int], octaves: int) -> Tensor:
+    """Where each cell of a grid lies in the picture: float32[h * w, 4 * octaves], sines and cosines
+    of its middle's row and column, 0 to 1 over the picture, at half a period and its octaves.
+
+    Equal places get equal waves whatever the grid, so that a trained adaptor may see other grids.
+    """
+    h, w = grid_hw
+    rows = (torch.arange(h, dtype=torch.float32) + 0.5) / h
+    columns = (torch.arange(w, dtype=torch.float32) + 0.5) / w
+    places = torch.cartesian_prod(rows, columns)  # [h * w, 2]
+    angles = places[:, :, None] * torch.pi * 2.0 ** torch.arange(octaves)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
