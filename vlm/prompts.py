@@ -159,7 +159,7 @@ class Processor:
         )
 
     def prompt_ids(self, turns: Sequence[Turn], places: Sequence[int], name: str) -> Tensor:
-        """The ids int64[T] of a conversation whose pictures were looked at before, up to the opening
+        """The ids int64[T] of a conversation whose pictures were seen before, up to the opening
         of the assistant's turn; IMAGE at image places.
 
         places: the number of places that each picture takes, in the order of the turns.
