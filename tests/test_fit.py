@@ -16,7 +16,7 @@ from torch import nn
 from tests import tiny, training
 from vlm.data.example import BadRow, Example, ImageRef, Turn
 from vlm.pixels import BadImage
-from vlm.training import stages
+from vlm.training import fit, stages
 from vlm.training.checkpoint import CheckpointError, list_checkpoints
 from vlm.training.fit import Interrupted, _leave_stopping_to_the_loop
 from vlm.training.run import Run, RunError
@@ -364,3 +364,22 @@ def test_full_disk_stops_before_writing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"needs \d+ MB, its disk has 0 MB free"):
         training.train(tmp_path / "run")
     assert list_checkpoints(tmp_path / "run/checkpoints") == []
+
+
+def test_rows_of_like_length_are_padded_together_and_none_is_lost(tmp_path, monkeypatch):
+    """T9: long documents beside short captions, padded apart or together, give the same losses."""
+    rows = [tiny.example(f"r{i}", answer="w" * (1 + 40 * (i % 3)), images=(tiny.picture(i),))
+            for i in range(9)]  # fmt: skip
+    _, _, apart = training.train(tmp_path / "apart", rows=rows)
+    processor = training.model().processor
+    encoded = [processor.encode(row) for row in rows]
+    parts = fit._of_like_length(encoded)
+    assert sorted(row.name for part in parts for row in part) == [f"r{i}" for i in range(9)]
+    assert [[row.name for row in part] for part in parts] == [
+        ["r0", "r3", "r6"], ["r1", "r4", "r7"], ["r2", "r5", "r8"],
+    ]  # fmt: skip
+    monkeypatch.setattr(fit, "_of_like_length", lambda rows: [rows] if rows else [])
+    _, _, together = training.train(tmp_path / "together", rows=rows)
+    for a, b in zip(apart, together, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert (a["scored"], a["samples"]) == (b["scored"], b["samples"])

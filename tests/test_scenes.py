@@ -9,7 +9,17 @@ import pytest
 from PIL import Image
 
 from vlm.data.sources import BadSource, open_source
-from vlm.data.synthetic.scene import COLOURS, KINDS, Background, Scene, Shape, draw, exact_box
+from vlm.data.synthetic.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    HELD_BACK,
+    KINDS,
+    Background,
+    Scene,
+    Shape,
+    draw,
+    exact_box,
+)
 from vlm.data.synthetic.scene_text import caption, questions, relation
 from vlm.data.synthetic.scenes import Scenes
 
@@ -127,3 +137,21 @@ def test_scenes_text_sets_every_option():
 def test_scenes_text_that_does_not_fit_is_refused(text):
     with pytest.raises(BadSource, match="scenes:"):
         open_source(f"scenes:{text}")
+
+
+@pytest.mark.parametrize("kind", HELD_BACK)
+def test_held_back_backgrounds_come_only_when_asked_for(kind):
+    """The shapes lie where they do on any background."""
+    usual, asked = Scenes(40, seed=4), Scenes.from_text(f"40:seed=4:background={kind}")
+    for row in range(40):
+        assert usual.scene(row).background.kind in BACKGROUNDS
+        assert asked.scene(row).background.kind == kind
+        places = [[s.box_xyxy_px for s in scenes.scene(row).shapes] for scenes in (usual, asked)]
+        assert places[0] == places[1]
+    first = np.asarray(draw(asked.scene(0)))
+    assert len(np.unique(first[:, 0], axis=0)) >= 2  # something changes down the picture
+
+
+def test_unknown_background_is_named():
+    with pytest.raises(BadSource, match=r"expected a background of plain, .*, found 'sky'"):
+        Scenes(3, background="sky")

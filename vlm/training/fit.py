@@ -30,6 +30,7 @@ from vlm.inference.tasks import Model
 from vlm.losses.token import token_losses
 from vlm.pixels import BadImage
 from vlm.placement import Batch
+from vlm.prompts import Row
 from vlm.training import checkpoint
 from vlm.training.checkpoint import Progress
 from vlm.training.meter import Meter, peak_flops
@@ -174,7 +175,7 @@ class _Step:
         self, step: int, micros: list[MicroBatch], waited: float, stop: bool
     ) -> dict[str, float]:
         device = self.accelerator.device
-        batches = [micro.batch.to(device) for micro in micros if micro.batch is not None]
+        batches = [batch.to(device) for micro in micros for batch in micro.batches]
         with_images = sum(bool(batch.groups) for batch in batches)
         failed = next((micro.failed for micro in micros if micro.failed), None)
         totals = self._sum(
@@ -298,10 +299,10 @@ def audit_gradients(module: nn.Module, reached: torch.Tensor) -> None:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What the loader gives: a batch (None where all rows were skipped), rows left out, text
+    """What the loader gives: batches (none where all rows were skipped), rows left out, text
     tokens cut, rows without a scored token, and the error of a row that must not be skipped."""
 
-    batch: Batch | None
+    batches: tuple[Batch, ...]
     skipped: tuple[Skipped, ...]
     cut: int
     unscored: int
@@ -329,14 +330,25 @@ class _Collate:
         skipped = tuple(item for item in items if isinstance(item, Skipped))
         failed = next((item for item in items if isinstance(item, Exception)), None)
         rows = [item for item in items if not isinstance(item, (Skipped, Exception))]
-        batch = collate(rows, self.pad_id) if rows else None
+        batches = tuple(collate(part, self.pad_id) for part in _of_like_length(rows))
         return MicroBatch(
-            batch=batch,
+            batches=batches,
             skipped=skipped,
             cut=sum(row.cut for row in rows),
-            unscored=0 if batch is None else int((~batch.scored.any(1)).sum()),
+            unscored=sum(int((~batch.scored.any(1)).sum()) for batch in batches),
             failed=failed,
         )
+
+
+def _of_like_length(rows: list[Row], spread: float = 1.5) -> list[list[Row]]:
+    """The rows in parts whose longest is at most `spread` times the shortest, each in the rows' own
+    order, so that a short caption is not padded to a long document's length."""
+    parts: list[list[int]] = []
+    for number in sorted(range(len(rows)), key=lambda number: len(rows[number].ids)):
+        if not parts or len(rows[number].ids) > spread * len(rows[parts[-1][0]].ids):
+            parts.append([])
+        parts[-1].append(number)
+    return [[rows[number] for number in sorted(part)] for part in parts]
 
 
 def _account(

@@ -31,6 +31,9 @@ COLOURS = {
     "white": (255, 255, 255),
 }
 BACKGROUNDS = ("plain", "gradient", "noise")
+"""Kinds that scenes draw from by themselves."""
+HELD_BACK = ("checks", "stripes")
+"""Kinds that scenes have only where they are asked for, to test on what was never trained."""
 SUPERSAMPLING = 4  # samples to a pixel's side
 CONTRAST = 150  # least sum of channel differences between a shape and its background
 TRIES = 60  # places tried for a shape before the scene does without it
@@ -55,7 +58,8 @@ class Shape(NamedTuple):
 
 
 class Background(NamedTuple):
-    """What lies behind: `kind` of BACKGROUNDS, the colours of its corners or extremes, a seed."""
+    """What lies behind: `kind` of BACKGROUNDS or HELD_BACK, the colours of its corners or extremes,
+    a seed."""
 
     kind: str
     first_rgb: tuple[int, int, int]
@@ -116,14 +120,18 @@ class Dice:
 
 
 def compose(
-    seed: int, row: int, size_hw: tuple[int, int] | None, shapes: tuple[int, int] = (1, 4)
+    seed: int,
+    row: int,
+    size_hw: tuple[int, int] | None,
+    shapes: tuple[int, int] = (1, 4),
+    background_kind: str | None = None,
 ) -> Scene:
     """The scene of (seed, row): size, background, and shapes at least 2 pixels apart."""
     dice = Dice(seed, row, "scene")
     if size_hw is None:
         size_hw = dice.between(128, 320), dice.between(128, 320)
     height, width = size_hw
-    background = _background(dice)
+    background = _background(dice, background_kind)
     colours = [name for name in COLOURS if _stands_out(COLOURS[name], background)]
     side = min(size_hw)
     placed: list[Shape] = []
@@ -173,11 +181,12 @@ def exact_box(shape: Shape) -> tuple[float, float, float, float]:
     return float(x0 + left), float(y0 + top), float(x0 + right), float(y0 + bottom)
 
 
-def _background(dice: Dice) -> Background:
-    """Light or dark, so that enough colours stand out."""
+def _background(dice: Dice, asked: str | None) -> Background:
+    """Light or dark, so that enough colours stand out; of the kind `asked` for, None: any."""
     low, high = (190, 255) if dice.roll() < 0.7 else (0, 60)
     first, last = (tuple(dice.between(low, high) for _ in range(3)) for _ in range(2))
     kind = dice.pick(BACKGROUNDS)
+    kind = kind if asked is None else asked
     return Background(kind, first, first if kind == "plain" else last, dice.between(0, 2**32 - 1))
 
 
@@ -190,6 +199,11 @@ def _draw_background(size_hw: tuple[int, int], background: Background) -> Image.
         down = np.linspace(0, 0.5, height, dtype=np.float32)[:, None, None]
         across = np.linspace(0, 0.5, width, dtype=np.float32)[None, :, None]
         part = down + across
+    elif background.kind in HELD_BACK:
+        cell = 6 + background.seed % 20
+        rows, columns = np.indices((height, width)) // cell
+        odd = rows + columns if background.kind == "checks" else rows + np.zeros_like(columns)
+        part = (odd % 2)[..., None].astype(np.float32)
     else:  # RandomState's streams are frozen, so a picture stays the same under any numpy
         draws = np.random.RandomState(background.seed).bytes(height * width)
         part = np.frombuffer(draws, np.uint8).reshape(height, width, 1) / np.float32(255)

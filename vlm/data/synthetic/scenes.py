@@ -12,7 +12,15 @@ from collections.abc import Callable
 from vlm.data.example import Box, Example, ImageRef, Turn, caption_example
 from vlm.data.grounding import ground
 from vlm.data.sources.base import BadSource, Source
-from vlm.data.synthetic.scene import Dice, Scene, compose, draw, exact_box
+from vlm.data.synthetic.scene import (
+    BACKGROUNDS,
+    HELD_BACK,
+    Dice,
+    Scene,
+    compose,
+    draw,
+    exact_box,
+)
 from vlm.data.synthetic.scene_text import ask, caption
 
 TASKS = ("caption", "question", "mixed", "ground")
@@ -26,6 +34,7 @@ class Scenes(Source):
         captions and odd rows questions, or "ground", which asks where each kind of shape is.
     size_hw: pixels; None gives each row its own, from 128 to 320 a side.
     shapes: the fewest and the most shapes of a scene, 1 to 9; where little room is left, fewer.
+    background: a kind of BACKGROUNDS or HELD_BACK for all; None gives each row one of BACKGROUNDS.
     Pictures are PNG bytes, drawn when a row is read. Rows are named NAME[ROW].
     """
 
@@ -36,6 +45,7 @@ class Scenes(Source):
         task: str = "caption",
         size_hw: tuple[int, int] | None = (224, 224),
         shapes: tuple[int, int] = (1, 4),
+        background: str | None = None,
         prompt: str = "",
         name: str | None = None,
     ) -> None:
@@ -45,6 +55,10 @@ class Scenes(Source):
             raise BadSource(f"scenes: expected 1 <= fewest <= most <= 9 shapes, found {shapes}")
         if size_hw is not None and min(size_hw) < 32:
             raise BadSource(f"scenes: expected at least 32 pixels a side, found {size_hw}")
+        if background not in (None, *BACKGROUNDS, *HELD_BACK):
+            kinds = ", ".join(BACKGROUNDS + HELD_BACK)
+            raise BadSource(f"scenes: expected a background of {kinds}, found {background!r}")
+        self._background = background
         self.name = name or f"scenes:{count}:seed={seed}"
         self._count, self._seed, self._task = count, seed, task
         self._size_hw, self._shapes, self._prompt = size_hw, shapes, prompt
@@ -52,8 +66,8 @@ class Scenes(Source):
 
     @classmethod
     def from_text(cls, text: str, prompt: str = "") -> Scenes:
-        """Scenes of "COUNT:KEY=VALUE:..."; keys are seed, task, size (HxW, or "mixed"), and
-        shapes (FEWEST-MOST). Raises BadSource naming the part that does not fit."""
+        """Scenes of "COUNT:KEY=VALUE:..."; keys are seed, task, size (HxW, or "mixed"), shapes
+        (FEWEST-MOST) and background. Raises BadSource naming the part that does not fit."""
         count, *parts = text.split(":")
         options = {}
         try:
@@ -65,7 +79,7 @@ class Scenes(Source):
         except (KeyError, ValueError) as error:
             raise BadSource(
                 f"scenes:{text}: expected scenes:COUNT, then any of :seed=3 "
-                f":task={'|'.join(TASKS)} :size=HxW or :size=mixed :shapes=1-4"
+                f":task={'|'.join(TASKS)} :size=HxW or :size=mixed :shapes=1-4 :background=KIND"
             ) from error
         return cls(number, **options, prompt=prompt, name=f"scenes:{text}")
 
@@ -77,7 +91,7 @@ class Scenes(Source):
 
     def scene(self, row: int) -> Scene:
         """What a row shows."""
-        return compose(self._seed, row, self._size_hw, self._shapes)
+        return compose(self._seed, row, self._size_hw, self._shapes, self._background)
 
     def read(self, row: int) -> Example:
         scene, name = self.scene(row), self.row_name(row)
@@ -112,4 +126,5 @@ _OPTIONS: dict[str, tuple[str, Callable]] = {
     "task": ("task", str),
     "size": ("size_hw", _size),
     "shapes": ("shapes", _range),
+    "background": ("background", str),
 }
