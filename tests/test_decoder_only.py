@@ -141,3 +141,42 @@ def test_text_only_batch_needs_no_image():
     batch = collate(rows_of(processor, mixed_examples()[2]), processor.pad_id)
     assert batch.groups == ()
     assert model(batch).shape == (len("Paris") + 1, 300)
+
+
+def all_logits(model, batch):
+    vectors = model.embed(batch.ids, model.encode(batch.groups), batch.names)
+    return model.logits(model.read(vectors, batch))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_later_tokens_change_no_earlier_logit(kind):
+    """T2: causal throughout, image places included: what is said later is not seen before, what is
+    said or shown before is seen later."""
+    model = tiny.decoder_only(kind)
+    batch = collate([tiny.processor(model).encode(tiny.example(answer="a cat sat"))], 256)
+    plain = all_logits(model, batch)
+    place = int(batch.scored[0].nonzero()[2])
+    ids = batch.ids.clone()
+    ids[0, place] = (ids[0, place] + 1) % 256
+    later = all_logits(model, dataclasses.replace(batch, ids=ids))
+    assert torch.equal(later[:, :place], plain[:, :place])
+    assert not torch.allclose(later[:, place], plain[:, place])
+    first = int((batch.ids[0] == IMAGE).nonzero()[0])
+    groups = tuple(dataclasses.replace(g, pixels=g.pixels.flip(0, -1)) for g in batch.groups)
+    shown = all_logits(model, dataclasses.replace(batch, groups=groups))
+    assert torch.equal(shown[:, :first], plain[:, :first])
+    assert not torch.allclose(shown[:, place], plain[:, place])
+
+
+def test_one_row_changes_no_logit_of_another():
+    """T4: rows that share a batch, and a forward pass of the image tokenizer, stay apart."""
+    model = tiny.decoder_only()
+    processor = tiny.processor(model)
+    rows = [processor.encode(tiny.example(f"r{i}", images=(tiny.picture(i),))) for i in range(2)]
+    other = processor.encode(
+        tiny.example("other", images=(tiny.picture(7),), answer="a dog ran off")
+    )
+    both = all_logits(model, collate(rows, 256))[0]
+    beside_another = all_logits(model, collate([rows[0], other], 256))[0]
+    length = len(rows[0].ids)
+    torch.testing.assert_close(both[:length], beside_another[:length], atol=1e-5, rtol=1e-5)

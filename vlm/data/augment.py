@@ -15,6 +15,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from vlm.data.boxes import check_boxes
 from vlm.data.example import Example
 from vlm.geometry import Resize
 from vlm.pixels import open_image
@@ -43,16 +44,19 @@ class Augment:
     def __call__(self, example: Example, seed: int) -> Example:
         """The example with its pictures changed, the same for the same seed.
 
-        Raises BadImage where a picture cannot be read.
+        Raises BadImage where a picture cannot be read; BadRow where a box cannot be one of its
+        picture: the window, which holds all boxes, would make room for it.
         """
         if not example.images:
             return example
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            images, boxes = [], list(example.boxes)
-            for number, reference in enumerate(example.images):
+            pictures = [open_image(reference) for reference in example.images]
+            sizes_hw = [(picture.height, picture.width) for picture in pictures]
+            images, boxes = [], list(check_boxes(example.boxes, sizes_hw, example.name))
+            for number, picture in enumerate(pictures):
                 own = [i for i, box in enumerate(boxes) if box.image == number]
-                picture = self._recolour(open_image(reference))
+                picture = self._recolour(picture)
                 picture, resize = self._reframe(picture, [boxes[i].xyxy_px for i in own])
                 moved = resize.boxes([boxes[i].xyxy_px for i in own])
                 for i, xyxy_px in zip(own, moved.tolist()):
@@ -65,7 +69,7 @@ class Augment:
             picture = v2.ColorJitter(self.colour, self.colour, self.colour, self.hue)(picture)
         if _uniform(0, 1) < self.degrade:
             choice = int(_uniform(0, 3))
-            if choice == 0:
+            if choice == 0 and min(picture.size) > 1:  # a blur reaches one pixel beyond
                 side = max(3, min(picture.size) // 16 | 1)
                 picture = functional.gaussian_blur(picture, [side, side])
             elif choice == 1:

@@ -23,7 +23,7 @@ from torch import Tensor
 from vlm.data.collate import collate
 from vlm.data.example import BadRow, Turn
 from vlm.inference import engine
-from vlm.prompts import MARK, Row
+from vlm.prompts import Row
 
 if TYPE_CHECKING:
     from vlm.inference.tasks import Model
@@ -180,7 +180,9 @@ class Chat:
 
     def _look(self, pictures: Sequence, name: str) -> list[_Seen]:
         """The pictures' pixels and places; nothing is encoded yet."""
-        rows = [self.model.processor.encode_literal([one], MARK, name=name) for one in pictures]
+        processor = self.model.processor
+        mark = processor.image_mark
+        rows = [processor.encode_literal([one], mark, name=name) for one in pictures]
         return [_Seen(row.places[0], row) for row in rows]
 
     def _encode(self, one: _Seen) -> Tensor:

@@ -39,7 +39,7 @@ from vlm.weights import WeightsError
 PICTURES = 16
 UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 ERRORS = (BadRow, BadImage, BadSource, CheckpointError, RunError, StageError, WeightsError,
-          OSError, ValueError, RuntimeError)  # fmt: skip
+          ImportError, OSError, ValueError, RuntimeError)  # fmt: skip
 
 
 def held_out_rows(source: Source, count: int) -> list[int]:

@@ -15,7 +15,7 @@ from vlm.data.mixture import Mixture, MixtureDataset
 from vlm.data.sources import open_source
 from vlm.geometry import LocTokens
 from vlm.inference.tasks import Model
-from vlm.lora import Lora, add_lora, lora_of
+from vlm.lora import Lora, add_lora, lora_of, quantize_4bit
 from vlm.systems.composed import CAPTION_PROMPT, add_loc_tokens
 from vlm.training.run import RunError
 from vlm.training.stages import FROZEN
@@ -216,6 +216,8 @@ class FromRun(Settings):
     """Their scale times their rank."""
     lora_dropout: float = 0.0
     """Dropout before them."""
+    base_4bit: bool = False
+    """Keep the language model's frozen weights in 4 bits beside its LoRA; needs bitsandbytes."""
     merge: bool = True
     """Whether the model is saved with LoRA merged into its weights, or as layers of its own."""
 
@@ -232,6 +234,10 @@ class FromRun(Settings):
         self.require_stage()
         model = load_stored(self.previous, self)
         self.add_tokens(model, learned=self.language == "full")
+        if self.base_4bit:
+            if self.language != "lora":
+                raise ValueError(f"base_4bit needs --language lora, found {self.language}")
+            quantize_4bit(model.module.text)
         self.add_lora(model.module)
         return model
 
