@@ -33,6 +33,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import vlm
+from vlm.data.boxes import check_boxes
 from vlm.data.example import Box
 from vlm.data.sources import CocoSource, open_source
 from vlm.data.sources.base import Source
@@ -109,12 +110,18 @@ def ask_rows(
 
 
 def read_pictures(source: Source, row: int, at: int, ask: str) -> list[dict[str, Any]]:
-    """The pictures of a row that have boxes, with what to ask and what is true."""
+    """The pictures of a row that have boxes, with what to ask and what is true.
+
+    Raises BadRow where a box cannot be one of its picture.
+    """
     example = source[row]
+    pictures = [open_image(picture) for picture in example.images]
+    sizes_hw = [(picture.height, picture.width) for picture in pictures]
+    boxes = check_boxes(example.boxes, sizes_hw, example.name)
     crowds = source.crowds(row) if isinstance(source, CocoSource) else ()
     records = []
-    for image, picture in enumerate(example.images):
-        true = [box for box in example.boxes if box.image == image]
+    for image, picture in enumerate(pictures):
+        true = [box for box in boxes if box.image == image]
         if true:
             present = dict.fromkeys(box.label for box in true)
             records.append(
@@ -123,7 +130,7 @@ def read_pictures(source: Source, row: int, at: int, ask: str) -> list[dict[str,
                     "row": row,
                     "name": example.name,
                     "image": image,
-                    "picture": open_image(picture),
+                    "picture": picture,
                     "phrases": list(source.labels if ask == "all" else present),
                     "true": [(box.label, box.xyxy_px) for box in true],
                     "crowds": [(box.label, box.xyxy_px) for box in crowds],

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests import tiny, training
 from vlm.data.augment import LIGHT, STRONG
-from vlm.data.example import Box, Example, Turn
+from vlm.data.example import BadRow, Box, Example, Turn
 
 MARKED = (30, 12, 47, 25)
 
@@ -53,6 +53,20 @@ def test_colours_and_sizes_change():
 def test_text_alone_is_left_as_it_is():
     plain = tiny.example(content=("say it",))
     assert STRONG(plain, 0) is plain
+
+
+def test_box_outside_its_picture_is_refused():
+    """The window would grow until it holds the box, which then seems to lie within."""
+    outside = replace(marked_example(), boxes=(Box(0, (30, 12, 130, 25), "g"),))
+    with pytest.raises(BadRow, match=r"row: box 0 \('g'\): .* 90 × 60 pixels"):
+        LIGHT(outside, 0)
+
+
+@pytest.mark.parametrize("size_wh", [(1, 1), (1, 40), (2, 3)])
+def test_smallest_pictures_can_be_changed(size_wh):
+    degraded = replace(STRONG, degrade=1.0)
+    plain = tiny.example(images=(Image.new("RGB", size_wh),))
+    assert all(degraded(plain, seed).images[0].size for seed in range(8))
 
 
 def test_resumed_run_sees_the_pictures_of_the_uninterrupted_one(tmp_path):

@@ -73,6 +73,14 @@ def test_chat_encodes_each_picture_once(counted):
     assert len(seen) == 6
 
 
+def test_chat_takes_pictures_whatever_mark_literal_prompts_have():
+    """DeepSeek-VL's processor has a mark of its own."""
+    model, content = training.model(), asked(1, "what?")
+    said = Chat(model).ask(content, max_new_tokens=4)
+    model.processor.image_mark = "<image_placeholder>"
+    assert Chat(model).ask(content, max_new_tokens=4) == said
+
+
 def test_single_turn_chat_equals_answer():
     model = training.model()
     picture = tiny.picture(4)

@@ -65,6 +65,11 @@ def test_whole_document_and_its_end_are_scored():
     assert batch.scored[0].tolist() == [False] + [True] * (len(row.ids) - 1)
 
 
+def test_document_has_no_answer_to_leave_out():
+    with pytest.raises(BadRow, match="d: expected an answer to leave out, found none"):
+        Example("d", (Turn("text", ("two words",)),)).question()
+
+
 def test_document_that_is_too_long_is_left_out_or_cut():
     model = tiny.decoder_only()
     document = Example("d", (Turn("text", ("abcdefghij",)),))

@@ -220,7 +220,7 @@ def test_bad_arguments_name_what_was_expected(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             made.ground(*arguments)
-    for prompt in ("Where?", "Where is {phrase} in {it}?", "{phrase", "{}"):
+    for prompt in ("Where?", "Where is {phrase} in {it}?", "{phrase", "{}", "{phrase.x}"):
         with pytest.raises(ValueError, match=r"expected a prompt with \{phrase\} where"):
             made.ground([picture], ["x"], prompt=prompt)
     with pytest.raises(BadImage, match=r"gone\.png"):

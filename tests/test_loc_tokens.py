@@ -1,5 +1,7 @@
 """Boxes as <loc> tokens: there and back in every frame and order, one id each, scored like text."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -125,6 +127,12 @@ def test_one_model_writes_boxes_in_one_way():
 def test_bad_box_stops_before_any_compute(box):
     with pytest.raises(BadRow, match=r"row: box 0 \('cat'\)"):
         with_loc().processor.encode(boxed(box))
+
+
+def test_bad_box_is_named_where_no_turn_writes_it():
+    shown = replace(tiny.example(), boxes=(Box(0, (2, 1, 30, 8), "cat"),))
+    with pytest.raises(BadRow, match=r"row: box 0 \('cat'\): expected a box inside"):
+        tiny.processor(tiny.decoder_only()).encode(shown)
 
 
 def test_grounding_asks_once_for_each_label():

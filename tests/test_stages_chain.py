@@ -3,11 +3,13 @@
 import importlib
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import vlm
+from tests import tiny
 from tests.test_composed import write_parts
 from vlm.training import recipe
 from vlm.training.run import RunError
@@ -76,6 +78,9 @@ def test_three_stages_train_what_they_say(stage1, tmp_path, encoder, text):
         "stage3_sft", tmp_path / "s2", tmp_path / "s3", loc_bins=16,
         train=("scenes:9:size=64x96:task=ground", SCENES), weights=(1.0, 1.0),
     )  # fmt: skip
+    last = json.loads((tmp_path / "s3/result.json").read_text())
+    assert last["text_loss_first"] == result["text_loss_before"]
+    assert last["text_loss_before"] == pytest.approx(result["text_loss"], abs=1e-5)
     tuned = weights(tmp_path / "s3")
     assert changed_parts(joint, {n: tuned[n][: len(w)] for n, w in joint.items()}) == {
         "tokenizer", "adaptor", "text",
@@ -140,6 +145,44 @@ def test_prompt_of_the_previous_stage_is_kept(stage1, tmp_path):
     assert vlm.load(tmp_path / "s2").parts.caption_prompt == "What is this?"
 
 
+def test_prompt_of_a_models_folder_is_kept(tmp_path):
+    """Whether the run or the model in it is named."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"caption_prompt": "What is this?"}')
+    module = stage_of("stage2_joint")
+    for previous in (tmp_path, tmp_path / "model"):
+        assert module.Settings(previous=str(previous)).caption_prompt == "What is this?"
+
+
+def test_settings_of_parts_beside_a_model_are_named():
+    settings = stage_of("stage1_adaptor").Settings(start="folder", adaptor="mlp", queries=8)
+    with pytest.raises(ValueError, match=r"start 'folder' .* found \['adaptor', 'queries'\]"):
+        settings.build()
+
+
+def test_longest_row_is_that_of_the_settings_or_of_the_folder(tmp_path):
+    vision, text = write_parts(tmp_path, "siglip", "llama")
+    vlm.build(vision=vision, text=text, adaptor="mlp", max_tokens=300).save(tmp_path)
+    stage1, stage2 = stage_of("stage1_adaptor"), stage_of("stage2_joint")
+    for asked, expected in ((None, 300), (40, 40)):
+        settings = stage1.Settings(start=str(tmp_path), max_tokens=asked)
+        assert settings.build().processor.max_tokens == expected
+        settings = stage2.Settings(previous=str(tmp_path), max_tokens=asked)
+        assert settings.build().processor.max_tokens == expected
+
+
+def test_lora_of_another_rank_is_named():
+    module = tiny.decoder_only()
+    more = dict(previous="folder", language="lora")
+    stage2 = stage_of("stage2_joint")
+    stage2.Settings(**more, lora_rank=2).add_lora(module)
+    names = [name for name, _ in module.named_parameters()]
+    stage2.Settings(**more, lora_rank=2).add_lora(module)
+    assert names == [name for name, _ in module.named_parameters()]
+    with pytest.raises(ValueError, match=r"text of folder has LoRA .*'rank': 2.*expected .*16"):
+        stage2.Settings(**more).add_lora(module)
+
+
 def test_modality_warmup_begins_with_text_alone():
     module = stage_of("stage2_joint")
     settings = module.Settings(
@@ -159,7 +202,12 @@ def test_modality_warmup_begins_with_text_alone():
         (dict(text_share=0.5), "text_train .* text_share 0.5: expected both or neither"),
         (dict(text_train=("python:val",), text_share=1.0), "text_share must be in 0 to 1"),
         (dict(modality_warmup=0.5), "begins with text alone: it needs text_train"),
-        (dict(weights=(1.0, 2.0)), "2 weights for 1 training sources"),
+        (dict(weights=(1.0, 2.0)), "2 weights .* for 1 sources"),
+        (dict(weights=(-1.0,)), r"at least 0, found \[-1.0\]"),
+        (
+            dict(weights=(0.0,), text_train=("python:val",), text_share=0.5),
+            r"one weight is above 0, found \[0.0\]",
+        ),
     ],
 )
 def test_data_that_do_not_fit_are_named(options, message):
@@ -177,6 +225,35 @@ def test_settings_come_from_a_file_and_options_win(tmp_path):
     (tmp_path / "run.yaml").write_text("stepz: 7\n")
     with pytest.raises(ValueError, match=r"run\.yaml: \['stepz'\] are no settings"):
         recipe.read_settings(module.Settings, arguments, "about")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("language_rate: 1e-3", 1e-3),
+        ("merge: false", False),
+        ("weights: [1, 2]", (1.0, 2.0)),
+        ("text_train: []", ()),
+        ("micro_batch: null", None),
+        ("prompt: null", None),
+        ("out: there", Path("there")),
+    ],
+)
+def test_settings_of_a_file_are_of_their_own_kind(tmp_path, line, expected):
+    (tmp_path / "run.yaml").write_text(f"{line}\n")
+    arguments = ["--config", str(tmp_path / "run.yaml")]
+    settings = recipe.read_settings(stage_of("stage2_joint").Settings, arguments, "about")
+    found = getattr(settings, line.partition(":")[0])
+    assert (found, type(found)) == (expected, type(expected))
+
+
+@pytest.mark.parametrize("line", ["vision: lore", "resume: 'no'", "steps: seven", "steps: true"])
+def test_settings_of_another_kind_in_a_file_are_refused(tmp_path, capsys, line):
+    (tmp_path / "run.yaml").write_text(f"{line}\n")
+    arguments = ["--config", str(tmp_path / "run.yaml")]
+    with pytest.raises(SystemExit):
+        recipe.read_settings(stage_of("stage2_joint").Settings, arguments, "about")
+    assert "run.yaml" in "".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("size", ["1.3b", "7b"])

@@ -114,9 +114,9 @@ def add_lora_of(module: DecoderOnly, values: Mapping[str, dict[str, Any]], where
 
 
 def quantize_4bit(text: nn.Module) -> None:
-    """Gives the language model's linear layers, its head left out, 4-bit weights (NF4), in place,
-    to put LoRA beside them. They are packed when the model is moved to a device. Folders that are
-    saved hold them unpacked, in bf16.
+    """Gives the language model's linear layers, its head and LoRA's own left out, 4-bit weights
+    (NF4), in place, to put LoRA beside them. They are packed when the model is moved to a device.
+    Folders that are saved hold them unpacked, in bf16.
 
     Source: QLoRA (arXiv 2305.14314).
     Raises ImportError naming the package where bitsandbytes is not installed.
@@ -127,7 +127,7 @@ def quantize_4bit(text: nn.Module) -> None:
         raise ImportError("4-bit weights need bitsandbytes: pip install bitsandbytes") from error
     head = text.get_output_embeddings()
     for name, layer in list(text.named_modules()):
-        if type(layer) is nn.Linear and layer is not head:
+        if type(layer) is nn.Linear and layer is not head and ".lora_" not in name:
             bias = layer.bias is not None
             packed = bnb.nn.Linear4bit(
                 layer.in_features,

@@ -249,7 +249,9 @@ class Processor:
         return views, (picture.height, picture.width)
 
     def _write_boxes(self, example: Example, sizes: list[tuple[int, int]]) -> tuple[Turn, ...]:
-        """The example's turns with each box as its tokens."""
+        """The example's turns with each box as its tokens; boxes that no turn writes are checked
+        too, since figures may be drawn from them."""
+        boxes = check_boxes(example.boxes, sizes, example.name)
         if not any(turn.box_numbers for turn in example.turns):
             return example.turns
         if self.loc is None:
@@ -258,7 +260,7 @@ class Processor:
                 "write them; add them with --loc-bins"
             )
         written = []
-        for box in check_boxes(example.boxes, sizes, example.name):
+        for box in boxes:
             resize = self.pixel_spec.resize_record(sizes[box.image])
             written.append(self.loc.write(box.xyxy_px, resize))
         return tuple(

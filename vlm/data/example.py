@@ -105,7 +105,6 @@ class Example:
                 raise BadRow(
                     f"{self.name}: a box names image {box.image}, the row has {len(self.images)}"
                 )
-
         for number in (number for turn in self.turns for number in turn.box_numbers):
             if not 0 <= number < len(self.boxes):
                 raise BadRow(
@@ -123,9 +122,14 @@ class Example:
         return any(turn.role == "text" for turn in self.turns)
 
     def question(self) -> Example:
-        """The example without its last answer and what follows it, to be answered."""
-        last = max(i for i, turn in enumerate(self.turns) if turn.role == "assistant")
-        turns = self.turns[:last]
+        """The example without its last answer and what follows it, to be answered.
+
+        Raises BadRow where there is no answer, as in a document.
+        """
+        answers = [i for i, turn in enumerate(self.turns) if turn.role == "assistant"]
+        if not answers:
+            raise BadRow(f"{self.name}: expected an answer to leave out, found none")
+        turns = self.turns[: answers[-1]]
         images = self.images[: sum(turn.slots for turn in turns)]
         kept = [i for i, box in enumerate(self.boxes) if box.image < len(images)]
         turns = tuple(

@@ -64,14 +64,14 @@ class Mixture:
         if 0 in self.lengths:
             raise ValueError(f"source {names[self.lengths.index(0)]} has no rows")
         self.weights = list(self.lengths if weights is None else weights)
-        _check_weights(self.weights, names)
+        check_weights(self.weights, names)
         self.seed = seed
         self.warmup = None if warmup is None else (list(warmup[0]), warmup[1])
         self._shares = _Shares(self.weights)
         self._first = self._shares
         self._warm = 0
         if self.warmup is not None:
-            _check_weights(self.warmup[0], names)
+            check_weights(self.warmup[0], names)
             self._first, self._warm = _Shares(self.warmup[0]), max(0, self.warmup[1])
         self._keys = [_mix(_mix(seed & _MASK) ^ source) for source in range(len(sources))]
 
@@ -105,7 +105,8 @@ class Mixture:
         return (i * i + self._warm) // (2 * self._warm)
 
 
-def _check_weights(weights: Sequence[float], names: Sequence[str]) -> None:
+def check_weights(weights: Sequence[float], names: Sequence[str]) -> None:
+    """Raises ValueError, showing the weights, where they are no shares of the named sources."""
     if len(weights) != len(names):
         raise ValueError(
             f"{len(weights)} weights {list(weights)} for {len(names)} sources "

@@ -263,7 +263,7 @@ def _check(model: Model, prompt: str, batch_size: int) -> None:
         raise ValueError(f"batch_size must be at least 1, found {batch_size}")
     try:
         asks = prompt.format(phrase="\ue000") != prompt.format(phrase="")
-    except (KeyError, IndexError, ValueError):
+    except (KeyError, IndexError, AttributeError, ValueError):
         asks = False
     if not asks:
         raise ValueError(

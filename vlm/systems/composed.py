@@ -163,15 +163,16 @@ def keep_layers(language: torch.nn.Module, count: int) -> None:
         config.layer_types = config.layer_types[:count]
 
 
-def add_loc_tokens(parts: Composition, loc: LocTokens) -> None:
+def add_loc_tokens(parts: Composition, loc: LocTokens, *, seed: int = 0) -> None:
     """Gives a composition the tokens that boxes are written with, in place: ids and rows.
 
+    seed: of the rows' first values.
     Raises ValueError where it writes boxes in another way already.
     """
     had = parts.processor.loc
     if had is not None and had != loc:
         raise ValueError(f"this model writes boxes as {had}, not as {loc}")
-    grow(parts.module.text, parts.processor.text_tokenizer, loc.tokens)
+    grow(parts.module.text, parts.processor.text_tokenizer, loc.tokens, seed=seed)
     parts.processor.loc = loc
 
 

@@ -1,11 +1,13 @@
-"""What the decoder-only recipes share: their settings, and a run from settings to result.
+"""What the decoder-only recipes share: a run from settings to result.
 
-A recipe file states its stage as a value and its own defaults; everything else is here.
+A recipe file states its stage as a value and its own defaults; what can be set is in
+`vlm.training.settings`, everything else here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 import textwrap
@@ -172,7 +174,11 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
     result = vars(progress) | {"held_out": source.name}
     figures = evaluate(full=True) if rows else {}
     if texts:
-        figures |= {"text_loss": evaluate.text_loss(), "text_loss_before": before}
+        figures |= {
+            "text_loss": evaluate.text_loss(),
+            "text_loss_before": before,
+            "text_loss_first": first_text_loss(settings, before),
+        }
     if figures:
         run_folder.log(progress.step, {"eval": figures, "final": True})
         result |= figures
@@ -186,6 +192,20 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return result
+
+
+def first_text_loss(settings: Settings, before: float) -> float:
+    """The loss on the same documents before the first stage of the chain that reported it; `before`
+    where no earlier run did."""
+    previous = Path(getattr(settings, "previous", ""))
+    try:
+        held = json.loads((previous / "settings.json").read_text())
+        result = json.loads((previous / "result.json").read_text())
+    except FileNotFoundError:
+        return before
+    keys = ("text_held_out", "text_held_out_rows")
+    same = all(held.get(key) == getattr(settings, key) for key in keys)
+    return result.get("text_loss_first", before) if same else before
 
 
 def share_cores(accelerator: Accelerator, threads: int | None) -> None:
@@ -257,10 +277,10 @@ def report(say, settings: Settings, result: dict[str, Any]) -> None:
     say("\n".join(left_out or ["no training row was left out"]), highlight=False, markup=False)
     say(f"{settings.out}: loss.png, samples.png, metrics.jsonl, model/", highlight=False)
     if "text_loss" in result:
-        change = result["text_loss"] / result["text_loss_before"] - 1
+        loss, before, first = (result[f"text_loss{w}"] for w in ("", "_before", "_first"))
         say(
-            f"loss on {settings.text_held_out}: {result['text_loss']:.3f} nats per token, "
-            f"{result['text_loss_before']:.3f} before this stage ({change:+.1%})"
+            f"loss on {settings.text_held_out}: {loss:.3f} nats per token; before this stage "
+            f"{before:.3f} ({loss / before - 1:+.1%}), before any {first:.3f} ({loss / first - 1:+.1%})"
         )
     if "gain" in result:
         say(
@@ -307,6 +327,8 @@ def read_settings(
 
 
 def _from_yaml(settings_class: type[Settings], path: Path) -> Settings:
+    """The settings in a YAML file, read as options are: a value of the wrong kind ends it as there,
+    and 1e-3, which is text in YAML, is a number."""
     values = yaml.safe_load(path.read_text())
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected settings as KEY: VALUE lines, found {values!r}")
@@ -316,8 +338,20 @@ def _from_yaml(settings_class: type[Settings], path: Path) -> Settings:
         raise ValueError(
             f"{path}: {unknown} are no settings of this recipe; it has {sorted(known)}"
         )
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return settings_class(**{k: Path(v) if k == "out" else v for k, v in values.items()})
+    arguments = [word for key, value in values.items() for word in _option(key, value)]
+    return tyro.cli(settings_class, args=arguments, prog=str(path))
+
+
+def _option(key: str, value: Any) -> list[str]:
+    """A setting as words of a command line.
+
+    >>> _option("image_px", [192, 128]), _option("merge", False)
+    (['--image-px', '192', '128'], ['--no-merge'])
+    """
+    name = key.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
 
 
 def _short(text: str) -> str:

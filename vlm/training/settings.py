@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -11,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from vlm.data.augment import LEVELS
-from vlm.data.mixture import Mixture, MixtureDataset
+from vlm.data.mixture import Mixture, MixtureDataset, check_weights
 from vlm.data.sources import open_source
 from vlm.geometry import LocTokens
 from vlm.inference.tasks import Model
@@ -39,7 +40,7 @@ class Settings:
     coco:ANNOTATIONS.json, datasets:ORG/NAME:SPLIT, scenes:1000:seed=3; options behind "?":
     rows.tar?caption=text."""
     weights: tuple[float, ...] | None = None
-    """Share of each in the mixture; None goes by their sizes."""
+    """Share of each among them; None goes by their sizes."""
     text_train: tuple[str, ...] = ()
     """Training data without pictures: python:train (Python's manual), PATH.txt, PATH.jsonl."""
     text_share: float = 0.0
@@ -58,6 +59,9 @@ class Settings:
     """Data without pictures to evaluate on, before and after."""
     text_held_out_rows: int = 0
     """How many of its rows; 0 evaluates none."""
+    max_tokens: int | None = None
+    """Longest row, image places included; None takes the model's own: the language model's context,
+    or what an earlier run was told."""
     overflow: Literal["drop", "shrink"] = "drop"
     """Rows that are longer than the context: left out, or their text cut from the end; both are
     counted."""
@@ -113,10 +117,15 @@ class Settings:
         loc = LocTokens(bins=self.loc_bins) if self.loc_bins else model.processor.loc
         if loc is None:
             return
-        add_loc_tokens(model.parts, loc)
+        add_loc_tokens(model.parts, loc, seed=self.seed)
         if not learned:
             ids = model.processor.text_tokenizer.convert_tokens_to_ids(list(loc.tokens))
             train_rows(model.module.text, ids)
+
+
+PARTS = ("vision", "image_px", "vision_layer", "text", "text_layers", "adaptor", "adaptor_depth",
+         "shuffle_ratio", "queries", "system")  # fmt: skip
+"""Settings of a model that is composed anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +134,7 @@ class FromParts(Settings):
 
     start: str | None = None
     """A model's folder or hub id whose parts are taken, its adaptor included (DeepSeek-VL's own,
-    for one); None composes the parts below."""
+    for one), with its own system message; None composes the parts below."""
     vision: str = "demo"
     """Image tokenizer: "demo" (an ImageNet backbone that needs no hub), or "kind:id", such as
     transformers:google/siglip-base-patch16-224, timm:vit_base_patch14_dinov2,
@@ -151,17 +160,29 @@ class FromParts(Settings):
     """The user's text after an image where rows hold a caption alone."""
     system: str | None = ""
     """System message where a conversation has none; "" is an empty one, None the template's own."""
-    max_tokens: int | None = None
-    """Longest row, image places included; None takes the language model's context."""
 
     @property
     def caption_prompt(self) -> str:
         return self.prompt
 
     def build(self) -> Model:
-        model = self.compose() if self.start is None else load_stored(self.start, self)
+        if self.start is None:
+            model = self.compose()
+        else:
+            self.require_no_parts()
+            model = load_stored(self.start, self)
         self.add_tokens(model, learned=False)
         return model
+
+    def require_no_parts(self) -> None:
+        """Raises ValueError naming the settings of parts, which `start` brings itself."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        given = [name for name in PARTS if getattr(self, name) != defaults[name]]
+        if given:
+            raise ValueError(
+                f"start {self.start!r} brings its own parts; expected no settings of parts beside "
+                f"it, found {given}"
+            )
 
     def compose(self) -> Model:
         """The model of pretrained parts and a fresh adaptor."""
@@ -225,10 +246,11 @@ class FromRun(Settings):
     def caption_prompt(self) -> str:
         if self.prompt is not None:
             return self.prompt
-        config = Path(self.previous, "model", "config.json")
-        if not config.is_file():
-            return CAPTION_PROMPT
-        return json.loads(config.read_text()).get("caption_prompt", CAPTION_PROMPT)
+        for folder in (Path(self.previous), Path(self.previous, "model")):  # as `vlm.load` looks
+            if (folder / "config.json").is_file():
+                values = json.loads((folder / "config.json").read_text())
+                return values.get("caption_prompt", CAPTION_PROMPT)
+        return CAPTION_PROMPT
 
     def build(self) -> Model:
         self.require_stage()
@@ -242,11 +264,22 @@ class FromRun(Settings):
         return model
 
     def add_lora(self, module: nn.Module) -> None:
-        """Puts low-rank layers on every component that is "lora" and has none yet."""
+        """Puts low-rank layers on every component that is "lora" and has none yet.
+
+        Raises ValueError where a component has layers of another rank, scale or dropout.
+        """
         low = "tokenizer.low" if hasattr(module.tokenizer, "high") else "tokenizer"
         modes = {low: self.vision, "adaptor": self.adaptor, "text": self.language}
         value = Lora(rank=self.lora_rank, alpha=self.lora_alpha, dropout=self.lora_dropout)
         there = lora_of(module)
+        asked = {"rank": value.rank, "alpha": value.alpha, "dropout": value.dropout}
+        for component in there.keys() & {c for c, mode in modes.items() if mode == "lora"}:
+            found = {key: there[component][key] for key in asked}
+            if found != asked:
+                raise ValueError(
+                    f"{component} of {self.previous} has LoRA layers already, of {found}; expected "
+                    f"{asked}, as --lora-rank, --lora-alpha and --lora-dropout say"
+                )
         wanted = {c: value for c, mode in modes.items() if mode == "lora" and c not in there}
         if wanted:
             add_lora(module, wanted, seed=self.seed)
@@ -271,6 +304,8 @@ def load_stored(source: str, settings: Settings) -> Model:
     model = vlm.load(source, device="cpu", dtype="stored")
     model.parts.caption_prompt = settings.caption_prompt
     model.processor.overflow = settings.overflow
+    if settings.max_tokens is not None:
+        model.processor.max_tokens = settings.max_tokens
     return model
 
 
@@ -321,8 +356,7 @@ def training_data(settings: Settings) -> MixtureDataset:
     seen = [open_source(spec, prompt=prompt) for spec in settings.train]
     read = [open_source(spec, prompt=prompt) for spec in settings.text_train]
     shares = settings.weights or [len(source) for source in seen]
-    if len(shares) != len(seen):
-        raise ValueError(f"{len(shares)} weights for {len(seen)} training sources: one for each")
+    check_weights(shares, [source.name for source in seen])
     share = settings.text_share
     weights = _scaled(shares, 1 - share) + _scaled([len(source) for source in read], share)
     warmup = None
@@ -335,6 +369,7 @@ def training_data(settings: Settings) -> MixtureDataset:
     return MixtureDataset(seen + read, mixture, settings.bad_rows, LEVELS[settings.augment])
 
 
-def _scaled(weights, total: float) -> list[float]:
+def _scaled(weights: Sequence[float], total: float) -> list[float]:
+    """The weights in their own proportions, `total` in sum."""
     whole = sum(weights)
-    return [total * weight / whole if whole else weight for weight in weights]
+    return [total * weight / whole for weight in weights]
