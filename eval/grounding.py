@@ -40,7 +40,8 @@ from vlm.data.sources.base import Source
 from vlm.draw import draw_boxes, draw_page
 from vlm.inference.ground import MAX_NEW_TOKENS, find
 from vlm.inference.tasks import Model
-from vlm.metrics.boxes import BoxTable, coco_precision, phrases_found, wilson
+from vlm.metrics.boxes import BoxTable, coco_precision, phrases_found
+from vlm.metrics.share import wilson
 from vlm.pixels import open_image
 from vlm.training.recipe import share_cores
 from vlm.training.run import versions

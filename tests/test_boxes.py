@@ -11,7 +11,8 @@ from pycocotools.cocoeval import COCOeval
 
 from vlm.data.boxes import check_box, check_boxes
 from vlm.data.example import BadRow, Box
-from vlm.metrics.boxes import BoxTable, coco_precision, iou, phrases_found, wilson
+from vlm.metrics.boxes import BoxTable, coco_precision, iou, phrases_found
+from vlm.metrics.share import wilson
 
 
 @pytest.mark.parametrize(

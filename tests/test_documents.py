@@ -6,7 +6,7 @@ from tests import tiny
 from vlm.data.collate import collate
 from vlm.data.example import BadRow, Example, Turn
 from vlm.data.sources import BadSource, open_source
-from vlm.data.sources.documents import Documents, sized
+from vlm.data.sources.documents import Documents, TextOnly, sized
 
 
 def test_manual_splits_share_no_paragraph():
@@ -88,3 +88,9 @@ def test_document_that_is_too_long_is_left_out_or_cut():
 def test_document_is_one_turn_without_pictures(turns, images, message):
     with pytest.raises(BadRow, match=message):
         Example("d", turns, images)
+
+
+def test_rows_with_pictures_are_refused_where_text_alone_is_expected():
+    with pytest.raises(BadRow, match=r"scenes:3\[1\]: expected text alone, found 1 images"):
+        TextOnly(open_source("scenes:3"))[1]
+    assert TextOnly(open_source("python:val"))[0].is_document

@@ -62,6 +62,7 @@ def in_order(rows):
 class InOrder:
     def __init__(self, mixture):
         self.lengths, self.weights, self.seed = mixture.lengths, mixture.weights, mixture.seed
+        self.warmup = None
 
     def __getitem__(self, number):
         epoch, row = divmod(number, self.lengths[0])

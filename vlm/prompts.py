@@ -273,8 +273,9 @@ class Processor:
         if not text:
             raise BadRow(f"{example.name}: expected a document's text, found none")
         ids = self.text_tokenizer(text, add_special_tokens=True)["input_ids"]
-        if ids[-1] != self.end_id:
-            ids = [*ids, self.end_id]
+        if ids[-1] == self.text_tokenizer.eos_token_id:  # some tokenizers write it, and most do not
+            ids = ids[:-1]
+        ids = [*ids, self.end_id]
         return Row(
             name=example.name,
             ids=torch.tensor(ids),

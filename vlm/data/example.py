@@ -110,6 +110,15 @@ class Example:
                 raise BadRow(
                     f"{self.name}: a turn names box {number}, the row has {len(self.boxes)}"
                 )
+        shown = 0
+        for turn in self.turns:
+            shown += turn.slots
+            early = [n for n in turn.box_numbers if self.boxes[n].image >= shown]
+            if early:
+                raise BadRow(
+                    f"{self.name}: a turn names box {early[0]} on image "
+                    f"{self.boxes[early[0]].image}, which only a later turn shows"
+                )
         if self.is_document and (len(self.turns) > 1 or self.images):
             raise BadRow(
                 f"{self.name}: expected a document to be one turn without images, found "

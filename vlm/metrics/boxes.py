@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -60,31 +58,6 @@ def phrases_found(
             best = int(np.argmax(score))
             found[i] = iou([boxes[best]], true).max() >= threshold
     return found
-
-
-class Interval(NamedTuple):
-    """A share with its interval of confidence, all in 0 to 1."""
-
-    share: float
-    low: float
-    high: float
-
-
-def wilson(hits: int, count: int, z: float = 1.959964) -> Interval:
-    """The share of hits with Wilson's score interval, by default at 95 %; honest at 0 and 1 too.
-
-    Taken as independent, which phrases of one picture are not quite.
-    Source: Wilson 1927, "Probable inference"; count at least 1.
-
-    >>> [round(value, 3) for value in wilson(8, 10)]
-    [0.8, 0.49, 0.943]
-    """
-    if not 0 <= hits <= count or count < 1:
-        raise ValueError(f"expected 0 <= hits <= count and count >= 1, found {hits} and {count}")
-    share, spread = hits / count, z * z / count
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
-    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

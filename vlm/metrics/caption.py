@@ -10,11 +10,12 @@ The COCO evaluation cuts texts into tokens with a Java program; `tokens` stands 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 
 import numpy as np
+
+from vlm.metrics.share import wilson
 
 Pair = tuple[str, Sequence[str]]
 """A picture's candidate caption and its references."""
@@ -70,25 +71,6 @@ def exact_matches(pairs: Sequence[Pair]) -> np.ndarray:
     )
 
 
-def wilson_interval(hits: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Bounds in [0, 1] of a proportion of which `hits` in `count` were seen; z: the normal quantile
-    (the default: 95 %).
-
-    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
-    Raises ValueError unless 0 <= hits <= count and count is at least 1.
-
-    >>> [round(bound, 3) for bound in wilson_interval(0, 10)]
-    [0.0, 0.278]
-    """
-    if not 0 <= hits <= count or count < 1:
-        raise ValueError(f"expected 0 <= hits <= count and a count of 1 or more: {hits} of {count}")
-    share, spread = hits / count, z * z / count
-    middle = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
-    low = 0.0 if hits == 0 else middle - half
-    return low, 1.0 if hits == count else middle + half
-
-
 def cider_d(pairs: Sequence[Pair]) -> np.ndarray:
     """CIDEr-D of each picture, float64[N] in 0 to 10; their mean is the corpus's.
 
@@ -132,7 +114,7 @@ def caption_figures(pairs: Sequence[Pair]) -> dict[str, float | list[float] | in
     return {
         "pictures": len(pairs),
         "exact_match": hits / len(pairs),
-        "exact_match_95": list(wilson_interval(hits, len(pairs))),
+        "exact_match_95": list(wilson(hits, len(pairs))[1:]),
         "cider_d": float(cider_d(pairs).mean()),
         "bleu_4": bleu_4(pairs),
     }

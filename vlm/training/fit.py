@@ -390,10 +390,12 @@ def _decided_by(stage: Stage, data: MixtureDataset) -> dict[str, object]:
     values = asdict(stage)
     del values["micro_batch"]
     mixture = data.mixture
+    changed = {"augment": data.augment, "warmup": mixture.warmup}
     return {
         "stage": repr(values),
         "rows": [f"{s.name}: {len(s)}, {s.row_name(len(s) - 1)}" for s in data.sources],
         "mixture": f"weights {mixture.weights}, seed {mixture.seed}",
+        **{key: repr(value) for key, value in changed.items() if value is not None},
     }
 
 

@@ -35,7 +35,7 @@ from vlm.training.fit import Interrupted, Pace, fit
 from vlm.training.memory import checkpoint_activations
 from vlm.training.run import Run, RunError, draw_captions
 from vlm.training.settings import Settings, deciding, training_data
-from vlm.training.stages import Stage, StageError
+from vlm.training.stages import FROZEN, Stage, StageError, assign_rates
 from vlm.weights import WeightsError
 
 PICTURES = 16
@@ -124,21 +124,23 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
         raise ValueError(
             f"batch {settings.batch} does not divide over {accelerator.num_processes} processes"
         )
+    values = {"stage": None, **dataclasses.asdict(settings)}
+    run_folder = Run(
+        settings.out,
+        values,
+        deciding(settings),
+        main=accelerator.is_main_process,
+        resume=settings.resume,
+    )
     data = training_data(settings)
     source = open_source(settings.held_out, prompt=settings.caption_prompt)
     documents = open_source(settings.text_held_out) if settings.text_held_out_rows else None
     with accelerator.main_process_first():
         model = settings.build()
-    if settings.checkpoint_activations:
-        checkpoint_activations(model.module)
     plan = make_stage(settings, model.module, settings.micro_batch or share)
-    run_folder = Run(
-        settings.out,
-        {"stage": plan.name, **dataclasses.asdict(settings)},
-        deciding(settings),
-        main=accelerator.is_main_process,
-        resume=settings.resume,
-    )
+    values["stage"] = plan.name
+    if settings.checkpoint_activations:
+        checkpoint_activations(model.module, kept_parts(model.module, plan))
     say(
         f"{plan.name}: {accelerator.num_processes} "
         f"process{'es' * (accelerator.num_processes > 1)} on {accelerator.device.type}, "
@@ -194,13 +196,23 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
     return result
 
 
+def kept_parts(module: torch.nn.Module, stage: Stage) -> list[str]:
+    """The parts that keep activations for the backward pass: the language model, and the image
+    tokenizer where it learns."""
+    rates = assign_rates(module, stage.rates)
+    sees = any(n.startswith("tokenizer.") and r is not FROZEN for n, (_, r) in rates.items())
+    return ["tokenizer", "text"] if sees else ["text"]
+
+
 def first_text_loss(settings: Settings, before: float) -> float:
     """The loss on the same documents before the first stage of the chain that reported it; `before`
     where no earlier run did."""
-    previous = Path(getattr(settings, "previous", ""))
+    previous = getattr(settings, "previous", None)
+    if previous is None:
+        return before
     try:
-        held = json.loads((previous / "settings.json").read_text())
-        result = json.loads((previous / "result.json").read_text())
+        held = json.loads(Path(previous, "settings.json").read_text())
+        result = json.loads(Path(previous, "result.json").read_text())
     except FileNotFoundError:
         return before
     keys = ("text_held_out", "text_held_out_rows")
@@ -280,7 +292,8 @@ def report(say, settings: Settings, result: dict[str, Any]) -> None:
         loss, before, first = (result[f"text_loss{w}"] for w in ("", "_before", "_first"))
         say(
             f"loss on {settings.text_held_out}: {loss:.3f} nats per token; before this stage "
-            f"{before:.3f} ({loss / before - 1:+.1%}), before any {first:.3f} ({loss / first - 1:+.1%})"
+            f"{before:.3f} ({loss / before - 1:+.1%}), before any {first:.3f} "
+            f"({loss / first - 1:+.1%})"
         )
     if "gain" in result:
         say(

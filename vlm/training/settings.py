@@ -14,6 +14,7 @@ from torch import nn
 from vlm.data.augment import LEVELS
 from vlm.data.mixture import Mixture, MixtureDataset, check_weights
 from vlm.data.sources import open_source
+from vlm.data.sources.documents import TextOnly
 from vlm.geometry import LocTokens
 from vlm.inference.tasks import Model
 from vlm.lora import Lora, add_lora, lora_of, quantize_4bit
@@ -354,7 +355,7 @@ def training_data(settings: Settings) -> MixtureDataset:
         )
     prompt = settings.caption_prompt
     seen = [open_source(spec, prompt=prompt) for spec in settings.train]
-    read = [open_source(spec, prompt=prompt) for spec in settings.text_train]
+    read = [TextOnly(open_source(spec, prompt=prompt)) for spec in settings.text_train]
     shares = settings.weights or [len(source) for source in seen]
     check_weights(shares, [source.name for source in seen])
     share = settings.text_share

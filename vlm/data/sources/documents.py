@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from vlm.data.example import Example, Turn
+from vlm.data.example import BadRow, Example, Turn
 from vlm.data.sources.base import BadSource, Source
 
 SPLITS = ("train", "val")
@@ -66,6 +66,25 @@ class Documents(Source):
 
     def read(self, row: int) -> Example:
         return Example(self.row_name(row), (Turn("text", (self._texts[row],)),))
+
+
+class TextOnly(Source):
+    """Another source, whose rows must have no picture: reading one that has raises BadRow."""
+
+    def __init__(self, source: Source) -> None:
+        self.name, self.source = source.name, source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def row_name(self, row: int) -> str:
+        return self.source.row_name(row)
+
+    def read(self, row: int) -> Example:
+        example = self.source.read(row)
+        if example.images:
+            raise BadRow(f"{example.name}: expected text alone, found {len(example.images)} images")
+        return example
 
 
 def sized(paragraphs: Iterable[str], characters: int = CHARACTERS) -> Iterator[str]:
