@@ -24,7 +24,7 @@ class Settings(FromParts):
     """Stage 1 of DeepSeek-VL: only the adaptor learns."""
 
     out: Path = Path("runs/stage1")
-    steps: int = 200
+    steps: int = 160
     batch: int = 16
     rate: float = 3e-3
     """Peak learning rate of the adaptor."""
@@ -32,21 +32,12 @@ class Settings(FromParts):
 
 def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:
     """The stage as a value."""
-    return Stage(
-        name="stage 1: adaptor",
-        rates=(
-            ("tokenizer.*", FROZEN),
-            ("adaptor.*", settings.rate),
-            *tuned(module, "text", "frozen", settings.rate),
-        ),
-        steps=settings.steps,
-        batch=settings.batch,
-        micro_batch=micro_batch,
-        warmup=round(settings.warmup * settings.steps),
-        floor=settings.floor,
-        weight_decay=settings.weight_decay,
-        clip=settings.clip,
+    rates = (
+        ("tokenizer.*", FROZEN),
+        ("adaptor.*", settings.rate),
+        *tuned(module, "text", "frozen", settings.rate),
     )
+    return settings.stage("stage 1: adaptor", rates, micro_batch)
 
 
 if __name__ == "__main__":

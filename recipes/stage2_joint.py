@@ -25,11 +25,11 @@ class Settings(FromRun):
     previous: str = "runs/stage1"
     out: Path = Path("runs/stage2")
     text_train: tuple[str, ...] = ("python:train",)
-    text_share: float = 0.2
+    text_share: float = 0.1
     modality_warmup: float = 0.05
     augment: Augmentation = "light"
     text_held_out_rows: int = 100
-    steps: int = 200
+    steps: int = 160
     batch: int = 32
     adaptor_rate: float = 1e-3
     language_rate: float = 2e-4
@@ -37,21 +37,12 @@ class Settings(FromRun):
 
 def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:
     """The stage as a value."""
-    return Stage(
-        name="stage 2: joint",
-        rates=(
-            *tuned(module, "tokenizer", settings.vision, settings.vision_rate),
-            *tuned(module, "adaptor", settings.adaptor, settings.adaptor_rate),
-            *tuned(module, "text", settings.language, settings.language_rate),
-        ),
-        steps=settings.steps,
-        batch=settings.batch,
-        micro_batch=micro_batch,
-        warmup=round(settings.warmup * settings.steps),
-        floor=settings.floor,
-        weight_decay=settings.weight_decay,
-        clip=settings.clip,
+    rates = (
+        *tuned(module, "tokenizer", settings.vision, settings.vision_rate),
+        *tuned(module, "adaptor", settings.adaptor, settings.adaptor_rate),
+        *tuned(module, "text", settings.language, settings.language_rate),
     )
+    return settings.stage("stage 2: joint", rates, micro_batch)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ class Settings(FromRun):
     previous: str = "runs/stage2"
     out: Path = Path("runs/stage3")
     text_train: tuple[str, ...] = ("python:train",)
-    text_share: float = 0.1
+    text_share: float = 0.04
     augment: Augmentation = "strong"
     text_held_out_rows: int = 100
-    steps: int = 200
+    steps: int = 220
     batch: int = 32
     vision: Mode = "full"
     vision_rate: float = 2e-4
@@ -38,22 +38,13 @@ class Settings(FromRun):
 
 def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:
     """The stage as a value."""
-    return Stage(
-        name="stage 3: sft",
-        rates=(
-            *high_resolution_frozen(module),
-            *tuned(module, "tokenizer", settings.vision, settings.vision_rate),
-            *tuned(module, "adaptor", settings.adaptor, settings.adaptor_rate),
-            *tuned(module, "text", settings.language, settings.language_rate),
-        ),
-        steps=settings.steps,
-        batch=settings.batch,
-        micro_batch=micro_batch,
-        warmup=round(settings.warmup * settings.steps),
-        floor=settings.floor,
-        weight_decay=settings.weight_decay,
-        clip=settings.clip,
+    rates = (
+        *high_resolution_frozen(module),
+        *tuned(module, "tokenizer", settings.vision, settings.vision_rate),
+        *tuned(module, "adaptor", settings.adaptor, settings.adaptor_rate),
+        *tuned(module, "text", settings.language, settings.language_rate),
     )
+    return settings.stage("stage 3: sft", rates, micro_batch)
 
 
 if __name__ == "__main__":

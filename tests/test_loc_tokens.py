@@ -44,16 +44,6 @@ def test_order_is_that_of_the_tokens():
     )
 
 
-def test_reading_takes_fours_of_neighbours():
-    from vlm.geometry import Resize
-
-    same = Resize((10, 10), (10, 10), (1, 1), (0, 0))
-    loc = LocTokens(bins=10)
-    box = "<loc0001><loc0002><loc0003><loc0004>"
-    assert len(loc.read(f"a {box}{box} b {box}<loc0001> {box[:-9]}", same)) == 3
-    assert loc.read("none", same).shape == (0, 4)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"bins": 1}, "bins"), ({"order": "xywh"}, "order"), ({"frame": "page"}, "frame")],

@@ -9,7 +9,6 @@ covers 0 to 1 on both axes, and a box's end is exclusive, so that a box over the
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,7 +110,7 @@ class LocTokens:
     >>> loc, same = LocTokens(bins=10), Resize((100, 200), (100, 200), (1, 1), (0, 0))
     >>> loc.write((20, 10, 160, 100), same)
     '<loc0001><loc0001><loc0009><loc0008>'
-    >>> loc.read('<loc0001><loc0001><loc0009><loc0008>', same).tolist()
+    >>> loc.decode([[1, 1, 9, 8]], same).tolist()
     [[30.0, 15.0, 170.0, 95.0]]
     """
 
@@ -155,18 +154,6 @@ class LocTokens:
     def write(self, box_xyxy_px: ArrayLike, resize: Resize) -> str:
         """One box of the picture as it came, as text."""
         return "".join(map(_loc, self.encode([box_xyxy_px], resize)[0]))
-
-    def read(self, text: str, resize: Resize) -> NDArray[np.float64]:
-        """The boxes that a text holds, in the pixels of the picture as it came: float64[N, 4].
-
-        Four tokens that stand next to each other are a box; fewer than four left over are none.
-        """
-        runs = re.findall(r"(?:<loc\d{4}>)+", text)
-        found = []
-        for run in runs:
-            bins = [int(number) for number in re.findall(r"\d{4}", run)]
-            found += [bins[i : i + 4] for i in range(0, len(bins) - 3, 4)]
-        return self.decode(found, resize)
 
 
 def _loc(number: int) -> str:

@@ -172,7 +172,7 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
         run_folder.close()
         raise
     if accelerator.is_main_process:
-        model.save(settings.out / "model", merge=getattr(settings, "merge", True))
+        model.save(settings.out / "model", merge=settings.merge)
     result = vars(progress) | {"held_out": source.name}
     figures = evaluate(full=True) if rows else {}
     if texts:

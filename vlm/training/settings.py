@@ -20,7 +20,7 @@ from vlm.inference.tasks import Model
 from vlm.lora import Lora, add_lora, lora_of, quantize_4bit
 from vlm.systems.composed import CAPTION_PROMPT, add_loc_tokens
 from vlm.training.run import RunError
-from vlm.training.stages import FROZEN
+from vlm.training.stages import FROZEN, Stage
 from vlm.vocabulary import train_rows
 
 Mode = Literal["full", "lora", "frozen"]
@@ -103,6 +103,9 @@ class Settings:
     save_every: int = 50
     """Steps between checkpoints; 0 saves at the end only."""
 
+    merge: bool = True
+    """Whether the model is saved with LoRA merged into its weights, or as layers of its own."""
+
     @property
     def caption_prompt(self) -> str:
         """The user's text after an image where rows hold a caption alone."""
@@ -111,6 +114,22 @@ class Settings:
     def build(self) -> Model:
         """The model to train."""
         raise NotImplementedError
+
+    def stage(
+        self, name: str, rates: tuple[tuple[str, float | None], ...], micro_batch: int
+    ) -> Stage:
+        """The stage of these rates, at the pace that the settings state."""
+        return Stage(
+            name=name,
+            rates=rates,
+            steps=self.steps,
+            batch=self.batch,
+            micro_batch=micro_batch,
+            warmup=round(self.warmup * self.steps),
+            floor=self.floor,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+        )
 
     def add_tokens(self, model: Model, learned: bool) -> None:
         """Gives the model the <loc> tokens that the settings ask for. learned: whether the whole
@@ -240,8 +259,6 @@ class FromRun(Settings):
     """Dropout before them."""
     base_4bit: bool = False
     """Keep the language model's frozen weights in 4 bits beside its LoRA; needs bitsandbytes."""
-    merge: bool = True
-    """Whether the model is saved with LoRA merged into its weights, or as layers of its own."""
 
     @property
     def caption_prompt(self) -> str:
