@@ -317,3 +317,18 @@ def test_open_source_takes_options_behind_the_text(folder):
 def test_open_source_says_what_it_accepts(spec, found):
     with pytest.raises(BadSource, match=found):
         open_source(spec)
+
+
+def test_boxes_of_any_rows_become_questions(tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    row = {"image": "a.png", "caption": "two cups", "boxes": [
+        {"image": 0, "xyxy": [1, 2, 9, 8], "label": "cup"},
+        {"image": 0, "xyxy": [20, 1, 30, 9], "label": "cup"},
+    ]}  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row | {'boxes': []})}\n")
+    source = open_source(f"{tmp_path / 'rows.jsonl'}?task=ground", prompt="Describe.")
+    assert [turn.content for turn in source[0].turns] == [(None, "Where is cup?"), (1, 0)]
+    with pytest.raises(BadRow, match=r"rows\.jsonl:2: expected boxes"):
+        source[1]
+    with pytest.raises(BadSource, match="expected the task ground, found 'find'"):
+        open_source(f"{tmp_path / 'rows.jsonl'}?task=find")

@@ -10,6 +10,7 @@ from urllib.parse import unquote
 from vlm.data.sources.base import BadSource, Source
 from vlm.data.sources.coco import CocoSource
 from vlm.data.sources.documents import Documents
+from vlm.data.sources.grounded import Grounded
 from vlm.data.sources.json_rows import RowsSource
 from vlm.data.sources.row import RowFormat
 from vlm.data.sources.shards import ShardSource
@@ -17,7 +18,7 @@ from vlm.data.sources.tables import TableSource, load_table
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent.parent / "sample"
 SAMPLE_SPLITS = ("train", "val", "transfer")
-OPTIONS = ("prompt", "image", "caption", "root", "config")
+OPTIONS = ("prompt", "image", "caption", "root", "config", "task")
 ACCEPTED = """\
     sample:SPLIT                packaged drawings with captions: train, val, transfer
     scenes:COUNT:KEY=VALUE...   drawn scenes, such as scenes:1000:seed=3
@@ -41,6 +42,7 @@ def open_source(
     caption: str | None = None,
     root: str | Path | None = None,
     config: str | None = None,
+    task: str | None = None,
 ) -> Source:
     """The source that `spec` names, one of:
 
@@ -64,13 +66,15 @@ def open_source(
     root: where relative image paths start: a folder, or for JSON rows and COCO's files a .tar file
         too. None: the folder of the rows.
     config: a hub set's configuration.
+    task: "ground" asks where each label of a row's boxes is, in place of what the row says.
     Raises BadSource where nothing opens, listing what is accepted.
 
     >>> open_source("scenes:10:seed=3")
     Scenes('scenes:10:seed=3', 10 rows)
     """
     text, *suffix = _SUFFIX.split(spec, maxsplit=1)
-    options = {"prompt": prompt, "image": image, "caption": caption, "root": root, "config": config}
+    options = {"prompt": prompt, "image": image, "caption": caption, "root": root}
+    options |= {"config": config, "task": task}
     own = _options(suffix[0], spec) if suffix else {}
     options |= own
     kind, open_kind = _kind(text, spec)
@@ -82,16 +86,19 @@ def open_source(
         raise BadSource(
             f"{spec}: {kind} takes the options {', '.join(_READS[kind])}, found {sorted(unread)}"
         )
-    root, config = options.pop("root"), options.pop("config")
-    return open_kind(text, RowFormat(**options), root, config)
+    root, config, task = (options.pop(key) for key in ("root", "config", "task"))
+    if task not in (None, "ground"):
+        raise BadSource(f"{spec}: expected the task ground, found {task!r}")
+    source = open_kind(text, RowFormat(**options), root, config)
+    return source if task is None else Grounded(source)
 
 
 _READS = {
     "sample": ("prompt", "caption"),
     "scenes": ("prompt",),
-    "rows": ("prompt", "image", "caption", "root"),
-    "shards": ("prompt", "image", "caption"),
-    "table": ("prompt", "image", "caption", "root"),
+    "rows": ("prompt", "image", "caption", "root", "task"),
+    "shards": ("prompt", "image", "caption", "task"),
+    "table": ("prompt", "image", "caption", "root", "task"),
     "datasets": OPTIONS,
     "coco": ("root",),
     "python": (),
