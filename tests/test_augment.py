@@ -77,3 +77,16 @@ def test_resumed_run_sees_the_pictures_of_the_uninterrupted_one(tmp_path):
     again = [np.asarray(data[i].images[0]) for i in reversed(range(6)) if data[i].images]
     for a, b in zip(whole, reversed(again), strict=True):
         assert np.array_equal(a, b)
+
+
+def test_large_picture_is_shrunk_with_its_box():
+    size_wh, box = (6000, 1500), (1800, 300, 2700, 900)
+    picture = Image.new("RGB", size_wh, (120, 120, 120))
+    picture.paste((0, 255, 0), box)
+    example = replace(marked_example(), images=(picture,), boxes=(Box(0, box, "g"),))
+    seen = replace(STRONG, colour=0.0, hue=0.0, degrade=0.0)(example, 3)
+    pixels = np.asarray(seen.images[0]).astype(int)
+    rows, columns = np.nonzero((pixels[..., 1] > 200) & (pixels[..., 0] < 60))
+    found = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    assert max(seen.images[0].size) < 3000
+    np.testing.assert_allclose(seen.boxes[0].xyxy_px, found, atol=1.0)

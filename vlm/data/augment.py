@@ -56,10 +56,10 @@ class Augment:
             images, boxes = [], list(check_boxes(example.boxes, sizes_hw, example.name))
             for number, picture in enumerate(pictures):
                 own = [i for i, box in enumerate(boxes) if box.image == number]
-                picture = self._recolour(picture)
-                picture, resize = self._reframe(picture, [boxes[i].xyxy_px for i in own])
-                moved = resize.boxes([boxes[i].xyxy_px for i in own])
-                for i, xyxy_px in zip(own, moved.tolist()):
+                picture, shrunk = _shrink(picture)
+                inside = shrunk.boxes([boxes[i].xyxy_px for i in own])
+                picture, window = self._reframe(self._recolour(picture), inside.tolist())
+                for i, xyxy_px in zip(own, window.boxes(inside).tolist()):
                     boxes[i] = replace(boxes[i], xyxy_px=tuple(xyxy_px))
                 images.append(picture)
         return Example(example.name, example.turns, tuple(images), tuple(boxes))
@@ -97,10 +97,23 @@ class Augment:
         return seen, Resize((height, width), size_hw, (1.0, 1.0), (float(-left), float(-top)))
 
 
+LARGEST_PX = 2048
+"""Longer sides are brought to this first: image tokenizers see less, and a camera's picture would
+take seconds."""
 LIGHT = Augment(window=(0.8, 1.2), aspect=1.1, turn_degrees=5, colour=0.2, hue=0.02, degrade=0.1)
 STRONG = Augment(window=(0.7, 1.4), aspect=1.3, turn_degrees=15, colour=0.5, hue=0.08, degrade=0.4)
 LEVELS = {"none": None, "light": LIGHT, "strong": STRONG}
 """What a recipe's `augment` may say."""
+
+
+def _shrink(picture: Image.Image) -> tuple[Image.Image, Resize]:
+    """The picture with no side above LARGEST_PX, and where its pixels went."""
+    W, H = picture.size
+    scale = min(1.0, LARGEST_PX / max(W, H))
+    width, height = max(1, round(W * scale)), max(1, round(H * scale))
+    if scale < 1.0:
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return picture, Resize((H, W), (height, width), (width / W, height / H), (0.0, 0.0))
 
 
 def _span(length: int, share: float, spans: list[tuple[float, float]]) -> tuple[int, int]:

@@ -13,10 +13,10 @@ GROUND_PROMPT = "Where is {phrase}?"
 def ground(example: Example, prompt: str = GROUND_PROMPT, at_most: int | None = None) -> Example:
     """The example with its turns replaced by one question for each different label of its boxes,
     in the order in which they first stand, the answer being all boxes of that label, those further
-    up first, then those further left. All pictures come before the first question.
+    up first, then those further left. The picture comes before the first question.
 
     at_most: how many labels are asked for; None asks for all.
-    Raises BadRow where there is no box.
+    Raises BadRow where there is no box, or more than one picture.
 
     >>> from vlm.data.example import Box, ImageRef
     >>> boxes = (Box(0, (5, 9, 7, 11), "cup"), Box(0, (1, 2, 3, 4), "cup"))
@@ -26,11 +26,16 @@ def ground(example: Example, prompt: str = GROUND_PROMPT, at_most: int | None = 
     """
     if not example.boxes:
         raise BadRow(f"{example.name}: expected boxes to ask for, found none")
+    if len(example.images) != 1:
+        raise BadRow(
+            f"{example.name}: expected one picture, so that an answer says where its boxes are, "
+            f"found {len(example.images)}"
+        )
     turns = []
     for label in list(dict.fromkeys(box.label for box in example.boxes))[:at_most]:
         numbers = [i for i, box in enumerate(example.boxes) if box.label == label]
-        numbers.sort(key=lambda i: (example.boxes[i].image, *example.boxes[i].xyxy_px[1::-1]))
-        images = () if turns else (None,) * len(example.images)
-        turns.append(Turn("user", (*images, prompt.format(phrase=label))))
+        numbers.sort(key=lambda i: example.boxes[i].xyxy_px[1::-1])
+        image = () if turns else (None,)
+        turns.append(Turn("user", (*image, prompt.format(phrase=label))))
         turns.append(Turn("assistant", tuple(numbers)))
     return replace(example, turns=tuple(turns))
