@@ -249,3 +249,8 @@ def test_owner_says_whose_view_it_is(processor):
     rows = [processor.encode(tiny.example("a")), processor.encode(long_example())]
     (group,) = collate(rows, processor.pad_id).groups
     assert torch.equal(group.owner, torch.tensor([[0, 0, 0], [1, 0, 0], [1, 1, 0]]))
+
+
+def test_text_that_is_no_unicode_is_named():
+    with pytest.raises(BadRow, match=r"row: expected valid Unicode text, found '.*udcff"):
+        tiny.processor(tiny.decoder_only()).encode(tiny.example(content=("\udcff what?",)))

@@ -21,12 +21,15 @@ SHORT = dict(batch=2, steps=2, held_out="scenes:4:seed=9", held_out_rows=2, work
              save_every=0, threads=1, precision="fp32")  # fmt: skip
 
 
+RECIPES = str(Path(__file__).parent.parent / "recipes")
+
+
 def stage_of(name):
-    sys.path.insert(0, "recipes")
+    sys.path.insert(0, RECIPES)
     try:
         return importlib.import_module(name)
     finally:
-        sys.path.remove("recipes")
+        sys.path.remove(RECIPES)
 
 
 def weights(folder):
@@ -80,7 +83,8 @@ def test_three_stages_train_what_they_say(stage1, tmp_path, encoder, text):
     )  # fmt: skip
     last = json.loads((tmp_path / "s3/result.json").read_text())
     assert last["text_loss_first"] == result["text_loss_before"]
-    assert last["text_loss_before"] == pytest.approx(result["text_loss"], abs=1e-5)
+    # New <loc> tokens take a little of the probability of all others.
+    assert last["text_loss_before"] == pytest.approx(result["text_loss"], rel=0.02)
     tuned = weights(tmp_path / "s3")
     assert changed_parts(joint, {n: tuned[n][: len(w)] for n, w in joint.items()}) == {
         "tokenizer", "adaptor", "text",
@@ -94,7 +98,7 @@ def test_new_rows_alone_learn_where_the_language_model_does_not(stage1, tmp_path
     first = stage1()
     before = weights(first)
     continued(
-        "stage2_joint", first, tmp_path / "s2", language=language, loc_bins=16, lora_rank=2,
+        "stage2_joint", first, tmp_path / "s2", language=language, loc_bins=16,
         train=("scenes:9:size=64x96:task=ground",), text_train=(), text_share=0.0,
         modality_warmup=0.0, weight_decay=0.1,
     )  # fmt: skip
@@ -271,3 +275,43 @@ def test_published_settings_are_those_of_the_recipes(size, stage):
     rate = settings.rate if stage == 1 else settings.language_rate
     assert (rate, settings.batch, settings.steps) == published[stage]
     assert settings.text_share == (0.7 if stage == 2 else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: [", r"run\.yaml: not YAML \(while parsing"),
+        ("train: {a: 1}", r"run\.yaml: \['train'\] hold keys of their own"),
+    ],
+)
+def test_broken_settings_file_is_named(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        recipe.read_settings(
+            stage_of("stage2_joint").Settings, [f"--config={tmp_path / 'run.yaml'}"], "about"
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(lora_rank=8), r"\['lora_rank'\] are settings of LoRA"),
+        (dict(merge=False), r"\['merge'\] are settings of LoRA"),
+        (dict(modality_warmup=2.0), "modality_warmup is a share of the steps, 0 to 1, found 2.0"),
+        (dict(train=("scenes:9:task=ground",)), r"scenes:9.* hold boxes.*--loc-bins"),
+        (dict(text_train=("sample:val",)), r"val\.jsonl:1: expected text alone, found 1 images"),
+    ],
+)
+def test_settings_that_cannot_be_meant_stop_before_training(stage1, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        continued("stage2_joint", stage1(), tmp_path / "s2", **options)
+    assert not (tmp_path / "s2/metrics.jsonl").exists()
+
+
+def test_missing_previous_run_is_named_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = stage_of("stage3_sft").Settings()
+    with pytest.raises(
+        RunError, match="runs/stage2: no such run; expected one of 'stage 2: joint'"
+    ):
+        settings.build()

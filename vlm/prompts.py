@@ -355,6 +355,11 @@ class Processor:
     ) -> tuple[Tensor, Tensor]:
         """Ids and answer mask of a marked text. Text before, between and after images becomes ids
         piece by piece, each as it would after a special token."""
+        try:
+            marked.encode()
+        except UnicodeEncodeError as error:
+            found = marked[max(0, error.start - 10) : error.end + 10]
+            raise BadRow(f"{name}: expected valid Unicode text, found {found!a}") from error
         pieces = marked.split(SLOT)
         if len(pieces) != len(places) + 1:
             raise BadRow(

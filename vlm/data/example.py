@@ -149,9 +149,12 @@ class Example:
 
     @property
     def answer(self) -> str:
-        """The text of the last assistant turn, or "" where there is none."""
-        answers = [turn.text for turn in self.turns if turn.role == "assistant"]
-        return answers[-1] if answers else ""
+        """The last assistant turn, boxes as (x0, y0, x1, y1) in whole pixels; "" where there
+        is none."""
+        answers = [turn for turn in self.turns if turn.role == "assistant"]
+        parts = answers[-1].content if answers else ()
+        written = {n: tuple(map(round, self.boxes[n].xyxy_px)) for n in parts if type(n) is int}
+        return "".join(str(written.get(part, part)) for part in parts if part is not None)
 
 
 def caption_example(name: str, image: ImageRef, caption: str, prompt: str) -> Example:

@@ -25,6 +25,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from vlm.data.example import BadRow, Skipped
+from vlm.data.mixture import MixtureDataset
 from vlm.data.sources import BadSource, open_source
 from vlm.data.sources.base import Source
 from vlm.inference.tasks import Model
@@ -137,6 +138,7 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
     documents = open_source(settings.text_held_out) if settings.text_held_out_rows else None
     with accelerator.main_process_first():
         model = settings.build()
+    require_loc_tokens(data, model, settings.bad_rows)
     plan = make_stage(settings, model.module, settings.micro_batch or share)
     values["stage"] = plan.name
     if settings.checkpoint_activations:
@@ -194,6 +196,23 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return result
+
+
+def require_loc_tokens(data: MixtureDataset, model: Model, bad_rows: str) -> None:
+    """Raises ValueError where a source answers with boxes and the model cannot write them; judged
+    by each source's first row. Raises BadRow for one that cannot be read, unless it is skipped."""
+    for source in data.sources:
+        try:
+            example = source[0]
+        except BadRow:
+            if bad_rows == "raise":
+                raise
+            continue
+        if model.processor.loc is None and any(turn.box_numbers for turn in example.turns):
+            raise ValueError(
+                f"{source.name}: its answers hold boxes, and this model has no <loc> tokens to "
+                "write them; add some, such as --loc-bins 1024"
+            )
 
 
 def kept_parts(module: torch.nn.Module, stage: Stage) -> list[str]:
@@ -328,6 +347,11 @@ def read_settings(
     Raises ValueError naming the file's keys that are no settings.
     """
     default = None
+    arguments = [
+        word
+        for given in arguments
+        for word in (given.split("=", 1) if given.startswith("--config=") else [given])
+    ]
     if "--config" in arguments:
         at = arguments.index("--config")
         if at + 1 == len(arguments):
@@ -342,7 +366,12 @@ def read_settings(
 def _from_yaml(settings_class: type[Settings], path: Path) -> Settings:
     """The settings in a YAML file, read as options are: a value of the wrong kind ends it as there,
     and 1e-3, which is text in YAML, is a number."""
-    values = yaml.safe_load(path.read_text())
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"--config {path}: no such file") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected settings as KEY: VALUE lines, found {values!r}")
     known = {field.name for field in dataclasses.fields(settings_class)}
@@ -351,6 +380,9 @@ def _from_yaml(settings_class: type[Settings], path: Path) -> Settings:
         raise ValueError(
             f"{path}: {unknown} are no settings of this recipe; it has {sorted(known)}"
         )
+    nested = [key for key, value in values.items() if isinstance(value, dict)]
+    if nested:
+        raise ValueError(f"{path}: {nested} hold keys of their own; expected a value or a list")
     arguments = [word for key, value in values.items() for word in _option(key, value)]
     return tyro.cli(settings_class, args=arguments, prog=str(path))
 

@@ -272,6 +272,7 @@ class FromRun(Settings):
 
     def build(self) -> Model:
         self.require_stage()
+        self.require_used()
         model = load_stored(self.previous, self)
         self.add_tokens(model, learned=self.language == "full")
         if self.base_4bit:
@@ -302,8 +303,29 @@ class FromRun(Settings):
         if wanted:
             add_lora(module, wanted, seed=self.seed)
 
+    def require_used(self) -> None:
+        """Raises ValueError naming settings of LoRA where no component has it."""
+        if "lora" in (self.vision, self.adaptor, self.language):
+            return
+        names = ("lora_rank", "lora_alpha", "lora_dropout", "base_4bit", "merge")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        given = [name for name in names if getattr(self, name) != defaults[name]]
+        if given:
+            raise ValueError(
+                f"{given} are settings of LoRA, and no component has it; expected one of vision, "
+                f"adaptor, language to be lora, found {self.vision}, {self.adaptor}, "
+                f"{self.language}"
+            )
+
     def require_stage(self) -> None:
-        """Raises RunError where `previous` is a run of a stage that this one does not follow."""
+        """Raises RunError where `previous` is a run of a stage that this one does not follow, or
+        the usual place of one and empty."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        if self.previous == defaults["previous"] and not Path(self.previous).exists():
+            raise RunError(
+                f"{self.previous}: no such run; expected one of "
+                f"{' or '.join(map(repr, self.follows))} there, or another named by --previous"
+            )
         path = Path(self.previous, "settings.json")
         if not path.is_file():
             return
@@ -363,12 +385,17 @@ def high_resolution_frozen(module: nn.Module) -> tuple[tuple[str, None], ...]:
 
 def training_data(settings: Settings) -> MixtureDataset:
     """The mixture of the settings' sources."""
+    for name in ("modality_warmup", "warmup"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise ValueError(
+                f"{name} is a share of the steps, 0 to 1, found {getattr(settings, name)}"
+            )
     if not 0 <= settings.text_share < 1:
         raise ValueError(f"text_share must be in 0 to 1, 1 excluded, found {settings.text_share}")
     if bool(settings.text_train) != bool(settings.text_share):
         raise ValueError(
             f"text_train {list(settings.text_train)} and text_share {settings.text_share}: "
-            "expected both or neither"
+            "expected both or neither (neither is --text-train --text-share 0)"
         )
     prompt = settings.caption_prompt
     seen = [open_source(spec, prompt=prompt) for spec in settings.train]
