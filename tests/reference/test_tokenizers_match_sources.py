@@ -156,7 +156,7 @@ def test_timm_levels_equal_features_only(name, level):
         norm=False,
         pooled=False,
     ).eval()
-    pixels = torch.randn(2, 3, 64, 96)
+    pixels = torch.randn(2, 3, 64, 96).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         (theirs,) = levels(pixels)
         ours = tokenizer(pixels)
