@@ -185,7 +185,7 @@ def test_strips_that_would_grow_without_bound_are_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fit": "squeeze"}, "fit must be one of stretch, crop, pad, found 'squeeze'"),
+        ({"fit": "squeeze"}, "fit must be one of stretch, crop, pad, patches, found"),
         ({"resample": "cubic"}, "resample must be one of nearest.* found 'cubic'"),
         ({"backend": "cv2"}, "backend must be one of .* found 'cv2'"),
         ({"rounding": "up"}, "rounding must be one of .* found 'up'"),

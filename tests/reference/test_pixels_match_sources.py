@@ -258,7 +258,7 @@ def test_side_rounding_follows_each_source_at_its_rare_ties():
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("Siglip2ImageProcessor", {}, r"Siglip2ImageProcessor: its own _preprocess cannot"),
+        ("Idefics3ImageProcessor", {}, r"Idefics3ImageProcessor: its own resize, pad, _preprocess"),
         ("DeepseekVLHybridImageProcessor", {}, "read both with pair_from_transformers"),
         ("ConvNextImageProcessor", {}, "ConvNextImageProcessor: its own resize"),
         ("CLIPImageProcessor", {"do_resize": False}, "do_resize must be True, found False"),

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from vlm.pixels.spec import CHOICES, PixelSpec
+from vlm.pixels.spec import CHOICES, PixelSpec, box_of_patches
 
 if TYPE_CHECKING:
     import open_clip
@@ -45,7 +45,9 @@ def from_transformers(processor: BaseImageProcessor) -> PixelSpec:
     """The preprocessing of a transformers image processor, of either backend.
 
     Taken are the processors that follow their backend's own steps (CLIP, SigLIP and the fixed-size
-    SigLIP 2, ViT, DeiT, and BiT, which DINOv2 uses, among others), SAM's and DeepSeek-VL's.
+    SigLIP 2, ViT, DeiT, and BiT, which DINOv2 uses, among others), SAM's, DeepSeek-VL's and the
+    native-resolution SigLIP 2's (fit "patches": its view, cut into patches row by row, row and
+    column of a patch before its channels, is the processor's `pixel_values`).
     Raises ValueError that names the class, the field, and its value.
     Source: transformers 5.23, `image_processing_backends.py`.
     """
@@ -189,8 +191,24 @@ def _deepseek_vl(processor: Any, shared: dict, prefix: str = "") -> PixelSpec:
     )
 
 
+def _siglip2(processor: Any, shared: dict) -> PixelSpec:
+    """As many whole patches as `max_num_patches` allows, in the picture's own aspect.
+
+    The number is the image processor's own, that of its folder. transformers' Siglip2Processor,
+    which joins it to a tokenizer, calls it with 256 whatever the folder says, unless it is given
+    `max_num_patches` at call time.
+    Source: transformers, `Siglip2ImageProcessor` and `Siglip2Processor.images_kwargs`.
+    """
+    box = box_of_patches(processor.max_num_patches, processor.patch_size)
+    return PixelSpec(size_hw=box, fit="patches", patch_px=processor.patch_size, **shared)
+
+
 _HYBRID = "DeepseekVLHybridImageProcessor"
-_SPECIAL = {"SamImageProcessor": _sam, "DeepseekVLImageProcessor": _deepseek_vl}
+_SPECIAL = {
+    "SamImageProcessor": _sam,
+    "DeepseekVLImageProcessor": _deepseek_vl,
+    "Siglip2ImageProcessor": _siglip2,
+}
 
 
 def from_timm(data_config: Mapping[str, Any]) -> PixelSpec:

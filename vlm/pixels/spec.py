@@ -35,7 +35,7 @@ HALF = Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 CHOICES = {
-    "fit": ("stretch", "crop", "pad"),
+    "fit": ("stretch", "crop", "pad", "patches"),
     "resample": ("nearest", "bilinear", "bicubic", "lanczos"),
     "backend": ("torchvision", "pil"),
     "rounding": ("usual", "truncate", "half_even", "half_even_ratio", "half_up"),
@@ -49,10 +49,13 @@ CHOICES = {
 class PixelSpec:
     """The preprocessing of one backbone: a picture in, one view of float[3, H, W] out.
 
-    size_hw: rows and columns of the view.
+    size_hw: rows and columns of the view; under "patches", which gives every picture a view of its
+        own size, of a box: no view has more patches than the box.
     fit: how the picture meets the box `resize_hw`. "stretch": both sides become the box's. "crop":
         the picture, its aspect kept, covers the box. "pad": it fits inside. Then a window of
-        size_hw is taken; what the picture does not fill is padded.
+        size_hw is taken; what the picture does not fill is padded. "patches": the picture, its
+        aspect kept but for the rounding of sides up to whole patches, becomes as large as the
+        number of patches in size_hw allows (SigLIP 2's NaFlex); there is no window.
     resample: the filter.
     backend: who resizes. "torchvision": torch on the uint8 tensor, antialiased, as transformers
         does by default; "pil": Pillow, as timm, open_clip and transformers' `backend="pil"` do.
@@ -69,6 +72,7 @@ class PixelSpec:
         rounded towards the picture's corner, whether it crops or pads; "floor": always up and
         left; "half_even": as round() says where it crops, "truncate" where it pads.
     pad_rgb: colour of the padding, 0 to 255; None is 0 *after* normalising (SAM).
+    patch_px: side of a patch under "patches"; None under any other fit.
 
     Raises ValueError that shows the field and its value.
     """
@@ -85,6 +89,7 @@ class PixelSpec:
     anchor: str = "centre"
     half_px: str = "truncate"
     pad_rgb: tuple[int, int, int] | None = (0, 0, 0)
+    patch_px: int | None = None
 
     def __post_init__(self) -> None:
         for field, allowed in CHOICES.items():
@@ -116,6 +121,33 @@ class PixelSpec:
             or not all(isinstance(level, int) and 0 <= level <= 255 for level in self.pad_rgb)
         ):
             raise ValueError(f"pad_rgb must be three integers in 0 to 255, found {self.pad_rgb}")
+        self._check_patches()
+
+    def _check_patches(self) -> None:
+        if self.fit != "patches":
+            if self.patch_px is not None:
+                raise ValueError(
+                    f"patch_px belongs to fit 'patches', found {self.patch_px} under {self.fit!r}"
+                )
+            return
+        if not _is_side(self.patch_px):
+            raise ValueError(
+                f"patch_px must be a positive integer under fit 'patches', found {self.patch_px}"
+            )
+        if self.size_hw[0] % self.patch_px or self.size_hw[1] % self.patch_px:
+            raise ValueError(
+                f"size_hw must be whole patches of {self.patch_px} under fit 'patches', found "
+                f"{self.size_hw}"
+            )
+        if self.resize_hw is not None:
+            raise ValueError(f"resize_hw must be None under fit 'patches', found {self.resize_hw}")
+
+    @property
+    def max_patches(self) -> int | None:
+        """The most patches of a view under "patches"; None under any other fit."""
+        if self.fit != "patches":
+            return None
+        return (self.size_hw[0] // self.patch_px) * (self.size_hw[1] // self.patch_px)
 
     def __call__(self, image: Image.Image) -> list[Tensor]:
         """The views of an RGB picture, here one: float32[3, H, W], normalised.
@@ -137,15 +169,17 @@ class PixelSpec:
         return self._window(self._resize(image), fill)
 
     def view_sizes(self, size_hw: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-        """Rows and columns of each view of a picture of `size_hw`: here one, always the same."""
-        return (self.size_hw,)
+        """Rows and columns of each view of a picture of `size_hw`: here one, always the same but
+        under "patches"."""
+        return (self._view_hw(self._resized_hw(size_hw)),)
 
     def resize_record(self, size_hw: tuple[int, int]) -> Resize:
         """Where the pixels of a picture of `size_hw` rows and columns go in the view."""
         resized_hw = self._resized_hw(size_hw)
         top, left = self._start(resized_hw)
         scale_xy = (resized_hw[1] / size_hw[1], resized_hw[0] / size_hw[0])
-        return Resize(size_hw, self.size_hw, scale_xy, (float(-left), float(-top)))
+        view_hw = self._view_hw(resized_hw)
+        return Resize(size_hw, view_hw, scale_xy, (float(-left), float(-top)))
 
     def normalise(self, pixels_u8: Tensor) -> Tensor:
         """(x - 255 mean) / (255 std) of uint8[..., 3, H, W] in float32: mean and std are brought to
@@ -159,7 +193,8 @@ class PixelSpec:
         return (pixels.float() * std + mean).round_().clamp_(0, 255).to(torch.uint8)
 
     def with_size(self, size_hw: tuple[int, int]) -> PixelSpec:
-        """The same preprocessing for another view size; resize_hw grows in proportion."""
+        """The same preprocessing for another view size; resize_hw grows in proportion. Under
+        "patches" another box: (512, 512) allows four times the patches of (256, 256)."""
         if self.resize_hw is None:
             return replace(self, size_hw=size_hw)
         resize_hw = tuple(
@@ -170,6 +205,8 @@ class PixelSpec:
 
     def _resized_hw(self, size_hw: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns after the resize, before the window."""
+        if self.fit == "patches":
+            return _patches_hw(size_hw, self.patch_px, self.max_patches)
         H, W = size_hw
         box_h, box_w = self.resize_hw or self.size_hw
         if self.fit == "stretch":
@@ -189,11 +226,15 @@ class PixelSpec:
             sides = (whole(H * scale), whole(W * scale))
         return max(sides[0], self.min_side_px), max(sides[1], self.min_side_px)
 
+    def _view_hw(self, resized_hw: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the window on a picture that was resized to `resized_hw`."""
+        return resized_hw if self.fit == "patches" else self.size_hw
+
     def _start(self, resized_hw: tuple[int, int]) -> tuple[int, int]:
         """Row and column of the resized picture where the window starts; negative where it pads."""
         if self.anchor == "top_left":
             return 0, 0
-        spare_h, spare_w = (side - view for side, view in zip(resized_hw, self.size_hw))
+        spare_h, spare_w = (a - b for a, b in zip(resized_hw, self._view_hw(resized_hw)))
         return _halve(spare_h, self.half_px), _halve(spare_w, self.half_px)
 
     def _resize(self, image: Image.Image) -> Tensor:
@@ -220,9 +261,9 @@ class PixelSpec:
         )
 
     def _window(self, resized: Tensor, fill: tuple[float, float, float]) -> Tensor:
-        """The view of size_hw in `resized` [3, rows, columns], `fill` where it has no pixels."""
+        """The view in `resized` [3, rows, columns], `fill` where it has no pixels."""
         rows, columns = resized.shape[1:]
-        (top, left), (H, W) = self._start((rows, columns)), self.size_hw
+        (top, left), (H, W) = self._start((rows, columns)), self._view_hw((rows, columns))
         inside = resized[:, max(top, 0) : max(top + H, 0), max(left, 0) : max(left + W, 0)]
         if inside.shape[1:] == (H, W):
             return inside.contiguous()
@@ -230,6 +271,46 @@ class PixelSpec:
         y, x = max(-top, 0), max(-left, 0)
         view[:, y : y + inside.shape[1], x : x + inside.shape[2]] = inside
         return view
+
+
+def box_of_patches(max_patches: int, patch_px: int) -> tuple[int, int]:
+    """Rows and columns in pixels of the box nearest to a square that has `max_patches` patches: the
+    size_hw of a PixelSpec with fit "patches". Raises ValueError for numbers below 1.
+
+    >>> box_of_patches(256, 16), box_of_patches(24, 16), box_of_patches(7, 16)
+    ((256, 256), (64, 96), (16, 112))
+    """
+    if not (_is_side(max_patches) and _is_side(patch_px)):
+        raise ValueError(
+            "max_patches and patch_px must be positive integers, found "
+            f"{max_patches!r} and {patch_px!r}"
+        )
+    rows = next(n for n in range(math.isqrt(max_patches), 0, -1) if max_patches % n == 0)
+    return rows * patch_px, max_patches // rows * patch_px
+
+
+def _patches_hw(size_hw: tuple[int, int], patch_px: int, max_patches: int) -> tuple[int, int]:
+    """Rows and columns of the largest view of at most `max_patches` whole patches: one scale for
+    both sides, up to 100, each then rounded up to whole patches.
+
+    The scale is searched by halving, with the source's own steps and end, since where the search
+    ends decides which side gets one more patch.
+    Source: transformers, `image_processing_siglip2.py`, `get_image_size_for_max_num_patches`.
+
+    >>> _patches_hw((20, 300), 16, 256), _patches_hw((480, 640), 16, 256)
+    ((64, 960), (224, 288))
+    """
+
+    def sides(scale: float) -> tuple[int, int]:
+        rows, columns = (max(1, math.ceil(side * scale / patch_px)) for side in size_hw)
+        return rows, columns
+
+    low, high = 1e-6, 100.0
+    while high - low >= 1e-5:
+        scale = (low + high) / 2
+        low, high = (scale, high) if math.prod(sides(scale)) <= max_patches else (low, scale)
+    rows, columns = sides(low)
+    return rows * patch_px, columns * patch_px
 
 
 def _is_side(value: object) -> bool:

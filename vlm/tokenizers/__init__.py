@@ -23,16 +23,18 @@ KINDS = {
     "paired": "vlm.tokenizers.paired",
     "tiles": "vlm.tokenizers.tiles",
     "sam_hybrid": "vlm.tokenizers.sam_hybrid",
+    "naflex": "vlm.tokenizers.naflex",
 }
 """Kind of image tokenizer -> the module that defines it."""
 
 ABOUT = {
     "timm": "any backbone of timm: ViT, Swin and other pyramids, convolutional nets",
-    "transformers": "vision encoders: SigLIP, SigLIP 2, CLIP, ViT, DeiT, DINOv2, SAM",
+    "transformers": "vision encoders: SigLIP, SigLIP 2 (fixed sizes), CLIP, ViT, DeiT, DINOv2, SAM",
     "open_clip": "image towers of open_clip",
     "paired": "two towers on one grid, high resolution and low",
     "tiles": "one picture cut into views, with a thumbnail",
     "sam_hybrid": "SAM's last and first global features, convolved to a coarser grid",
+    "naflex": "SigLIP 2's vision encoder at each picture's own aspect ratio",
 }
 """Kind of image tokenizer -> what it is, for people."""
 
