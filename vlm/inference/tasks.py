@@ -15,6 +15,7 @@ from vlm.data.example import Box, Example, Turn
 from vlm.families.decoder_only import DecoderOnly
 from vlm.inference import engine
 from vlm.inference.chat import Chat, read_messages
+from vlm.inference.embed import ContrastiveModel
 from vlm.inference.engine import Generation
 from vlm.inference.ground import find
 from vlm.placement import Batch
@@ -32,16 +33,17 @@ TASKS = {
 }
 
 
-def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Model:
+def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Model | ContrastiveModel:
     """The model in a folder or under a hub id, ready to use.
 
     source: a model's folder, a run folder of a recipe (its `model/` is taken), or a hub id.
-    device: "auto" takes a GPU where there is one. dtype: "auto" takes the language model's own
+    device: "auto" takes a GPU where there is one. dtype: "auto" takes the text model's own
         for all parts; "stored" leaves each part as it was saved, to train on; else "float32",
         "bfloat16" or "float16".
     Raises ValueError naming the folder and what was expected, OSError for an unknown hub id.
     """
-    return Model(systems.load(source, device, dtype))
+    parts = systems.load(source, device, dtype)
+    return FACES[parts.module.family](parts)
 
 
 def build(**settings) -> Model:
@@ -238,3 +240,7 @@ def _name(pictures: Sequence, index: int) -> str:
         if isinstance(picture, (str, Path)):
             return str(picture)
     return f"example {index}"
+
+
+FACES = {"decoder_only": Model, "contrastive": ContrastiveModel}
+"""Family -> its public model."""

@@ -9,20 +9,30 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vlm.systems.composed import Composition
+    from vlm.systems.pairing import Pairing
 
 SYSTEMS = {
-    "vlm": ("vlm.systems.composed", "any image tokenizer and language model, our own layout"),
+    "vlm": ("vlm.systems.composed", "any image tokenizer and text model, our own layout"),
     "deepseek_vl": ("vlm.systems.deepseek_vl", "DeepSeek-VL 1.3B: SigLIP, MLP, LLaMA"),
     "deepseek_vl_hybrid": ("vlm.systems.deepseek_vl", "DeepSeek-VL 7B: SigLIP and SAM, LLaMA"),
+    "clip": ("vlm.systems.clip", "CLIP: two towers, softmax loss"),
+    "siglip": ("vlm.systems.siglip", "SigLIP, SigLIP 2 at fixed sizes: two towers, sigmoid loss"),
+    "open_clip": ("vlm.systems.open_clip_layout", "CLIP and SigLIP in open_clip's layout"),
+    "siglip2": ("vlm.systems.siglip2", "SigLIP 2 NaFlex: pictures at their own aspect ratio"),
 }
-"""`format` or transformers' `model_type` in config.json -> (module, what it is)."""
+"""`format` or transformers' `model_type` in config.json -> (module, what it is). A folder whose
+configuration is open_clip_config.json is "open_clip"."""
 
+NATIVE = {"decoder_only": "vlm.systems.composed", "contrastive": "vlm.systems.pairing"}
+"""Family of a model -> the module that reads and writes it in our own layout."""
 
 DTYPES = ("auto", "stored", "float32", "bfloat16", "float16")
-LAYOUTS = ("native", "reference")
+LAYOUTS = ("native", "reference", "open_clip")
+CONFIGS = ("config.json", "open_clip_config.json")
+"""Configurations that a folder may hold; where it has both, the first is read."""
 
 
-def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Composition:
+def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Composition | Pairing:
     """The parts of the model in a folder or under a hub id.
 
     The arguments are those of `vlm.load`.
@@ -35,7 +45,7 @@ def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Compo
 
     device = _device(device)
     folder = _folder(source)
-    path = folder / "config.json"
+    path = _config(folder)
     try:
         values = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -43,18 +53,21 @@ def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Compo
     kind = _kind(values, path)
     if dtype not in DTYPES:
         raise ValueError(f"dtype is one of {', '.join(DTYPES)}, found {dtype!r}")
-    model = import_module(SYSTEMS[kind][0]).load(folder, values)
+    name = _native(values, path) if kind == "vlm" else SYSTEMS[kind][0]
+    model = import_module(name).load(folder, values)
     # A run saves fp32 masters beside bf16 parts; all compute in the language model's dtype.
     chosen = next(model.module.text.parameters()).dtype
     if dtype != "stored":
-        cast_parameters(model.module, chosen if dtype == "auto" else getattr(torch, dtype))
+        dtype = chosen if dtype == "auto" else getattr(torch, dtype)
+        cast_parameters(model.module, dtype)
     model.module.to(device)
     return model
 
 
-def save(model: Composition, folder: Path, layout: str, merge: bool = True) -> None:
-    """Writes a model in our own layout ("native"), or in that of the published system which it
-    came from ("reference"). merge: whether LoRA is merged; only "native" can keep its layers.
+def save(model: Composition | Pairing, folder: Path, layout: str, merge: bool = True) -> None:
+    """Writes a model in our own layout ("native"), in that of the published system which it came
+    from ("reference"), or, CLIP and SigLIP of any origin, in open_clip's ("open_clip").
+    merge: whether LoRA is merged; only "native" can keep its layers.
 
     Raises ValueError for a layout that the model does not have.
     """
@@ -66,11 +79,12 @@ def save(model: Composition, folder: Path, layout: str, merge: bool = True) -> N
             "layout 'native'"
         )
     if layout == "native":
-        import_module(SYSTEMS["vlm"][0]).save(model, folder, merge)
+        import_module(NATIVE[model.module.family]).save(model, folder, merge)
         return
     if not merge:
         raise ValueError("merge=False: only the layout 'native' has a place for LoRA layers")
-    import_module(SYSTEMS[model.reference.model_type][0]).save(model, folder)
+    kind = layout if layout == "open_clip" else model.reference.model_type
+    import_module(SYSTEMS[kind][0]).save(model, folder)
 
 
 def _device(name: str) -> str:
@@ -92,8 +106,10 @@ def _device(name: str) -> str:
 
 
 def _kind(values: dict, where: str | Path) -> str:
-    """Which of SYSTEMS a config.json speaks of. Raises ValueError naming what it found."""
+    """Which of SYSTEMS a configuration speaks of. Raises ValueError naming what it found."""
     kind = values.get("format") or values.get("model_type")
+    if kind is None and "model_cfg" in values:
+        kind = "open_clip"
     if kind not in SYSTEMS:
         raise ValueError(
             f"{where}: model type {kind!r} is not one of {', '.join(SYSTEMS)} (see `vlm systems`)"
@@ -101,11 +117,25 @@ def _kind(values: dict, where: str | Path) -> str:
     return kind
 
 
+def _native(values: dict, where: Path) -> str:
+    """The module that reads a config.json of our own layout. Raises ValueError for an unknown
+    family."""
+    family = values.get("family")
+    if family not in NATIVE:
+        raise ValueError(f"{where}: family {family!r} is not one of {', '.join(NATIVE)}")
+    return NATIVE[family]
+
+
+def _config(folder: Path) -> Path | None:
+    """The configuration that a folder holds; None where it has none."""
+    return next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
+
+
 def _folder(source: str | Path) -> Path:
-    """The folder that holds config.json: `source`, its `model/`, or a hub snapshot."""
+    """The folder that holds a configuration: `source`, its `model/`, or a hub snapshot."""
     folder = Path(source)
     for candidate in (folder, folder / "model"):
-        if (candidate / "config.json").is_file():
+        if _config(candidate):
             return candidate
     if folder.exists():
         found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "a file"
@@ -114,10 +144,13 @@ def _folder(source: str | Path) -> Path:
             "a run writes model/ when it ends"
         )
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.utils import HFValidationError
+    from huggingface_hub.utils import EntryNotFoundError, HFValidationError
 
     try:
-        config = hf_hub_download(str(source), "config.json")  # small: is it one of ours at all?
+        try:  # small: is it one of ours at all?
+            config = hf_hub_download(str(source), CONFIGS[0])
+        except EntryNotFoundError:
+            config = hf_hub_download(str(source), CONFIGS[1])
         _kind(json.loads(Path(config).read_text()), f"{source} on the hub")
         return Path(snapshot_download(str(source), ignore_patterns=["*.bin", "*.pt", "*.msgpack"]))
     except HFValidationError as error:

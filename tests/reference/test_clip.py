@@ -1,0 +1,263 @@
+"""CLIP beside transformers' classes: tiny random folders, in and out."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
+
+import vlm
+from tests.tiny import picture
+from vlm.pixels import OPENAI
+from vlm.systems import clip
+from vlm.weights import WeightsError, same_bits
+
+VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+              image_size=32, patch_size=8, layer_norm_eps=1e-3)  # fmt: skip
+TEXT = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
+            max_position_embeddings=20, layer_norm_eps=1e-3)  # fmt: skip
+TEXTS = ["a cat", "A photo of  two DOGS's", "é, x!", "a rather long caption of many a letter"]
+PICTURES = [picture(0, (40, 71)), picture(1, (90, 33)), picture(2, (20, 21))]
+
+
+def text_tokenizer(**more):
+    """CLIP's tokenizer class over single bytes: no merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = [*alphabet, *(f"{c}</w>" for c in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {name: i for i, name in enumerate(names)}
+    return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=20, **more)
+
+
+def write_folder(folder, seed=0, act="quick_gelu", old_end=False, dtype=torch.float32, **sizes):
+    """A tiny random folder, written by transformers' own classes; returns its model in fp32."""
+    tokenizer = text_tokenizer()
+    end = 2 if old_end else tokenizer.eos_token_id
+    ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=1)
+    config = transformers.CLIPConfig(
+        text_config=TEXT | ids | {"vocab_size": len(tokenizer), "hidden_act": act},
+        vision_config=VISION | {"hidden_act": act} | sizes,
+        projection_dim=12,
+        logit_scale_init_value=3.1,
+    )
+    torch.manual_seed(seed)
+    model = transformers.CLIPModel(config).float().eval()
+    with torch.no_grad():  # biases and norms start at 0 and 1: move them
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    side = config.vision_config.image_size
+    image_processor = transformers.CLIPImageProcessor(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
+    model.to(dtype).save_pretrained(folder)
+    transformers.CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
+    return model.float()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip")
+    write_folder(path)
+    return path
+
+
+def reference_outputs(folder, pictures=PICTURES, texts=TEXTS, padding=True):
+    """transformers' unit vectors and logits of a folder, strictly opened."""
+    model, report = transformers.AutoModel.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32
+    )
+    found = {key: report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    assert not any(found.values()), found
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    given = processor(
+        images=list(pictures), text=list(texts), return_tensors="pt", padding=padding,
+        truncation=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        return model.eval()(**given)
+
+
+def check_same(folder, theirs, **options):
+    """Our vectors and logits of TEXTS and PICTURES are theirs; returns our model."""
+    model = vlm.load(folder, device="cpu", **options)
+    images = model.embed_images(PICTURES)
+    texts = model.embed_texts(TEXTS)
+    torch.testing.assert_close(images, theirs.image_embeds, atol=1e-5, rtol=0)
+    torch.testing.assert_close(texts, theirs.text_embeds, atol=1e-5, rtol=0)
+    scores = model.module.logits(images, texts).detach()
+    torch.testing.assert_close(scores, theirs.logits_per_image, atol=2e-4, rtol=1e-5)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*tokens were cut")
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+def test_clip_vectors_match_reference(tmp_path, act):
+    """T18, of unequal texts in one batch; plain GELU is LAION's."""
+    write_folder(tmp_path, act=act)
+    check_same(tmp_path, reference_outputs(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:.*tokens were cut")
+def test_clip_of_an_old_folder_reads_the_largest_id(tmp_path):
+    write_folder(tmp_path, old_end=True)
+    model = check_same(tmp_path, reference_outputs(tmp_path))
+    assert model.module.text.pooling == "largest"
+
+
+@pytest.mark.filterwarnings("ignore:.*tokens were cut")
+def test_clip_with_a_ragged_patch_grid_matches_reference(tmp_path):
+    """Pixels beyond the last whole patch are left out."""
+    write_folder(tmp_path, image_size=34)
+    check_same(tmp_path, reference_outputs(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:.*tokens were cut")
+def test_clip_folder_of_transformers_4_matches_reference(folder, tmp_path):
+    """Image settings in a file of their own, sizes as lone numbers, `torch_dtype`."""
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "processor_config.json").unlink()
+    settings = {
+        "crop_size": 32, "size": 32, "do_center_crop": True, "do_normalize": True,
+        "do_resize": True, "feature_extractor_type": "CLIPFeatureExtractor", "resample": 3,
+        "image_mean": list(OPENAI.mean), "image_std": list(OPENAI.std),
+    }  # fmt: skip
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["torch_dtype"] = values.pop("dtype")
+    values["text_config_dict"] = values["vision_config_dict"] = None
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    model = check_same(tmp_path, reference_outputs(tmp_path))
+    model.save(tmp_path / "out", layout="reference")
+    check_same(tmp_path / "out", reference_outputs(folder))
+
+
+def test_clip_text_is_cut_with_its_end_token_and_counted(folder):
+    model = vlm.load(folder)
+    long = "many many words " * 4
+    ids, valid, cut = model.processor.texts([long, "a"])
+    theirs = transformers.AutoProcessor.from_pretrained(folder).tokenizer
+    assert ids[0].tolist() == theirs(long, truncation=True)["input_ids"]
+    assert ids[0, -1] == theirs.eos_token_id
+    assert cut == (len(theirs(long)["input_ids"]) - 20, 0)
+    assert valid.sum(1).tolist() == [20, 3]
+    with pytest.warns(UserWarning, match=f"1 of 2 texts .* 20 tokens: {cut[0]} tokens were cut"):
+        model.embed_texts([long, "a"])
+
+
+@pytest.mark.filterwarnings("ignore:.*tokens were cut")
+@pytest.mark.parametrize("through", ["native", "reference"])
+def test_clip_saved_as_reference_opens_in_transformers(folder, tmp_path, through):
+    before = reference_outputs(folder)
+    model = vlm.load(folder)
+    if through == "native":
+        model.save(tmp_path / "native")
+        model = check_same(tmp_path / "native", before)
+    model.save(tmp_path / "out", layout="reference")
+    after = reference_outputs(tmp_path / "out")
+    torch.testing.assert_close(after.logits_per_image, before.logits_per_image, atol=0, rtol=0)
+    names = {path.name for path in folder.iterdir()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    states = [load_file(path / "model.safetensors") for path in (folder, tmp_path / "out")]
+    assert same_bits(*states)
+
+
+def test_clip_saved_as_reference_holds_what_was_trained(folder, tmp_path):
+    model = vlm.load(folder)
+    with torch.no_grad():
+        model.module.log_scale.add_(0.5)
+        model.module.text_head.weight.mul_(2.0)
+    model.save(tmp_path, layout="reference")
+    old, new = (load_file(path / "model.safetensors") for path in (folder, tmp_path))
+    assert {key for key in old if not torch.equal(old[key], new[key])} == {
+        "logit_scale",
+        "text_projection.weight",
+    }
+    assert new["logit_scale"].shape == ()
+
+
+def test_clip_takes_names_of_towers_saved_by_themselves_and_old_position_ids(folder, tmp_path):
+    """An inner `vision_model.` is dropped by transformers 5 in some towers."""
+    model = vlm.load(folder)
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    state = load_file(folder / "model.safetensors")
+    nested = {
+        key.replace("vision_model.", "vision_model.vision_model."): tensor
+        for key, tensor in state.items()
+    }
+    nested["text_model.embeddings.position_ids"] = torch.arange(20)[None]
+    nested["logit_scale"] = nested["logit_scale"].reshape(1)
+    save_file(nested, tmp_path / "model.safetensors")
+    assert same_bits(vlm.load(tmp_path).module.state_dict(), model.module.state_dict())
+
+
+def test_clip_names_every_wrong_weight_at_once(folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    state = load_file(folder / "model.safetensors")
+    del state["visual_projection.weight"]
+    state["text_projection.weight"] = torch.zeros(3, 3)
+    state["surplus"] = torch.zeros(1)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"(?s)visual_projection.*surplus.*text_projection"):
+        vlm.load(tmp_path)
+
+
+def test_clip_refuses_an_end_id_that_its_tokenizer_never_writes(folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["text_config"]["eos_token_id"] = 7
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"end id 7 .*ends texts with 513"):
+        vlm.load(tmp_path)
+
+
+def test_clip_without_processor_files_is_named(folder, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    with pytest.raises(ValueError, match=f"{tmp_path}.*AutoProcessor"):
+        vlm.load(tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("bfloat16", "float32"), ("auto", "bfloat16")])
+def test_clip_in_bf16_keeps_its_scale_in_fp32(tmp_path, dtype, stored):
+    write_folder(tmp_path, dtype=getattr(torch, stored))
+    model = vlm.load(tmp_path, dtype=dtype)
+    assert model.module.log_scale.dtype == torch.float32
+    assert model.module.text_head.weight.dtype == torch.bfloat16
+    vectors = model.embed_images(PICTURES)
+    assert vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3), atol=1e-5, rtol=0)
+    cosines = (vectors * reference_outputs(tmp_path).image_embeds).sum(1)
+    assert cosines.min() > 0.995
+
+
+PUBLISHED = {
+    "clip-vit-base-patch32": 151_277_313,
+    "clip-vit-base-patch16": 149_620_737,
+    "clip-vit-large-patch14": 427_616_513,
+    "clip-vit-large-patch14-336": 427_944_193,
+}
+
+
+@pytest.mark.parametrize("size", clip.SIZES)
+def test_clip_sizes_have_the_published_parameter_counts(size):
+    """The numbers are those of openai/CLIP's state dicts."""
+    with torch.device("meta"):
+        ours = clip.build(size)
+        sizes = clip.SIZES[size]
+        theirs = transformers.CLIPModel(
+            transformers.CLIPConfig(
+                vision_config=sizes.vision, text_config=sizes.text, projection_dim=sizes.width
+            )
+        )
+    count = sum(p.numel() for p in ours.parameters())
+    assert count == sum(p.numel() for p in theirs.parameters()) == PUBLISHED[size]
+
+
+def test_clip_refuses_an_unknown_size():
+    with pytest.raises(ValueError, match="'huge' is not one of clip-vit-base-patch32"):
+        clip.build("huge")

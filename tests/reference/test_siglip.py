@@ -1,0 +1,249 @@
+"""SigLIP, and SigLIP 2 at fixed sizes, beside transformers' classes: tiny random folders."""
+
+import pickle
+
+import pytest
+import sentencepiece
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import vlm
+from tests.tiny import picture
+from vlm.systems import siglip
+from vlm.weights import WeightsError, same_bits
+
+VISION = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
+              image_size=30, patch_size=8, layer_norm_eps=1e-3)  # fmt: skip
+TEXT = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
+            max_position_embeddings=16, layer_norm_eps=1e-3)  # fmt: skip
+WORDS = ["a cat", "a photo of two dogs", "the tree is green and the sky is blue, too", "many words"]
+TEXTS = ["a cat", "A photo of  two DOGS!", "the tree is green and the sky is blue, too"]
+PICTURES = [picture(0, (40, 71)), picture(1, (90, 33)), picture(2, (20, 21))]
+
+
+def siglip_tokenizer(folder):
+    """SigLIP's own: SentencePiece, lower case, no punctuation; its folders ask for no mask."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(WORDS * 3), model_prefix=str(folder / "spiece"), vocab_size=60,
+        model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+        hard_vocab_limit=False,
+    )  # fmt: skip
+    (folder / "spiece.vocab").unlink()
+    return transformers.SiglipTokenizer(
+        str(folder / "spiece.model"), model_max_length=16, model_input_names=["input_ids"]
+    )
+
+
+def gemma_tokenizer(folder):
+    """SigLIP 2's, as its fixed-size folders have it: an end token, pads behind, capitals stay."""
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁"]
+    names += [chr(c) for c in range(33, 127)] + [f"<0x{byte:02X}>" for byte in range(256)]
+    return transformers.GemmaTokenizer(
+        vocab={name: i for i, name in enumerate(names)}, merges=[], model_max_length=16,
+        add_bos_token=False, add_eos_token=True, padding_side="right",
+        model_input_names=["input_ids"],
+    )  # fmt: skip
+
+
+TOKENIZERS = {"siglip": siglip_tokenizer, "siglip2": gemma_tokenizer}
+
+
+def write_folder(folder, kind="siglip", seed=0, dtype=torch.float32, **sizes):
+    """A tiny random folder, written by transformers' own classes."""
+    folder.mkdir(exist_ok=True)
+    tokenizer = TOKENIZERS[kind](folder)
+    config = transformers.SiglipConfig(
+        text_config=TEXT | {"vocab_size": max(len(tokenizer), 64)},
+        vision_config=VISION | sizes,
+    )
+    torch.manual_seed(seed)
+    model = transformers.SiglipModel(config).float().eval()
+    with torch.no_grad():  # biases, scale and norms start at 0 and 1: move them
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        model.logit_scale.fill_(2.3)
+        model.logit_bias.fill_(-9.0)
+    side = config.vision_config.image_size
+    image_processor = transformers.SiglipImageProcessor(
+        size={"height": side, "width": side}, resample=2 if kind == "siglip2" else 3
+    )
+    model.to(dtype).save_pretrained(folder)
+    transformers.SiglipProcessor(image_processor, tokenizer).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def folder(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp(request.param)
+    write_folder(path, request.param)
+    return path
+
+
+def reference_outputs(folder, texts=TEXTS, pictures=PICTURES):
+    """transformers' unit vectors and logits of a folder, strictly opened, texts at full length."""
+    model, report = transformers.AutoModel.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32
+    )
+    found = {key: report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    assert not any(found.values()), found
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    given = processor(
+        images=list(pictures), text=list(texts), return_tensors="pt", padding="max_length",
+        truncation=True,
+    )  # fmt: skip
+    assert "attention_mask" not in given
+    with torch.no_grad():
+        return model.eval()(**given)
+
+
+def check_same(folder, theirs, texts=TEXTS):
+    """Our vectors and logits are theirs; returns our model."""
+    model = vlm.load(folder, device="cpu")
+    ours = model.embed_images(PICTURES), model.embed_texts(texts)
+    torch.testing.assert_close(ours[0], theirs.image_embeds, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours[1], theirs.text_embeds, atol=1e-5, rtol=0)
+    scores = model.module.logits(*ours).detach()
+    torch.testing.assert_close(scores, theirs.logits_per_image, atol=1e-4, rtol=1e-5)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*tokens were cut")
+def test_siglip_vectors_match_reference(folder):
+    """T18; T3's exception: texts of unequal length, all at the trained one. 30 / 8 uses 24."""
+    check_same(folder, reference_outputs(folder))
+
+
+@pytest.mark.filterwarnings("ignore:.*tokens were cut")
+def test_siglip_at_another_published_geometry_matches_reference(tmp_path):
+    """384 / 14 leaves out 6 pixels: 27 patches a side."""
+    write_folder(tmp_path, image_size=384, patch_size=14)
+    model = check_same(tmp_path, reference_outputs(tmp_path, TEXTS[:2]), TEXTS[:2])
+    assert model.module.tokenizer.tokens_for((100, 300)) == 27 * 27
+
+
+@pytest.mark.filterwarnings("ignore:.*tokens were cut")
+def test_siglip_texts_always_have_the_trained_length(folder):
+    """T3's exception: alone or in a batch, a text is the same."""
+    model = vlm.load(folder)
+    for texts in (["a"], ["a", "a photo of two dogs and a cat and a tree"]):
+        ids, valid, _ = model.processor.texts(texts)
+        assert ids.shape == (len(texts), 16)
+        assert valid[0].sum() == len(model.processor.rows(["a"])[0][0])
+    alone = torch.cat([model.embed_texts([text]) for text in TEXTS])
+    torch.testing.assert_close(alone, model.embed_texts(TEXTS), atol=1e-6, rtol=0)
+
+
+def test_siglip_attends_its_pads(folder):
+    """T3's exception: what stands at a pad changes the text's vector, and no mask is given."""
+    model = vlm.load(folder)
+    ids, valid, _ = model.processor.texts(["a cat"])
+    other = ids.clone()
+    other[~valid] = 5
+    with torch.no_grad():
+        before, after = model.module.embed_texts(ids, valid), model.module.embed_texts(other, valid)
+        masked = model.module.embed_texts(ids, torch.ones_like(valid))
+    assert (before - after).abs().max() > 1e-3
+    assert torch.equal(before, masked)
+
+
+def test_siglip_text_is_cut_with_its_end_token_and_counted(folder):
+    processor = vlm.load(folder).processor
+    theirs = transformers.AutoProcessor.from_pretrained(folder).tokenizer
+    long = "the tree is green and the sky is blue and the cat is not a dog"
+    ids, valid, cut = processor.texts([long])
+    assert ids[0].tolist() == theirs(long, truncation=True, max_length=16)["input_ids"]
+    assert ids[0, -1] == theirs.eos_token_id
+    assert bool(valid.all())
+    assert cut == (len(theirs(long)["input_ids"]) - 16,)
+
+
+def test_siglip_2_texts_keep_their_capitals_unless_told(tmp_path):
+    """The fixed-size folders' tokenizer does; the model was trained on lower case."""
+    write_folder(tmp_path, "siglip2")
+    model = vlm.load(tmp_path)
+    capital, small = model.embed_texts(["A Cat", "a cat"])
+    assert (capital - small).abs().max() > 1e-3
+    model.processor.lower_case = True
+    model.save(tmp_path / "native")
+    again = vlm.load(tmp_path / "native").embed_texts(["A Cat"])
+    torch.testing.assert_close(again[0], small, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match=r"processor\.lower_case: the published layout"):
+        model.save(tmp_path / "out", layout="reference")
+
+
+@pytest.mark.filterwarnings("ignore:.*tokens were cut")
+@pytest.mark.parametrize("through", ["native", "reference"])
+def test_siglip_saved_as_reference_opens_in_transformers(folder, tmp_path, through):
+    before = reference_outputs(folder)
+    model = vlm.load(folder)
+    if through == "native":
+        model.save(tmp_path / "native")
+        model = check_same(tmp_path / "native", before)
+    model.save(tmp_path / "out", layout="reference")
+    after = reference_outputs(tmp_path / "out")
+    torch.testing.assert_close(after.logits_per_image, before.logits_per_image, atol=0, rtol=0)
+    names = {path.name for path in folder.iterdir()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    states = [load_file(path / "model.safetensors") for path in (folder, tmp_path / "out")]
+    assert same_bits(*states)
+    assert states[1]["logit_bias"].shape == (1,)
+
+
+def test_siglip_names_every_wrong_weight_at_once(folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    state = load_file(folder / "model.safetensors")
+    del state["vision_model.head.probe"]
+    state["logit_bias"] = torch.zeros(2)
+    state["surplus"] = torch.zeros(1)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"(?s)head\.probe.*surplus.*logit_bias"):
+        vlm.load(tmp_path)
+
+
+def test_siglip_in_bf16_keeps_scale_and_bias_in_fp32(tmp_path):
+    write_folder(tmp_path, dtype=torch.bfloat16)
+    model = vlm.load(tmp_path)
+    assert model.module.log_scale.dtype == model.module.bias.dtype == torch.float32
+    assert next(model.module.text.parameters()).dtype == torch.bfloat16
+    theirs = reference_outputs(tmp_path, TEXTS[:1])
+    assert (model.embed_texts(TEXTS[:1]) * theirs.text_embeds).sum(1).min() > 0.99
+
+
+def test_siglip_processor_travels_to_workers(folder):
+    processor = vlm.load(folder).processor
+    again = pickle.loads(pickle.dumps(processor))
+    assert torch.equal(again.texts(TEXTS[:2]).ids, processor.texts(TEXTS[:2]).ids)
+    assert len(pickle.dumps(processor)) < 1e6
+
+
+PUBLISHED_MILLIONS = {
+    "siglip-base-patch16-224": 203.2,
+    "siglip-large-patch16-256": 652.2,
+    "siglip-large-patch16-384": 652.5,
+    "siglip-so400m-patch14-224": 877.4,
+    "siglip-so400m-patch14-384": 878.0,
+    "siglip2-base-patch16-224": 375.2,
+    "siglip2-large-patch16-256": 881.5,
+    "siglip2-so400m-patch14-384": 1136.0,
+}
+
+
+@pytest.mark.parametrize("size", siglip.SIZES)
+def test_siglip_sizes_have_the_published_parameter_counts(size):
+    """Millions as the hub states them for the files of google/{size}."""
+    sizes = siglip.SIZES[size]
+    with torch.device("meta"):
+        ours = siglip.build(size)
+        theirs = transformers.SiglipModel(
+            transformers.SiglipConfig(vision_config=sizes.vision, text_config=sizes.text)
+        )
+    count = sum(p.numel() for p in ours.parameters())
+    assert count == sum(p.numel() for p in theirs.parameters())
+    if size in PUBLISHED_MILLIONS:
+        assert round(count / 1e6, 1) == PUBLISHED_MILLIONS[size]
+
+
+def test_siglip_refuses_an_unknown_size():
+    with pytest.raises(ValueError, match="'huge' is not one of siglip-base-patch16-224"):
+        siglip.build("huge")

@@ -1,0 +1,211 @@
+"""The public contrastive model: pictures and texts in, vectors of one space and scores out.
+
+Shapes: N picture or text, U shared embedding width, C label.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from vlm import systems
+from vlm.data.collate import group_views
+from vlm.families.contrastive import Contrastive
+from vlm.inference.engine import evaluating
+from vlm.pairs import Pair, PairProcessor
+from vlm.systems.pairing import Pairing
+
+WINDOW = 8
+"""Batches of texts that are sorted by length together."""
+TASKS = {
+    "ocr": "encoder-decoder models",
+    "caption": "decoder-only models",
+    "answer": "decoder-only models",
+    "chat": "decoder-only models",
+    "ground": "decoder-only models",
+    "generate": "decoder-only models",
+    "score": "decoder-only models",
+}
+
+
+class ContrastiveModel:
+    """A contrastive model with its processor, ready to use.
+
+    parts: what `vlm.systems` opened. module: the family's plain nn.Module. processor: its
+    preprocessing.
+    A picture is a path, bytes, a PIL image or an array.
+    """
+
+    def __init__(self, parts: Pairing) -> None:
+        self.parts = parts
+        self.module: Contrastive = parts.module
+        self.processor: PairProcessor = parts.processor
+
+    def __getattr__(self, name: str):
+        if name in TASKS:
+            raise AttributeError(
+                f"{name}: a {self.module.family} model cannot do this; it is done by {TASKS[name]}"
+            )
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @torch.no_grad()
+    def embed_images(self, images: Sequence, batch_size: int = 64) -> Tensor:
+        """The vector of each picture: float32[N, U], unit norm, on the CPU.
+
+        Pictures are opened a batch at a time, so that they are never all in memory.
+        Raises BadImage naming a picture that cannot be read, ValueError for what is no list of
+        pictures and for a vector that is not finite.
+        """
+        if isinstance(images, (str, bytes, Path)):
+            raise ValueError("images is a list, one entry for each picture; found one picture")
+        names = [_name(picture, i) for i, picture in enumerate(images)]
+        done = torch.empty(len(names), self.module.dim)
+        dtype = next(self.module.tokenizer.parameters()).dtype
+        with evaluating(self.module), _bar(len(names), "pictures") as bar:
+            for start in _starts(len(names), batch_size):
+                part = slice(start, start + batch_size)
+                rows = [
+                    Pair(name=name, ids=torch.empty(0), views=self.processor.views(picture, name))
+                    for name, picture in zip(names[part], images[part])
+                ]
+                groups = [group.to(self.device, dtype) for group in group_views(rows)]
+                done[part] = self.module.embed_images(groups).float().cpu()
+                _require_directions(done[part], names[part])
+                bar.update(len(rows))
+        return done
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+        """The vector of each text: float32[N, U], unit norm, on the CPU.
+
+        Texts longer than the model's context are cut, with one warning that counts them.
+        Raises ValueError for what is no list of texts and for a vector that is not finite.
+        """
+        if isinstance(texts, str):
+            raise ValueError("texts is a list, one entry for each text; found one text")
+        done = torch.empty(len(texts), self.module.dim)
+        cut = tokens = 0
+        window = WINDOW * max(batch_size, 1)
+        with evaluating(self.module), _bar(len(texts), "texts") as bar:
+            for first in _starts(len(texts), window if batch_size > 0 else batch_size):
+                rows, gone = self.processor.rows(texts[first : first + window])
+                cut, tokens = cut + sum(map(bool, gone)), tokens + sum(gone)
+                order = iter(sorted(range(len(rows)), key=lambda i: len(rows[i])))
+                while part := list(islice(order, batch_size)):
+                    ids, valid = self.processor.pad([rows[i] for i in part])
+                    vectors = self.module.embed_texts(ids.to(self.device), valid.to(self.device))
+                    places = [first + i for i in part]
+                    done[places] = vectors.float().cpu()
+                    _require_directions(done[places], [f"texts[{i}]" for i in places])
+                    bar.update(len(part))
+        if cut:
+            warnings.warn(
+                f"{cut} of {len(texts)} texts were longer than {self.processor.length} tokens: "
+                f"{tokens} tokens were cut",
+                stacklevel=3,  # beyond no_grad's wrapper
+            )
+        return done
+
+    def classify(
+        self,
+        images: Sequence,
+        labels: Sequence[str],
+        templates: Sequence[str] | None = None,
+        batch_size: int = 64,
+    ) -> Tensor:
+        """The score of each label for each picture: float32[N, C], logits.
+
+        templates: texts with "{}" at the label's place; a label's vector is the mean of its texts'
+            vectors, brought to unit norm. None takes the bare label.
+        `scores.softmax(1)` are probabilities of one label among these, for models trained with the
+        softmax loss (CLIP); `scores.sigmoid()` that a label fits by itself, for models trained with
+        the sigmoid loss (SigLIP), whose bias they include.
+        Raises ValueError naming labels that are empty or equal, and templates without "{}".
+        Source: CLIP, arXiv 2103.00020, section 3.1.4.
+        """
+        labelled = self.embed_labels(labels, templates)
+        pictures = self.embed_images(images, batch_size)
+        with torch.no_grad():
+            scores = self.module.logits(pictures.to(self.device), labelled.to(self.device))
+        return scores.float().cpu()
+
+    def embed_labels(self, labels: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
+        """The vector of each label: float32[C, U], unit norm; `classify` scores pictures with them.
+
+        The arguments and errors are those of `classify`.
+        """
+        _require_labels(labels)
+        templates = ["{}"] if templates is None else templates
+        _require_templates(templates)
+        texts = [template.replace("{}", label) for label in labels for template in templates]
+        vectors = self.embed_texts(texts).view(len(labels), len(templates), -1)
+        return F.normalize(vectors.mean(1), dim=-1)
+
+    def save(self, folder: str | Path, layout: str = "native", merge: bool = True) -> None:
+        """Writes weights, configuration and processor files; `vlm.load(folder)` reads them.
+
+        layout: "native"; "reference", the published one that the model came from; or "open_clip".
+        merge: whether LoRA is merged into the weights that are written (this model stays as it
+            is), or written as layers of its own, to go on training with.
+        """
+        systems.save(self.parts, Path(folder), layout, merge)
+
+
+def _require_labels(labels: Sequence[str]) -> None:
+    if isinstance(labels, str) or not len(labels):
+        raise ValueError(f"labels is a list of at least one text, found {labels!r}")
+    for i, label in enumerate(labels):
+        if not isinstance(label, str):
+            raise ValueError(f"labels[{i}]: expected a text, found {label!r}")
+    wrong = [f"labels[{i}]: {x!r}" for i, x in enumerate(labels) if not x.strip()]
+    if wrong:
+        raise ValueError(f"expected labels that are not empty, found {', '.join(wrong)}")
+    places: dict[str, list[int]] = {}
+    for i, label in enumerate(labels):
+        places.setdefault(label, []).append(i)
+    twice = {label: where for label, where in places.items() if len(where) > 1}
+    if twice:
+        raise ValueError(f"expected each label once, found at several places: {twice}")
+
+
+def _require_templates(templates: Sequence[str]) -> None:
+    if isinstance(templates, str) or not len(templates):
+        raise ValueError(f"templates is a list of at least one text, found {templates!r}")
+    wrong = [template for template in templates if "{}" not in template]
+    if wrong:
+        raise ValueError(f"expected templates with {{}} at the label's place, found {wrong}")
+
+
+def _require_directions(vectors: Tensor, names: Sequence[str]) -> None:
+    """Raises ValueError naming what has a vector without direction: not finite, or zero."""
+    lengths = vectors.norm(dim=1)
+    wrong = [name for name, length in zip(names, lengths.tolist()) if not 0.5 < length < 2]
+    if wrong:
+        raise ValueError(f"the model gives vectors that are zero or not finite for {wrong[:8]}")
+
+
+def _starts(count: int, batch_size: int) -> range:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+    return range(0, count, batch_size)
+
+
+def _bar(count: int, what: str) -> tqdm:
+    return tqdm(total=count, desc=what, disable=count <= 64, leave=False)
+
+
+def _name(picture, index: int) -> str:
+    if isinstance(picture, (list, tuple)):
+        raise ValueError(f"images[{index}]: expected one picture, found a {type(picture).__name__}")
+    return str(picture) if isinstance(picture, (str, Path)) else f"images[{index}]"

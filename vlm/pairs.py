@@ -1,0 +1,232 @@
+"""Pictures with their captions as rows and batches of contrastive models.
+
+A text is brought to ids once, here, for training, evaluation and the public model alike: cut to
+the model's context with its end token kept and the cut counted, and padded as the model was
+trained. SigLIP attends its pads, so that its texts always have the full length (T3's exception);
+there is no way to ask for less.
+
+Shapes: B example, V view, T text position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlm.data.collate import group_views
+from vlm.data.example import BadRow, Example
+from vlm.image_tokens import Pixels, ViewGroup
+from vlm.pixels import BadImage, PixelSpec, open_image
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """One picture and its caption, ready to be batched.
+
+    name: the example's own name.
+    ids: int64[T], pads included where the model reads a fixed length.
+    views: pixels of each view, without a view axis, with its (image, view) numbers.
+    cut: the number of text tokens that had to go to fit the context.
+    valid: bool[T], False at pads; None where there are none.
+    pad_id: what stands behind the text in a batch with longer ones.
+    """
+
+    name: str
+    ids: Tensor
+    views: list[tuple[Pixels, tuple[int, int]]]
+    cut: int = 0
+    valid: Tensor | None = None
+    pad_id: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairBatch:
+    """Pairs of one batch: row b of the ids and the views of example b belong together.
+
+    ids: int64[B, T]; valid: bool[B, T], False at pads.
+    groups: the views of all pictures, those of one size together. names: of the examples.
+    """
+
+    ids: Tensor
+    valid: Tensor
+    groups: tuple[ViewGroup, ...]
+    names: tuple[str, ...]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PairBatch:
+        """The batch on a device, pixels also in `dtype` (None keeps theirs)."""
+        return PairBatch(
+            ids=self.ids.to(device),
+            valid=self.valid.to(device),
+            groups=tuple(group.to(device, dtype) for group in self.groups),
+            names=self.names,
+        )
+
+
+class Texts(NamedTuple):
+    """Texts as ids.
+
+    ids: int64[B, T]; valid: bool[B, T], False at pads.
+    cut: the number of tokens of each text that had to go to fit the context.
+    """
+
+    ids: Tensor
+    valid: Tensor
+    cut: tuple[int, ...]
+
+
+def collate_pairs(pairs: Sequence[Pair]) -> PairBatch:
+    """A batch of pairs, in their order, texts padded behind to the longest."""
+    rows = [(pair.ids, pair.valid, pair.pad_id) for pair in pairs]
+    ids, valid = _stack(rows)
+    return PairBatch(
+        ids=ids, valid=valid, groups=group_views(pairs), names=tuple(pair.name for pair in pairs)
+    )
+
+
+class PairProcessor:
+    """Pictures to pixels and texts to ids, as a model was trained. Holds no weights.
+
+    text_tokenizer: of transformers; what it does to a text (lower case, clean-up, its own first
+        and end tokens) is done. pixel_spec: of the image tokenizer.
+    length: the most tokens of a text, those of the tokenizer itself included.
+    pad_to_length: whether each text is padded to `length` (SigLIP), on the side that the tokenizer
+        says, or a batch's texts only to its longest, behind.
+    lower_case: whether texts are brought to lower case before the tokenizer sees them.
+    end_id: an id put behind each text, for tokenizers that put none (those of language models).
+    Raises ValueError where a text must be padded and the tokenizer has no pad token.
+    """
+
+    def __init__(
+        self,
+        text_tokenizer,
+        pixel_spec: PixelSpec,
+        *,
+        length: int,
+        pad_to_length: bool,
+        lower_case: bool = False,
+        end_id: int | None = None,
+    ) -> None:
+        self.text_tokenizer = text_tokenizer
+        self.pixel_spec = pixel_spec
+        self.length = length
+        self.pad_to_length = pad_to_length
+        self.lower_case = lower_case
+        self.end_id = end_id
+        if pad_to_length and text_tokenizer.pad_token_id is None:
+            raise ValueError(
+                f"texts are padded to {length} tokens, but the tokenizer has no pad token"
+            )
+        own = len(self._encode([""], None)[0])
+        if own >= length:
+            raise ValueError(f"length {length} leaves no room beside {own} tokens of every text")
+
+    @property
+    def pad_id(self) -> int:
+        """What stands where a text has ended; 0 where the tokenizer names none, as no model that
+        masks its pads sees it."""
+        pad_id = self.text_tokenizer.pad_token_id
+        return 0 if pad_id is None else pad_id
+
+    def encode(self, example: Example) -> Pair:
+        """The picture and caption of an example; what was asked before the caption is left out.
+
+        Raises BadRow naming the row where it has not exactly one picture and one caption that is
+        not empty; BadImage for a picture that cannot be read.
+        """
+        answers = [turn for turn in example.turns if turn.role == "assistant"]
+        if len(answers) != 1:
+            raise BadRow(f"{example.name}: expected one caption, found {len(answers)}")
+        if len(example.images) != 1:
+            raise BadRow(f"{example.name}: expected one picture, found {len(example.images)}")
+        if not example.answer.strip():
+            raise BadRow(f"{example.name}: expected a caption, found an empty text")
+        (ids,), (cut,) = self.rows([example.answer])
+        ids, valid = self.pad([ids], self.length if self.pad_to_length else len(ids))
+        return Pair(
+            name=example.name,
+            ids=ids[0],
+            views=self.views(example.images[0], example.name),
+            cut=cut,
+            valid=valid[0],
+            pad_id=self.pad_id,
+        )
+
+    def texts(self, texts: Sequence[str]) -> Texts:
+        """Texts as one padded batch.
+
+        Raises ValueError for what is no list of texts, and for a text without a single token.
+        """
+        rows, cut = self.rows(texts)
+        return Texts(*self.pad(rows), tuple(cut))
+
+    def rows(self, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
+        """The ids of each text, not yet padded, and how many tokens of it were cut. Raises as
+        `texts` does."""
+        if isinstance(texts, str):
+            raise ValueError("texts is a list, one entry for each text; found one text")
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ValueError(f"texts[{i}]: expected a text, found {type(text).__name__}")
+        if self.lower_case:
+            texts = [text.lower() for text in texts]
+        rows = self._encode(texts, None) if texts else []
+        cut = [0] * len(rows)
+        for i, row in enumerate(rows):
+            if not row:
+                raise ValueError(f"texts[{i}]: expected a text, found {texts[i]!r}, without tokens")
+            if len(row) > self.length:
+                (rows[i],) = self._encode([texts[i]], self.length)
+                cut[i] = len(row) - len(rows[i])
+        return rows, cut
+
+    def pad(
+        self, rows: Sequence[Sequence[int]], length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rows of ids as ids int64[B, T] and valid bool[B, T].
+
+        length: T; None takes `self.length` where texts always have it, else the longest row.
+        """
+        if length is None and self.pad_to_length:
+            length = self.length
+        left = self.pad_to_length and self.text_tokenizer.padding_side == "left"
+        whole = [(torch.tensor(row, dtype=torch.long), None, self.pad_id) for row in rows]
+        return _stack(whole, length, left)
+
+    def views(self, picture, name: str) -> list[tuple[Pixels, tuple[int, int]]]:
+        """The pixels of each view of a picture, with its (image, view) numbers.
+
+        picture: what `open_image` takes. Raises BadImage naming `name` and the picture.
+        """
+        try:
+            views = self.pixel_spec(open_image(picture))
+        except BadImage as error:
+            raise BadImage(f"{name}: {error}") from error
+        return [(view, (0, i)) for i, view in enumerate(views)]
+
+    def _encode(self, texts: Sequence[str], length: int | None) -> list[list[int]]:
+        """The ids of texts, cut to `length` where it is given, end token kept."""
+        after = [] if self.end_id is None else [self.end_id]
+        cut = {} if length is None else {"truncation": True, "max_length": length - len(after)}
+        encoded = self.text_tokenizer(
+            list(texts), return_attention_mask=False, verbose=False, **cut
+        )
+        return [[*row, *after] for row in encoded["input_ids"]]
+
+
+def _stack(
+    rows: Sequence[tuple[Tensor, Tensor | None, int]], length: int | None = None, left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Rows of (ids, valid or None, pad id) as ids int64[B, T] and valid bool[B, T]."""
+    T = max((len(ids) for ids, _, _ in rows), default=0) if length is None else length
+    ids_BT = torch.empty(len(rows), T, dtype=torch.long)
+    valid_BT = torch.zeros(len(rows), T, dtype=torch.bool)
+    for b, (ids, valid, pad_id) in enumerate(rows):
+        start = T - len(ids) if left else 0
+        ids_BT[b] = pad_id
+        ids_BT[b, start : start + len(ids)] = ids
+        valid_BT[b, start : start + len(ids)] = True if valid is None else valid
+    return ids_BT, valid_BT

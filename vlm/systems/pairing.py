@@ -1,0 +1,323 @@
+"""Any image tokenizer with any text encoder, trained contrastively: our own composition and layout.
+
+A folder holds config.json (`format` "vlm", `family` "contrastive", parts, text lengths),
+model.safetensors and `text_tokenizer/`; of a model that came from a published system, also that
+folder's small files, in `reference/`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from vlm import assets, config, pooling, text_encoders, tokenizers
+from vlm.families.contrastive import SIGMOID_BIAS, SIGMOID_SCALE, SOFTMAX_SCALE, Contrastive
+from vlm.merge import plain_state
+from vlm.pairs import PairProcessor
+from vlm.systems.composed import DEMO, FORMAT, REFERENCE, VERSION, load_vision
+from vlm.systems.reference import KeyMap, Reference, published_name, read_reference
+from vlm.text_encoders import TextEncoder
+from vlm.weights import load_weights, read_weights, save_weights
+
+LOSSES = {"softmax": (SOFTMAX_SCALE, None), "sigmoid": (SIGMOID_SCALE, SIGMOID_BIAS)}
+"""Loss -> the scale and bias that training begins with."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Pairing:
+    """A contrastive module with what is needed to use it.
+
+    processor: preprocessing of pictures and texts. reference: the published layout that it came
+    from, which it can be saved in; None for one composed here.
+    """
+
+    module: Contrastive
+    processor: PairProcessor
+    reference: Reference | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Head:
+    """A linear layer between a tower's vector and the shared space."""
+
+    in_width: int
+    out_width: int
+    bias: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Folder:
+    """What config.json says, besides `format` and `version`.
+
+    tokenizer, pool, text: configurations of the parts. image_head, text_head: None where the
+    tower's vector has the shared width already. bias: whether cosines get a bias (sigmoid loss).
+    length, pad_to_length, lower_case, end_id: the text side of `PairProcessor`.
+    reference: the published system that the model came from, whose files lie in `reference/`.
+    lora: for each component with LoRA layers of its own what they are, see `vlm.lora`.
+    """
+
+    family: str
+    tokenizer: dict[str, Any]
+    pool: dict[str, Any]
+    image_head: Head | None
+    text: dict[str, Any]
+    text_head: Head | None
+    bias: bool
+    length: int
+    pad_to_length: bool
+    lower_case: bool = False
+    end_id: int | None = None
+    reference: str | None = None
+    lora: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def build(
+    *,
+    vision: str = DEMO,
+    text: str = DEMO,
+    pool: str = "mean",
+    text_pooling: str = "last",
+    width: int = 512,
+    length: int = 64,
+    loss: str = "softmax",
+    image_head: bool = True,
+    size_hw: tuple[int, int] | None = None,
+    seed: int = 0,
+) -> Pairing:
+    """A contrastive model from pretrained towers and fresh heads.
+
+    vision: "demo", "kind:id", or the folder of a model or run, as `load_vision` takes.
+    text: "demo", or the hub id or folder of a text encoder (BERT and its like) or of a causal
+        language model, whose decoder is taken. Padding is masked, as in their own training.
+    pool: "own", "class", "mean" or "attention". text_pooling: "class", "mean", "last" or "own".
+    width: of the shared space. length: the most tokens of a text. loss: "softmax" or "sigmoid".
+    image_head: False leaves the picture's vector as it is, which then has the shared width (LiT
+        with a locked tower).
+    seed: of fresh weights; the global generator is left as it is.
+    Raises OSError where weights cannot be had, ValueError where parts do not fit.
+    """
+    if loss not in LOSSES:
+        raise ValueError(f"loss is one of {', '.join(LOSSES)}, found {loss!r}")
+    if pool not in pooling.KINDS:
+        raise ValueError(f"pool is one of {', '.join(pooling.KINDS)}, found {pool!r}")
+    if text_pooling in ("end", "largest"):
+        raise ValueError(f"text_pooling {text_pooling!r} belongs to CLIP: take a CLIP folder")
+    prefix = "keep" if pool == "class" else "drop"
+    tokenizer = load_vision(vision, size_hw, prefix=prefix, pooled=pool == "own")
+    source = assets.fetch("smollm2-135m-instruct") if text == DEMO else text
+    encoder = text_encoders.load(source, text_pooling, masked=True)
+    kind = encoder.backbone.config.model_type
+    if kind in text_encoders.TOWERS:
+        raise ValueError(
+            f"text {text!r}: expected a text encoder or a causal language model, found {kind}, "
+            "whose texts are pooled and padded in its own way; open its whole model and go on "
+            "from that"
+        )
+    text_tokenizer = text_encoders.load_tokenizer(source)
+    scale, bias = LOSSES[loss]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        settings: dict[str, Any] = {"kind": pool}
+        if pool == "attention":
+            heads = max(1, tokenizer.dim // 64)
+            settings |= {"in_width": tokenizer.dim, "heads": heads, "mlp_width": 4 * tokenizer.dim}
+        pooler = pooling.build(settings)
+        pooled = pooler.width(tokenizer)
+        module = Contrastive(
+            tokenizer,
+            pooler,
+            nn.Linear(pooled, width, bias=False) if image_head else nn.Identity(),
+            encoder,
+            nn.Linear(encoder.dim, width if image_head else pooled, bias=False),
+            scale=scale,
+            bias=bias,
+        )
+    positions = getattr(encoder.backbone.config, "max_position_embeddings", None)
+    processor = PairProcessor(
+        text_tokenizer,
+        tokenizer.pixel_spec,
+        length=length if positions is None else min(length, positions),
+        pad_to_length=False,
+        end_id=_missing_end(text_tokenizer) if text_pooling == "last" else None,
+    )
+    return Pairing(module=module.eval(), processor=processor)
+
+
+def save(model: Pairing, folder: Path, merge: bool = True) -> None:
+    """Writes our own layout; see the module's docstring. merge: whether LoRA is merged into the
+    weights that are written, or kept as layers of its own."""
+    module, processor = model.module, model.processor
+    description = Folder(
+        family=module.family,
+        tokenizer=tokenizers.config_to_dict(module.tokenizer),
+        pool=pooling.config_of(module.pool),
+        image_head=_head_config(module.image_head, "image_head"),
+        text=text_encoders.config_of(module.text),
+        text_head=_head_config(module.text_head, "text_head"),
+        bias=module.bias is not None,
+        length=processor.length,
+        pad_to_length=processor.pad_to_length,
+        lower_case=processor.lower_case,
+        end_id=processor.end_id,
+        reference=None if model.reference is None else model.reference.model_type,
+        lora={} if merge else _kept_lora(module),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(module, folder, merge=merge)
+    if model.reference is not None:
+        model.reference.write(folder / REFERENCE)
+    processor.text_tokenizer.save_pretrained(folder / "text_tokenizer")
+    values = {"format": FORMAT, "version": VERSION, **config.to_dict(description)}
+    (folder / "config.json").write_text(json.dumps(values, indent=2, default=str) + "\n")
+
+
+def load(folder: Path, values: dict[str, Any]) -> Pairing:
+    """The model in a folder of our own layout; `values` is what its config.json holds.
+
+    Raises ValueError naming the file and what does not fit.
+    """
+    values = dict(values)
+    where = str(folder / "config.json")
+    version = values.pop("version", None)
+    values.pop("format")
+    if version != VERSION:
+        raise ValueError(f"{where}: written as version {version}, this vlm reads {VERSION}")
+    described = config.from_dict(Folder, values, where)
+    with init_empty_weights(include_buffers=False):
+        module = Contrastive(
+            tokenizers.build(described.tokenizer),
+            pooling.build(described.pool),
+            _head(described.image_head),
+            text_encoders.build(described.text),
+            _head(described.text_head),
+            scale=1.0,
+            bias=0.0 if described.bias else None,
+        )
+        if described.lora:
+            from vlm.lora import add_lora_of  # here, since peft is slow to import
+
+            add_lora_of(module, described.lora, f"{where}.lora")
+    load_weights(module, in_float32(read_weights(folder), OWN_SCALARS), where=str(folder))
+    processor = PairProcessor(
+        open_part(AutoTokenizer, folder / "text_tokenizer"),
+        module.tokenizer.pixel_spec,
+        length=described.length,
+        pad_to_length=described.pad_to_length,
+        lower_case=described.lower_case,
+        end_id=described.end_id,
+    )
+    reference = described.reference
+    return Pairing(
+        module=module.eval(),
+        processor=processor,
+        reference=reference and read_reference(folder / REFERENCE, reference),
+    )
+
+
+OWN_SCALARS = ("log_scale", "bias")
+
+
+def open_part(loader, folder: Path):
+    """What a transformers loader reads of a folder. Raises ValueError naming folder and loader."""
+    try:
+        return loader.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # each part of transformers raises its own kinds
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{folder}: expected the files that save_pretrained writes of model and processor, but "
+            f"{loader.__name__} cannot read them ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def in_float32(state: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
+    """A state in which the named tensors, where they are there, are scalars in float32: published
+    files hold shapes () and (1,), and any dtype."""
+    scalars = {
+        name: state[name].float().reshape(())
+        for name in names
+        if name in state and state[name].numel() == 1
+    }
+    return state | scalars
+
+
+def save_published(
+    model: Pairing, folder: Path, key_map: KeyMap, scalar_shape: tuple[int, ...]
+) -> None:
+    """Writes transformers' layout: the files of the folder that the model came from, with its
+    weights and their dtype as they are now.
+
+    scalar_shape: of the published scale and bias.
+    Raises ValueError for what the layout has no place for, before anything is written.
+    """
+    module = model.module
+    if model.processor.lower_case:
+        raise ValueError(
+            "processor.lower_case: the published layout has no place for it; expected False, and "
+            "texts that are lower case already"
+        )
+    root = nn.Module()  # our module's parts beside scalars of the published shape
+    for name, part in module.named_children():
+        root.add_module(name, part)
+    for name in OWN_SCALARS:
+        if getattr(module, name) is not None:
+            value = getattr(module, name).detach().reshape(scalar_shape)
+            root.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    for key in plain_state(root):
+        published_name(key, key_map)
+    model.reference.write(folder)
+    values = model.reference.config
+    dtype = str(next(module.text.parameters()).dtype).removeprefix("torch.")
+    for part in (values, *(value for value in values.values() if isinstance(value, dict))):
+        for name in {"dtype", "torch_dtype"} & part.keys():
+            part[name] = dtype
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    save_weights(root, folder, lambda key: published_name(key, key_map))
+
+
+def require_end(text: TextEncoder, processor: PairProcessor, where: str) -> None:
+    """Raises ValueError where the text encoder looks for an end id that the text tokenizer never
+    writes: every text would be read at its first place."""
+    end_id = text.end_id
+    (row,), _ = processor.rows(["a"])
+    if end_id is not None and end_id not in row:
+        raise ValueError(
+            f"{where}: the text model reads a text at its end id {end_id} (text_config."
+            f"eos_token_id), but the text tokenizer ends texts with {row[-1]}"
+        )
+
+
+def _head(head: Head | None) -> nn.Module:
+    if head is None:
+        return nn.Identity()
+    return nn.Linear(head.in_width, head.out_width, bias=head.bias)
+
+
+def _head_config(head: nn.Module, name: str) -> Head | None:
+    if isinstance(head, nn.Identity):
+        return None
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"{name}: our layout has a place for nn.Linear and nn.Identity, found "
+            f"{type(head).__name__}"
+        )
+    return Head(in_width=head.in_features, out_width=head.out_features, bias=head.bias is not None)
+
+
+def _missing_end(text_tokenizer) -> int | None:
+    """The end id that a text tokenizer has and does not put behind a text."""
+    ids = text_tokenizer("a")["input_ids"]
+    special = text_tokenizer.all_special_ids
+    return None if ids[-1] in special else text_tokenizer.eos_token_id
+
+
+def _kept_lora(module: Contrastive) -> dict[str, dict[str, Any]]:
+    from vlm.lora import lora_of  # here, since peft is slow to import
+
+    return lora_of(module)

@@ -1,0 +1,178 @@
+"""SigLIP 2 at native resolution (NaFlex): each picture at its own aspect ratio, in the layout of
+transformers' `Siglip2Model`.
+
+A picture becomes as many whole patches as the folder's image processor allows (`max_num_patches`:
+256 in the published folders; the models saw 128 to 1024). transformers' Siglip2Processor takes 256
+whatever the folder says, unless told otherwise at each call; ours takes the folder's number, and
+`with_size` of the processor's `pixel_spec` gives another. Texts are lower-cased, end with `<eos>`
+and always have 64 places, mostly pads; the state at the last one stands for the text. The text
+tower sees no attention mask (trap T3's exception) unless the folder's text tokenizer gives one, as
+transformers' class does when its folder says nothing (`model_input_names`). The fixed-size SigLIP
+2 are of SigLIP's layout: see `vlm.systems.siglip`.
+
+Source: arXiv 2502.14786; google-research/big_vision; transformers, `siglip2`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoProcessor
+
+from vlm.families.contrastive import SIGMOID_BIAS, SIGMOID_SCALE, Contrastive
+from vlm.pairs import PairProcessor
+from vlm.pixels import HALF, PixelSpec, from_transformers
+from vlm.pixels.spec import box_of_patches
+from vlm.pooling import OwnPool
+from vlm.systems.pairing import Pairing, in_float32, open_part, save_published
+from vlm.systems.reference import KeyMap, first_names, published_name, read_reference
+from vlm.text_encoders import TextEncoder, build_backbone, plain_config
+from vlm.tokenizers import naflex
+from vlm.weights import load_weights, read_weights
+
+SOURCE = "arXiv 2502.14786; google/siglip2-{base,so400m}-patch16-naflex on the hub"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """A published size, in the words of transformers' configurations.
+
+    vision, text: of the towers. max_patches: of a picture.
+    """
+
+    vision: dict[str, Any]
+    text: dict[str, Any]
+    max_patches: int
+
+
+_BASE = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
+_SO400M = _BASE | {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+}
+_VISION = {"model_type": "siglip2_vision_model", "patch_size": 16, "num_patches": 256}
+"""`num_patches` are the places of the position table, 16 x 16, whatever a picture's own."""
+_TEXT = {
+    "model_type": "siglip2_text_model",
+    "vocab_size": 256_000,
+    "max_position_embeddings": 64,
+}
+"""Gemma's vocabulary."""
+
+SIZES = {
+    "siglip2-base-patch16-naflex": Size(
+        vision=_VISION | _BASE | {"vision_use_head": True}, text=_TEXT | _BASE, max_patches=256
+    ),
+    "siglip2-so400m-patch16-naflex": Size(
+        vision=_VISION | _SO400M | {"vision_use_head": True}, text=_TEXT | _SO400M, max_patches=256
+    ),
+}
+"""Published sizes, named as on the hub; each has as many parameters as google's model of the same
+towers for squares of 256 pixels, whose position table is as large.
+Source: transformers, `convert_siglip2_to_hf.py`; preprocessor_config.json of google/{name}."""
+
+
+def build(size: str) -> Contrastive:
+    """A published size with random weights; under `torch.device("meta")`, shapes alone.
+
+    Raises ValueError naming the sizes.
+    """
+    if size not in SIZES:
+        raise ValueError(f"SigLIP 2 NaFlex size {size!r} is not one of {', '.join(SIZES)}")
+    sizes = SIZES[size]
+    patch_px = sizes.vision["patch_size"]
+    spec = PixelSpec(
+        size_hw=box_of_patches(sizes.max_patches, patch_px),
+        fit="patches",
+        patch_px=patch_px,
+        resample="bilinear",
+        mean=HALF.mean,
+        std=HALF.std,
+    )
+    return compose(sizes.vision, sizes.text, spec).eval()
+
+
+def compose(
+    vision: dict[str, Any], text: dict[str, Any], pixel_spec: PixelSpec, *, masked: bool = False
+) -> Contrastive:
+    """SigLIP 2's architecture at native resolution, with random weights.
+
+    vision, text: configurations of transformers' two towers, which end in one width.
+    masked: whether the text tower is told which places are padding; the published one is not.
+    """
+    tokenizer = naflex.build(
+        naflex.NaflexConfig(
+            vision_config=vision, layer=-1, norm=True, pooled=True, pixel_spec=pixel_spec
+        )
+    )
+    return Contrastive(
+        tokenizer,
+        OwnPool(),
+        nn.Identity(),
+        TextEncoder(build_backbone(text), "own", masked=masked),
+        nn.Identity(),
+        scale=SIGMOID_SCALE,
+        bias=SIGMOID_BIAS,
+    )
+
+
+def load(folder: Path, values: dict[str, Any]) -> Pairing:
+    """The model in a folder of transformers' layout; `values` is what its config.json holds.
+
+    Raises ValueError naming the file and what does not fit; for weights, every key at once.
+    """
+    where = str(folder)
+    config, reader = open_part(AutoConfig, folder), open_part(AutoProcessor, folder)
+    state = first_names(read_weights(folder), KEY_MAP, UNUSED, where)
+    with init_empty_weights(include_buffers=False):
+        module = compose(
+            plain_config(config.vision_config),
+            plain_config(config.text_config),
+            from_transformers(reader.image_processor),
+            masked="attention_mask" in reader.tokenizer.model_input_names,
+        )
+    state = in_float32(state, ("logit_scale", "logit_bias"))
+    load_weights(module, state, where, lambda key: published_name(key, KEY_MAP))
+    processor = PairProcessor(
+        reader.tokenizer,
+        module.tokenizer.pixel_spec,
+        length=config.text_config.max_position_embeddings,
+        pad_to_length=True,
+    )
+    return Pairing(
+        module=module.eval(), processor=processor, reference=read_reference(folder, "siglip2")
+    )
+
+
+def save(model: Pairing, folder: Path) -> None:
+    """Writes transformers' layout: the files of the folder that the model came from, with the
+    weights as they are now.
+
+    Raises ValueError for weights that the layout has no place for.
+    """
+    save_published(model, folder, KEY_MAP, scalar_shape=(1,))
+
+
+UNUSED = ("text_model.embeddings.position_ids",)
+"""0, 1, 2, ..., which older folders may hold."""
+
+KEY_MAP: KeyMap = [
+    ("vision_model.", "tokenizer.backbone."),
+    ("text_model.", "text.backbone."),
+    ("logit_scale", "log_scale"),
+    ("logit_bias", "bias"),
+]
+"""(published prefix, our prefix), read in both directions."""
