@@ -108,6 +108,23 @@ def test_caption_row_takes_the_prompt(folder):
     assert read_row(folder, row, caption="alt").answer == "pet"
 
 
+def test_list_of_captions_is_taken_only_where_that_is_asked_for(folder):
+    row = {"image": "a.png", "caption": ["a cat", "one cat"]}
+    example = read_row(folder, row, prompt="What?", many=True)
+    assert [turn.content for turn in example.turns] == [
+        (None, "What?"), ("a cat",), ("What?",), ("one cat",),
+    ]  # fmt: skip
+    assert len(example.images) == 1
+    assert read_row(folder, row | {"caption": "a cat"}, many=True).answer == "a cat"
+    with pytest.raises(BadRow, match=r"expected caption to be text, found list"):
+        read_row(folder, row)
+    for captions in ([], ["a", 3], ["a", ["b"]]):
+        with pytest.raises(BadRow, match="expected caption to be text or a list of texts, found"):
+            read_row(folder, row | {"caption": captions}, many=True)
+    with pytest.raises(BadRow, match="expected a caption, found an empty text"):
+        read_row(folder, row | {"caption": ["a", " "]}, many=True)
+
+
 def test_boxes_are_read_with_their_image(folder):
     boxes = [{"xyxy": [0, 1, 2.5, 3], "label": "cat"}]
     row = {"image": "a.png", "conversations": asked("<image>"), "boxes": boxes}

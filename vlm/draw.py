@@ -1,14 +1,19 @@
-"""Boxes drawn on pictures, to be looked at: predicted ones with their scores, true ones dashed."""
+"""What is drawn to be looked at: boxes on pictures, queries beside their hits, confidence."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vlm.data.example import Box
+
+if TYPE_CHECKING:
+    from vlm.metrics.classification import Calibration
 
 COLOURS = (
     "#e6194b", "#1f77ff", "#008a3e", "#b35900", "#8a2be2",
@@ -20,6 +25,19 @@ LEAST_PX = 480
 TEXT_PX = 14
 """Height of letters in a drawing whose longer side is LEAST_PX; larger ones have larger letters."""
 LEGEND = "full lines: predicted, with scores; dashed lines: true"
+HITS_LEGEND = "left: the query; beside it: its best hits, with their scores"
+GREEN, GREY, INK = "#1f9d4a", "#cccccc", "#222222"
+
+
+class Hit(NamedTuple):
+    """Something that a query found.
+
+    thing: a picture or a text. right: whether it should be found; None where that is not known.
+    """
+
+    thing: Image.Image | str
+    score: float
+    right: bool | None = None
 
 
 def draw_boxes(picture: Image.Image, boxes: Sequence[Box], true: Sequence[Box] = ()) -> Image.Image:
@@ -83,6 +101,118 @@ def draw_page(
         filter = Image.Resampling.NEAREST if scale == 1 else Image.Resampling.LANCZOS
         page.paste(drawing.resize(size, filter), (left, top + head))
     page.save(path, "PNG")
+
+
+def draw_hits(
+    queries: Sequence[Image.Image | str],
+    hits: Sequence[Sequence[Hit]],
+    path: Path,
+    notes: Sequence[str] | None = None,
+    cell_px: int = 160,
+) -> None:
+    """A page of queries, each a picture or a text, beside their hits, best first, as a PNG.
+
+    notes: what is said under each query. cell_px: the side of the square that each picture or text
+    is brought into.
+    """
+    notes = [""] * len(queries) if notes is None else notes
+    if not queries or not len(queries) == len(hits) == len(notes):
+        raise ValueError(
+            f"expected queries with hits and notes, found {len(queries)}, {len(hits)}, {len(notes)}"
+        )
+    gap, foot = 10, TEXT_PX + 10
+    step_x, step_y = cell_px + gap, cell_px + foot + gap
+    columns = 1 + max(map(len, hits))
+    known = any(hit.right is not None for row in hits for hit in row)
+    font, small = _font(TEXT_PX), _font(TEXT_PX - 2)
+    legend = f"{HITS_LEGEND}; right ones in green" if known else HITS_LEGEND
+    width = max(columns * step_x + 3 * gap, int(font.getlength(legend)) + 2 * gap)
+    page = Image.new("RGB", (width, len(queries) * step_y + gap + 2 * foot), "white")
+    ink = ImageDraw.Draw(page)
+    ink.text((gap, gap), legend, fill=INK, font=font)
+    for number, (query, row, note) in enumerate(zip(queries, hits, notes)):
+        top = gap + 2 * foot + number * step_y - foot // 2
+        if number:
+            ink.line((gap, top - gap, width - gap, top - gap), fill="#eeeeee")
+        _cell(page, ink, query, (gap, top), cell_px)
+        note = _shorten(note, cell_px, small)
+        ink.text((gap, top + cell_px + 3), note, fill="#666666", font=small)
+        for place, hit in enumerate(row, 1):
+            left = 2 * gap + place * step_x
+            _cell(page, ink, hit.thing, (left, top), cell_px)
+            frame = (left - 2, top - 2, left + cell_px + 1, top + cell_px + 1)
+            colour = GREEN if hit.right else GREY
+            ink.rectangle(frame, outline=colour, width=4 if hit.right else 1)
+            text = f"{hit.score:.3f}" + (" \N{CHECK MARK}" if hit.right else "")
+            colour = GREEN if hit.right else "#666666"
+            ink.text((left, top + cell_px + 3), text, fill=colour, font=small)
+    page.save(path, "PNG")
+
+
+def draw_reliability(calibration: Calibration, title: str, path: Path) -> None:
+    """Accuracy against confidence by bins, with how many examples each holds, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    left, width = calibration.edges[:-1], np.diff(calibration.edges)
+    full = calibration.count > 0
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(5, 6), sharex=True, height_ratios=(3, 1), layout="constrained"
+    )
+    above.bar(left[full], calibration.accuracy[full], width[full], align="edge", color="#9db8d9",
+              edgecolor="white", label="accuracy")  # fmt: skip
+    above.plot(calibration.confidence[full], calibration.accuracy[full], "o", color="#1f4e8c",
+               markersize=4, label="at the bin's mean confidence")  # fmt: skip
+    above.plot([0, 1], [0, 1], "--", color="#888888", linewidth=1, label="as confident as right")
+    above.set(xlim=(0, 1), ylim=(0, 1), ylabel="share that is right")
+    above.legend(loc="upper left", fontsize=8, frameon=False)
+    above.set_title(f"calibration error (ECE) {calibration.error:.3f}", fontsize=10)
+    below.bar(left, calibration.count, width, align="edge", color="#bbbbbb", edgecolor="white")
+    below.set(xlabel="probability of the best class", ylabel="examples")
+    for axis in (above, below):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title.replace("$", r"\$"), fontsize=10, wrap=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _cell(
+    page: Image.Image,
+    ink: ImageDraw.ImageDraw,
+    thing: Image.Image | str,
+    corner: tuple[int, int],
+    px: int,
+) -> None:
+    """A picture, or a text in lines, in the middle of a square."""
+    left, top = corner
+    if isinstance(thing, str):
+        font, margin, line_px = _font(TEXT_PX), 8, TEXT_PX + 5
+        lines = _wrap(thing, px - 2 * margin, (px - 2 * margin) // line_px, font)
+        y = top + (px - len(lines) * line_px) / 2
+        for i, line in enumerate(lines):
+            x = left + (px - font.getlength(line)) / 2
+            ink.text((x, y + i * line_px), line, fill=INK, font=font)
+        return
+    scale = px / max(thing.size)
+    size = tuple(max(1, round(side * scale)) for side in thing.size)
+    picture = thing.convert("RGBA").resize(size, Image.Resampling.LANCZOS)
+    page.paste(picture, (left + (px - size[0]) // 2, top + (px - size[1]) // 2), picture)
+
+
+def _wrap(text: str, width_px: float, most: int, font: ImageFont.FreeTypeFont) -> list[str]:
+    """A text in at most so many lines of a width; the last is cut where there is more."""
+    words, lines = text.split(), []
+    while words and len(lines) < most:
+        count = 1
+        while count < len(words) and font.getlength(" ".join(words[: count + 1])) <= width_px:
+            count += 1
+        if len(lines) + 1 == most:
+            count = len(words)
+        lines.append(_shorten(" ".join(words[:count]), width_px, font))
+        del words[:count]
+    return lines
 
 
 def _colours(boxes: Sequence[Box]) -> dict[str, str]:

@@ -6,6 +6,7 @@ rows stay on disk until they are asked for, and pictures stay encoded.
 """
 
 from vlm.data.sources.base import BadSource, ListSource, Source
+from vlm.data.sources.clip_benchmark import ClipBenchmark
 from vlm.data.sources.coco import CocoSource
 from vlm.data.sources.json_rows import RowsSource
 from vlm.data.sources.row import RowFormat, example_from_row
@@ -15,6 +16,7 @@ from vlm.data.sources.tables import TableSource
 
 __all__ = [
     "BadSource",
+    "ClipBenchmark",
     "CocoSource",
     "ListSource",
     "RowFormat",

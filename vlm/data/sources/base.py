@@ -28,6 +28,8 @@ class Source(ABC):
     """
 
     name: str
+    classes: tuple[str, ...] | None = None
+    """The names that captions are chosen from, in the source's own order, where it lists them."""
 
     @abstractmethod
     def __len__(self) -> int: ...

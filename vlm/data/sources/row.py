@@ -47,11 +47,14 @@ class RowFormat:
         the extension of the picture; None: any picture's.
     caption: the key of the caption, which then makes every row a caption; None: rows may have
         any of the three forms, captions under "caption" or else "text".
+    many: whether a caption may be a list of texts, all true of the picture; each is then an answer
+        to the prompt, in turn. Otherwise such a row is refused.
     """
 
     prompt: str = ""
     image: str | None = None
     caption: str | None = None
+    many: bool = False
 
 
 def example_from_row(
@@ -126,11 +129,16 @@ def _caption(row: Mapping, name: str, form: RowFormat, pictures: Sequence[ImageR
     if key is None:
         expected = ", ".join(keys if form.caption else ("conversations", "messages", *keys))
         raise BadRow(f"{name}: expected one of the keys {expected}, found {sorted(map(str, row))}")
-    if not isinstance(row[key], str):
-        raise BadRow(f"{name}: expected {key} to be text, found {_kind(row[key])}")
+    captions = row[key] if form.many and isinstance(row[key], list | tuple) else [row[key]]
+    if not captions or not all(isinstance(caption, str) for caption in captions):
+        expected = "text or a list of texts" if form.many else "text"
+        raise BadRow(f"{name}: expected {key} to be {expected}, found {_kind(row[key])}")
     if len(pictures) != 1:
         raise BadRow(f"{name}: expected one image for the caption, found {len(pictures)}")
-    return caption_example(name, pictures[0], row[key], form.prompt)
+    first, *others = (caption_example(name, pictures[0], text, form.prompt) for text in captions)
+    again = Turn("user", (form.prompt,) if form.prompt else ())
+    turns = [turn for example in others for turn in (again, example.turns[1])]
+    return Example(name, (*first.turns, *turns), first.images)
 
 
 def _conversation_turns(value: Any, name: str) -> Iterator[Turn]:

@@ -37,6 +37,8 @@ class ShardSource(Source):
     Raises BadSource where a shard is missing, cut short, or its samples are not side by side.
     """
 
+    text_extension = "txt"
+
     def __init__(
         self,
         shards: str | Path | Sequence[str | Path],
@@ -48,7 +50,7 @@ class ShardSource(Source):
         folder = os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in self._paths])
         self._names = [os.path.relpath(path, folder) for path in self._paths]
         self.name = name or str(shards if isinstance(shards, str | Path) else self._names[0])
-        self._index = _Index.of(self._paths, self._form.image)
+        self._index = _Index.of(self._paths, self._form.image, self.text_extension)
         self.require_rows()
 
     def __len__(self) -> int:
@@ -140,7 +142,7 @@ class _Index:
     """
 
     @classmethod
-    def of(cls, paths: Sequence[str], image_extension: str | None) -> _Index:
+    def of(cls, paths: Sequence[str], image_extension: str | None, text_extension: str) -> _Index:
         index, sample_shard, image_end, key_end = cls(), array("i"), array("q"), array("q")
         json_place, text_place, image_place = array("q"), array("q"), array("q")
         image_extensions, codes, keys = array("h"), {}, bytearray()
@@ -172,7 +174,7 @@ class _Index:
                 extensions.add(extension)
                 if extension == "json":
                     json_place[-2], json_place[-1] = member.offset, member.size
-                elif extension == "txt":
+                elif extension == text_extension:
                     text_place[-2], text_place[-1] = member.offset, member.size
                 elif _is_picture(extension, image_extension):
                     image_place.extend((member.offset, member.size))

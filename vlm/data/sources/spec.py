@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from vlm.data.sources.base import BadSource, Source
+from vlm.data.sources.clip_benchmark import ClipBenchmark
 from vlm.data.sources.coco import CocoSource
 from vlm.data.sources.documents import Documents
 from vlm.data.sources.grounded import Grounded
@@ -29,6 +30,7 @@ ACCEPTED = """\
     FOLDER                      saved by datasets, or images with classes or metadata
     FOLDER:SPLIT                one split of it
     datasets:ORG/NAME:SPLIT     a hub set
+    clip_benchmark:FOLDER:SPLIT WebDataset shards in CLIP_benchmark's layout
     PATH.txt                    plain text, paragraphs parted by empty lines
     python:SPLIT                plain text, Python's own manual: train, val"""
 _SUFFIX = re.compile(r"\?(?=[a-z_]+=)")
@@ -43,6 +45,7 @@ def open_source(
     root: str | Path | None = None,
     config: str | None = None,
     task: str | None = None,
+    many: bool = False,
 ) -> Source:
     """The source that `spec` names, one of:
 
@@ -54,6 +57,7 @@ def open_source(
         PATH.parquet                a table
         FOLDER, FOLDER:SPLIT        saved by `datasets`, or images with classes or metadata
         datasets:ORG/NAME:SPLIT     a hub set
+        clip_benchmark:FOLDER:SPLIT as in `vlm.data.sources.clip_benchmark`; SPLIT or else test
         PATH.txt                    plain text, paragraphs parted by empty lines
         python:SPLIT                plain text, Python's own manual: train, val
 
@@ -67,6 +71,7 @@ def open_source(
         too. None: the folder of the rows.
     config: a hub set's configuration.
     task: "ground" asks where each label of a row's boxes is, in place of what the row says.
+    many: whether a caption may be a list of texts; an argument only, as few uses can take it.
     Raises BadSource where nothing opens, listing what is accepted.
 
     >>> open_source("scenes:10:seed=3")
@@ -89,7 +94,7 @@ def open_source(
     root, config, task = (options.pop(key) for key in ("root", "config", "task"))
     if task not in (None, "ground"):
         raise BadSource(f"{spec}: expected the task ground, found {task!r}")
-    source = open_kind(text, RowFormat(**options), root, config)
+    source = open_kind(text, RowFormat(**options, many=many), root, config)
     return source if task is None else Grounded(source)
 
 
@@ -101,6 +106,7 @@ _READS = {
     "table": ("prompt", "image", "caption", "root", "task"),
     "datasets": OPTIONS,
     "coco": ("root",),
+    "clip_benchmark": ("prompt",),
     "python": (),
     "text": (),
 }
@@ -176,6 +182,11 @@ def _coco(text: str, _, root: str | Path | None, *__) -> Source:
     return CocoSource(text.removeprefix("coco:"), root)
 
 
+def _clip_benchmark(text: str, form: RowFormat, *_) -> Source:
+    folder, split = _body_and_split(text.removeprefix("clip_benchmark:"))
+    return ClipBenchmark(folder, split or "test", form)
+
+
 def _manual(text: str, *_) -> Source:
     return Documents.from_manual(text.removeprefix("python:"))
 
@@ -185,5 +196,6 @@ _NAMED = {
     "scenes": _scenes,
     "datasets": _table,
     "coco": _coco,
+    "clip_benchmark": _clip_benchmark,
     "python": _manual,
 }

@@ -7,6 +7,7 @@ is `vlm.pixels.open_image`'s, which has limits that `datasets` has not.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,14 +54,15 @@ class TableSource(Source):
                     f"{name}: expected one of the columns {', '.join(texts)}, or class labels "
                     f"under {LABEL_KEY}, found {sorted(columns)}"
                 )
-            form = RowFormat(prompt=form.prompt, image=form.image, caption=LABEL_KEY)
+            form = dataclasses.replace(form, caption=LABEL_KEY)
         self._form = form
         images = IMAGE_KEYS if form.image is None else (form.image,)
         captions = texts if form.caption is None else (form.caption,)
         read = [key for key in (*images, *captions, "boxes") if key in columns]
         table = table.select_columns(read)
         feature = table.features[form.caption] if form.caption else None
-        self._labels = getattr(feature, "names", None)
+        names = getattr(feature, "names", None)
+        self.classes = None if names is None else tuple(names)
         self._table = _undecoded(table)
         self.require_rows()
 
@@ -73,11 +75,11 @@ class TableSource(Source):
     def read(self, row: int) -> Example:
         values = self._table[row]
         name = self.row_name(row)
-        if self._labels is not None and values[self._form.caption] is not None:
+        if self.classes is not None and values[self._form.caption] is not None:
             label = values[self._form.caption]
-            if not 0 <= label < len(self._labels):
+            if not 0 <= label < len(self.classes):
                 raise BadRow(f"{name}: expected a label with a name, found {label}")
-            values = values | {self._form.caption: self._labels[label]}
+            values = values | {self._form.caption: self.classes[label]}
         return example_from_row(values, name, self._form, self._find)
 
     def _find(self, value: Any, row_name: str) -> ImageRef:

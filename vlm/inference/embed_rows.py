@@ -1,0 +1,231 @@
+"""The rows of a source as vectors: streamed, and shared among processes.
+
+Batches are runs of rows, dealt to processes in turn, so that what a batch holds, and with it every
+vector, is the same on any number of processes, divisible or not (T19). A process that gets none
+takes part all the same. Of a picture or a text only its vector is kept.
+
+Shapes: N row, U shared embedding width, n text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from vlm.data.collate import group_views
+from vlm.data.example import BadRow, Example, Skipped
+from vlm.data.sources.base import Source
+from vlm.image_tokens import ViewGroup
+from vlm.inference.embed import ContrastiveModel
+from vlm.inference.engine import evaluating
+from vlm.pairs import Pair
+from vlm.pixels import BadImage
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """How rows are read.
+
+    batch: rows at once. workers: processes that read and decode, for each process that computes.
+    bad_rows: a row that cannot be read stops everything and is named, or is left out.
+    """
+
+    batch: int = 64
+    workers: int = 1
+    bad_rows: Literal["raise", "skip"] = "raise"
+
+
+class Batch(NamedTuple, Generic[T]):
+    """What was read of some rows: `items` of the rows at `places`, and what was left out."""
+
+    places: list[int]
+    items: T
+    skipped: list[tuple[int, Skipped]]
+
+
+class Pictures(NamedTuple):
+    """The pictures of rows.
+
+    vectors: float32[N, U], unit norm, zero for rows that are left out, on the model's device.
+    kept: bool[N], False for rows that are left out. beside: what else was kept of each row that
+    is not. skipped: those that are, by their places in the rows.
+    """
+
+    vectors: Tensor
+    kept: Tensor
+    beside: list[Any]
+    skipped: list[tuple[int, Skipped]]
+
+
+def require_contrastive(model: Any, where: str) -> ContrastiveModel:
+    """The model. Raises ValueError for one that does not embed pictures and texts, with `where` it
+    comes from and its family."""
+    if not isinstance(model, ContrastiveModel):
+        raise ValueError(
+            f"{where}: expected a contrastive model, with a tower for pictures and one for texts, "
+            f"found a {model.module.family} one"
+        )
+    return model
+
+
+def read_batches(
+    source: Source,
+    rows: Sequence[int],
+    read: Callable[[Example], T],
+    accelerator: Accelerator,
+    reading: Reading,
+    what: str,
+    collate: Callable[[list[T]], Any] = list,
+) -> Iterator[Batch]:
+    """This process's share of the batches of rows, with a bar over all of them on the first.
+
+    read: what is taken of an example; it raises BadRow or BadImage for one that will not do.
+    what: the bar's name. collate: what becomes of the items of a batch; it runs in the workers, as
+    `read` does.
+    Raises BadRow for the first row that will not do, unless `reading` says to skip it.
+    """
+    ranks, rank = accelerator.num_processes, accelerator.process_index
+    batches = [range(i, min(i + reading.batch, len(rows))) for i in
+               range(rank * reading.batch, len(rows), ranks * reading.batch)]  # fmt: skip
+    loader = DataLoader(
+        _Rows(source, rows, read),
+        batch_sampler=batches,
+        num_workers=min(reading.workers, len(batches)),
+        collate_fn=_Collate(collate),
+    )
+    with tqdm(total=len(rows), desc=what, disable=rank > 0, leave=False) as bar:
+        for batch in loader:
+            if batch.skipped and reading.bad_rows == "raise":
+                row = batch.skipped[0][1]
+                raise BadRow(f"{row.name}: {row.reason}")
+            yield batch
+            bar.update(min(ranks * reading.batch, len(rows) - bar.n))
+
+
+@torch.no_grad()
+def embed_pictures(
+    model: ContrastiveModel,
+    source: Source,
+    rows: Sequence[int],
+    accelerator: Accelerator,
+    reading: Reading,
+    beside: Callable[[Example], Any] = lambda example: None,
+) -> Pictures:
+    """The vector of the one picture of each row, the same on every process.
+
+    beside: what else is kept of a row, such as its label; it raises BadRow for one that will not
+    do, before its picture is decoded.
+    Raises BadRow as `read_batches`, and ValueError naming rows whose vector has no direction.
+    """
+
+    def read(example: Example) -> tuple[Pair, Any]:
+        kept = beside(example)
+        image = only_picture(example)
+        views = model.processor.views(image, example.name)
+        return Pair(name=example.name, ids=torch.empty(0), views=views), kept
+
+    dtype = next(model.module.tokenizer.parameters()).dtype
+    vectors = torch.zeros(len(rows), model.module.dim, device=model.device)
+    found, skipped = [], []
+    with evaluating(model.module):
+        for batch in read_batches(source, rows, read, accelerator, reading, "pictures", _stack):
+            skipped += batch.skipped
+            if batch.places:
+                groups, names, kept = batch.items
+                groups = [group.to(model.device, dtype) for group in groups]
+                embedded = model.module.embed_images(groups).float()
+                _require_directions(embedded, names)
+                vectors[batch.places] = embedded
+                found += zip(batch.places, kept)
+    found = sorted(from_all(accelerator, found), key=lambda item: item[0])
+    kept = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
+    kept[[place for place, _ in found]] = True
+    return Pictures(
+        sum_of_all(accelerator, vectors),
+        kept,
+        [value for _, value in found],
+        sorted(from_all(accelerator, skipped), key=lambda item: item[0]),
+    )
+
+
+@torch.no_grad()
+def embed_texts(
+    model: ContrastiveModel, texts: Sequence[str], names: Sequence[str]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The vectors of a batch of texts, float32[n, U], unit norm, on the model's device; and how
+    many tokens of each were cut. The model is in evaluation mode already.
+
+    Raises ValueError with the `names` of texts whose vector has no direction.
+    """
+    ids, valid, cut = model.processor.texts(texts)
+    vectors = model.module.embed_texts(ids.to(model.device), valid.to(model.device)).float()
+    _require_directions(vectors, names)
+    return vectors, cut
+
+
+def only_picture(example: Example):
+    """The one picture of an example. Raises BadRow where it has none or several."""
+    if len(example.images) != 1:
+        raise BadRow(f"{example.name}: expected one picture, found {len(example.images)}")
+    return example.images[0]
+
+
+def from_all(accelerator: Accelerator, items: list) -> list:
+    """The items of all processes, on every process, rank by rank."""
+    return gather_object(items) if accelerator.num_processes > 1 else items
+
+
+def sum_of_all(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    """The sum over processes, on every process."""
+    return accelerator.reduce(tensor, "sum") if accelerator.num_processes > 1 else tensor
+
+
+class _Rows(Dataset):
+    """What `read` takes of each row, or Skipped, with the row's place."""
+
+    def __init__(self, source: Source, rows: Sequence[int], read: Callable) -> None:
+        self.source, self.rows, self.read = source, rows, read
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> tuple[int, Any]:
+        row = self.rows[place]
+        try:
+            return place, self.read(self.source[row])
+        except (BadRow, BadImage) as error:
+            name = self.source.row_name(row)
+            return place, Skipped(name, str(error).removeprefix(f"{name}: "))
+
+
+class _Collate:
+    def __init__(self, collate: Callable[[list], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, found: list[tuple[int, Any]]) -> Batch:
+        skipped = [(place, item) for place, item in found if isinstance(item, Skipped)]
+        kept = [(place, item) for place, item in found if not isinstance(item, Skipped)]
+        return Batch([place for place, _ in kept], self.collate([i for _, i in kept]), skipped)
+
+
+def _stack(items: list[tuple[Pair, Any]]) -> tuple[tuple[ViewGroup, ...], list[str], list[Any]]:
+    pairs = [pair for pair, _ in items]
+    return group_views(pairs), [pair.name for pair in pairs], [kept for _, kept in items]
+
+
+def _require_directions(vectors: Tensor, names: Sequence[str]) -> None:
+    """Raises ValueError naming what has a vector without direction: not finite, or zero."""
+    lengths = vectors.norm(dim=1).tolist()
+    wrong = [name for name, length in zip(names, lengths) if not 0.5 < length < 2]
+    if wrong:
+        raise ValueError(f"the model gives vectors that are zero or not finite for {wrong[:8]}")
