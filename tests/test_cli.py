@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -21,9 +22,20 @@ def test_import_is_light():
     assert float(out.stdout) < 0.3
 
 
+def test_help_is_light():
+    """The command line imports neither torch nor faiss before a command runs."""
+    code = "import sys, vlm.cli; assert not {'torch', 'faiss', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_commands_end_with_one_line_where_input_is_bad(tmp_path, capsys):
     text = tmp_path / "text.png"
-    text.write_text("no picture")
+    text.write_text("no picture\n\n")
+    empty, full = tmp_path / "empty", tmp_path / "full"
+    for folder in (empty, full):
+        folder.mkdir()
+    tiny.picture().save(full / "a.png")
+    index = [str(full), "--model", "x"]
     for arguments, message in (
         (["caption", str(text), "--model", "runs/none"], "text.png"),
         (["caption", str(tmp_path / "gone.png"), "--model", "x"], "gone.png"),
@@ -33,6 +45,28 @@ def test_commands_end_with_one_line_where_input_is_bad(tmp_path, capsys):
         (["chat", str(tmp_path / "gone.png"), "--model", "x"], "gone.png"),
         (["chat", "--model", "x", "--device", "gpu"], "device 'gpu': expected auto, cpu or a"),
         (["chat", "--model", "x", "--device", "meta"], "device 'meta': expected auto, cpu or a"),
+        (["classify", "--labels", "a", "--model", "x"], "name at least one picture"),
+        (["classify", str(text), "--labels", "a", "--model", "x"], "text.png"),
+        (["embed", "--model", "x", "--out", "x.npz"], "name at least one picture, folder or text"),
+        (["embed", str(text), "--model", "x", "--out", "x.npy"], "expected a .npz file"),
+        (["embed", str(text), "--model", "x", "--out", "x.npz"], "text.png: expected a picture"),
+        (["embed", "--text", " ", "--model", "x", "--out", "x.npz"], "not empty, found ' '"),
+        (["embed", "--texts", str(text), "--model", "x", "--out", "x.npz"], "line 2 empty"),
+        (["embed", "gone.png", "--model", "x", "--out", "x.npz"], "gone.png: expected a picture"),
+        (["index", str(text), "--model", "x", "--out", "x"], "expected a folder of pictures"),
+        (["index", str(empty), "--model", "x", "--out", "x"], "found none among 0 files"),
+        (["index", *index, "--out", str(tmp_path)], "expected an index or a new folder"),
+        (["index", *index, "--out", "x", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["index", *index, "--out", "x", "--workers", "-1"], "--workers must be at least 0"),
+        (["retrieve", str(tmp_path), "cat"], "expected an index (index.json), found none"),
+        (["retrieve", "x"], "expected one of a query, --text and --image, found 0"),
+        (["retrieve", "x", "cat", "--text", "dog"], "--text and --image, found 2"),
+        (["retrieve", "x", " "], "expected a query, found an empty text"),
+        (["retrieve", "x", "gone.png"], "at this path; to search for this text, say --text"),
+        (["retrieve", "x", str(text)], "to search for this text, say --text"),
+        (["retrieve", "x", "--image", "gone.png"], "gone.png: expected a picture"),
+        (["retrieve", "x", "cat", "--top", "0"], "--top must be at least 1, found 0"),
+        (["retrieve", "x", "cat", "--draw", "a.jpg"], "--draw: expected a .png file"),
         (["fetch", "everything"], "no asset 'everything'; there are smollm2-135m-instruct"),
         (["inspect-batch", str(tmp_path / "none.py")], "expected a recipe file"),
     ):
@@ -236,3 +270,173 @@ def test_missing_gpu_is_one_line(monkeypatch, capsys):
         found = capsys.readouterr().err
         assert found.startswith(f"error: device '{device}': expected auto, cpu or a device of this")
         assert found.count("\n") == 1
+
+
+@pytest.fixture
+def towers(tmp_path, monkeypatch):
+    """Makes `vlm.load` give a tiny contrastive model, and a folder with three picture files."""
+    import vlm
+    from tests.test_embed import public
+
+    model = public()
+    monkeypatch.setattr(vlm, "load", lambda *_, **__: model, raising=False)
+    folder = tmp_path / "pictures"
+    (folder / "sub").mkdir(parents=True)
+    paths = [folder / name for name in ("a.png", "b.png", "sub/c.png")]
+    for number, path in enumerate(paths):
+        tiny.picture(number, (20 + number, 31)).save(path)
+    return model, folder, paths
+
+
+def test_embed_command_writes_unit_vectors_with_names(towers, tmp_path, capsys):
+    model, folder, paths = towers
+    texts, out = tmp_path / "texts.txt", tmp_path / "vectors.npz"
+    texts.write_text("a dog\nein Käfer\n", encoding="utf-8")
+    options = ["--model", "runs/x", "--out", str(out)]
+    cli.main(["embed", str(folder), *options, "--text", "a cat", "--texts", str(texts)])
+    assert capsys.readouterr().out == f"{out}: 3 pictures, 3 texts, 10 numbers each\n"
+    found = np.load(out)
+    assert found["image_names"].tolist() == [str(path) for path in paths]
+    assert found["text_names"].tolist() == ["a cat", "a dog", "ein Käfer"]
+    assert found["model"] == "runs/x"
+    for key, vectors in (
+        ("images", model.embed_images(paths)),
+        ("texts", model.embed_texts(found["text_names"].tolist())),
+    ):
+        assert found[key].dtype == np.float32
+        np.testing.assert_allclose(found[key], vectors, atol=1e-6)
+    cli.main(["embed", str(paths[0]), *options])
+    assert set(np.load(out)) == {"model", "images", "image_names"}
+    assert sorted(os.listdir(tmp_path)) == ["pictures", "texts.txt", "vectors.npz"]
+
+
+def test_embed_command_leaves_out_and_counts_what_cannot_be_read(towers, tmp_path, capsys):
+    _, folder, paths = towers
+    paths[1].write_bytes(paths[1].read_bytes()[:200])
+    out = tmp_path / "vectors.npz"
+    options = ["--model", "x", "--out", str(out)]
+    with pytest.raises(SystemExit):
+        cli.main(["embed", str(folder), *options])
+    assert "b.png: expected a whole PNG" in capsys.readouterr().err
+    assert not out.exists()
+    cli.main(["embed", str(folder), *options, "--bad-rows", "skip"])
+    shown = capsys.readouterr()
+    assert "2 pictures" in shown.out
+    assert f"left out: {paths[1]}: expected a whole PNG" in shown.err
+    assert np.load(out)["image_names"].tolist() == [str(paths[0]), str(paths[2])]
+
+
+def test_index_is_built_once_and_searched_by_texts_and_pictures(towers, tmp_path, capsys):
+    model, folder, paths = towers
+    out, page = str(tmp_path / "index"), tmp_path / "hits.png"
+    cli.main(["index", str(folder), "--model", "x", "--out", out])
+    assert capsys.readouterr().out.startswith(f"{out}: 3 pictures (3 new, 0 changed, 0 as before")
+    cli.main(["retrieve", out, "a cat", "--top", "2", "--draw", str(page)])
+    scores = (model.embed_texts(["a cat"]) @ model.embed_images(paths).T)[0]
+    best = scores.argsort(descending=True)[:2].tolist()
+    shown = capsys.readouterr().out
+    assert shown == "".join(f"{scores[i]:.4f}  {paths[i]}\n" for i in best)
+    with Image.open(page) as drawn:
+        assert drawn.width > 3 * 160
+    for query in ([str(paths[2])], ["--image", str(paths[2])]):
+        cli.main(["retrieve", out, *query, "--top", "1", "--json"])
+        found = json.loads(capsys.readouterr().out)
+        assert found == {"rank": 1, "score": 1.0, "path": str(paths[2]), "fault": None}
+    with pytest.warns(UserWarning, match="1 of 1 texts were longer"):  # the text of the path
+        cli.main(["retrieve", out, "--text", str(paths[2]), "--top", "1"])
+    assert not capsys.readouterr().out.startswith("1.0000")
+    paths[0].unlink()
+    tiny.picture(5, (41, 31)).save(paths[1])
+    with pytest.warns(UserWarning, match="1 of 1 texts were longer"):  # a folder is no picture
+        cli.main(["retrieve", out, str(folder), "--draw", str(page)])
+    lines = [line.split("  ", 1)[1] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(lines) == [
+        f"{paths[0]}  (no longer there)",
+        f"{paths[1]}  (changed since it was indexed)",
+        str(paths[2]),
+    ]
+    cli.main(["index", str(folder), "--model", "x", "--out", out, "--approximate"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "2 pictures (0 new, 1 changed, 1 as before, 1 gone, 0 left out)" in lines[0]
+    assert lines[1].startswith("1 of 1 clusters are searched: 100.0% of the nearest ten")
+
+
+def test_search_with_another_model_is_refused(towers, tmp_path, monkeypatch, capsys):
+    import vlm
+    from tests.test_embed import public
+
+    _, folder, _ = towers
+    out = str(tmp_path / "index")
+    cli.main(["index", str(folder), "--model", "one", "--out", out])
+    opened = []
+
+    def other(source, **options):
+        opened.append((source, options["dtype"]))
+        return public(seed=1)
+
+    monkeypatch.setattr(vlm, "load", other)
+    for options, name in (([], "one"), (["--model", "two"], "two")):
+        with pytest.raises(SystemExit):
+            cli.main(["retrieve", out, "cat", *options])
+        assert opened.pop() == (name, "auto")
+        shown = capsys.readouterr().err
+        assert f"error: {out}: built with one (width 10, weights " in shown
+        assert f"; found {name} (width 10, weights " in shown
+
+    def gone(*_, **__):
+        raise OSError("one: no such folder")
+
+    monkeypatch.setattr(vlm, "load", gone)
+    with pytest.raises(SystemExit):
+        cli.main(["retrieve", out, "cat"])
+    assert "one: no such folder); say with --model where it is now" in capsys.readouterr().err
+
+
+def test_model_of_another_family_is_named(opened, tmp_path, capsys, monkeypatch):
+    import vlm
+    from tests.test_embed import public
+
+    _, files = opened
+    given = ["--model", "runs/x"]
+    for arguments in (
+        ["classify", files[0], "--labels", "a", *given],
+        ["embed", files[0], "--out", str(tmp_path / "x.npz"), *given],
+        ["index", str(tmp_path), "--out", str(tmp_path / "index"), *given],
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        assert capsys.readouterr().err.startswith(
+            "error: runs/x: a decoder_only model has no vectors to compare; expected a model of "
+            "the family contrastive (CLIP, SigLIP"
+        )
+    monkeypatch.setattr(vlm, "load", lambda *_, **__: public())
+    with pytest.raises(SystemExit):
+        cli.main(["caption", files[0], *given])
+    assert "a contrastive model writes no text; expected a model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bias", [None, -1.0])
+def test_classify_command_shows_the_best_labels(towers, monkeypatch, capsys, bias):
+    import vlm
+    from tests.test_embed import public
+
+    _, _, paths = towers
+    model = public(bias=bias)
+    monkeypatch.setattr(vlm, "load", lambda *_, **__: model)
+    files = [str(path) for path in paths[:2]]
+    options = ["--labels", "cat", "dog", "bee", "--model", "x", "--top", "2"]
+    cli.main(["classify", *files, *options, "--templates", "a {}", "{}s", "--json"])
+    scores = model.classify(files, ["cat", "dog", "bee"], ["a {}", "{}s"])
+    shares = scores.softmax(1) if bias is None else scores.sigmoid()
+    for line, file, row in zip(capsys.readouterr().out.splitlines(), files, shares):
+        found = json.loads(line)
+        best = row.argsort(descending=True)[:2].tolist()
+        assert (found["image"], list(found["labels"])) == (
+            file, [["cat", "dog", "bee"][i] for i in best],
+        )  # fmt: skip
+        assert list(found["labels"].values()) == pytest.approx(row[best].tolist(), abs=1e-6)
+    cli.main(["classify", files[0], *options])
+    assert capsys.readouterr().out.count(", ") == 1
+    with pytest.raises(SystemExit):
+        cli.main(["classify", files[0], "--labels", "a", "a", "--model", "x"])
+    assert "expected each label once" in capsys.readouterr().err

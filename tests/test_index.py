@@ -1,0 +1,378 @@
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests import tiny
+from tests.test_embed import public
+from vlm.data.example import BadRow
+from vlm.inference import index as index_file
+from vlm.inference import nearest, picture_files
+from vlm.inference.embed_rows import Reading
+from vlm.inference.index import File, Index
+from vlm.inference.origin import Origin, origin_of
+from vlm.inference.picture_files import SUFFIXES, find_pictures
+from vlm.pixels import BadImage
+from vlm.pixels.decode import FORMATS
+
+SKIP = Reading(bad_rows="skip")
+ORIGIN = Origin(model="m", dtype="auto", weights="w", preprocessing="p", dim=6)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return public()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five pictures at several depths, and what is none."""
+    root = tmp_path / "pictures"
+    for number, name in enumerate(["b.png", "a.JPG", "sub/c.webp", "sub/deep/d.bmp", "sub/e.tif"]):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        tiny.picture(number, (20 + number, 31)).save(root / name)
+    (root / "text.txt").write_text("no picture")
+    (root / ".hidden").mkdir()
+    for name in (".f.png", ".hidden/g.png"):
+        tiny.picture(9).save(root / name)
+    return root
+
+
+def unit(rows, width=6, seed=0):
+    vectors = np.random.default_rng(seed).standard_normal((rows, width)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def made(vectors, approximate=False):
+    """An index of given vectors."""
+    files = [File(f"{i:05}.png", i, 1) for i in range(len(vectors))]
+    engine, clusters = nearest.engine_of(vectors, approximate)
+    return Index(engine, ORIGIN, Path("/pictures"), files, clusters=clusters)
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_exact_search_equals_the_whole_product(tmp_path, queries):
+    vectors, queries = unit(500), unit(queries, seed=1)
+    index = made(vectors)
+    index.save(tmp_path / "index")
+    for searched in (index, Index.load(tmp_path / "index")):
+        scores, paths = searched.search(torch.from_numpy(queries), 7)
+        product = queries @ vectors.T
+        order = np.argsort(-product, axis=1)[:, :7]
+        assert scores.dtype == np.float32
+        np.testing.assert_allclose(scores, np.take_along_axis(product, order, 1), atol=1e-6)
+        assert [[int(path.stem) for path in row] for row in paths] == order.tolist()
+    assert np.array_equal(searched.vectors(), vectors)
+    scores, paths = index.search(queries * 3, 1000)
+    assert scores.shape == (len(queries), 500)
+    assert len(set(paths[0])) == 500
+
+
+def test_equal_vectors_come_in_the_order_of_their_paths():
+    _, (paths,) = made(np.repeat(unit(3), 4, axis=0)).search(unit(3)[1:2], 4)
+    assert [int(path.stem) for path in paths] == [4, 5, 6, 7]
+
+
+def test_opened_vectors_are_mapped_into_memory(tmp_path):
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("this system does not list what is mapped")
+    made(unit(5000)).save(tmp_path / "index")
+    index = Index.load(tmp_path / "index")
+    assert str(tmp_path / "index") in maps.read_text()
+    assert len(index) == 5000
+
+
+def test_clusters_find_the_share_that_they_state(tmp_path):
+    """In vectors that lie in groups, as pictures' do."""
+    centres = unit(60, 6, seed=2)[np.arange(6000) % 60]
+    vectors = centres + 0.3 * unit(6000, 6, seed=3)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    made(vectors, approximate=True).save(tmp_path / "index")
+    index = Index.load(tmp_path / "index")
+    told = index.clusters
+    assert nearest.RECALL <= told.recall <= 1
+    assert told.probes < told.clusters
+    assert np.array_equal(index.vectors(), vectors)
+    rows = np.arange(7, 6000, 30)
+    _, found = index.search(vectors[rows], 11)
+    _, true = made(vectors).search(vectors[rows], 11)
+    share = np.mean([len(set(a) & set(b)) - 1 for a, b in zip(found, true)]) / 10
+    assert abs(share - told.recall) < 0.05
+    every, _ = index.search(vectors[:3], 6000)  # more than the probed clusters hold
+    np.testing.assert_allclose(every, np.sort(vectors[:3] @ vectors.T)[:, ::-1], atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 50])
+def test_few_vectors_in_clusters_are_searched_exactly(count):
+    index = made(unit(count), approximate=True)
+    assert index.clusters == nearest.Clusters(clusters=1, probes=1, recall=1.0)
+    exact, _ = made(unit(count)).search(unit(4, seed=1), 5)
+    np.testing.assert_allclose(index.search(unit(4, seed=1), 5)[0], exact, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("queries", "k", "message"),
+    [
+        (unit(2, 5), 3, r"expected vectors \[N, 6\], found \[2, 5\]"),
+        (unit(1)[0], 3, r"expected vectors \[N, 6\], found \[6\]"),
+        (unit(3) * [[1], [0], [np.nan]], 3, r"zero or not finite: \['row 1', 'row 2'\]"),
+        (unit(3) * [[1], [1], [np.inf]], 3, r"zero or not finite: \['row 2'\]"),
+        (unit(3), 0, "k must be at least 1, found 0"),
+    ],
+)
+def test_queries_without_sense_are_refused(queries, k, message):
+    with pytest.raises(ValueError, match=message):
+        made(unit(9)).search(queries, k)
+
+
+def test_suffixes_are_those_of_the_formats_that_are_opened():
+    Image.init()
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+    assert set(SUFFIXES) == known - {".pfm"}  # which holds floats
+
+
+def test_pictures_are_found_at_any_depth_each_once(folder):
+    names = ["a.JPG", "b.png", "sub/c.webp", "sub/deep/d.bmp", "sub/e.tif"]
+    assert find_pictures([folder]) == [folder / name for name in names]
+    shown = find_pictures([folder / "b.png", folder / "text.txt", folder])
+    assert shown[:2] == [folder / "b.png", folder / "text.txt"]
+    assert len(shown) == 6
+    (folder / "none").mkdir()
+    for name in ("a.txt", ".b.png"):
+        (folder / "none" / name).touch()
+    for places, message in (
+        ([], "name at least one picture or folder"),
+        ([folder / "x.png"], r"x\.png: expected a picture or a folder, found nothing"),
+        ([folder / "none"], r"none: expected pictures \(\.png.*found none among 2 files"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_pictures(places)
+
+
+def test_built_index_holds_every_picture_under_its_path(model, folder, tmp_path):
+    index = Index.build(folder, model, source="runs/x", out=tmp_path / "index")
+    paths = find_pictures([folder])
+    assert [folder / file.path for file in index.files] == paths
+    np.testing.assert_allclose(index.vectors(), model.embed_images(paths), atol=1e-6)
+    assert index.changes == (5, 0, 0, 0, [])
+    opened = Index.load(tmp_path / "index")
+    assert (opened.origin, opened.folder) == (origin_of(model, "runs/x"), folder)
+    scores, (found,) = opened.search(model.embed_images([paths[3]]), 2)
+    assert found[0] == paths[3]
+    assert abs(scores[0, 0] - 1) < 1e-6
+    scores, (found,) = opened.search(model.embed_texts(["cat"]), 5)
+    product = model.embed_texts(["cat"]) @ model.embed_images(paths).T
+    np.testing.assert_allclose(scores, product.sort(descending=True).values, atol=1e-6)
+    again = Index.build(folder, model, source="x", reading=Reading(batch=2, workers=2))
+    np.testing.assert_allclose(again.vectors(), index.vectors(), atol=1e-6)
+
+
+@pytest.mark.parametrize("approximate", [False, True])
+def test_second_build_embeds_only_what_is_new_or_changed(model, folder, tmp_path, approximate):
+    out = tmp_path / "index"
+    options = dict(source="x", out=out, approximate=approximate)
+    Index.build(folder, model, **options)
+    written = os.listdir(out), (out / "index.json").stat().st_mtime_ns
+    seen = []
+    hook = model.module.tokenizer.register_forward_hook(lambda *args: seen.append(len(args[1][0])))
+    assert Index.build(folder, model, **options).changes == (0, 0, 5, 0, [])
+    assert (os.listdir(out), (out / "index.json").stat().st_mtime_ns) == written
+    (folder / "b.png").unlink()
+    tiny.picture(7, (50, 40)).save(folder / "sub/c.webp")
+    tiny.picture(8).save(folder / "sub/new.png")
+    index = Index.build(folder, model, **options)
+    hook.remove()
+    assert index.changes == (1, 1, 3, 1, [])
+    assert sum(seen) == 2
+    fresh = Index.build(folder, model, source="x")
+    assert index.files == Index.load(out).files == fresh.files
+    np.testing.assert_allclose(Index.load(out).vectors(), fresh.vectors(), atol=1e-6)
+    assert sum(name.startswith("vectors-") for name in os.listdir(out)) == 1
+    exact = Index.build(folder, model, source="x", out=out)
+    assert exact.clusters is None
+
+
+def test_stopped_build_keeps_what_it_has_and_goes_on(model, folder, tmp_path, monkeypatch):
+    """A picture that is cut off is seen only when it is decoded; an interrupt comes at any time."""
+    out, cut = tmp_path / "index", folder / "sub/c.webp"
+    whole = (folder / "b.png").read_bytes()
+    cut.write_bytes(whole[: len(whole) // 2])
+    one = Reading(batch=1)
+    with pytest.raises(BadRow, match=r"^[^ ]*c\.webp: expected a whole PNG, found a damaged"):
+        Index.build(folder, model, source="x", out=out, reading=one)
+    assert [file.path for file in Index.load(out).files] == ["a.JPG", "b.png"]
+    assert not Index.load(out).complete
+    cut.write_bytes(whole)
+    embed = model.module.embed_images
+    calls = []
+
+    def interrupted(groups):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return embed(groups)
+
+    monkeypatch.setattr(model.module, "embed_images", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Index.build(folder, model, source="x", out=out, reading=one)
+    assert len(Index.load(out)) == 4
+    monkeypatch.undo()
+    index = Index.build(folder, model, source="x", out=out)
+    assert index.changes == (1, 0, 4, 0, [])
+    assert Index.load(out).complete
+    with pytest.raises(ValueError, match="batch must be at least 1, found 0"):
+        Index.build(folder, model, source="x", reading=Reading(batch=0))
+
+
+def test_bad_pictures_are_named_or_left_out_and_counted(model, folder, tmp_path):
+    for name in ("x.png", "y.jpg"):
+        (folder / name).write_text("no picture")
+    with pytest.raises(BadImage, match=r"2 bad pictures: .*x\.png: expected .*y\.jpg: expected"):
+        Index.build(folder, model, source="x", out=tmp_path / "index")
+    assert not (tmp_path / "index").exists()
+    index = Index.build(folder, model, source="x", out=tmp_path / "index", reading=SKIP)
+    assert index.changes[:4] == (5, 0, 0, 0)
+    assert [row.name for row in index.changes.skipped] == [
+        str(folder / name) for name in ("x.png", "y.jpg")
+    ]
+    assert index.changes.skipped[0].reason.startswith("expected a picture")
+    assert len(Index.load(tmp_path / "index")) == 5
+    written = os.listdir(tmp_path / "index")
+    again = Index.build(folder, model, source="x", out=tmp_path / "index", reading=SKIP)
+    assert (again.changes[:4], len(again.changes.skipped)) == ((0, 0, 5, 0), 2)
+    assert os.listdir(tmp_path / "index") == written
+    (folder / "a.JPG").write_text("no picture")
+    index = Index.build(folder, model, source="x", out=tmp_path / "index", reading=SKIP)
+    assert (index.changes[:4], len(index), len(index.changes.skipped)) == ((0, 0, 4, 0), 4, 3)
+    for path in find_pictures([folder]):
+        path.write_text("no picture")
+    with pytest.raises(ValueError, match=r"none of 7 pictures can be read, .*expected a picture"):
+        Index.build(folder, model, source="x", out=tmp_path / "index", reading=SKIP)
+    with pytest.raises(ValueError, match="nowhere: expected a folder of pictures, found none"):
+        Index.build(tmp_path / "nowhere", model, source="x")
+
+
+def test_several_processes_are_refused(model, folder, monkeypatch):
+    """Each would index a share of the pictures only."""
+    several = type("Several", (), {"num_processes": 2})
+    monkeypatch.setattr(picture_files, "Accelerator", several)
+    with pytest.raises(ValueError, match="embedded by one process, found 2"):
+        Index.build(folder, model, source="x")
+
+
+def test_model_without_directions_is_named_with_the_picture(folder):
+    given = public()
+    with torch.no_grad():
+        given.module.image_head.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"zero or not finite: \['.*a\.JPG'"):
+        Index.build(folder, given, source="x")
+
+
+def test_origin_tells_weights_and_preprocessing_apart(model, tmp_path):
+    model.save(tmp_path / "run")
+    origin = origin_of(model, tmp_path / "run")
+    assert origin.model == str(tmp_path / "run")
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    import vlm
+
+    opened = vlm.load(tmp_path / "moved")
+    assert origin.agrees(origin_of(opened, tmp_path / "moved"))
+    with torch.no_grad():
+        opened.module.text_head.bias[0] += 1e-6
+    other = origin_of(opened, "x")
+    assert (other.weights != origin.weights, other.preprocessing) == (True, origin.preprocessing)
+    for change in (dict(lower_case=True), dict(length=11), dict(end_id=5)):
+        given = public()
+        vars(given.processor).update(change)
+        other = origin_of(given, "x")
+        assert (other.weights, other.preprocessing != origin.preprocessing) == (
+            origin.weights, True,
+        )  # fmt: skip
+        assert not origin.agrees(other)
+
+
+def test_index_of_another_model_is_refused_with_both_named(model, folder, tmp_path):
+    Index.build(folder, model, source="one", out=tmp_path / "index")
+    index = Index.load(tmp_path / "index")
+    for other in (public(width=8), public(seed=1)):
+        theirs = origin_of(other, "two")
+        with pytest.raises(ValueError, match=r"index: built with one \(width 10") as caught:
+            Index.build(folder, other, source="two", out=tmp_path / "index")
+        for value in (theirs.model, theirs.weights, theirs.dim, index.origin.weights):
+            assert str(value) in str(caught.value)
+    with pytest.raises(ValueError, match=r"expected vectors \[N, 10\], found \[1, 8\]"):
+        index.search(public(width=8).embed_texts(["a"]))
+    with pytest.raises(ValueError, match=r"expected an index of .*sub, found one of .*pictures"):
+        Index.build(folder / "sub", model, source="one", out=tmp_path / "index")
+
+
+def test_place_with_other_things_is_left_alone(model, folder, tmp_path):
+    for out, found in ((folder, r"found \['a\.JPG'"), (folder / "text.txt", "found a file")):
+        before = sorted(os.listdir(folder))
+        with pytest.raises(ValueError, match=found):
+            Index.build(folder, model, source="x", out=out)
+        assert sorted(os.listdir(folder)) == before
+
+
+def test_failed_write_leaves_the_old_index_whole(tmp_path, monkeypatch):
+    out = tmp_path / "index"
+    made(unit(5)).save(out)
+
+    def fail(*_):
+        raise OSError("disk gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(index_file.os, "replace", fail)
+        with pytest.raises(OSError, match="disk gone"):
+            made(unit(9)).save(out)
+    assert len(Index.load(out)) == 5
+    made(unit(7)).save(out)
+    assert len(Index.load(out)) == 7
+    assert len(list(out.glob("vectors-*"))) == 1
+
+
+def test_broken_index_is_named(tmp_path):
+    out = tmp_path / "index"
+    made(unit(5)).save(out)
+    with pytest.raises(ValueError, match="nothing: expected an index"):
+        Index.load(tmp_path / "nothing")
+    file = out / "index.json"
+    text = file.read_text()
+    values = json.loads(text)
+    for changed, message in (
+        (text[:-9], r"index\.json: not JSON"),
+        ("[]", r"index\.json: expected the file of an index"),
+        (json.dumps(values | {"version": 9}), "written as version 9, this vlm reads 1"),
+        (json.dumps(values | {"surplus": 1}), r"unknown keys \['surplus'\]"),
+        (json.dumps(values | {"files": [[1]]}), r"files: expected rows of path, time, size"),
+        (json.dumps(values | {"files": None}), r"files: expected rows of path, time, size"),
+        (
+            json.dumps(values | {"files": values["files"][1:]}),
+            r"faiss: expected vectors \[4, 6\], found \[5, 6\]",
+        ),
+        (json.dumps(values | {"vectors": "gone"}), "gone: expected a whole file of vectors"),
+    ):
+        file.write_text(changed)
+        with pytest.raises(ValueError, match=message):
+            Index.load(out)
+    file.write_text(text)
+    vectors = out / values["vectors"]
+    whole = vectors.read_bytes()
+    for cut in (whole[:-1], whole[:20], b"", b"no vectors at all"):
+        vectors.write_bytes(cut)
+        with pytest.raises(ValueError, match=r"vectors-.*: expected a whole file of vectors"):
+            Index.load(out)
+
+
+def test_pictures_that_changed_or_went_are_told(model, folder, tmp_path):
+    index = Index.build(folder, model, source="x")
+    tiny.picture(7, (50, 40)).save(folder / "b.png")
+    (folder / "a.JPG").unlink()
+    faults = [index.fault(folder / name) for name in ("b.png", "a.JPG", "sub/c.webp")]
+    assert faults == ["changed", "missing", ""]

@@ -1,0 +1,40 @@
+"""What commands share that use a trained model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsesModel:
+    """The model of a command, and where and how precisely it computes."""
+
+    model: str
+    """A run folder, a model folder or a hub id."""
+    device: str = "auto"
+    """auto takes a GPU where there is one."""
+    dtype: str = "auto"
+    """auto keeps the model's own; else float32, bfloat16 or float16."""
+
+
+FAMILIES = {
+    "contrastive": "contrastive (CLIP, SigLIP, what recipes/contrastive.py trains)",
+    "decoder_only": "decoder_only (DeepSeek-VL, what recipes/stage1_adaptor.py trains)",
+}
+"""Family of a model -> what messages say of it."""
+
+
+def open_model(source: str, family: str, lack: str, device: str = "auto", dtype: str = "auto"):
+    """The model that `source` names, of one family.
+
+    lack: what a model of another family does not do, for the message of the ValueError.
+    """
+    import vlm
+
+    model = vlm.load(source, device=device, dtype=dtype)
+    found = model.module.family
+    if found != family:
+        raise ValueError(
+            f"{source}: a {found} model {lack}; expected a model of the family {FAMILIES[family]}"
+        )
+    return model

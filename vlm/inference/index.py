@@ -1,0 +1,326 @@
+"""An index of pictures: embedded once, then searched by vectors of texts or pictures.
+
+An index is a folder: `index.json` says which model made it and which files it holds, and names the
+file of vectors, which is faiss' own and is mapped into memory, not read. A new version is written
+beside the old one and takes its place in one step. Searching is exact, unless an approximate index
+was asked for: vectors in clusters, of which only the nearest are searched.
+
+Shapes: N picture or query, U shared embedding width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from filelock import FileLock
+
+from vlm import config
+from vlm.data.example import Skipped
+from vlm.inference import nearest
+from vlm.inference.embed import ContrastiveModel
+from vlm.inference.embed_rows import Reading
+from vlm.inference.nearest import Clusters
+from vlm.inference.origin import Origin, origin_of
+from vlm.inference.picture_files import embed_pictures, find_pictures, require_headers
+from vlm.weights import need_room
+
+FORMAT, VERSION = "vlm index", 1
+FILE = "index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A picture of an index as it was when it was embedded.
+
+    path: below the index's folder of pictures. mtime_ns: nanoseconds. size: bytes.
+    """
+
+    path: str
+    mtime_ns: int
+    size: int
+
+
+class Changes(NamedTuple):
+    """What building did: the numbers of pictures in the index that were new, changed, or kept as
+    they were, and of those that are gone; and the files that were left out."""
+
+    new: int
+    changed: int
+    kept: int
+    gone: int
+    skipped: list[Skipped]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Description:
+    """What index.json says, besides `format`, `version` and `files`. vectors: the name of the file
+    of vectors. The rest is what `Index` says."""
+
+    origin: Origin
+    folder: str
+    complete: bool
+    clusters: Clusters | None
+    vectors: str
+
+
+class Index:
+    """Vectors of the pictures in a folder.
+
+    origin: the model that made them. folder: of the pictures. files: one for each vector, by path.
+    clusters: None where searching is exact. complete: False where building was stopped half-way.
+    changes: what building did; None for an index that was opened.
+    """
+
+    def __init__(
+        self,
+        engine,
+        origin: Origin,
+        folder: Path,
+        files: Sequence[File],
+        *,
+        clusters: Clusters | None = None,
+        complete: bool = True,
+        changes: Changes | None = None,
+    ) -> None:
+        """engine: an index of faiss, whose rows are the vectors of `files`; see `nearest`.
+
+        Raises ValueError where its rows or their width do not fit.
+        """
+        found, expected = (engine.ntotal, engine.d), (len(files), origin.dim)
+        if found != expected:
+            raise ValueError(f"expected vectors {list(expected)}, found {list(found)}")
+        self._engine = engine
+        self.origin = origin
+        self.folder = folder
+        self.files = tuple(files)
+        self.clusters = clusters
+        self.complete = complete
+        self.changes = changes
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @classmethod
+    def build(
+        cls,
+        folder: str | Path,
+        model: ContrastiveModel,
+        *,
+        source: str | Path,
+        out: str | Path | None = None,
+        dtype: str = "auto",
+        approximate: bool = False,
+        reading: Reading = Reading(),  # noqa: B008 - frozen
+    ) -> Index:
+        """The index of all pictures in a folder and the folders below it.
+
+        source, dtype: what `model` was opened with, by which a search opens it again.
+        out: where the index is saved. One that lies there is brought up to date: only pictures
+            that are new or changed (in size or time) are embedded, and those that are gone leave
+            it. What was embedded when building stops half-way is saved too, for the next build to
+            go on from. None saves nothing.
+        approximate: see `Clusters`. reading: how pictures are read, and whether one that cannot be
+            read stops the building or is left out and counted.
+        Raises ValueError for a folder without pictures, and where `out` is the index of another
+        folder or model or no index at all; BadImage or BadRow naming pictures that cannot be
+        read.
+        """
+        folder = Path(folder).resolve()
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: expected a folder of pictures, found none")
+        present = {file.path: file for file in _files(folder)}
+        origin = origin_of(model, source, dtype)
+        old = None if out is None else _existing(Path(out), origin, folder)
+        before = {} if old is None else old._by_path
+        kept = [i for i, file in enumerate(before.values()) if present.get(file.path) == file]
+        todo = [file for file in present.values() if before.get(file.path) != file]
+        gone, skipped = len(before.keys() - present), []
+        if reading.bad_rows == "raise":
+            require_headers([folder / file.path for file in todo])
+        files = [old.files[i] for i in kept]
+        vectors: list[np.ndarray] = []
+
+        def whole(complete: bool) -> Index:
+            order = sorted(range(len(files)), key=lambda i: files[i].path)
+            rows = np.concatenate([old.vectors()[kept], *vectors] if kept else vectors)[order]
+            engine, clusters = nearest.engine_of(rows, approximate and complete)
+            added = files[len(kept) :]
+            changed = sum(file.path in before for file in added)
+            changes = Changes(len(added) - changed, changed, len(kept), gone, skipped)
+            return cls(
+                engine, origin, folder, [files[i] for i in order],
+                clusters=clusters, complete=complete, changes=changes,
+            )  # fmt: skip
+
+        try:
+            for part in embed_pictures(model, [folder / file.path for file in todo], reading):
+                vectors.append(part.vectors)
+                files += [todo[i] for i in part.places]
+                skipped += part.skipped
+        except BaseException:  # an interrupt too: hours of work may lie behind
+            if out is not None and len(files) > len(kept):
+                whole(complete=False).save(out)
+            raise
+        if not files:
+            raise ValueError(
+                f"{folder}: none of {len(todo)} pictures can be read, the first for this reason: "
+                f"{skipped[0].reason}"
+            )
+        fits = old is not None and old.complete and approximate == (old.clusters is not None)
+        if fits and len(files) == len(kept) == len(old):  # nothing to write
+            old.changes = Changes(0, 0, len(kept), 0, skipped)
+            return old
+        index = whole(complete=True)
+        if out is not None:
+            index.save(out)
+        return index
+
+    @classmethod
+    def load(cls, path: str | Path) -> Index:
+        """The index in a folder, its vectors mapped into memory.
+
+        Raises ValueError naming the file that is missing, broken or of another version.
+        """
+        path = Path(path)
+        where = path / FILE
+        if not where.is_file():
+            raise ValueError(f"{path}: expected an index ({FILE}), found none; see `vlm index`")
+        try:
+            values = json.loads(where.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{where}: not JSON ({error})") from error
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+            raise ValueError(f"{where}: expected the file of an index, found something else")
+        if (version := values.pop("version", None)) != VERSION:
+            raise ValueError(
+                f"{where}: written as version {version}, this vlm reads {VERSION}; build it anew"
+            )
+        rows = values.pop("files", None)
+        described = config.from_dict(Description, values, str(where))
+        try:
+            files = [File(*row) for row in rows]
+        except TypeError as error:
+            raise ValueError(f"{where}.files: expected rows of path, time, size") from error
+        file = path / described.vectors
+        engine = nearest.open_engine(file)
+        try:
+            return cls(
+                engine, described.origin, Path(described.folder), files,
+                clusters=described.clusters, complete=described.complete,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Writes the index to a folder; the one that lies there stays whole until then.
+
+        Raises ValueError where the folder holds something else, OSError where there is no room.
+        """
+        path = Path(path)
+        check_place(path)
+        need_room(path, len(self) * self.origin.dim * 4 + sum(len(f.path) + 48 for f in self.files))
+        path.mkdir(parents=True, exist_ok=True)
+        description = Description(
+            origin=self.origin,
+            folder=str(self.folder),
+            complete=self.complete,
+            clusters=self.clusters,
+            vectors=f"vectors-{secrets.token_hex(6)}.faiss",
+        )
+        values = {"format": FORMAT, "version": VERSION, **config.to_dict(description)}
+        rows = ",\n".join(json.dumps([file.path, file.mtime_ns, file.size]) for file in self.files)
+        text = json.dumps(values, indent=2)[:-2] + f',\n  "files": [\n{rows}]\n}}'
+        with FileLock(path / ".lock"):
+            nearest.faiss_library().write_index(self._engine, str(path / description.vectors))
+            new = path / (FILE + ".new")
+            new.write_text(text + "\n", encoding="utf-8")
+            os.replace(new, path / FILE)
+            for other in path.glob("vectors-*.faiss"):
+                if other.name != description.vectors:
+                    other.unlink()
+
+    def require(self, origin: Origin, where: str | Path = "the index") -> None:
+        """Raises ValueError naming both models where vectors of the other cannot be compared."""
+        if not self.origin.agrees(origin):
+            raise ValueError(
+                f"{where}: built with {self.origin}; found {origin}. Search it with the model that "
+                "it was built with, or build another index"
+            )
+
+    def vectors(self) -> np.ndarray:
+        """float32[N, U], unit norm, in the order of `files`."""
+        if self.clusters is not None:
+            self._engine.make_direct_map()
+        return self._engine.reconstruct_n(0, len(self))
+
+    def search(self, queries, k: int = 10) -> tuple[np.ndarray, list[list[Path]]]:
+        """The nearest pictures to each query: cosines float32[N, K], falling, and their K files.
+
+        queries: float[N, U], a tensor or an array, of any norm but zero. K is k, or the number of
+        pictures where that is less. Equal cosines come in the order of their paths.
+        Raises ValueError naming what was expected and found.
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, found {k}")
+        queries = nearest.unit_vectors(queries, self.origin.dim)
+        k = min(k, len(self))
+        scores, rows = nearest.search(self._engine, queries, k)
+        return scores, [[self.folder / self.files[i].path for i in row] for row in rows]
+
+    def fault(self, path: Path) -> str:
+        """What has become of a picture of the index: "" is nothing, else "missing" or "changed"."""
+        relative = path.relative_to(self.folder).as_posix()
+        try:
+            same = _file(self.folder, path) == self._by_path[relative]
+        except FileNotFoundError:
+            return "missing"
+        return "" if same else "changed"
+
+    @cached_property
+    def _by_path(self) -> dict[str, File]:
+        return {file.path: file for file in self.files}
+
+
+def _files(folder: Path) -> list[File]:
+    return sorted(
+        (_file(folder, path) for path in find_pictures([folder])), key=lambda file: file.path
+    )
+
+
+def _file(folder: Path, path: Path) -> File:
+    about = path.stat()
+    return File(path.relative_to(folder).as_posix(), about.st_mtime_ns, about.st_size)
+
+
+def check_place(path: Path) -> None:
+    """Raises ValueError where an index would be written among other things."""
+    if path.is_dir() and not (path / FILE).is_file():
+        found = sorted(other.name for other in path.iterdir() if not other.name.startswith("."))
+        # Of an index whose writing was stopped the file of vectors may lie there.
+        if any(not name.startswith(("vectors-", FILE)) for name in found):
+            raise ValueError(f"{path}: expected an index or a new folder, found {found[:8]}")
+    elif path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: expected a folder for the index, found a file")
+
+
+def _existing(path: Path, origin: Origin, folder: Path) -> Index | None:
+    """The index to bring up to date, if there is one. Raises ValueError where it is another's."""
+    check_place(path)
+    if not (path / FILE).is_file():
+        return None
+    index = Index.load(path)
+    index.require(origin, path)
+    if index.folder != folder:
+        raise ValueError(
+            f"{path}: expected an index of {folder}, found one of {index.folder}; name another "
+            "place for the index"
+        )
+    return index

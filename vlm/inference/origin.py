@@ -1,0 +1,76 @@
+"""Which model vectors came from, so that vectors of different models are never compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vlm.inference.embed import ContrastiveModel
+from vlm.pairs import PairProcessor
+
+DIGITS = 16
+"""Hexadecimal digits of a fingerprint."""
+PROBES = ("a photo of a cat", "TWO  Red\tshapes: 3.5%, l'été, 猫と犬 🙂", "word " * 600)
+"""Texts whose ids stand for what a text tokenizer does: letters of all kinds, blanks, and more than
+any context holds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """A model as far as its vectors depend on it.
+
+    model: where it was opened: the full path of a folder, or a hub id. dtype: as `vlm.load` was
+    told. weights, preprocessing: fingerprints, of every tensor's bits as loaded, and of what is
+    done to pictures and texts. dim: the width of its vectors.
+    """
+
+    model: str
+    dtype: str
+    weights: str
+    preprocessing: str
+    dim: int
+
+    def agrees(self, other: Origin) -> bool:
+        """Whether vectors of the two can be compared: where a model lies plays no part."""
+        mine, others = ((o.weights, o.preprocessing, o.dim) for o in (self, other))
+        return mine == others
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model} (width {self.dim}, weights {self.weights}, preprocessing "
+            f"{self.preprocessing}, dtype {self.dtype})"
+        )
+
+
+def origin_of(model: ContrastiveModel, source: str | Path, dtype: str = "auto") -> Origin:
+    """What identifies a model that `vlm.load(source, dtype=dtype)` gave."""
+    return Origin(
+        model=str(Path(source).resolve() if Path(source).exists() else source),
+        dtype=dtype,
+        weights=_weights(model.module),
+        preprocessing=_preprocessing(model.processor),
+        dim=model.module.dim,
+    )
+
+
+def _weights(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:DIGITS]
+
+
+def _preprocessing(processor: PairProcessor) -> str:
+    """The text side by what it does, as tokenizers write themselves down in ways that change from
+    one version of their library to the next."""
+    ids, _ = processor.pad(processor.rows(PROBES)[0])
+    values = {"pixels": asdict(processor.pixel_spec), "length": processor.length}
+    values |= {"ids": ids.tolist()}
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
