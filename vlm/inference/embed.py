@@ -81,7 +81,7 @@ class ContrastiveModel:
                 ]
                 groups = [group.to(self.device, dtype) for group in group_views(rows)]
                 done[part] = self.module.embed_images(groups).float().cpu()
-                _require_directions(done[part], names[part])
+                require_directions(done[part], names[part])
                 bar.update(len(rows))
         return done
 
@@ -107,7 +107,7 @@ class ContrastiveModel:
                     vectors = self.module.embed_texts(ids.to(self.device), valid.to(self.device))
                     places = [first + i for i in part]
                     done[places] = vectors.float().cpu()
-                    _require_directions(done[places], [f"texts[{i}]" for i in places])
+                    require_directions(done[places], [f"texts[{i}]" for i in places])
                     bar.update(len(part))
         if cut:
             warnings.warn(
@@ -187,7 +187,7 @@ def _require_templates(templates: Sequence[str]) -> None:
         raise ValueError(f"expected templates with {{}} at the label's place, found {wrong}")
 
 
-def _require_directions(vectors: Tensor, names: Sequence[str]) -> None:
+def require_directions(vectors: Tensor, names: Sequence[str]) -> None:
     """Raises ValueError naming what has a vector without direction: not finite, or zero."""
     lengths = vectors.norm(dim=1)
     wrong = [name for name, length in zip(names, lengths.tolist()) if not 0.5 < length < 2]

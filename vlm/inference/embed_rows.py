@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
@@ -24,9 +25,9 @@ from vlm.data.collate import group_views
 from vlm.data.example import BadRow, Example, Skipped
 from vlm.data.sources.base import Source
 from vlm.image_tokens import ViewGroup
-from vlm.inference.embed import ContrastiveModel
+from vlm.inference.embed import ContrastiveModel, require_directions
 from vlm.inference.engine import evaluating
-from vlm.pairs import Pair
+from vlm.pairs import Pair, PairProcessor
 from vlm.pixels import BadImage
 
 T = TypeVar("T")
@@ -119,21 +120,15 @@ def embed_pictures(
     rows: Sequence[int],
     accelerator: Accelerator,
     reading: Reading,
-    beside: Callable[[Example], Any] = lambda example: None,
+    beside: Callable[[Example], Any] | None = None,
 ) -> Pictures:
     """The vector of the one picture of each row, the same on every process.
 
-    beside: what else is kept of a row, such as its label; it raises BadRow for one that will not
+    beside: what else is kept of a row, such as its label, if anything; it raises BadRow for one that will not
     do, before its picture is decoded.
     Raises BadRow as `read_batches`, and ValueError naming rows whose vector has no direction.
     """
-
-    def read(example: Example) -> tuple[Pair, Any]:
-        kept = beside(example)
-        image = only_picture(example)
-        views = model.processor.views(image, example.name)
-        return Pair(name=example.name, ids=torch.empty(0), views=views), kept
-
+    read = partial(_read_picture, model.processor, beside)
     dtype = next(model.module.tokenizer.parameters()).dtype
     vectors = torch.zeros(len(rows), model.module.dim, device=model.device)
     found, skipped = [], []
@@ -144,7 +139,7 @@ def embed_pictures(
                 groups, names, kept = batch.items
                 groups = [group.to(model.device, dtype) for group in groups]
                 embedded = model.module.embed_images(groups).float()
-                _require_directions(embedded, names)
+                require_directions(embedded, names)
                 vectors[batch.places] = embedded
                 found += zip(batch.places, kept)
     found = sorted(from_all(accelerator, found), key=lambda item: item[0])
@@ -169,7 +164,7 @@ def embed_texts(
     """
     ids, valid, cut = model.processor.texts(texts)
     vectors = model.module.embed_texts(ids.to(model.device), valid.to(model.device)).float()
-    _require_directions(vectors, names)
+    require_directions(vectors, names)
     return vectors, cut
 
 
@@ -218,14 +213,15 @@ class _Collate:
         return Batch([place for place, _ in kept], self.collate([i for _, i in kept]), skipped)
 
 
+def _read_picture(
+    processor: PairProcessor, beside: Callable[[Example], Any] | None, example: Example
+) -> tuple[Pair, Any]:
+    """The picture of an example as a pair without its text, and what is kept beside it."""
+    kept = None if beside is None else beside(example)
+    views = processor.views(only_picture(example), example.name)
+    return Pair(name=example.name, ids=torch.empty(0), views=views), kept
+
+
 def _stack(items: list[tuple[Pair, Any]]) -> tuple[tuple[ViewGroup, ...], list[str], list[Any]]:
     pairs = [pair for pair, _ in items]
     return group_views(pairs), [pair.name for pair in pairs], [kept for _, kept in items]
-
-
-def _require_directions(vectors: Tensor, names: Sequence[str]) -> None:
-    """Raises ValueError naming what has a vector without direction: not finite, or zero."""
-    lengths = vectors.norm(dim=1).tolist()
-    wrong = [name for name, length in zip(names, lengths) if not 0.5 < length < 2]
-    if wrong:
-        raise ValueError(f"the model gives vectors that are zero or not finite for {wrong[:8]}")
