@@ -43,7 +43,7 @@ from vlm.inference.tasks import Model
 from vlm.metrics.boxes import BoxTable, coco_precision, phrases_found
 from vlm.metrics.share import wilson
 from vlm.pixels import open_image
-from vlm.training.recipe import share_cores
+from vlm.training.launch import share_cores
 from vlm.training.run import versions
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from torch import nn
 
 from vlm.training import recipe
-from vlm.training.settings import Augmentation, FromRun, Mode, high_resolution_frozen, tuned
+from vlm.training.base_settings import Augmentation
+from vlm.training.settings import FromRun, Mode, high_resolution_frozen, tuned
 from vlm.training.stages import Stage
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from tests import tiny, training
 from vlm.data.example import BadRow, Example, ImageRef, Turn
 from vlm.pixels import BadImage
-from vlm.training import fit, stages
+from vlm.training import objectives, stages
 from vlm.training.checkpoint import CheckpointError, list_checkpoints
 from vlm.training.fit import Interrupted, _leave_stopping_to_the_loop
 from vlm.training.run import Run, RunError
@@ -373,12 +373,12 @@ def test_rows_of_like_length_are_padded_together_and_none_is_lost(tmp_path, monk
     _, _, apart = training.train(tmp_path / "apart", rows=rows)
     processor = training.model().processor
     encoded = [processor.encode(row) for row in rows]
-    parts = fit._of_like_length(encoded)
+    parts = objectives._of_like_length(encoded)
     assert sorted(row.name for part in parts for row in part) == [f"r{i}" for i in range(9)]
     assert [[row.name for row in part] for part in parts] == [
         ["r0", "r3", "r6"], ["r1", "r4", "r7"], ["r2", "r5", "r8"],
     ]  # fmt: skip
-    monkeypatch.setattr(fit, "_of_like_length", lambda rows: [rows] if rows else [])
+    monkeypatch.setattr(objectives, "_of_like_length", lambda rows: [rows] if rows else [])
     _, _, together = training.train(tmp_path / "together", rows=rows)
     for a, b in zip(apart, together, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)

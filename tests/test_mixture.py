@@ -232,7 +232,7 @@ def test_bad_row_raises_or_is_given_back_as_skipped():
     with pytest.raises(BadRow, match="holed:2"):
         strict[at]
     given = [lenient[i] for i in range(4)]
-    assert given[at] == Skipped("holed:2", "holed:2: expected a caption, found nothing")
+    assert given[at] == Skipped("holed:2", "expected a caption, found nothing")
     assert sum(isinstance(example, Example) for example in given) == 3
     with pytest.raises(ValueError, match="'ignore'"):
         MixtureDataset([Holed()], mixture, "ignore")

@@ -111,7 +111,7 @@ def test_processes_share_the_cores(monkeypatch):
     import torch
     from accelerate import Accelerator
 
-    from vlm.training.recipe import share_cores
+    from vlm.training.launch import share_cores
 
     before = torch.get_num_threads()
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 import vlm
 from tests import tiny
 from tests.test_composed import write_parts
-from vlm.training import recipe
+from vlm.training import launch, recipe
 from vlm.training.run import RunError
 from vlm.training.settings import training_data
 from vlm.weights import same_bits
@@ -233,11 +233,11 @@ def test_settings_come_from_a_file_and_options_win(tmp_path):
     module = stage_of("stage2_joint")
     (tmp_path / "run.yaml").write_text("steps: 7\nbatch: 12\nout: there\ntrain: [a.jsonl]\n")
     arguments = ["--config", str(tmp_path / "run.yaml"), "--batch", "24"]
-    settings = recipe.read_settings(module.Settings, arguments, "about")
+    settings = launch.read_settings(module.Settings, arguments, "about")
     assert (settings.steps, settings.batch, settings.train) == (7, 24, ("a.jsonl",))
     (tmp_path / "run.yaml").write_text("stepz: 7\n")
     with pytest.raises(ValueError, match=r"run\.yaml: \['stepz'\] are no settings"):
-        recipe.read_settings(module.Settings, arguments, "about")
+        launch.read_settings(module.Settings, arguments, "about")
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_settings_come_from_a_file_and_options_win(tmp_path):
 def test_settings_of_a_file_are_of_their_own_kind(tmp_path, line, expected):
     (tmp_path / "run.yaml").write_text(f"{line}\n")
     arguments = ["--config", str(tmp_path / "run.yaml")]
-    settings = recipe.read_settings(stage_of("stage2_joint").Settings, arguments, "about")
+    settings = launch.read_settings(stage_of("stage2_joint").Settings, arguments, "about")
     found = getattr(settings, line.partition(":")[0])
     assert (found, type(found)) == (expected, type(expected))
 
@@ -265,7 +265,7 @@ def test_settings_of_another_kind_in_a_file_are_refused(tmp_path, capsys, line):
     (tmp_path / "run.yaml").write_text(f"{line}\n")
     arguments = ["--config", str(tmp_path / "run.yaml")]
     with pytest.raises(SystemExit):
-        recipe.read_settings(stage_of("stage2_joint").Settings, arguments, "about")
+        launch.read_settings(stage_of("stage2_joint").Settings, arguments, "about")
     assert "run.yaml" in "".join(capsys.readouterr().err.split())
 
 
@@ -275,7 +275,7 @@ def test_published_settings_are_those_of_the_recipes(size, stage):
     name = {1: "stage1_adaptor", 2: "stage2_joint", 3: "stage3_sft"}[stage]
     module = stage_of(name)
     path = f"recipes/configs/deepseek_vl_{size}_stage{stage}.yaml"
-    settings = recipe.read_settings(module.Settings, ["--config", path], "about")
+    settings = launch.read_settings(module.Settings, ["--config", path], "about")
     published = {
         1: (1e-3, 256, 15_000),
         2: (3e-5, 1024, 96_000) if size == "1.3b" else (4.2e-5, 2304, 42_000),
@@ -296,7 +296,7 @@ def test_published_settings_are_those_of_the_recipes(size, stage):
 def test_broken_settings_file_is_named(tmp_path, text, message):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
-        recipe.read_settings(
+        launch.read_settings(
             stage_of("stage2_joint").Settings, [f"--config={tmp_path / 'run.yaml'}"], "about"
         )
 

@@ -12,12 +12,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from tests import tiny
+from tests import test_contrastive, test_pairs, tiny
 from vlm.data.mixture import Draw, Mixture, MixtureDataset
 from vlm.data.sources import ListSource
+from vlm.inference.embed import ContrastiveModel
 from vlm.inference.tasks import Model
+from vlm.pairs import PairProcessor
 from vlm.systems.composed import Composition
+from vlm.systems.pairing import Pairing
+from vlm.training.contrastive import retrieval_on
 from vlm.training.fit import Pace, fit
+from vlm.training.objectives import Contrast
 from vlm.training.run import Run
 from vlm.training.stages import FROZEN, Stage
 
@@ -29,6 +34,7 @@ STAGE = Stage(
     micro_batch=4,
     warmup=2,
 )
+CONTRAST = dataclasses.replace(STAGE, name="pairs", rates=(("*", 1e-3),), batch=8, micro_batch=8)
 
 
 def examples():
@@ -45,6 +51,25 @@ def model(**options):
     module = tiny.decoder_only(**options)
     processor = tiny.processor(module)
     return Model(Composition(module=module, processor=processor, stop_ids=(processor.end_id,)))
+
+
+def pairs(count=11, unread=()):
+    """Pictures with captions of unequal lengths; those numbered in `unread` have an empty one."""
+    captions = ["" if i in unread else f"{i} " + "ab" * (1 + i % 4) for i in range(count)]
+    return [
+        tiny.example(f"p{i}", (None, "what?"), caption, images=(tiny.picture(i),))
+        for i, caption in enumerate(captions)
+    ]
+
+
+def contrastive_model(loss="sigmoid", text="clip, largest", **options):
+    """A tiny two-tower model for a loss; of the texts, "bert, class" has dropout."""
+    bias = -10.0 if loss == "sigmoid" else None
+    module = test_contrastive.model("attention", text, bias=bias, **options)
+    processor = PairProcessor(
+        test_pairs.text_tokenizer(), module.tokenizer.pixel_spec, length=12, pad_to_length=False
+    )
+    return ContrastiveModel(Pairing(module=module, processor=processor))
 
 
 def dataset(rows=None, seed=0, on_bad_row="raise"):
@@ -76,8 +101,11 @@ def split_by_kind():
 
 
 def train(out, stage=STAGE, rows=None, chosen=None, seed=0, resume=False, precision="fp32",
-          on_bad_row="raise", dropout=0.0, data=None, **pace):  # fmt: skip
-    """Trains and gives (model, progress, lines of metrics.jsonl)."""
+          on_bad_row="raise", dropout=0.0, data=None, loss=None, **pace):  # fmt: skip
+    """Trains and gives (model, progress, lines of metrics.jsonl). loss: of a contrastive model;
+    None trains a decoder-only one."""
+    if loss:
+        chosen, rows = chosen or contrastive_model(loss), rows or pairs()
     chosen = chosen or model()
     if dropout:
         chosen.module.adaptor.layers.append(torch.nn.Dropout(dropout))
@@ -87,6 +115,7 @@ def train(out, stage=STAGE, rows=None, chosen=None, seed=0, resume=False, precis
     run = Run(Path(out), deciding, deciding, main=accelerator.is_main_process, resume=resume)
     progress = fit(
         chosen, stage, data or dataset(rows, seed, on_bad_row), run, accelerator,
+        objective=Contrast(loss) if loss else None,
         precision=precision, pace=Pace(**{"workers": 0, "save_every": 0, **pace}), resume=resume,
     )  # fmt: skip
     return chosen, progress, run.history()
@@ -101,8 +130,12 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if options.pop("split_by_kind", False):
         options["data"] = in_order(split_by_kind())
+    if "unread" in options:
+        options["data"] = in_order(pairs(8, options.pop("unread")))
+        options["data"].on_bad_row = "skip"
     kill_at = options.pop("kill_at", None)
-    stage = dataclasses.replace(STAGE, **options.pop("stage", {}))
+    stage = CONTRAST if "loss" in options else STAGE
+    stage = dataclasses.replace(stage, **options.pop("stage", {}))
     if kill_at is not None:
         log = Run.log
 
@@ -113,6 +146,13 @@ if __name__ == "__main__":
 
         Run.log = log_and_die
     chosen, _, _ = train(sys.argv[1], stage, **options)
+    if "loss" in options:  # 7 rows, which two ranks do not share evenly
+        held_out = retrieval_on(
+            chosen, ListSource(pairs(7), "held out"), range(7), Accelerator(), 2
+        )
+        Path(sys.argv[1], f"held_out{os.environ.get('RANK', 0)}.json").write_text(
+            json.dumps(held_out)
+        )
     if int(os.environ.get("RANK", 0)) == 0:
         torch.save(weights(chosen), Path(sys.argv[1]) / "weights.pt")
         world = int(os.environ.get("WORLD_SIZE", 1))

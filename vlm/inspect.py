@@ -1,5 +1,5 @@
 """What a batch really holds, before any training: decoded text with scored tokens in colour,
-image runs collapsed, the mask, boxes."""
+image runs collapsed, the mask, boxes; of contrastive models pictures and captions in pairs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,21 @@ from torch import Tensor
 
 from vlm.data.collate import collate
 from vlm.data.example import Box, Skipped
+from vlm.image_tokens import Pixels
+from vlm.pairs import Pair, PairBatch, PairProcessor, collate_pairs
 from vlm.placement import IMAGE, Batch
 from vlm.prompts import Processor, Row
 
 SCORED, RUN, PAD = "bold green", "bold cyan", "dim"
+
+
+def show_rows(
+    rows: Sequence[Row | Pair | Skipped], processor: Processor | PairProcessor, console: Console
+) -> Batch | PairBatch | None:
+    """Prints rows as they are trained on, whichever family's processor made them; gives the batch,
+    None where every row was skipped."""
+    show = show_pairs if isinstance(processor, PairProcessor) else show_batch
+    return show(rows, processor, console)
 
 
 def show_batch(
@@ -26,10 +37,7 @@ def show_batch(
     Green is scored (learned), cyan an image run with its number of places, dim what is padding.
     Line breaks are shown as ⏎.
     """
-    kept = [row for row in rows if isinstance(row, Row)]
-    for row in rows:
-        if isinstance(row, Skipped):
-            console.print(Text(f"skipped {row.name}: {row.reason}", style="bold red"))
+    kept = _kept(rows, console)
     if not kept:
         return None
     batch = collate(kept, processor.pad_id)
@@ -51,9 +59,58 @@ def show_batch(
         for box in row.boxes:
             console.print(box_line(box), highlight=False)
     for group in batch.groups:
-        shapes = _shapes(group.pixels)
+        shapes = _shapes(group.pixels, 1)
         console.print(f"\npixels of {len(group.owner)} views: {shapes}", highlight=False)
     return batch
+
+
+def show_pairs(
+    rows: Sequence[Pair | Skipped], processor: PairProcessor, console: Console
+) -> PairBatch | None:
+    """Prints pairs as they are trained on: the size of each view, and the caption as it comes back
+    from its ids, the tokenizer's own first and end tokens included, padding dim; gives the batch,
+    None where every row was skipped."""
+    kept = _kept(rows, console)
+    if not kept:
+        return None
+    batch = collate_pairs(kept)
+    for b, pair in enumerate(kept):
+        valid = batch.valid[b]
+        console.print()
+        console.print(Text(pair.name, style="bold"), end="")
+        console.print(
+            f"  {int(valid.sum())} text tokens; {int((~valid).sum())} padding"
+            + (f"; {pair.cut} text tokens cut" if pair.cut else ""),
+            highlight=False,
+        )
+        console.print(caption_text(batch.ids[b], valid, processor))
+        sizes = ", ".join(_shapes(pixels, 0) for pixels, _ in pair.views)
+        console.print(f"picture: {sizes}", highlight=False)
+    return batch
+
+
+def caption_text(ids: Tensor, valid: Tensor, processor: PairProcessor) -> Text:
+    """One caption, decoded: ids int64[T], valid bool[T]."""
+    text = Text()
+    start = 0
+    for real, run in groupby(valid.tolist()):
+        length = len(list(run))
+        piece = ids[start : start + length]
+        start += length
+        if real:
+            said = processor.text_tokenizer.decode(piece, skip_special_tokens=False)
+            text.append(said.replace("\n", "⏎"))
+        else:
+            text.append(f"[padding × {length}]", style=PAD)
+    return text
+
+
+def _kept(rows: Sequence, console: Console) -> list:
+    """The rows without the skipped ones, which are printed."""
+    for row in rows:
+        if isinstance(row, Skipped):
+            console.print(Text(f"skipped {row.name}: {row.reason}", style="bold red"))
+    return [row for row in rows if not isinstance(row, Skipped)]
 
 
 def row_text(
@@ -110,7 +167,8 @@ def box_line(box: Box) -> str:
     return f"  box on image {box.image}: {box.label!r} x {x0:g}–{x1:g}, y {y0:g}–{y1:g} px"
 
 
-def _shapes(pixels) -> str:
+def _shapes(pixels: Pixels, skip: int) -> str:
+    """Shapes of pixels without their first `skip` axes."""
     if isinstance(pixels, Tensor):
-        return " × ".join(map(str, pixels.shape[1:]))
-    return ", ".join(_shapes(part) for part in pixels)
+        return " × ".join(map(str, pixels.shape[skip:]))
+    return ", ".join(_shapes(part, skip) for part in pixels)

@@ -141,8 +141,8 @@ def load_weights(
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype, where=lambda parameter: True) -> None:
     """Gives the parameters that `where` chooses a dtype, in place. Buffers keep theirs: rotary
-    frequencies and running statistics lose their meaning in 16 bits; so do the weights of batch
-    norms, which must match their statistics.
+    frequencies and running statistics lose their meaning in 16 bits. So do the weights of batch
+    norms, which must match their statistics, and scalars, such as a temperature: they are float32.
     """
     kept = {
         id(parameter)
@@ -152,7 +152,8 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype, where=lambda paramete
     }
     for parameter in module.parameters():
         if where(parameter) and parameter.is_floating_point():  # packed weights are not
-            parameter.data = parameter.data.to(torch.float32 if id(parameter) in kept else dtype)
+            whole = id(parameter) in kept or parameter.dim() == 0
+            parameter.data = parameter.data.to(torch.float32 if whole else dtype)
 
 
 def same_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

@@ -93,4 +93,4 @@ class Encoded(Dataset):
         except (BadRow, BadImage) as error:
             if self.on_bad_row == "raise":
                 raise
-            return Skipped(example.name, str(error))
+            return Skipped(example.name, str(error).removeprefix(f"{example.name}: "))

@@ -255,7 +255,8 @@ class MixtureDataset(Dataset):
         except (BadRow, BadImage) as error:
             if self.on_bad_row == "raise":
                 raise
-            return Skipped(source.row_name(draw.row), str(error))
+            name = source.row_name(draw.row)
+            return Skipped(name, str(error).removeprefix(f"{name}: "))
 
 
 class StepSampler(Sampler[list[int]]):

@@ -124,8 +124,8 @@ def embed_pictures(
 ) -> Pictures:
     """The vector of the one picture of each row, the same on every process.
 
-    beside: what else is kept of a row, such as its label, if anything; it raises BadRow for one that will not
-    do, before its picture is decoded.
+    beside: what else is kept of a row, such as its label, if anything; it raises BadRow for one
+    that will not do, before its picture is decoded.
     Raises BadRow as `read_batches`, and ValueError naming rows whose vector has no direction.
     """
     read = partial(_read_picture, model.processor, beside)

@@ -1,8 +1,9 @@
 """The training loop: one step is one batch, however it is split over micro-batches and ranks.
 
-The loss of a step is the sum over its scored tokens divided by their global number, counted over
-all micro-batches and ranks before the first backward pass. Gradients are summed over ranks once a
-step, absent ones as zeros, so that a rank whose examples hold no image still takes part.
+What a step minimises is its objective's: next tokens, their sum divided by the number of scored
+ones over all micro-batches and ranks, counted before the first backward pass; or a contrast.
+Gradients are summed over ranks once a step, absent ones as zeros, so that a rank whose examples
+hold no image still takes part.
 Position in the data is the step number alone, so that resuming is exact.
 """
 
@@ -23,17 +24,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from vlm.data.collate import Encoded, collate
+from vlm.data.collate import Encoded
 from vlm.data.example import BadRow, Skipped
 from vlm.data.mixture import MixtureDataset, StepSampler
-from vlm.inference.tasks import Model
-from vlm.losses.token import token_losses
 from vlm.pixels import BadImage
-from vlm.placement import Batch
-from vlm.prompts import Row
 from vlm.training import checkpoint
 from vlm.training.checkpoint import Progress
 from vlm.training.meter import Meter, peak_flops
+from vlm.training.objectives import Count, NextToken, Objective
 from vlm.training.run import Run
 from vlm.training.stages import (
     Stage,
@@ -69,12 +67,13 @@ class Pace:
 
 
 def fit(
-    model: Model,
+    model,
     stage: Stage,
     data: MixtureDataset,
     run: Run,
     accelerator: Accelerator,
     *,
+    objective: Objective | None = None,
     precision: str = "bf16",
     pace: Pace | None = None,
     resume: bool = False,
@@ -82,6 +81,8 @@ def fit(
 ) -> Progress:
     """Trains `model` in place by `stage`; what it logs and saves lies in `run`.
 
+    model: what `vlm.load` gives: its `module` learns, its `processor` reads the rows.
+    objective: what is minimised; None is the cross-entropy of the scored tokens.
     precision: "bf16" (fp32 masters of what is trained, bf16 for all else) or "fp32".
     evaluate: figures to log between steps, called on every rank; the end is the caller's.
     Raises StageError, BadRow, BadImage naming what does not fit; Interrupted after SIGINT or
@@ -90,6 +91,7 @@ def fit(
     pace = pace or Pace()
     if precision not in DTYPES:
         raise ValueError(f"precision is one of {', '.join(DTYPES)}, found {precision!r}")
+    objective = objective or NextToken(model.processor.pad_id)
     module, device = model.module, accelerator.device
     module.to(device)
     prepare(module, stage, DTYPES[precision])
@@ -112,12 +114,13 @@ def fit(
         _Guarded(Encoded(data, model.processor, data.on_bad_row)),
         batch_sampler=sampler,
         num_workers=pace.workers,
-        collate_fn=_Collate(model.processor.pad_id),
+        collate_fn=_Collate(objective),
         worker_init_fn=_leave_stopping_to_the_loop if pace.workers else None,
         generator=torch.Generator(),  # so that making the loader draws no global random number
     )
     peak, _ = peak_flops(device, DTYPES[precision])
-    step_of = _Step(module, stage, optimizer, accelerator, Meter(peak, accelerator.num_processes))
+    meter = Meter(peak, accelerator.num_processes)
+    step_of = _Step(module, stage, objective, optimizer, accelerator, meter)
     bar = tqdm(
         total=stage.steps,
         initial=progress.step,
@@ -165,9 +168,11 @@ def fit(
 class _Step:
     """One optimizer step over the rank's micro-batches; figures are those of all ranks."""
 
-    def __init__(self, module, stage: Stage, optimizer, accelerator, meter: Meter) -> None:
-        self.module, self.stage, self.optimizer = module, stage, optimizer
-        self.accelerator, self.meter = accelerator, meter
+    def __init__(
+        self, module, stage: Stage, objective: Objective, optimizer, accelerator, meter: Meter
+    ) -> None:
+        self.module, self.stage, self.objective = module, stage, objective
+        self.optimizer, self.accelerator, self.meter = optimizer, accelerator, meter
         self.trainable = [p for p in module.parameters() if p.requires_grad]
         self.reached: torch.Tensor | None = None
 
@@ -176,23 +181,32 @@ class _Step:
     ) -> dict[str, float]:
         device = self.accelerator.device
         batches = [batch.to(device) for micro in micros for batch in micro.batches]
-        with_images = sum(bool(batch.groups) for batch in batches)
+        counts = [self.objective.count(batch) for batch in batches]
         failed = next((micro.failed for micro in micros if micro.failed), None)
         totals = self._sum(
             [
-                sum(int(batch.scored.sum()) for batch in batches),
-                sum(len(batch.names) for batch in batches),
-                sum(int(batch.valid.sum()) for batch in batches),
-                sum(batch.valid.numel() for batch in batches),
-                with_images,
+                sum(count.scored for count in counts),
+                sum(count.samples for count in counts),
+                sum(count.tokens for count in counts),
+                sum(count.positions for count in counts),
+                sum(count.pictured for count in counts),
                 stop,
                 failed is not None,
                 sum(len(micro.skipped) + micro.cut + micro.unscored for micro in micros),
+                not batches,
             ]
         )
-        scored, samples, tokens, positions, images, stops, failures, left_out = map(int, totals)
+        scored, samples, tokens, positions, images, stops, failures, left_out, idle = map(
+            int, totals
+        )
         if failures:
             raise failed or BadRow("another rank found a row that cannot be used; see its message")
+        if idle and samples and self.objective.every_rank:
+            raise StageError(
+                f"every row of step {step + 1} on {idle} of {self.accelerator.num_processes} ranks "
+                "was left out; this loss needs an example on each: take a larger batch, or mend "
+                "the rows"
+            )
         if not samples:
             reasons = [item.reason for micro in micros for item in micro.skipped]
             raise StageError(
@@ -200,18 +214,23 @@ class _Step:
                 f"here for example: {reasons[:1]}"
             )
         set_rates(self.optimizer, self.stage.factor(step))
-        loss = 0.0
-        for batch in batches:
-            if self.meter.flops_per_position is None and (batch.groups or not images):
-                self._count_flops(batch, scored)
-            loss += self._backward(batch, scored)
-        loss = float(self._sum([loss])[0])
+        if self.meter.flops_per_position is None:
+            fit_to_count = [
+                (batch, count)
+                for batch, count in zip(batches, counts)
+                if count.pictured or not images
+            ]
+            if fit_to_count:
+                self._count_flops(*fit_to_count[0])
+        share = self.objective.backward(self.module, batches, scored, self.accelerator.autocast)
+        loss = float(self._sum([share])[0])
         if not math.isfinite(loss):
             raise StageError(
                 f"the loss of step {step + 1} is {loss}; nothing was changed by it. Its rows here: "
                 f"{[name for batch in batches for name in batch.names][:32]}"
             )
         norm = self._update()
+        self.objective.after_step(self.module)
         self.meter.add(samples, tokens, positions, waited)
         return {
             "loss": loss,
@@ -232,25 +251,19 @@ class _Step:
             return {"lr": next(iter(rates.values()))}
         return {f"lr {pattern}": rate for pattern, rate in rates.items()}
 
-    def _count_flops(self, batch: Batch, scored: int) -> None:
+    def _count_flops(self, batch, count: Count) -> None:
         """Counts a pass whose gradients are thrown away: under the counter torch computes by other
         kernels, with other roundings, which must not depend on where a run was resumed."""
         before = [p.grad for p in self.trainable]
         for parameter in self.trainable:
             parameter.grad = None
         with torch.random.fork_rng():
-            self.meter.count_flops(lambda: self._backward(batch, scored), batch.ids.numel())
+            self.meter.count_flops(
+                lambda: self.objective.trial(self.module, batch, self.accelerator.autocast),
+                count.positions,
+            )
         for parameter, grad in zip(self.trainable, before):
             parameter.grad = grad
-
-    def _backward(self, batch: Batch, scored: int) -> float:
-        """Adds this micro-batch's share of the step's gradient; gives its share of the loss."""
-        with self.accelerator.autocast():
-            logits = self.module(batch)
-        loss = token_losses(logits, batch.targets).sum() / max(scored, 1)
-        if loss.requires_grad:
-            loss.backward()
-        return float(loss.detach())
 
     def _update(self) -> float:
         """Sums gradients over ranks, clips, steps. A gradient that is absent everywhere is zero,
@@ -302,7 +315,7 @@ class MicroBatch:
     """What the loader gives: batches (none where all rows were skipped), rows left out, text
     tokens cut, rows without a scored token, and the error of a row that must not be skipped."""
 
-    batches: tuple[Batch, ...]
+    batches: tuple
     skipped: tuple[Skipped, ...]
     cut: int
     unscored: int
@@ -323,32 +336,21 @@ class _Guarded(Dataset):
 
 
 class _Collate:
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
 
     def __call__(self, items: list) -> MicroBatch:
         skipped = tuple(item for item in items if isinstance(item, Skipped))
         failed = next((item for item in items if isinstance(item, Exception)), None)
         rows = [item for item in items if not isinstance(item, (Skipped, Exception))]
-        batches = tuple(collate(part, self.pad_id) for part in _of_like_length(rows))
+        batches = self.objective.collate(rows) if rows else ()
         return MicroBatch(
             batches=batches,
             skipped=skipped,
             cut=sum(row.cut for row in rows),
-            unscored=sum(int((~batch.scored.any(1)).sum()) for batch in batches),
+            unscored=sum(self.objective.count(batch).unscored for batch in batches),
             failed=failed,
         )
-
-
-def _of_like_length(rows: list[Row], spread: float = 1.5) -> list[list[Row]]:
-    """The rows in parts whose longest is at most `spread` times the shortest, each in the rows' own
-    order, so that a short caption is not padded to a long document's length."""
-    parts: list[list[int]] = []
-    for number in sorted(range(len(rows)), key=lambda number: len(rows[number].ids)):
-        if not parts or len(rows[number].ids) > spread * len(rows[parts[-1][0]].ids):
-            parts.append([])
-        parts[-1].append(number)
-    return [[rows[number] for number in sorted(part)] for part in parts]
 
 
 def _account(

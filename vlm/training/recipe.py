@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 import textwrap
 import time
@@ -17,74 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
-import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from rich.console import Console
-from tqdm import tqdm
 
 from vlm.data.example import BadRow, Skipped
 from vlm.data.mixture import MixtureDataset
-from vlm.data.sources import BadSource, open_source
+from vlm.data.sources import open_source
 from vlm.data.sources.base import Source
 from vlm.inference.tasks import Model
-from vlm.pixels import BadImage, open_image
-from vlm.training.checkpoint import CheckpointError
+from vlm.pixels import open_image
+from vlm.training import launch
+from vlm.training.base_settings import deciding
 from vlm.training.evaluate import image_gain_on, text_loss_on
 from vlm.training.fit import Interrupted, Pace, fit
+from vlm.training.held_out import held_out_rows, usable_rows
+from vlm.training.launch import accelerator_for, processes
 from vlm.training.memory import checkpoint_activations
-from vlm.training.run import Run, RunError, draw_captions
-from vlm.training.settings import Settings, deciding, training_data
-from vlm.training.stages import FROZEN, Stage, StageError, assign_rates
-from vlm.weights import WeightsError
+from vlm.training.run import Run, draw_captions
+from vlm.training.settings import Settings, training_data
+from vlm.training.stages import FROZEN, Stage, assign_rates
 
 PICTURES = 16
-UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-ERRORS = (BadRow, BadImage, BadSource, CheckpointError, RunError, StageError, WeightsError,
-          ImportError, OSError, ValueError, RuntimeError)  # fmt: skip
-
-
-def held_out_rows(source: Source, count: int) -> list[int]:
-    """`count` rows spread evenly over a source; all of them where it has fewer.
-
-    >>> from vlm.data.sources import open_source
-    >>> held_out_rows(open_source("scenes:10"), 4)
-    [0, 2, 5, 7]
-    """
-    count = min(count, len(source))
-    return [i * len(source) // count for i in range(count)]
-
-
-def usable_rows(model: Model, source: Source, rows: list[int], bad_rows: str, say) -> list[int]:
-    """Those of the held-out rows that can be evaluated: readable, short enough, with an image.
-
-    What is left out is said. Raises BadRow or BadImage for the first unreadable one unless
-    `bad_rows` is "skip", and ValueError where fewer than two are left.
-    """
-    usable, reasons = [], []
-    for row in tqdm(rows, desc="reading held-out rows", disable=len(rows) < 1000, leave=False):
-        try:
-            encoded = model.processor.encode(source[row])
-        except (BadRow, BadImage) as error:
-            if bad_rows == "raise":
-                raise
-            encoded = Skipped(source.row_name(row), str(error))
-        if isinstance(encoded, Skipped):
-            reasons.append(f"{encoded.name}: {encoded.reason}")
-        elif not encoded.views:
-            reasons.append(f"{encoded.name}: no image")
-        else:
-            usable.append(row)
-    if reasons:
-        say(f"{len(reasons)} of {len(rows)} held-out rows left out, such as:\n  {reasons[0]}")
-    if rows and len(usable) < 2:
-        raise ValueError(
-            f"{source.name}: expected at least two held-out rows with an image, found "
-            f"{len(usable)} of {len(rows)}; name others with --held-out, or evaluate none with "
-            "--held-out-rows 0"
-        )
-    return usable
 
 
 def usable_documents(model: Model, source: Source, count: int) -> list[int]:
@@ -106,25 +58,16 @@ MakeStage = Callable[[Settings, torch.nn.Module, int], Stage]
 """From the settings, the model's module and the examples of one forward pass to the stage."""
 
 
+def start(settings_class: type[Settings], make_stage: MakeStage) -> None:
+    """A recipe's main."""
+    launch.start(settings_class, lambda settings: run(settings, make_stage))
+
+
 def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
     """One run from settings to result: trains, evaluates, captions, saves."""
     started = time.monotonic()
-    accelerator = Accelerator(
-        mixed_precision="bf16" if settings.precision == "bf16" else "no",
-        cpu=not torch.cuda.is_available(),
-    )
-    if accelerator.distributed_type not in UNSHARDED:
-        raise ValueError(
-            f"this accelerate configuration asks for {accelerator.distributed_type.value}; the "
-            "recipes run on one process or on replicas (MULTI_GPU, MULTI_CPU)"
-        )
-    share_cores(accelerator, settings.threads)
+    accelerator, share = accelerator_for(settings)
     say = Console(file=sys.stderr, quiet=not accelerator.is_main_process, soft_wrap=True).print
-    share, rest = divmod(settings.batch, accelerator.num_processes)
-    if rest:
-        raise ValueError(
-            f"batch {settings.batch} does not divide over {accelerator.num_processes} processes"
-        )
     values = {"stage": None, **dataclasses.asdict(settings)}
     run_folder = Run(
         settings.out,
@@ -143,11 +86,7 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
     values["stage"] = plan.name
     if settings.checkpoint_activations:
         checkpoint_activations(model.module, kept_parts(model.module, plan))
-    say(
-        f"{plan.name}: {accelerator.num_processes} "
-        f"process{'es' * (accelerator.num_processes > 1)} on {accelerator.device.type}, "
-        f"{torch.get_num_threads()} threads and {share} examples of each step on each"
-    )
+    say(f"{plan.name}: {processes(accelerator, share)}")
     rows = held_out_rows(source, settings.held_out_rows) if settings.held_out_rows else []
     rows = usable_rows(model, source, rows, settings.bad_rows, say)
     texts = usable_documents(model, documents, settings.text_held_out_rows) if documents else []
@@ -239,16 +178,6 @@ def first_text_loss(settings: Settings, before: float) -> float:
     return result.get("text_loss_first", before) if same else before
 
 
-def share_cores(accelerator: Accelerator, threads: int | None) -> None:
-    """Gives this process `threads` CPU threads; None: its share of the cores it may use, unless it
-    computes on a GPU."""
-    if threads is None and accelerator.device.type != "cpu":
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(threads or max(1, cores // neighbours))
-
-
 class _Evaluate:
     """The held-out figures: on a quarter of the rows during training, on all at the end."""
 
@@ -322,81 +251,6 @@ def report(say, settings: Settings, result: dict[str, Any]) -> None:
             f"{result['captions']} captions)",
             style="bold",
         )
-
-
-def start(settings_class: type[Settings], make_stage: MakeStage) -> None:
-    """A recipe's main: settings from the command line, one clear line where something is wrong."""
-    try:
-        settings = read_settings(settings_class, sys.argv[1:], sys.modules["__main__"].__doc__)
-        run(settings, make_stage)
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(130)
-    except ERRORS as error:
-        if isinstance(error, RuntimeError) and type(error).__module__ == "builtins":
-            raise  # a fault of the program or the machine: show where
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
-def read_settings(
-    settings_class: type[Settings], arguments: list[str], about: str | None, prog: str | None = None
-) -> Settings:
-    """Settings from a command line; `--config FILE.yaml` replaces defaults, options win over it.
-
-    Raises ValueError naming the file's keys that are no settings.
-    """
-    default = None
-    arguments = [
-        word
-        for given in arguments
-        for word in (given.split("=", 1) if given.startswith("--config=") else [given])
-    ]
-    if "--config" in arguments:
-        at = arguments.index("--config")
-        if at + 1 == len(arguments):
-            raise ValueError("--config: expected a YAML file behind it")
-        default = _from_yaml(settings_class, Path(arguments[at + 1]))
-        arguments = arguments[:at] + arguments[at + 2 :]
-    about = f"{about or ''}\n--config FILE.yaml takes settings from a file."
-    options = {} if default is None else {"default": default}
-    return tyro.cli(settings_class, args=arguments, description=about, prog=prog, **options)
-
-
-def _from_yaml(settings_class: type[Settings], path: Path) -> Settings:
-    """The settings in a YAML file, read as options are: a value of the wrong kind ends it as there,
-    and 1e-3, which is text in YAML, is a number."""
-    try:
-        values = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"--config {path}: no such file") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected settings as KEY: VALUE lines, found {values!r}")
-    known = {field.name for field in dataclasses.fields(settings_class)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(
-            f"{path}: {unknown} are no settings of this recipe; it has {sorted(known)}"
-        )
-    nested = [key for key, value in values.items() if isinstance(value, dict)]
-    if nested:
-        raise ValueError(f"{path}: {nested} hold keys of their own; expected a value or a list")
-    arguments = [word for key, value in values.items() for word in _option(key, value)]
-    return tyro.cli(settings_class, args=arguments, prog=str(path))
-
-
-def _option(key: str, value: Any) -> list[str]:
-    """A setting as words of a command line.
-
-    >>> _option("image_px", [192, 128]), _option("merge", False)
-    (['--image-px', '192', '128'], ['--no-merge'])
-    """
-    name = key.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
 
 
 def _short(text: str) -> str:

@@ -19,12 +19,33 @@ import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 LIBRARIES = ("vlm", "torch", "torchvision", "transformers", "accelerate", "timm", "open_clip_torch")
+
+
+class Curves(NamedTuple):
+    """What a run's plot shows besides the training loss.
+
+    loss_unit: of the training loss. title, unit: of the held-out figures. lines: of each one its
+    key, colour and label.
+    """
+
+    loss_unit: str
+    title: str
+    unit: str
+    lines: tuple[tuple[str, str, str], ...]
+
+
+CAPTIONS = Curves(
+    "nats per scored token",
+    "held-out captions",
+    "nats per caption",
+    (("wrong", "#b5532a", "with another image"), ("right", "#1f4e8c", "with its own image")),
+)
 
 
 class RunError(ValueError):
@@ -46,7 +67,9 @@ class Run:
         *,
         main: bool = True,
         resume: bool = False,
+        curves: Curves = CAPTIONS,
     ) -> None:
+        self.curves = curves
         self.folder, self.settings, self.deciding, self.main = folder, settings, deciding, main
         if resume and not self.checkpoints.is_dir():
             raise RunError(f"{folder}: nothing to resume, expected checkpoints/ in it")
@@ -130,7 +153,7 @@ class Run:
             return
         if self._board is not None:
             self._board.close()
-        plot_loss(self.history(), self.folder / "loss.png")
+        plot_loss(self.history(), self.folder / "loss.png", self.curves)
 
     def _write(self, name: str, values: dict[str, Any]) -> None:
         (self.folder / name).write_text(json.dumps(values, indent=2, default=str) + "\n")
@@ -145,7 +168,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
+def plot_loss(history: list[dict[str, Any]], path: Path, curves: Curves = CAPTIONS) -> None:
     """The training loss (raw and smoothed) and the held-out figures over steps, as a PNG."""
     import matplotlib
 
@@ -165,19 +188,16 @@ def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
         left.plot(steps, losses, color="#b9c6d8", linewidth=0.8, label="step")
         left.plot(steps, smooth, color="#1f4e8c", label="smoothed")
         left.legend(frameon=False)
-    left.set(xlabel="step", ylabel="nats per scored token", title="training loss")
+    left.set(xlabel="step", ylabel=curves.loss_unit, title="training loss")
     if held:
         right = axes[0, 1]
         steps = [step for step, _ in held]
-        for key, colour, label in (
-            ("wrong", "#b5532a", "with another image"),
-            ("right", "#1f4e8c", "with its own image"),
-        ):
+        for key, colour, label in curves.lines:
             right.plot(
                 steps, [figures[key] for _, figures in held], "o-", color=colour, label=label
             )
         right.legend(frameon=False)
-        right.set(xlabel="step", ylabel="nats per caption", title="held-out captions")
+        right.set(xlabel="step", ylabel=curves.unit, title=curves.title)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -19,29 +19,18 @@ from vlm.geometry import LocTokens
 from vlm.inference.tasks import Model
 from vlm.lora import Lora, add_lora, lora_of, quantize_4bit
 from vlm.systems.composed import CAPTION_PROMPT, add_loc_tokens
+from vlm.training.base_settings import BaseSettings, require_share
 from vlm.training.run import RunError
-from vlm.training.stages import FROZEN, Stage
+from vlm.training.stages import FROZEN
 from vlm.vocabulary import train_rows
 
 Mode = Literal["full", "lora", "frozen"]
-Augmentation = Literal["none", "light", "strong"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(BaseSettings):
     """Settings of any decoder-only run."""
 
-    out: Path
-    """The run's folder: settings, metrics, plots, checkpoints and the model."""
-    resume: bool = False
-    """Go on from the newest checkpoint in `out`, with the same settings."""
-
-    train: tuple[str, ...] = ("sample:train",)
-    """Training data, any number of: sample:train, PATH.jsonl, PATH-{0000..0009}.tar, FOLDER,
-    coco:ANNOTATIONS.json, datasets:ORG/NAME:SPLIT, scenes:1000:seed=3; options behind "?":
-    rows.tar?caption=text."""
-    weights: tuple[float, ...] | None = None
-    """Share of each among them; None goes by their sizes."""
     text_train: tuple[str, ...] = ()
     """Training data without pictures: python:train (Python's manual), PATH.txt, PATH.jsonl."""
     text_share: float = 0.0
@@ -49,13 +38,6 @@ class Settings:
     modality_warmup: float = 0.0
     """Share of the steps over which the data with pictures rise evenly from none to their share;
     DeepSeek-VL's second stage begins with text alone."""
-    augment: Augmentation = "none"
-    """How far training pictures are changed at random: windows, colours, blur; boxes move along."""
-    held_out: str = "sample:transfer"
-    """Data to evaluate on: by default drawings by another vendor than the training ones."""
-    held_out_rows: int = 400
-    """How many of its rows the closing evaluation takes, and those during training a quarter of;
-    0 evaluates nothing."""
     text_held_out: str = "python:val"
     """Data without pictures to evaluate on, before and after."""
     text_held_out_rows: int = 0
@@ -66,43 +48,9 @@ class Settings:
     overflow: Literal["drop", "shrink"] = "drop"
     """Rows that are longer than the context: left out, or their text cut from the end; both are
     counted."""
-    bad_rows: Literal["raise", "skip"] = "raise"
-    """Rows that cannot be read: stop and name the row, or leave them out and count them."""
     loc_bins: int = 0
     """Bins of the <loc> tokens that boxes are written with, four a box; 0 adds none. 1024 is
     PaliGemma's; fewer are learned from fewer boxes. Their rows learn in every stage."""
-    checkpoint_activations: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, more
-    time, the same gradients."""
-
-    steps: int
-    """Optimizer steps."""
-    batch: int
-    """Examples of a step, over all processes."""
-    micro_batch: int | None = None
-    """Examples of one forward pass on one process; None takes all of its share at once."""
-    warmup: float = 0.05
-    """Share of the steps in which the learning rates rise."""
-    floor: float = 0.1
-    """The last learning rate as a share of its peak, reached by a cosine; 1 keeps the peak."""
-    weight_decay: float = 0.0
-    """On matrices only."""
-    clip: float = 1.0
-    """Largest gradient norm."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16 keeps fp32 masters of what is trained."""
-    seed: int = 0
-    """Of the first weights of new parts and of the order of the data."""
-    threads: int | None = None
-    """CPU threads of each process; None shares the machine's cores among its processes (where
-    there is a GPU: torch's own choice). `accelerate launch` alone would leave each process one."""
-    workers: int = 1
-    """Processes that read and decode pictures, for each training process."""
-    eval_every: int = 50
-    """Steps between evaluations on a quarter of the held-out rows; 0 evaluates at the end only."""
-    save_every: int = 50
-    """Steps between checkpoints; 0 saves at the end only."""
-
     merge: bool = True
     """Whether the model is saved with LoRA merged into its weights, or as layers of its own."""
 
@@ -111,25 +59,8 @@ class Settings:
         """The user's text after an image where rows hold a caption alone."""
         raise NotImplementedError
 
-    def build(self) -> Model:
-        """The model to train."""
-        raise NotImplementedError
-
-    def stage(
-        self, name: str, rates: tuple[tuple[str, float | None], ...], micro_batch: int
-    ) -> Stage:
-        """The stage of these rates, at the pace that the settings state."""
-        return Stage(
-            name=name,
-            rates=rates,
-            steps=self.steps,
-            batch=self.batch,
-            micro_batch=micro_batch,
-            warmup=round(self.warmup * self.steps),
-            floor=self.floor,
-            weight_decay=self.weight_decay,
-            clip=self.clip,
-        )
+    def data(self) -> MixtureDataset:
+        return training_data(self)
 
     def add_tokens(self, model: Model, learned: bool) -> None:
         """Gives the model the <loc> tokens that the settings ask for. learned: whether the whole
@@ -156,9 +87,10 @@ class FromParts(Settings):
     """A model's folder or hub id whose parts are taken, its adaptor included (DeepSeek-VL's own,
     for one), with its own system message; None composes the parts below."""
     vision: str = "demo"
-    """Image tokenizer: "demo" (an ImageNet backbone that needs no hub), or "kind:id", such as
+    """Image tokenizer: "demo" (an ImageNet backbone that needs no hub), "kind:id", such as
     transformers:google/siglip-base-patch16-224, timm:vit_base_patch14_dinov2,
-    open_clip:ViT-B-32:laion2b_s34b_b79k."""
+    open_clip:ViT-B-32:laion2b_s34b_b79k, or the folder of a model or run, whose own is taken, one
+    that recipes/contrastive.py trained for example."""
     image_px: tuple[int, int] | None = None
     """Rows and columns that pictures are brought to; None keeps the image tokenizer's own."""
     vision_layer: int = -1
@@ -349,18 +281,6 @@ def load_stored(source: str, settings: Settings) -> Model:
     return model
 
 
-FREE = ("out", "resume", "threads", "workers", "eval_every", "save_every", "micro_batch",
-        "held_out", "held_out_rows", "text_held_out", "text_held_out_rows",
-        "checkpoint_activations", "merge")  # fmt: skip
-"""Settings that may change when a run is resumed: they decide nothing that is learned."""
-
-
-def deciding(settings: Settings) -> dict[str, Any]:
-    """The settings that decide what is learned, as plain values."""
-    values = dataclasses.asdict(settings)
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in FREE}
-
-
 def tuned(
     module: nn.Module, component: str, mode: Mode, rate: float
 ) -> tuple[tuple[str, float | None], ...]:
@@ -386,10 +306,7 @@ def high_resolution_frozen(module: nn.Module) -> tuple[tuple[str, None], ...]:
 def training_data(settings: Settings) -> MixtureDataset:
     """The mixture of the settings' sources."""
     for name in ("modality_warmup", "warmup"):
-        if not 0 <= getattr(settings, name) <= 1:
-            raise ValueError(
-                f"{name} is a share of the steps, 0 to 1, found {getattr(settings, name)}"
-            )
+        require_share(name, getattr(settings, name))
     if not 0 <= settings.text_share < 1:
         raise ValueError(f"text_share must be in 0 to 1, 1 excluded, found {settings.text_share}")
     if bool(settings.text_train) != bool(settings.text_share):

@@ -152,12 +152,15 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def describe(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, ...]]:
-    """The start-up table: for each part its name, parameters, trainable ones, learning rates and
-    dtypes, read from the live module and optimizer."""
+    """The start-up table: for each part, and each parameter beside the parts, its name, parameters,
+    trainable ones, learning rates and dtypes, read from the live module and optimizer."""
     rates = {id(p): group["peak"] for group in optimizer.param_groups for p in group["params"]}
     rows = []
-    for name, part in module.named_children():
-        parameters = list(part.parameters())
+    parts = [(name, list(part.parameters())) for name, part in module.named_children()]
+    parts += [(name, [p]) for name, p in module.named_parameters(recurse=False)]
+    for name, parameters in parts:
+        if not parameters:
+            continue
         trainable = [p for p in parameters if p.requires_grad]
         found = sorted({rates[id(p)] for p in trainable})
         rows.append(

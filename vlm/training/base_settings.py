@@ -1,0 +1,112 @@
+"""Settings that every recipe has: data, pace, precision, and where the run lies."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vlm.data.mixture import MixtureDataset
+from vlm.training.stages import Stage
+
+Augmentation = Literal["none", "light", "strong"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSettings:
+    """Settings of any run."""
+
+    out: Path
+    """The run's folder: settings, metrics, plots, checkpoints and the model."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`, with the same settings."""
+
+    train: tuple[str, ...] = ("sample:train",)
+    """Training data, any number of: sample:train, PATH.jsonl, PATH-{0000..0009}.tar, FOLDER,
+    coco:ANNOTATIONS.json, datasets:ORG/NAME:SPLIT, scenes:1000:seed=3; options behind "?":
+    rows.tar?caption=text."""
+    weights: tuple[float, ...] | None = None
+    """Share of each among them; None goes by their sizes."""
+    augment: Augmentation = "none"
+    """How far training pictures are changed at random: windows, colours, blur; boxes move along."""
+    held_out: str = "sample:transfer"
+    """Data to evaluate on: by default drawings by another vendor than the training ones."""
+    held_out_rows: int = 400
+    """How many of its rows the closing evaluation takes, and those during training a quarter of;
+    0 evaluates nothing."""
+    bad_rows: Literal["raise", "skip"] = "raise"
+    """Rows that cannot be read: stop and name the row, or leave them out and count them."""
+    checkpoint_activations: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more
+    time, the same gradients."""
+
+    steps: int
+    """Optimizer steps."""
+    batch: int
+    """Examples of a step, over all processes."""
+    micro_batch: int | None = None
+    """Examples of one forward pass on one process; None takes all of its share at once."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rates rise."""
+    floor: float = 0.1
+    """The last learning rate as a share of its peak, reached by a cosine; 1 keeps the peak."""
+    weight_decay: float = 0.0
+    """On matrices only."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16 keeps fp32 masters of what is trained."""
+    seed: int = 0
+    """Of the first weights of new parts and of the order of the data."""
+    threads: int | None = None
+    """CPU threads of each process; None shares the machine's cores among its processes (where
+    there is a GPU: torch's own choice). `accelerate launch` alone would leave each process one."""
+    workers: int = 1
+    """Processes that read and decode pictures, for each training process."""
+    eval_every: int = 50
+    """Steps between evaluations on a quarter of the held-out rows; 0 evaluates at the end only."""
+    save_every: int = 50
+    """Steps between checkpoints; 0 saves at the end only."""
+
+    def build(self) -> Any:
+        """The model to train, or its parts: its `module` and its `processor`."""
+        raise NotImplementedError
+
+    def data(self) -> MixtureDataset:
+        """The mixture of the settings' sources, for training."""
+        raise NotImplementedError
+
+    def stage(
+        self, name: str, rates: tuple[tuple[str, float | None], ...], micro_batch: int
+    ) -> Stage:
+        """The stage of these rates, at the pace that the settings state."""
+        return Stage(
+            name=name,
+            rates=rates,
+            steps=self.steps,
+            batch=self.batch,
+            micro_batch=micro_batch,
+            warmup=round(self.warmup * self.steps),
+            floor=self.floor,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+        )
+
+
+FREE = ("out", "resume", "threads", "workers", "eval_every", "save_every", "micro_batch",
+        "held_out", "held_out_rows", "text_held_out", "text_held_out_rows",
+        "checkpoint_activations", "merge")  # fmt: skip
+"""Settings that may change when a run is resumed: they decide nothing that is learned."""
+
+
+def deciding(settings: BaseSettings) -> dict[str, Any]:
+    """The settings that decide what is learned, as plain values."""
+    values = dataclasses.asdict(settings)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in FREE}
+
+
+def require_share(name: str, value: float) -> None:
+    """Raises ValueError where a setting that is a share of the steps is none."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is a share of the steps, 0 to 1, found {value}")

@@ -1,0 +1,155 @@
+"""What every recipe shares: settings from the command line, the process's place among others, and
+one clear line where something is wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from vlm.data.example import BadRow
+from vlm.data.sources import BadSource
+from vlm.pixels import BadImage
+from vlm.training.base_settings import BaseSettings
+from vlm.training.checkpoint import CheckpointError
+from vlm.training.fit import Interrupted
+from vlm.training.run import RunError
+from vlm.training.stages import StageError
+from vlm.weights import WeightsError
+
+UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+ERRORS = (BadRow, BadImage, BadSource, CheckpointError, RunError, StageError, WeightsError,
+          ImportError, OSError, ValueError, RuntimeError)  # fmt: skip
+
+
+def start(settings_class: type[BaseSettings], run: Callable[[Any], Any]) -> None:
+    """A recipe's main: `run` with settings from the command line; one clear line where something
+    is wrong."""
+    try:
+        settings = read_settings(settings_class, sys.argv[1:], sys.modules["__main__"].__doc__)
+        run(settings)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(130)
+    except ERRORS as error:
+        if isinstance(error, RuntimeError) and type(error).__module__ == "builtins":
+            raise  # a fault of the program or the machine: show where
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def read_settings(
+    settings_class: type[BaseSettings],
+    arguments: list[str],
+    about: str | None,
+    prog: str | None = None,
+) -> BaseSettings:
+    """Settings from a command line; `--config FILE.yaml` replaces defaults, options win over it.
+
+    Raises ValueError naming the file's keys that are no settings.
+    """
+    default = None
+    arguments = [
+        word
+        for given in arguments
+        for word in (given.split("=", 1) if given.startswith("--config=") else [given])
+    ]
+    if "--config" in arguments:
+        at = arguments.index("--config")
+        if at + 1 == len(arguments):
+            raise ValueError("--config: expected a YAML file behind it")
+        default = _from_yaml(settings_class, Path(arguments[at + 1]))
+        arguments = arguments[:at] + arguments[at + 2 :]
+    about = f"{about or ''}\n--config FILE.yaml takes settings from a file."
+    options = {} if default is None else {"default": default}
+    return tyro.cli(settings_class, args=arguments, description=about, prog=prog, **options)
+
+
+def _from_yaml(settings_class: type[BaseSettings], path: Path) -> BaseSettings:
+    """The settings in a YAML file, read as options are: a value of the wrong kind ends it as there,
+    and 1e-3, which is text in YAML, is a number."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"--config {path}: no such file") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected settings as KEY: VALUE lines, found {values!r}")
+    known = {field.name for field in dataclasses.fields(settings_class)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(
+            f"{path}: {unknown} are no settings of this recipe; it has {sorted(known)}"
+        )
+    nested = [key for key, value in values.items() if isinstance(value, dict)]
+    if nested:
+        raise ValueError(f"{path}: {nested} hold keys of their own; expected a value or a list")
+    arguments = [word for key, value in values.items() for word in _option(key, value)]
+    return tyro.cli(settings_class, args=arguments, prog=str(path))
+
+
+def _option(key: str, value: Any) -> list[str]:
+    """A setting as words of a command line.
+
+    >>> _option("image_px", [192, 128]), _option("merge", False)
+    (['--image-px', '192', '128'], ['--no-merge'])
+    """
+    name = key.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+
+
+def accelerator_for(settings: BaseSettings) -> tuple[Accelerator, int]:
+    """This process among the others that run the recipe, its share of the cores taken, and its
+    share of the examples of a step.
+
+    Raises ValueError for a way of running that the recipes do not have, and for a batch that does
+    not divide.
+    """
+    accelerator = Accelerator(
+        mixed_precision="bf16" if settings.precision == "bf16" else "no",
+        cpu=not torch.cuda.is_available(),
+    )
+    if accelerator.distributed_type not in UNSHARDED:
+        raise ValueError(
+            f"this accelerate configuration asks for {accelerator.distributed_type.value}; the "
+            "recipes run on one process or on replicas (MULTI_GPU, MULTI_CPU)"
+        )
+    share_cores(accelerator, settings.threads)
+    share, rest = divmod(settings.batch, accelerator.num_processes)
+    if rest:
+        raise ValueError(
+            f"batch {settings.batch} does not divide over {accelerator.num_processes} processes"
+        )
+    return accelerator, share
+
+
+def share_cores(accelerator: Accelerator, threads: int | None) -> None:
+    """Gives this process `threads` CPU threads; None: its share of the cores it may use, unless it
+    computes on a GPU."""
+    if threads is None and accelerator.device.type != "cpu":
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(threads or max(1, cores // neighbours))
+
+
+def processes(accelerator: Accelerator, share: int) -> str:
+    """How a run is spread, for people."""
+    count = accelerator.num_processes
+    return (
+        f"{count} process{'es' * (count > 1)} on {accelerator.device.type}, "
+        f"{torch.get_num_threads()} threads and {share} examples of each step on each"
+    )

@@ -1,0 +1,236 @@
+"""What a step minimises: how rows become batches, and batches gradients.
+
+The trainer knows no family: it hands an objective the rows of a micro-batch, then the batches of a
+step, and sums the gradients that it leaves over ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from vlm.data.collate import collate
+from vlm.families.contrastive import Contrastive, Embedded
+from vlm.losses.contrastive import sigmoid_loss, softmax_loss
+from vlm.losses.token import token_losses
+from vlm.pairs import Pair, PairBatch, collate_pairs
+from vlm.placement import Batch
+from vlm.prompts import Row
+from vlm.training.stages import StageError
+
+Autocast = Callable[[], AbstractContextManager]
+LARGEST_SCALE = 100.0
+"""Source: CLIP, arXiv 2103.00020, section 2.5: logits are scaled by no more than 100."""
+
+
+class Count(NamedTuple):
+    """What a batch holds: terms of the loss, examples, real text places, computed ones, examples
+    that have a picture, and examples without a term."""
+
+    scored: int
+    samples: int
+    tokens: int
+    positions: int
+    pictured: int
+    unscored: int
+
+
+class Objective(Protocol):
+    """What `fit` asks of an objective.
+
+    every_rank: whether a step needs an example on each rank.
+    """
+
+    every_rank: bool
+
+    def collate(self, rows: Sequence[Any]) -> tuple[Any, ...]:
+        """The rows of one micro-batch, at least one, as batches."""
+
+    def count(self, batch: Any) -> Count:
+        """What a batch holds."""
+
+    def backward(
+        self, module: nn.Module, batches: Sequence[Any], scored: int, autocast: Autocast
+    ) -> float:
+        """Adds the gradients of this rank's batches; gives its share of the loss.
+
+        scored: terms of the loss of the step, over all ranks. Shares and gradients add up over
+        ranks to those of the whole step.
+        """
+
+    def trial(self, module: nn.Module, batch: Any, autocast: Autocast) -> None:
+        """One pass forward and backward over a batch, to count its operations; its gradients are
+        thrown away."""
+
+    def after_step(self, module: nn.Module) -> None:
+        """Called when the optimizer has changed the module."""
+
+
+class NextToken:
+    """Cross-entropy of the scored tokens: their sum over the number of them in the whole step."""
+
+    every_rank = False
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def collate(self, rows: Sequence[Row]) -> tuple[Batch, ...]:
+        """Rows of like length together."""
+        return tuple(collate(part, self.pad_id) for part in _of_like_length(rows))
+
+    def count(self, batch: Batch) -> Count:
+        return Count(
+            scored=int(batch.scored.sum()),
+            samples=len(batch.names),
+            tokens=int(batch.valid.sum()),
+            positions=batch.valid.numel(),
+            pictured=sum(len(group.owner) for group in batch.groups),
+            unscored=int((~batch.scored.any(1)).sum()),
+        )
+
+    def backward(
+        self, module: nn.Module, batches: Sequence[Batch], scored: int, autocast: Autocast
+    ) -> float:
+        return sum(self._backward(module, batch, scored, autocast) for batch in batches)
+
+    def trial(self, module: nn.Module, batch: Batch, autocast: Autocast) -> None:
+        self._backward(module, batch, 1, autocast)
+
+    def after_step(self, module: nn.Module) -> None:
+        pass
+
+    def _backward(self, module: nn.Module, batch: Batch, scored: int, autocast: Autocast) -> float:
+        with autocast():
+            logits = module(batch)
+        loss = token_losses(logits, batch.targets).sum() / max(scored, 1)
+        if loss.requires_grad:
+            loss.backward()
+        return float(loss.detach())
+
+
+class Contrast:
+    """Pictures and their captions told apart within the batch of all ranks and micro-batches.
+
+    kind: "softmax" (CLIP) or "sigmoid" (SigLIP).
+    One micro-batch is an ordinary pass. Of several, embeddings alone are kept from a first pass
+    without gradients; the loss over all of them gives each embedding's gradient, and a second pass
+    through each micro-batch, with the random numbers of its first, takes it on to the weights. The
+    gradients are those of one pass, at the memory of a micro-batch. Source: arXiv 2101.06983.
+    """
+
+    every_rank = True
+
+    def __init__(self, kind: Literal["softmax", "sigmoid"]) -> None:
+        if kind not in ("softmax", "sigmoid"):
+            raise ValueError(f"loss is 'softmax' or 'sigmoid', found {kind!r}")
+        self.kind = kind
+        self.limit: torch.Tensor | None = None
+
+    def collate(self, rows: Sequence[Pair]) -> tuple[PairBatch, ...]:
+        return (collate_pairs(rows),)
+
+    def count(self, batch: PairBatch) -> Count:
+        pairs = len(batch.names)
+        return Count(
+            scored=pairs,
+            samples=pairs,
+            tokens=int(batch.valid.sum()),
+            positions=batch.valid.numel(),
+            pictured=pairs,
+            unscored=0,
+        )
+
+    def backward(
+        self, module: Contrastive, batches: Sequence[PairBatch], scored: int, autocast: Autocast
+    ) -> float:
+        """Raises StageError naming this rank's rows where the loss refuses their embeddings."""
+        before = module.log_scale.detach()
+        self.limit = before.clamp(min=math.log(LARGEST_SCALE))
+        if len(batches) == 1:
+            with autocast():
+                embedded = module(batches[0])
+            return self._backward(module, embedded, batches)
+        states, kept = [], []
+        for batch in batches:
+            states.append(_random_state(batch.ids.device))
+            with torch.no_grad(), autocast():
+                kept.append(module(batch))
+        after = _random_state(batches[-1].ids.device)
+        joined = Embedded(*(torch.cat(parts).requires_grad_() for parts in zip(*kept)))
+        share = self._backward(module, joined, batches)
+        sizes = [len(batch.names) for batch in batches]
+        grads = zip(*(embeddings.grad.split(sizes) for embeddings in joined))
+        for batch, state, grad in zip(batches, states, grads):
+            _set_random_state(state)
+            with autocast():
+                embedded = module(batch)
+            _backward_through(embedded, grad)
+        _set_random_state(after)
+        return share
+
+    def trial(self, module: Contrastive, batch: PairBatch, autocast: Autocast) -> None:
+        with autocast():
+            embedded = module(batch)
+        _backward_through(embedded, [torch.ones_like(vectors) for vectors in embedded])
+
+    def after_step(self, module: Contrastive) -> None:
+        """Keeps the scale at `LARGEST_SCALE` or below. One that was above before the step, as that
+        of published SigLIP models is, may fall but not rise."""
+        if module.log_scale.requires_grad:
+            with torch.no_grad():
+                module.log_scale.clamp_(max=self.limit)
+
+    def _backward(
+        self, module: Contrastive, embedded: Embedded, batches: Sequence[PairBatch]
+    ) -> float:
+        """Gradients of the loss of all ranks' embeddings; gives this rank's share of its value,
+        which is the same on every rank."""
+        try:
+            if self.kind == "softmax":
+                loss = softmax_loss(*embedded, module.log_scale)
+            else:
+                loss = sigmoid_loss(*embedded, module.log_scale, module.bias)
+        except ValueError as error:
+            names = [name for batch in batches for name in batch.names]
+            raise StageError(f"{error}. The rows here: {names[:32]}") from error
+        loss.backward()
+        here = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return float(loss.detach()) / (torch.distributed.get_world_size() if here else 1)
+
+
+def _backward_through(embedded: Embedded, grads: Sequence[torch.Tensor]) -> None:
+    """Takes gradients of embeddings on to the weights. A locked tower's embeddings need none."""
+    learned = [(vectors, grad) for vectors, grad in zip(embedded, grads) if vectors.requires_grad]
+    if learned:
+        torch.autograd.backward(*zip(*learned))
+
+
+def _of_like_length(rows: Sequence[Row], spread: float = 1.5) -> list[list[Row]]:
+    """The rows in parts whose longest is at most `spread` times the shortest, each in the rows' own
+    order, so that a short caption is not padded to a long document's length."""
+    parts: list[list[int]] = []
+    for number in sorted(range(len(rows)), key=lambda number: len(rows[number].ids)):
+        if not parts or len(rows[number].ids) > spread * len(rows[parts[-1][0]].ids):
+            parts.append([])
+        parts[-1].append(number)
+    return [[rows[number] for number in sorted(part)] for part in parts]
+
+
+def _random_state(device: torch.device) -> tuple[torch.device, list[torch.Tensor]]:
+    """What dropout will draw next, on the CPU and on a GPU."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return device, states
+
+
+def _set_random_state(state: tuple[torch.device, list[torch.Tensor]]) -> None:
+    device, (here, *there) = state
+    torch.set_rng_state(here)
+    for values in there:
+        torch.cuda.set_rng_state(values, device)
