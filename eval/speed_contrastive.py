@@ -1,0 +1,196 @@
+"""Contrastive training beside open_clip's own model, loss and step: same weights, same batch.
+
+    python eval/speed_contrastive.py
+
+ViT-B/32 with random weights, softmax loss, batch 64, captions of 6 to 24 tokens. First both give
+their loss in fp32, which must agree to 1e-4. Then each variant trains in a process of its own, in
+turn, for several rounds: ours with the preparation, objective and optimizer of `fit`; open_clip
+with its model, `ClipLoss` and AdamW as its training script has them, in its precisions `amp_bf16`
+(fp32 weights under autocast) and `pure_bf16` (bf16 weights, its fastest, which loses small
+updates). Reported are the medians of samples/s and of the process's peak memory while it trains
+(building the model left out), and the ratios, which alone carry over to other machines.
+
+Where ours gains: open_clip's text tower computes all 77 places of every caption; in a causal tower
+read at the end token those behind it change nothing, and ours stops at the batch's longest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+
+import open_clip
+import torch
+from speed_training import peak_mb, reset_peak
+from torch import Tensor
+
+from vlm.families.contrastive import Contrastive
+from vlm.image_tokens import ViewGroup
+from vlm.losses.contrastive import softmax_loss
+from vlm.pairs import PairBatch
+from vlm.pixels import OPENAI, PixelSpec
+from vlm.systems import clip, open_clip_config, open_clip_layout
+from vlm.training.objectives import Contrast
+from vlm.training.stages import Stage, optimizer_for, prepare
+
+VARIANTS = ("ours", "open_clip-amp_bf16", "open_clip-pure_bf16")
+ARCHITECTURE = "ViT-B-32"
+BATCH = 64
+BEGIN, END = 49406, 49407
+
+
+def peer(seed: int = 0) -> open_clip.CLIP:
+    """open_clip's model with random weights, in fp32."""
+    torch.manual_seed(seed)
+    return open_clip.create_model(ARCHITECTURE, pretrained=None)
+
+
+def ours_from(model: open_clip.CLIP) -> Contrastive:
+    """Our model with the same weights."""
+    cfg = open_clip.get_model_config(ARCHITECTURE)
+    values = open_clip_config.clip_config(cfg)
+    side = cfg["vision_cfg"]["image_size"]
+    spec = PixelSpec(
+        size_hw=(side, side), fit="crop", resample="bicubic", mean=OPENAI.mean, std=OPENAI.std
+    )
+    vision = values["vision_config"] | {"model_type": "clip_vision_model"}
+    text = values["text_config"] | {"model_type": "clip_text_model"}
+    module = clip.compose(vision, text, values["projection_dim"], spec)
+    module.load_state_dict(open_clip_layout.to_ours(model.state_dict(), cfg))
+    return module
+
+
+def batches(count: int = BATCH, length: int = 77, seed: int = 1) -> tuple[PairBatch, Tensor]:
+    """One batch for both: ours, and the ids that open_clip reads; pixels are those of ours."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [6 + (i * 18) // max(count - 1, 1) for i in range(count)]
+    theirs = torch.zeros(count, length, dtype=torch.long)
+    for row, words in zip(theirs, lengths):
+        row[:words] = torch.randint(300, BEGIN, (words,), generator=generator)
+        row[0], row[words - 1] = BEGIN, END
+    ours = theirs[:, : max(lengths)].clone()
+    valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    ours[~valid] = END
+    pixels = torch.randn(count, 3, 224, 224, generator=generator)
+    owner = torch.tensor([[row, 0, 0] for row in range(count)])
+    names = tuple(f"row {row}" for row in range(count))
+    groups = (ViewGroup(pixels=pixels, owner=owner),)
+    return PairBatch(ids=ours, valid=valid, groups=groups, names=names), theirs
+
+
+def losses(count: int = 8) -> tuple[float, float]:
+    """The fp32 loss of one batch: ours, open_clip's."""
+    model = peer().eval()
+    module = ours_from(model).eval()
+    ours, theirs = batches(count)
+    with torch.no_grad():
+        mine = softmax_loss(*module(ours), module.log_scale)
+        images, texts, scale = model(ours.groups[0].pixels, theirs)
+        return float(mine), float(open_clip.ClipLoss()(images, texts, scale))
+
+
+def train(variant: str, steps: int) -> dict[str, float]:
+    """Trains all weights; samples/s (median step), peak memory of the process in MB, last loss."""
+    model = peer()
+    ours, theirs = batches()
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    if variant == "ours":
+        module = ours_from(model)
+        del model
+        stage = Stage(
+            name="speed", rates=(("*", 1e-4),), steps=steps, batch=BATCH, micro_batch=BATCH,
+            warmup=0, weight_decay=0.2, betas=(0.9, 0.98),
+        )  # fmt: skip
+        prepare(module, stage, torch.bfloat16)
+        optimizer = optimizer_for(module, stage)
+        objective = Contrast("softmax")
+
+        def learn() -> float:
+            loss = objective.backward(module, [ours], BATCH, autocast)
+            optimizer.step()
+            objective.after_step(module)
+            return loss
+    else:
+        pixels = ours.groups[0].pixels
+        pure = variant.endswith("pure_bf16")
+        if pure:
+            model.to(torch.bfloat16)
+            pixels = pixels.bfloat16()
+        model.train()
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2
+        )
+        criterion = open_clip.ClipLoss()
+
+        def learn() -> float:
+            with torch.autocast("cpu", torch.bfloat16, enabled=not pure):
+                images, texts, scale = model(pixels, theirs)
+                loss = criterion(images, texts, scale)
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, math.log(100))
+            return float(loss.detach())
+
+    gc.collect()
+    reset_peak()
+    seconds, last = [], 0.0
+    for _ in range(steps):
+        start = time.perf_counter()
+        last = learn()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - start)
+    return {
+        "samples_per_s": BATCH / statistics.median(seconds[1:]),
+        "peak_mb": peak_mb(),
+        "loss": last,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each variant")
+    parser.add_argument(
+        "--steps", type=int, default=4, help="steps in each; the first is not timed"
+    )
+    parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
+    settings = parser.parse_args()
+    if settings.only:
+        print(json.dumps(train(settings.only, settings.steps)))
+        return
+    mine, theirs = losses()
+    difference = abs(mine - theirs)
+    print(f"fp32 loss: ours {mine:.6f}, open_clip {theirs:.6f}, difference {difference:.1e}")
+    if difference > 1e-4:
+        sys.exit("the losses differ: speeds would mean nothing")
+    found = {variant: [] for variant in VARIANTS}
+    for _ in range(settings.rounds):
+        for variant in VARIANTS:
+            command = [sys.executable, __file__, "--only", variant, "--steps", str(settings.steps)]
+            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found[variant].append(json.loads(out.strip().splitlines()[-1]))
+    medians = {
+        variant: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        for variant, runs in found.items()
+    }
+    print(f"{'variant':20} {'samples/s':>10} {'peak MB':>9} {'loss':>8} {'speed':>7} {'memory':>7}")
+    for variant, figures in medians.items():
+        print(
+            f"{variant:20} {figures['samples_per_s']:10.2f} {figures['peak_mb']:9.0f} "
+            f"{figures['loss']:8.4f} "
+            f"{medians['ours']['samples_per_s'] / figures['samples_per_s']:6.2f}x "
+            f"{medians['ours']['peak_mb'] / figures['peak_mb']:6.2f}x"
+        )
+    print("speed: ours / variant, higher is better; memory: ours / variant, lower is better")
+
+
+if __name__ == "__main__":
+    main()
