@@ -202,7 +202,10 @@ def test_bad_arguments_are_one_line(made, tmp_path, capsys):
         (["--data", "nothing"], "nothing: expected a source"),
         (["--model", str(tmp_path)], "expected config.json here or in model/"),
         (["--batch", "0"], "--batch and --rows must be at least 1, found 0 and None"),
-        (["--baseline-vision", "siglip"], "vision 'siglip': expected 'demo' or 'kind:id'"),
+        (
+            ["--baseline-vision", "siglip"],
+            "vision 'siglip': expected 'demo', the folder of a model or run, or 'kind:id'",
+        ),
     ):
         with pytest.raises(SystemExit) as stopped:
             caption.main([*arguments(made, tmp_path / "out"), *more])

@@ -91,7 +91,10 @@ def test_stage1_trains_reports_and_captions(demo, tmp_path):
     ("arguments", "message"),
     [
         (["--train", "gone.jsonl"], "gone.jsonl"),
-        (["--vision", "siglip"], "vision 'siglip': expected 'demo' or 'kind:id'"),
+        (
+            ["--vision", "siglip"],
+            "vision 'siglip': expected 'demo', the folder of a model or run, or 'kind:id'",
+        ),
         (["--vision", "transformers:no/such"], "no/such"),
         (["--text", "no/such"], "text 'no/such'"),
         (["--batch", "6", "--micro-batch", "4"], "a batch of 6 is no whole number"),

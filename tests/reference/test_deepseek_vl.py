@@ -620,7 +620,9 @@ def test_paired_towers_of_different_grids_are_refused_by_the_neck_same():
 
 def test_saving_in_a_layout_that_a_model_lacks_raises(folder, tmp_path):
     model = vlm.load(folder, "cpu")
-    with pytest.raises(ValueError, match="layout is one of native, reference, found 'onnx'"):
+    with pytest.raises(
+        ValueError, match="layout is one of native, reference, open_clip, found 'onnx'"
+    ):
         model.save(tmp_path, layout="onnx")
     model.parts.reference = None
     with pytest.raises(ValueError, match="came from no published system"):
