@@ -184,7 +184,7 @@ def main() -> None:
         scores = model.classify(pictures, [label.replace("-", " ") for label in labels])
         figures = classification(scores, torch.tensor([labels.index(t) for t in true]), scale=1.0)
         print(
-            f"zero-shot group of ours: {figures.top1:.1%}, chance {1 / len(labels):.1%} "
+            f"zero-shot group of ours: {figures.top_1.share:.1%}, chance {1 / len(labels):.1%} "
             f"of {len(labels)} groups"
         )
 
