@@ -15,25 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoProcessor
 
 from vlm.families.contrastive import SOFTMAX_SCALE, Contrastive
-from vlm.pairs import PairProcessor
 from vlm.pixels import OPENAI, PixelSpec, from_transformers
 from vlm.pooling import OwnPool
-from vlm.systems.pairing import (
-    Pairing,
-    in_float32,
-    open_part,
-    require_end,
-    save_published,
-)
-from vlm.systems.reference import KeyMap, first_names, published_name, read_reference
+from vlm.systems.pairing import Pairing, load_published, save_published
+from vlm.systems.reference import KeyMap
 from vlm.text_encoders import TextEncoder, build_backbone, plain_config
 from vlm.tokenizers import transformers as encoders
-from vlm.weights import load_weights, read_weights
 
 SOURCE = "arXiv 2103.00020; openai/clip-vit-* and laion/CLIP-* on the hub"
 
@@ -150,27 +140,18 @@ def load(folder: Path, values: dict[str, Any]) -> Pairing:
 
     Raises ValueError naming the file and what does not fit; for weights, every key at once.
     """
-    where = str(folder)
-    config, reader = open_part(AutoConfig, folder), open_part(AutoProcessor, folder)
-    state = first_names(read_weights(folder), KEY_MAP, UNUSED, where)
-    with init_empty_weights(include_buffers=False):
-        module = compose(
+    return load_published(
+        folder,
+        "clip",
+        KEY_MAP,
+        UNUSED,
+        lambda config, reader: compose(
             plain_config(config.vision_config),
             plain_config(config.text_config),
             config.projection_dim,
             from_transformers(reader.image_processor),
-        )
-    state = in_float32(state, ("logit_scale",))
-    load_weights(module, state, where, lambda key: published_name(key, KEY_MAP))
-    processor = PairProcessor(
-        reader.tokenizer,
-        module.tokenizer.pixel_spec,
-        length=config.text_config.max_position_embeddings,
+        ),
         pad_to_length=False,
-    )
-    require_end(module.text, processor, where)
-    return Pairing(
-        module=module.eval(), processor=processor, reference=read_reference(folder, "clip")
     )
 
 

@@ -47,7 +47,7 @@ from vlm.pixels import PixelSpec, from_transformers, pair_from_transformers
 from vlm.pixels.spec import HALF, OPENAI
 from vlm.prompts import Processor
 from vlm.systems.composed import Composition, context_of
-from vlm.systems.reference import KeyMap, first_names, published_name, read_reference
+from vlm.systems.reference import KeyMap, first_names, open_part, published_name, read_reference
 from vlm.tokenizers import paired, sam_hybrid
 from vlm.tokenizers import transformers as encoders
 from vlm.weights import load_weights, read_weights, save_weights
@@ -204,7 +204,7 @@ def load(folder: Path, values: dict[str, Any]) -> Composition:
     """
     where = str(folder)
     model_type = values["model_type"]
-    config, reader = _open(AutoConfig, folder), _open(AutoProcessor, folder)
+    config, reader = open_part(AutoConfig, folder), open_part(AutoProcessor, folder)
     state = first_names(read_weights(folder), KEY_MAPS[model_type], UNUSED, where)
     text_config = config.text_config
     text_config.tie_word_embeddings = config.tie_word_embeddings and not _has_own_head(state)
@@ -274,17 +274,6 @@ def with_template(text_tokenizer):
     begins = bool(text_tokenizer("")["input_ids"])
     text_tokenizer.chat_template = ("{{- bos_token -}}\n" if begins else "") + CHAT_TEMPLATE
     return text_tokenizer
-
-
-def _open(loader, folder: Path):
-    try:
-        return loader.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # each part of transformers raises its own kinds
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{folder}: expected the files that save_pretrained writes of model and processor, but "
-            f"{loader.__name__} cannot read them ({type(error).__name__}: {reason})"
-        ) from error
 
 
 def _image_tokenizer(

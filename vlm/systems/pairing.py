@@ -8,6 +8,7 @@ folder's small files, in `reference/`.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,21 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 from vlm import assets, config, pooling, text_encoders, tokenizers
 from vlm.families.contrastive import SIGMOID_BIAS, SIGMOID_SCALE, SOFTMAX_SCALE, Contrastive
 from vlm.merge import plain_state
 from vlm.pairs import PairProcessor
 from vlm.systems.composed import DEMO, FORMAT, REFERENCE, VERSION, load_vision
-from vlm.systems.reference import KeyMap, Reference, published_name, read_reference
+from vlm.systems.reference import (
+    KeyMap,
+    Reference,
+    first_names,
+    open_part,
+    published_name,
+    read_reference,
+)
 from vlm.text_encoders import TextEncoder
 from vlm.weights import load_weights, read_weights, save_weights
 
@@ -224,18 +232,6 @@ def load(folder: Path, values: dict[str, Any]) -> Pairing:
 OWN_SCALARS = ("log_scale", "bias")
 
 
-def open_part(loader, folder: Path):
-    """What a transformers loader reads of a folder. Raises ValueError naming folder and loader."""
-    try:
-        return loader.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # each part of transformers raises its own kinds
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{folder}: expected the files that save_pretrained writes of model and processor, but "
-            f"{loader.__name__} cannot read them ({type(error).__name__}: {reason})"
-        ) from error
-
-
 def in_float32(state: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
     """A state in which the named tensors, where they are there, are scalars in float32: published
     files hold shapes () and (1,), and any dtype."""
@@ -245,6 +241,40 @@ def in_float32(state: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Te
         if name in state and state[name].numel() == 1
     }
     return state | scalars
+
+
+def load_published(
+    folder: Path,
+    model_type: str,
+    key_map: KeyMap,
+    unused: tuple[str, ...],
+    compose: Callable[[Any, Any], Contrastive],
+    *,
+    pad_to_length: bool,
+) -> Pairing:
+    """The model in a folder of transformers' layout.
+
+    compose: the module, its weights still to come, from the folder's configuration and processor.
+    pad_to_length: whether texts always have the trained length.
+    Raises ValueError naming the file and what does not fit; for weights, every key at once.
+    """
+    where = str(folder)
+    values, reader = open_part(AutoConfig, folder), open_part(AutoProcessor, folder)
+    state = first_names(read_weights(folder), key_map, unused, where)
+    with init_empty_weights(include_buffers=False):
+        module = compose(values, reader)
+    state = in_float32(state, ("logit_scale", "logit_bias"))
+    load_weights(module, state, where, lambda key: published_name(key, key_map))
+    processor = PairProcessor(
+        reader.tokenizer,
+        module.tokenizer.pixel_spec,
+        length=values.text_config.max_position_embeddings,
+        pad_to_length=pad_to_length,
+    )
+    require_end(module.text, processor, where)
+    return Pairing(
+        module=module.eval(), processor=processor, reference=read_reference(folder, model_type)
+    )
 
 
 def save_published(

@@ -62,6 +62,18 @@ def read_reference(folder: Path, model_type: str) -> Reference:
     )
 
 
+def open_part(loader, folder: Path):
+    """What a transformers loader reads of a folder. Raises ValueError naming folder and loader."""
+    try:
+        return loader.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # each part of transformers raises its own kinds
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{folder}: expected the files that save_pretrained writes of model and processor, but "
+            f"{loader.__name__} cannot read them ({type(error).__name__}: {reason})"
+        ) from error
+
+
 def published_name(key: str, key_map: KeyMap) -> str:
     """What one of our weights is called in the published layout.
 

@@ -19,19 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoProcessor
 
 from vlm.families.contrastive import SIGMOID_BIAS, SIGMOID_SCALE, Contrastive
-from vlm.pairs import PairProcessor
 from vlm.pixels import HALF, PixelSpec, from_transformers
 from vlm.pooling import OwnPool
-from vlm.systems.pairing import Pairing, in_float32, open_part, save_published
-from vlm.systems.reference import KeyMap, first_names, published_name, read_reference
+from vlm.systems.pairing import Pairing, load_published, save_published
+from vlm.systems.reference import KeyMap
 from vlm.text_encoders import TextEncoder, build_backbone, plain_config
 from vlm.tokenizers import transformers as encoders
-from vlm.weights import load_weights, read_weights
 
 SOURCE = "arXiv 2303.15343 and 2502.14786; google/siglip-* and google/siglip2-* on the hub"
 
@@ -177,25 +173,17 @@ def load(folder: Path, values: dict[str, Any]) -> Pairing:
 
     Raises ValueError naming the file and what does not fit; for weights, every key at once.
     """
-    where = str(folder)
-    config, reader = open_part(AutoConfig, folder), open_part(AutoProcessor, folder)
-    state = first_names(read_weights(folder), KEY_MAP, UNUSED, where)
-    with init_empty_weights(include_buffers=False):
-        module = compose(
+    return load_published(
+        folder,
+        "siglip",
+        KEY_MAP,
+        UNUSED,
+        lambda config, reader: compose(
             plain_config(config.vision_config),
             plain_config(config.text_config),
             from_transformers(reader.image_processor),
-        )
-    state = in_float32(state, ("logit_scale", "logit_bias"))
-    load_weights(module, state, where, lambda key: published_name(key, KEY_MAP))
-    processor = PairProcessor(
-        reader.tokenizer,
-        module.tokenizer.pixel_spec,
-        length=config.text_config.max_position_embeddings,
+        ),
         pad_to_length=True,
-    )
-    return Pairing(
-        module=module.eval(), processor=processor, reference=read_reference(folder, "siglip")
     )
 
 
