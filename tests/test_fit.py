@@ -2,6 +2,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -356,11 +357,22 @@ def test_checkpoint_that_is_broken_is_named(tmp_path):
         training.train(tmp_path / "run", resume=True)
 
 
-def test_full_disk_stops_before_writing(tmp_path, monkeypatch):
-    import shutil
-
+def test_small_disk_stops_a_run_before_its_first_step(tmp_path, monkeypatch):
+    """Room for one checkpoint is too little for a run that keeps two and its model."""
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    _, _, history = training.train(tmp_path / "before", save_every=1)
+    one = sum(path.stat().st_size for path in (tmp_path / "before/checkpoints").glob("*/state.pt"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=one // 2 + 2**20))
+    with pytest.raises(OSError, match=r"needs \d+ MB, its disk has \d+ MB free"):
+        training.train(tmp_path / "run", save_every=1)
+    assert history
+    assert not (tmp_path / "run").exists()
+
+
+def test_disk_that_fills_during_a_run_stops_it_before_writing(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    free = iter([usage.free, 1000])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=next(free)))
     with pytest.raises(OSError, match=r"needs \d+ MB, its disk has 0 MB free"):
         training.train(tmp_path / "run")
     assert list_checkpoints(tmp_path / "run/checkpoints") == []

@@ -69,7 +69,7 @@ def save(
     Raises OSError naming the disk where there is no room; older checkpoints stay whole.
     """
     trainable = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
-    need_room(folder, 3 * sum(p.numel() * p.element_size() for p in trainable.values()))
+    need_room(folder, _size(module))
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step_{progress.step:08d}"
     scratch = folder / f".{final.name}.part"
@@ -90,6 +90,22 @@ def save(
     for old in list_checkpoints(folder)[:-KEEP]:
         shutil.rmtree(old)
     return final
+
+
+def need_room_for_run(folder: Path, module: nn.Module, saves: int) -> None:
+    """Raises OSError where the disk cannot hold what a run will leave: its checkpoints, and the
+    model beside them.
+
+    saves: how many checkpoints are still to be written; one more than KEEP lie there for a moment.
+    """
+    coming = min(saves, KEEP + 1 - min(KEEP, len(list_checkpoints(folder))))
+    weights = sum(p.numel() * p.element_size() for p in module.parameters())
+    need_room(folder, coming * _size(module) + weights)
+
+
+def _size(module: nn.Module) -> int:
+    """Bytes of one checkpoint: each trainable weight and AdamW's two moments."""
+    return 3 * sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

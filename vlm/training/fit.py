@@ -65,6 +65,11 @@ class Pace:
     eval_every: int = 0
     save_every: int = 50
 
+    def saves(self, step: int, steps: int) -> bool:
+        """Whether a checkpoint is saved after step `step` (from 0) of `steps`."""
+        done = step + 1
+        return done == steps or bool(self.save_every and done % self.save_every == 0)
+
 
 def fit(
     model,
@@ -86,7 +91,7 @@ def fit(
     precision: "bf16" (fp32 masters of what is trained, bf16 for all else) or "fp32".
     evaluate: figures to log between steps, called on every rank; the end is the caller's.
     Raises StageError, BadRow, BadImage naming what does not fit; Interrupted after SIGINT or
-    SIGTERM, when all is saved.
+    SIGTERM, when all is saved; OSError before the first step where the disk has too little room.
     """
     pace = pace or Pace()
     if precision not in DTYPES:
@@ -101,6 +106,9 @@ def fit(
     progress = Progress()
     if resume:
         progress = checkpoint.restore(run.checkpoints, module, optimizer, deciding)
+    if accelerator.is_main_process:
+        saves = len([s for s in range(progress.step, stage.steps) if pace.saves(s, stage.steps)])
+        checkpoint.need_room_for_run(run.checkpoints, module, saves)
     run.open(progress.step)
     sampler = StepSampler(
         batch=stage.batch,
@@ -154,7 +162,7 @@ def fit(
             if evaluate and not last and pace.eval_every and (step + 1) % pace.eval_every == 0:
                 run.log(step + 1, {"eval": evaluate()})
                 step_of.meter.read()  # evaluation is no training time
-            if last or stop or (pace.save_every and (step + 1) % pace.save_every == 0):
+            if stop or pace.saves(step, stage.steps):
                 if accelerator.is_main_process:
                     checkpoint.save(run.checkpoints, module, optimizer, progress, deciding)
                 accelerator.wait_for_everyone()
