@@ -4,11 +4,12 @@
 
 ViT-B/32 with random weights, softmax loss, batch 64, captions of 6 to 24 tokens. First both give
 their loss in fp32, which must agree to 1e-4. Then each variant trains in a process of its own, in
-turn, for several rounds: ours with the preparation, objective and optimizer of `fit`; open_clip
-with its model, `ClipLoss` and AdamW as its training script has them, in its precisions `amp_bf16`
-(fp32 weights under autocast) and `pure_bf16` (bf16 weights, its fastest, which loses small
-updates). Reported are the medians of samples/s and of the process's peak memory while it trains
-(building the model left out), and the ratios, which alone carry over to other machines.
+turn, for several rounds: ours with the preparation, working weights, objective and optimizer of
+`fit`; open_clip with its model, `ClipLoss` and AdamW as its training script has them, in its
+precisions `amp_bf16` (fp32 weights under autocast) and `pure_bf16` (bf16 weights, its fastest,
+which loses small updates). Reported are the medians of samples/s and of the process's peak memory
+while it trains (building the model left out), and the ratios, which alone carry over to other
+machines.
 
 Where ours gains: open_clip's text tower computes all 77 places of every caption; in a causal tower
 read at the end token those behind it change nothing, and ours stops at the batch's longest.
@@ -38,6 +39,7 @@ from vlm.pixels import OPENAI, PixelSpec
 from vlm.systems import clip, open_clip_config, open_clip_layout
 from vlm.training.objectives import Contrast
 from vlm.training.stages import Stage, optimizer_for, prepare
+from vlm.training.working import WorkingWeights
 
 VARIANTS = ("ours", "open_clip-amp_bf16", "open_clip-pure_bf16")
 ARCHITECTURE = "ViT-B-32"
@@ -109,10 +111,11 @@ def train(variant: str, steps: int) -> dict[str, float]:
         )  # fmt: skip
         prepare(module, stage, torch.bfloat16)
         optimizer = optimizer_for(module, stage)
-        objective = Contrast("softmax")
+        objective, working = Contrast("softmax"), WorkingWeights(module, torch.bfloat16)
 
         def learn() -> float:
-            loss = objective.backward(module, [ours], BATCH, autocast)
+            with working.in_use():
+                loss = objective.backward(module, [ours], BATCH, autocast)
             optimizer.step()
             objective.after_step(module)
             return loss

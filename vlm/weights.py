@@ -140,20 +140,30 @@ def load_weights(
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype, where=lambda parameter: True) -> None:
-    """Gives the parameters that `where` chooses a dtype, in place. Buffers keep theirs: rotary
-    frequencies and running statistics lose their meaning in 16 bits. So do the weights of batch
-    norms, which must match their statistics, and scalars, such as a temperature: they are float32.
+    """Gives the parameters that `where` chooses a dtype, in place; those that lose their meaning in
+    16 bits (see `castable`) become float32. Buffers keep theirs: rotary frequencies and running
+    statistics are such.
     """
+    able = {id(parameter) for parameter in castable(module)}
+    for parameter in module.parameters():
+        if where(parameter) and parameter.is_floating_point():  # packed weights are not
+            parameter.data = parameter.data.to(dtype if id(parameter) in able else torch.float32)
+
+
+def castable(module: nn.Module) -> list[nn.Parameter]:
+    """The floating-point parameters that may be held in 16 bits: not the weights of batch norms,
+    which must match their statistics, nor scalars, such as a temperature."""
     kept = {
         id(parameter)
         for norm in module.modules()
         if isinstance(norm, _BatchNorm)
         for parameter in norm.parameters(recurse=False)
     }
-    for parameter in module.parameters():
-        if where(parameter) and parameter.is_floating_point():  # packed weights are not
-            whole = id(parameter) in kept or parameter.dim() == 0
-            parameter.data = parameter.data.to(torch.float32 if whole else dtype)
+    return [
+        parameter
+        for parameter in module.parameters()
+        if parameter.is_floating_point() and parameter.dim() and id(parameter) not in kept
+    ]
 
 
 def same_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

@@ -41,6 +41,7 @@ from vlm.training.stages import (
     prepare,
     set_rates,
 )
+from vlm.training.working import WorkingWeights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -128,7 +129,8 @@ def fit(
     )
     peak, _ = peak_flops(device, DTYPES[precision])
     meter = Meter(peak, accelerator.num_processes)
-    step_of = _Step(module, stage, objective, optimizer, accelerator, meter)
+    working = WorkingWeights(module, DTYPES[precision])
+    step_of = _Step(module, stage, objective, optimizer, accelerator, meter, working)
     bar = tqdm(
         total=stage.steps,
         initial=progress.step,
@@ -177,9 +179,16 @@ class _Step:
     """One optimizer step over the rank's micro-batches; figures are those of all ranks."""
 
     def __init__(
-        self, module, stage: Stage, objective: Objective, optimizer, accelerator, meter: Meter
+        self,
+        module,
+        stage: Stage,
+        objective: Objective,
+        optimizer,
+        accelerator,
+        meter: Meter,
+        working: WorkingWeights,
     ) -> None:
-        self.module, self.stage, self.objective = module, stage, objective
+        self.module, self.stage, self.objective, self.working = module, stage, objective, working
         self.optimizer, self.accelerator, self.meter = optimizer, accelerator, meter
         self.trainable = [p for p in module.parameters() if p.requires_grad]
         self.reached: torch.Tensor | None = None
@@ -230,7 +239,8 @@ class _Step:
             ]
             if fit_to_count:
                 self._count_flops(*fit_to_count[0])
-        share = self.objective.backward(self.module, batches, scored, self.accelerator.autocast)
+        with self.working.in_use():
+            share = self.objective.backward(self.module, batches, scored, self.accelerator.autocast)
         loss = float(self._sum([share])[0])
         if not math.isfinite(loss):
             raise StageError(
@@ -265,7 +275,7 @@ class _Step:
         before = [p.grad for p in self.trainable]
         for parameter in self.trainable:
             parameter.grad = None
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), self.working.in_use():
             self.meter.count_flops(
                 lambda: self.objective.trial(self.module, batch, self.accelerator.autocast),
                 count.positions,
