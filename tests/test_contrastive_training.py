@@ -26,6 +26,7 @@ from vlm.systems.composed import load_vision
 from vlm.text_encoders import TextEncoder, build_backbone
 from vlm.training import contrastive, recipe
 from vlm.training.contrastive import Settings, layer_rates, retrieval_on
+from vlm.training.objectives import Contrast
 from vlm.training.run import Run
 from vlm.training.stages import StageError, assign_rates, optimizer_for, prepare
 from vlm.weights import same_bits
@@ -88,6 +89,33 @@ def test_run_is_the_same_for_every_split_into_micro_batches(tmp_path, loss):
         assert_follows(found, expected)
         assert_close(training.weights(parts), training.weights(whole))
     assert expected[-1]["loss"] < expected[0]["loss"]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_bf16_run_begins_as_fp32_does_and_learns_in_one_pass_and_in_two(tmp_path, loss):
+    """The recipe's own precision: weights cast once a step, gradients added up in fp32. Later steps
+    drift apart, as Adam makes whole steps of small gradients."""
+    _, _, expected = train(tmp_path / "fp32", loss)
+    for micro_batch in (8, 2):
+        split = {"micro_batch": micro_batch}
+        chosen, _, found = train(tmp_path / str(micro_batch), loss, stage=split, precision="bf16")
+        assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=2e-2)
+        assert found[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=5e-2)
+        assert found[-1]["loss"] < 0.8 * found[0]["loss"]
+        assert {p.dtype for p in chosen.module.parameters()} == {torch.float32}
+
+
+def test_cost_of_a_step_goes_by_pairs_not_by_the_length_of_its_texts(tmp_path):
+    """Of one batch of short texts and one of long ones."""
+    chosen, rows = training.contrastive_model(), training.pairs(8)
+    objective = Contrast("sigmoid")
+    counts = []
+    for words in (1, 3):
+        long = [tiny.example(row.name, (None,), "ab " * words, images=row.images) for row in rows]
+        (batch,) = objective.collate([chosen.processor.encode(row) for row in long])
+        counts.append(objective.count(batch))
+    assert counts[0].positions < counts[1].positions
+    assert counts[0].work == counts[1].work == 8
 
 
 def test_two_processes_follow_one_where_a_row_is_left_out(tmp_path):
@@ -206,8 +234,9 @@ LAYERS = {
     "timm": (lambda: towers.timm_vit(depth=11), 11, "blocks"),
     "clip text": (clip_text, 3, "encoder.layers"),
     "bert": (bert, 12, "encoder.layer"),
+    "convnext": (lambda: towers.timm_net("convnext_atto"), 4, "stages"),
 }
-FIRST = ("embed", "cls_token", "pos_embed", "pre_layrnorm", "patch")
+FIRST = ("embed", "cls_token", "pos_embed", "pre_layrnorm", "patch", "stem")
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -258,6 +287,9 @@ def test_rates_that_cannot_fall_are_named():
     module.tower = tiny.Patches()
     assert layer_rates(module, "tower", 0.1, 1.0) == [("tower.*", 0.1)]
     with pytest.raises(StageError, match=r"layer_decay 0.5: expected a row .* in tower"):
+        layer_rates(module, "tower", 0.1, 0.5)
+    module.tower = towers.timm_net("resnet10t")
+    with pytest.raises(StageError, match=r"expected one row of layers in tower, found \['tower\."):
         layer_rates(module, "tower", 0.1, 0.5)
     for decay in (0.0, 1.5):
         with pytest.raises(StageError, match="above 0 and at most 1, found"):
@@ -348,11 +380,17 @@ def test_run_draws_its_loss_and_states_its_recalls(scratch):
 
 
 def test_run_goes_on_from_another(scratch, tmp_path):
+    """Computing activations again, in micro-batches, changes nothing that is learned."""
     before = weights(scratch[0])
-    run(tmp_path, start=str(scratch[0]), micro_batch=2, checkpoint_activations=True)
-    after = weights(tmp_path)
-    assert before.keys() == after.keys()
-    assert all(not torch.equal(before[name], after[name]) for name in before if "head" in name)
+    run(tmp_path / "plain", start=str(scratch[0]))
+    run(tmp_path / "lean", start=str(scratch[0]), micro_batch=2, checkpoint_activations=True)
+    expected, found = (
+        [line for line in lines(tmp_path / name) if "loss" in line] for name in ("plain", "lean")
+    )
+    assert_follows(found, expected)
+    after = weights(tmp_path / "lean")
+    assert_close(after, weights(tmp_path / "plain"))
+    assert all(not torch.equal(before[name], after[name]) for name in before if "weight" in name)
 
 
 def test_published_clip_is_tuned_with_rates_that_fall(tmp_path):
@@ -376,9 +414,11 @@ def write_bert(folder):
     return str(folder)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("vision", ["kind:id", "run"])
-def test_locked_picture_tower_stays_as_it_was(scratch, tmp_path, vision):
-    """LiT: a pretrained picture's tower, from a library's folder or from a run of ours."""
+def test_locked_picture_tower_stays_as_it_was(scratch, tmp_path, vision, precision):
+    """LiT: a pretrained picture's tower, from a library's folder or from a run of ours; kept in the
+    precision of the run."""
     if vision == "run":
         vision, pool = str(scratch[0]), "own"
     else:
@@ -387,10 +427,16 @@ def test_locked_picture_tower_stays_as_it_was(scratch, tmp_path, vision):
     settings = dict(vision=vision, text=text, pool=pool, text_pooling="class", embed_width=12,
                     length=16, loss="softmax", lock_image=True)  # fmt: skip
     start = Settings(**settings).build().module.state_dict()
-    run(tmp_path / "run", **settings)
+    run(tmp_path / "run", **settings, precision=precision)
     end = vlm.load(tmp_path / "run", dtype="stored").module.state_dict()
-    changed = {name.split(".")[0] for name in start if not torch.equal(start[name], end[name])}
+    changed = {
+        name.split(".")[0]
+        for name in start
+        if not torch.equal(start[name].to(end[name].dtype), end[name])
+    }
     assert changed == {"image_head", "text", "text_head", "log_scale"}
+    opened = {p.dtype for p in vlm.load(tmp_path / "run").module.parameters()}
+    assert opened == {torch.float32}  # what the other tower learned is not rounded
 
 
 def test_folder_without_a_pooling_has_no_pooled_vector(tmp_path):
@@ -442,11 +488,12 @@ def test_left_out_rows_and_cut_texts_are_counted_and_said(tmp_path, capsys):
     )
     assert result["pairs"] == 6
     assert result["held_out_skipped"] == result["skipped"] == 2  # 8 draws are one epoch
-    assert result["cut_tokens"] == 16 - 12
+    assert result["cut_tokens"] == result["held_out_cut_tokens"] == 16 - 12
     said = capsys.readouterr().err
     assert "2 of 8 held-out rows left out, such as:" in said
     assert "2 rows skipped, such as:" in said
     assert "4 text tokens cut to fit 12" in said
+    assert "4 text tokens of the held-out rows cut to fit the context" in said
     for message in ("found an empty text", "gone.png"):
         assert said.count(message) >= 2
 
@@ -503,6 +550,7 @@ def test_timm_tower_crosses_the_bridge(tmp_path, image, size_hw):
 
     trained = model(image)
     processor = training.contrastive_model().processor
+    processor.pixel_spec = trained.tokenizer.pixel_spec
     ContrastiveModel(Pairing(module=trained, processor=processor)).save(tmp_path)
     tokenizer = load_vision(str(tmp_path), size_hw)
     sizes = size_hw or trained.tokenizer.pixel_spec.size_hw

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -19,7 +20,8 @@ from vlm.data.example import BadRow, Example, ImageRef, Turn
 from vlm.pixels import BadImage
 from vlm.training import objectives, stages
 from vlm.training.checkpoint import CheckpointError, list_checkpoints
-from vlm.training.fit import Interrupted, _leave_stopping_to_the_loop
+from vlm.training.fit import Interrupted
+from vlm.training.loading import _leave_stopping_to_the_loop
 from vlm.training.run import Run, RunError
 from vlm.training.stages import FROZEN, StageError
 from vlm.weights import same_bits
@@ -314,12 +316,34 @@ def test_counting_operations_changes_no_gradient(tmp_path, monkeypatch):
 
     counted, _, with_counter = training.train(tmp_path / "a", precision="bf16", dropout=0.3)
     monkeypatch.setattr(
-        Meter, "count_flops", lambda self, run, positions: setattr(self, "flops_per_position", 1.0)
+        Meter, "count_flops", lambda self, run, work: setattr(self, "flops_per_work", 1.0)
     )
     plain, _, without = training.train(tmp_path / "b", precision="bf16", dropout=0.3)
     for a, b in zip(with_counter, without, strict=True):
         assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
     assert same_bits(training.weights(counted), training.weights(plain))
+
+
+def test_gradient_that_is_not_finite_changes_nothing(tmp_path):
+    """A finite loss may have one; clipping would spread it to every weight."""
+    chosen = training.model()
+    weight = next(p for p in chosen.module.adaptor.parameters() if p.dim() > 1)
+    weight.register_hook(lambda gradient: gradient * math.inf)
+    before = training.weights(chosen)
+    with pytest.raises(StageError, match=r"the gradient norm of step 1 is (inf|nan); nothing"):
+        training.train(tmp_path / "run", chosen=chosen)
+    assert same_bits(before, training.weights(chosen))
+
+
+def test_evaluation_that_fails_loses_no_step(tmp_path):
+    def gone():
+        raise BadRow("held-out row 3 is gone")
+
+    with pytest.raises(BadRow):
+        training.train(tmp_path / "run", evaluate=gone, eval_every=2, save_every=2)
+    assert [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")] == [
+        "step_00000002"
+    ]
 
 
 def test_step_whose_rows_are_all_left_out_stops_the_run(tmp_path):

@@ -101,7 +101,8 @@ def split_by_kind():
 
 
 def train(out, stage=STAGE, rows=None, chosen=None, seed=0, resume=False, precision="fp32",
-          on_bad_row="raise", dropout=0.0, data=None, loss=None, **pace):  # fmt: skip
+          on_bad_row="raise", dropout=0.0, data=None, loss=None, evaluate=None,
+          **pace):  # fmt: skip
     """Trains and gives (model, progress, lines of metrics.jsonl). loss: of a contrastive model;
     None trains a decoder-only one."""
     if loss:
@@ -117,6 +118,7 @@ def train(out, stage=STAGE, rows=None, chosen=None, seed=0, resume=False, precis
         chosen, stage, data or dataset(rows, seed, on_bad_row), run, accelerator,
         objective=Contrast(loss) if loss else None,
         precision=precision, pace=Pace(**{"workers": 0, "save_every": 0, **pace}), resume=resume,
+        evaluate=evaluate,
     )  # fmt: skip
     return chosen, progress, run.history()
 

@@ -48,6 +48,14 @@ more."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+class RefusedRows(ValueError):
+    """Embeddings that are no unit vectors; `rows` of this rank's, from 0."""
+
+    def __init__(self, message: str, rows: Sequence[int]) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
 def softmax_loss(
     images: Tensor,
     texts: Tensor,
@@ -294,7 +302,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _meet(images, texts, scalars, wanted, block, group) -> tuple[Ring, _Wanted]:
     """The ring of the ranks, and which gradients any of them wants, so that all take part in making
     them. Raises ValueError on all ranks if one has found a fault, so that none waits for it."""
-    fault = _fault(images, texts, scalars, block)
+    fault, rows = _fault(images, texts, scalars, block), []
+    if not fault:
+        fault, rows = _refused(images, texts)
     if block is None:
         block = BLOCK if images.device.type == "cpu" else BLOCK_GPU
     if fault:
@@ -305,7 +315,8 @@ def _meet(images, texts, scalars, wanted, block, group) -> tuple[Ring, _Wanted]:
     rank, reports = exchange_reports(mine, images.device, group)
     faulty, sizes, widths, dtypes, blocks, *wanting = zip(*reports)
     if fault:
-        raise ValueError(fault if len(reports) == 1 else f"rank {rank}: {fault}")
+        message = fault if len(reports) == 1 else f"rank {rank}: {fault}"
+        raise RefusedRows(message, rows) if rows else ValueError(message)
     if any(faulty):
         raise ValueError(f"rank {faulty.index(1)} refused its embeddings; see its message")
     if 0 in sizes:
@@ -339,15 +350,23 @@ def _fault(images: Tensor, texts: Tensor, scalars: Sequence[Tensor], block: int 
     for name, embeddings in (("images", images), ("texts", texts)):
         if embeddings.dtype not in DTYPES:
             return f"{name} are of a floating dtype, found {embeddings.dtype}"
-        norms = torch.linalg.vector_norm(embeddings, dim=1, dtype=_wide(embeddings.dtype))
-        wrong = ~((norms - 1).abs() <= UNIT_TOLERANCE)  # true of NaN too
-        if wrong.any():
-            return f"{name}: {_blame(norms, wrong)}"
     return ""
 
 
-def _blame(norms: Tensor, wrong: Tensor) -> str:
-    """Says of the worst kind of wrong norms what it is, and in which rows."""
+def _refused(images: Tensor, texts: Tensor) -> tuple[str, list[int]]:
+    """What is wrong with embeddings that are no unit vectors, and in which rows; empty if nothing
+    is."""
+    for name, embeddings in (("images", images), ("texts", texts)):
+        norms = torch.linalg.vector_norm(embeddings, dim=1, dtype=_wide(embeddings.dtype))
+        wrong = ~((norms - 1).abs() <= UNIT_TOLERANCE)  # true of NaN too
+        if wrong.any():
+            blame, rows = _blame(norms, wrong)
+            return f"{name}: {blame}", rows
+    return "", []
+
+
+def _blame(norms: Tensor, wrong: Tensor) -> tuple[str, list[int]]:
+    """Says of the worst kind of wrong norms what it is; the rows that are."""
     kinds = (
         (~norms.isfinite(), "hold NaN or infinity"),
         (norms == 0, "are zero, and have no direction"),
@@ -358,4 +377,4 @@ def _blame(norms: Tensor, wrong: Tensor) -> str:
     more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
     seen = ", ".join(f"{norm:.4g}" for norm in norms[rows[:8]].tolist())
     norms_seen = f" (norms {seen})" if found is wrong else ""
-    return f"rows {rows[:8]}{more} of {len(norms)} {what}{norms_seen}"
+    return f"rows {rows[:8]}{more} of {len(norms)} {what}{norms_seen}", rows

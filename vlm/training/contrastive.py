@@ -72,7 +72,8 @@ class Settings(BaseSettings):
     """The text's tower: "new", "demo" (SmolLM2-135M), or the hub id or folder of a text encoder or
     causal language model. Both towers are new, or neither."""
     lock_image: bool = False
-    """Leave the picture's tower as it is, and train the rest (LiT)."""
+    """Leave the picture's tower as it is, and train the rest (LiT). Its weights are kept, and
+    saved, in the precision of the run."""
     lock_text: bool = False
     """Leave the text's tower as it is."""
 
@@ -102,6 +103,8 @@ class Settings(BaseSettings):
     """How many of its rows are evaluated, during training and at the end alike, since recall goes
     by their number; 0 evaluates nothing."""
     augment: Augmentation = "light"
+    epochs: Literal["exact", "resampled"] = "exact"
+    """exact: every row once before any comes again; resampled: each draw takes any row."""
     image_rate: float = 1e-3
     """Peak learning rate of the picture's tower."""
     text_rate: float = 1e-3
@@ -193,23 +196,28 @@ def layer_rates(
     them, `decay` times that of the layer above for each one below, and once more for all before
     the first.
 
-    tower: path of an image tokenizer, whose layers are the longest row of modules in it, or of a
-    text encoder. Raises StageError where the rates are to fall and there is no row of layers.
+    tower: path of an image tokenizer or a text encoder. Its layers are the row of modules, in no
+    other row, that holds most parameters: the blocks of a transformer, the stages of a net that
+    shrinks its maps. Raises StageError where the rates are to fall and there is no such row, or
+    several of weight (ResNet's).
     """
     if not 0 < decay <= 1:
         raise StageError(f"layer_decay must be above 0 and at most 1, found {decay}")
     if decay == 1:
         return [(f"{tower}.*", rate)]
-    rows = [
-        [f"{path}.{name}." for name, layer in row.named_children() if _learns(layer)]
-        for path, row in module.get_submodule(tower).named_modules(prefix=tower)
-        if isinstance(row, nn.ModuleList | nn.Sequential)
-    ]
-    layers = max(rows, key=len, default=[])
-    if len(layers) < 2:
+    rows = _rows_of_layers(module, tower)
+    if not rows:
         raise StageError(
             f"layer_decay {decay}: expected a row of two layers or more in {tower}, found none"
         )
+    path, *others = sorted(rows, key=lambda path: -_size(module, path))
+    heavy = [other for other in others if _size(module, other) > 0.1 * _size(module, path)]
+    if heavy:
+        raise StageError(
+            f"layer_decay {decay}: expected one row of layers in {tower}, found {[path, *heavy]}; "
+            "their order is not known, so give one rate to all of it (--layer-decay 1)"
+        )
+    layers = rows[path]
     names = _in_order(module, tower)
     first = next(i for i, name in enumerate(names) if name.startswith(layers[0]))
     rates = [(name, rate * decay ** len(layers)) for name in names[:first]]
@@ -217,6 +225,22 @@ def layer_rates(
     if not all(name.startswith(tuple(layers)) for name in names[first:]):
         rates.append((f"{tower}.*", rate))
     return rates
+
+
+def _rows_of_layers(module: nn.Module, tower: str) -> dict[str, list[str]]:
+    """Prefixes of the layers of each row of two or more in a tower that lies in no other row, by
+    the row's path."""
+    rows: dict[str, list[str]] = {}
+    for path, row in module.get_submodule(tower).named_modules(prefix=tower):
+        if isinstance(row, nn.ModuleList | nn.Sequential):
+            layers = [f"{path}.{name}." for name, layer in row.named_children() if _learns(layer)]
+            if len(layers) > 1 and not any(path.startswith(f"{other}.") for other in rows):
+                rows[path] = layers
+    return rows
+
+
+def _size(module: nn.Module, path: str) -> int:
+    return sum(parameter.numel() for parameter in module.get_submodule(path).parameters())
 
 
 def _learns(layer: nn.Module) -> bool:
@@ -240,7 +264,8 @@ def training_data(settings: Settings) -> MixtureDataset:
     sources = [open_source(spec) for spec in settings.train]
     if settings.weights is not None:
         check_weights(settings.weights, [source.name for source in sources])
-    mixture = Mixture(sources, settings.weights, settings.seed)
+    resampled = settings.epochs == "resampled"
+    mixture = Mixture(sources, settings.weights, settings.seed, resampled=resampled)
     return MixtureDataset(sources, mixture, settings.bad_rows, LEVELS[settings.augment])
 
 
@@ -273,7 +298,7 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
         )
     say(f"{plan.name}: {processes(accelerator, share)}")
     asked = held_out_rows(held_out, settings.held_out_rows) if held_out else []
-    rows = usable_rows(model, held_out, asked, settings.bad_rows, say) if held_out else []
+    rows, cut = usable_rows(model, held_out, asked, settings.bad_rows, say) if asked else ([], 0)
     evaluate = partial(retrieval_on, model, held_out, rows, accelerator) if rows else None
     try:
         progress = fit(
@@ -302,7 +327,8 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
         figures = evaluate()
         run_folder.log(progress.step, {"eval": figures, "final": True})
         left_out = len(asked) - len(rows)
-        result |= {"held_out": held_out.name, "held_out_skipped": left_out, **figures}
+        result |= {"held_out": held_out.name, "held_out_skipped": left_out}
+        result |= {"held_out_cut_tokens": cut, **figures}
     if accelerator.is_main_process:
         result["minutes"] = (time.monotonic() - started) / 60
         run_folder.write_result(result)

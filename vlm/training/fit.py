@@ -21,15 +21,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from vlm.data.collate import Encoded
-from vlm.data.example import BadRow, Skipped
+from vlm.data.example import BadRow
 from vlm.data.mixture import MixtureDataset, StepSampler
-from vlm.pixels import BadImage
 from vlm.training import checkpoint
 from vlm.training.checkpoint import Progress
+from vlm.training.loading import MicroBatch, batches_of, micro_batch_loader
 from vlm.training.meter import Meter, peak_flops
 from vlm.training.objectives import Count, NextToken, Objective
 from vlm.training.run import Run
@@ -119,14 +117,7 @@ def fit(
         start_step=progress.step,
         steps=stage.steps,
     )
-    loader = DataLoader(
-        _Guarded(Encoded(data, model.processor, data.on_bad_row)),
-        batch_sampler=sampler,
-        num_workers=pace.workers,
-        collate_fn=_Collate(objective),
-        worker_init_fn=_leave_stopping_to_the_loop if pace.workers else None,
-        generator=torch.Generator(),  # so that making the loader draws no global random number
-    )
+    loader = micro_batch_loader(data, model.processor, sampler, objective, pace.workers)
     peak, _ = peak_flops(device, DTYPES[precision])
     meter = Meter(peak, accelerator.num_processes)
     working = WorkingWeights(module, DTYPES[precision])
@@ -140,7 +131,7 @@ def fit(
         dynamic_ncols=True,
     )
     audited = False
-    with _stop_requests() as requests, _batches_of(loader) as micro_batches:
+    with _stop_requests() as requests, batches_of(loader) as micro_batches:
         for step in range(progress.step, stage.steps):
             torch.manual_seed(_step_seed(data.mixture.seed, step, accelerator.process_index))
             waiting = time.perf_counter()
@@ -161,9 +152,6 @@ def fit(
                 f"{figures['tokens_per_s']:.0f} tok/s, MFU {figures['mfu']:.0%}"
             )
             last = step + 1 == stage.steps
-            if evaluate and not last and pace.eval_every and (step + 1) % pace.eval_every == 0:
-                run.log(step + 1, {"eval": evaluate()})
-                step_of.meter.read()  # evaluation is no training time
             if stop or pace.saves(step, stage.steps):
                 if accelerator.is_main_process:
                     checkpoint.save(run.checkpoints, module, optimizer, progress, deciding)
@@ -171,6 +159,9 @@ def fit(
             if stop and not last:
                 bar.close()
                 raise Interrupted(step + 1, run.checkpoints)
+            if evaluate and not last and pace.eval_every and (step + 1) % pace.eval_every == 0:
+                run.log(step + 1, {"eval": evaluate()})
+                step_of.meter.read()  # evaluation is no training time
     bar.close()
     return progress
 
@@ -196,8 +187,7 @@ class _Step:
     def __call__(
         self, step: int, micros: list[MicroBatch], waited: float, stop: bool
     ) -> dict[str, float]:
-        device = self.accelerator.device
-        batches = [batch.to(device) for micro in micros for batch in micro.batches]
+        batches = [batch for micro in micros for batch in micro.batches]
         counts = [self.objective.count(batch) for batch in batches]
         failed = next((micro.failed for micro in micros if micro.failed), None)
         totals = self._sum(
@@ -206,6 +196,7 @@ class _Step:
                 sum(count.samples for count in counts),
                 sum(count.tokens for count in counts),
                 sum(count.positions for count in counts),
+                sum(count.work for count in counts),
                 sum(count.pictured for count in counts),
                 stop,
                 failed is not None,
@@ -213,9 +204,9 @@ class _Step:
                 not batches,
             ]
         )
-        scored, samples, tokens, positions, images, stops, failures, left_out, idle = map(
-            int, totals
-        )
+        (
+            scored, samples, tokens, positions, work, images, stops, failures, left_out, idle,
+        ) = map(int, totals)  # fmt: skip
         if failures:
             raise failed or BadRow("another rank found a row that cannot be used; see its message")
         if idle and samples and self.objective.every_rank:
@@ -231,7 +222,7 @@ class _Step:
                 f"here for example: {reasons[:1]}"
             )
         set_rates(self.optimizer, self.stage.factor(step))
-        if self.meter.flops_per_position is None:
+        if self.meter.flops_per_work is None:
             fit_to_count = [
                 (batch, count)
                 for batch, count in zip(batches, counts)
@@ -243,13 +234,14 @@ class _Step:
             share = self.objective.backward(self.module, batches, scored, self.accelerator.autocast)
         loss = float(self._sum([share])[0])
         if not math.isfinite(loss):
-            raise StageError(
-                f"the loss of step {step + 1} is {loss}; nothing was changed by it. Its rows here: "
-                f"{[name for batch in batches for name in batch.names][:32]}"
-            )
-        norm = self._update()
+            raise StageError(_refusal("loss", loss, step, batches))
+        norm = self._gradient_norm()
+        if not math.isfinite(norm):
+            raise StageError(_refusal("gradient norm", norm, step, batches))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         self.objective.after_step(self.module)
-        self.meter.add(samples, tokens, positions, waited)
+        self.meter.add(samples, tokens, positions, work, waited)
         return {
             "loss": loss,
             **self._rates(),
@@ -278,14 +270,14 @@ class _Step:
         with torch.random.fork_rng(), self.working.in_use():
             self.meter.count_flops(
                 lambda: self.objective.trial(self.module, batch, self.accelerator.autocast),
-                count.positions,
+                count.work,
             )
         for parameter, grad in zip(self.trainable, before):
             parameter.grad = grad
 
-    def _update(self) -> float:
-        """Sums gradients over ranks, clips, steps. A gradient that is absent everywhere is zero,
-        on one rank as on many."""
+    def _gradient_norm(self) -> float:
+        """Sums gradients over ranks and clips them; gives their norm before. A gradient that is
+        absent everywhere is zero, on one rank as on many."""
         if self.reached is None or not bool(self.reached.all()):
             flags = torch.tensor([p.grad is not None for p in self.trainable], dtype=torch.float32)
             self.reached = self.accelerator.reduce(flags.to(self.accelerator.device), "sum") > 0
@@ -294,10 +286,7 @@ class _Step:
                 parameter.grad = torch.zeros_like(parameter)
         if self.accelerator.num_processes > 1:
             self._sum_gradients()
-        norm = nn.utils.clip_grad_norm_(self.trainable, self.stage.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return float(nn.utils.clip_grad_norm_(self.trainable, self.stage.clip))
 
     def _sum_gradients(self, bucket_elements: int = 2**24) -> None:
         """All-reduces gradients in flat buckets of at most `bucket_elements` numbers."""
@@ -317,6 +306,14 @@ class _Step:
         return self.accelerator.reduce(total, "sum").tolist()
 
 
+def _refusal(what: str, value: float, step: int, batches: list) -> str:
+    names = [name for batch in batches for name in batch.names]
+    return (
+        f"the {what} of step {step + 1} is {value}; nothing was changed by it. Its rows here: "
+        f"{names[:32]}"
+    )
+
+
 def audit_gradients(module: nn.Module, reached: torch.Tensor) -> None:
     """Raises StageError naming every trainable parameter that got no gradient on any rank."""
     names = [name for name, p in module.named_parameters() if p.requires_grad]
@@ -325,49 +322,6 @@ def audit_gradients(module: nn.Module, reached: torch.Tensor) -> None:
         raise StageError(
             f"{len(dead)} trainable parameters got no gradient in the first step with images: "
             f"{dead[:20]}; freeze them, or see what cuts them off from the loss"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """What the loader gives: batches (none where all rows were skipped), rows left out, text
-    tokens cut, rows without a scored token, and the error of a row that must not be skipped."""
-
-    batches: tuple
-    skipped: tuple[Skipped, ...]
-    cut: int
-    unscored: int
-    failed: Exception | None
-
-
-class _Guarded(Dataset):
-    """Gives a bad row's error as a value, so that it crosses the worker's border unchanged."""
-
-    def __init__(self, rows: Encoded) -> None:
-        self.rows = rows
-
-    def __getitem__(self, index: int):
-        try:
-            return self.rows[index]
-        except (BadRow, BadImage) as error:
-            return error
-
-
-class _Collate:
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
-
-    def __call__(self, items: list) -> MicroBatch:
-        skipped = tuple(item for item in items if isinstance(item, Skipped))
-        failed = next((item for item in items if isinstance(item, Exception)), None)
-        rows = [item for item in items if not isinstance(item, (Skipped, Exception))]
-        batches = self.objective.collate(rows) if rows else ()
-        return MicroBatch(
-            batches=batches,
-            skipped=skipped,
-            cut=sum(row.cut for row in rows),
-            unscored=sum(self.objective.count(batch).unscored for batch in batches),
-            failed=failed,
         )
 
 
@@ -422,29 +376,6 @@ def _decided_by(stage: Stage, data: MixtureDataset) -> dict[str, object]:
 def _step_seed(seed: int, step: int, rank: int) -> int:
     """The seed of a step's random numbers (dropout), the same whenever the run was resumed."""
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:7], "big")
-
-
-def _leave_stopping_to_the_loop(_: int) -> None:
-    """A loader's worker ignores the first request to stop, which a terminal or a scheduler sends to
-    every process: the loop still needs its rows. A second SIGTERM ends it: one that ignored every
-    one would keep the main process waiting for it for ever."""
-
-    def end_at_the_next(number: int, _) -> None:
-        signal.signal(number, signal.SIG_DFL)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, end_at_the_next)
-
-
-@contextmanager
-def _batches_of(loader: DataLoader) -> Iterator[Iterator]:
-    """The loader's iterator; its workers have ended when the block is left, however it is left."""
-    batches = iter(loader)
-    try:
-        yield batches
-    finally:
-        if loader.num_workers:
-            batches._shutdown_workers()  # torch has no public name for it; __del__ comes too late
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from tqdm import tqdm
 
 from vlm.data.example import BadRow, Skipped
@@ -20,14 +22,21 @@ def held_out_rows(source: Source, count: int) -> list[int]:
     return [i * len(source) // count for i in range(count)]
 
 
-def usable_rows(model, source: Source, rows: list[int], bad_rows: str, say) -> list[int]:
+class Usable(NamedTuple):
+    """Rows of a source that can be evaluated, and how many of their text tokens are cut."""
+
+    rows: list[int]
+    cut: int
+
+
+def usable_rows(model, source: Source, rows: list[int], bad_rows: str, say) -> Usable:
     """Those of the held-out rows that can be evaluated: readable, short enough, with an image.
 
     model: what `vlm.load` gives. say: prints a text, as rich's `Console.print` does.
-    What is left out is said. Raises BadRow or BadImage for the first unreadable one unless
+    What is left out or cut is said. Raises BadRow or BadImage for the first unreadable one unless
     `bad_rows` is "skip", and ValueError where fewer than two are left.
     """
-    usable, reasons = [], []
+    usable, reasons, cut = [], [], 0
     for row in tqdm(rows, desc="reading held-out rows", disable=len(rows) < 1000, leave=False):
         try:
             encoded = model.processor.encode(source[row])
@@ -42,13 +51,16 @@ def usable_rows(model, source: Source, rows: list[int], bad_rows: str, say) -> l
             reasons.append(f"{encoded.name}: no image")
         else:
             usable.append(row)
+            cut += encoded.cut
     if reasons:
         lines = [f"{len(reasons)} of {len(rows)} held-out rows left out, such as:", *reasons[:3]]
         say("\n  ".join(lines), highlight=False, markup=False)
+    if cut:
+        say(f"{cut} text tokens of the held-out rows cut to fit the context")
     if rows and len(usable) < 2:
         raise ValueError(
             f"{source.name}: expected at least two held-out rows with an image, found "
             f"{len(usable)} of {len(rows)}; name others with --held-out, or evaluate none with "
             "--held-out-rows 0"
         )
-    return usable
+    return Usable(usable, cut)

@@ -15,23 +15,20 @@ from torch import Tensor, nn
 from torch.distributed._composable import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlm.families.decoder_only import DecoderOnly
 from vlm.image_tokens import ImageTokenizer, meta_pixels, meta_twin
 
 PROBE_HW = (256, 192)
 """Rows and columns of the picture that shows what an image tokenizer keeps."""
 
 
-def checkpoint_activations(
-    module: DecoderOnly, parts: Sequence[str] = ("tokenizer", "text")
-) -> None:
+def checkpoint_activations(module: nn.Module, parts: Sequence[str] = ("tokenizer", "text")) -> None:
     """Makes the blocks of the named parts keep their input alone and compute the rest again in the
     backward pass, in place: the loss and its gradients stay, in less memory and more time.
 
     It acts in training and evaluation mode alike (a frozen part is in the latter), and whether or
-    not the input needs a gradient. parts: paths ("tokenizer", "text", "tokenizer.low").
-    Raises ValueError naming the part that leads nowhere, and the backbone that cannot: what an
-    image tokenizer keeps is measured.
+    not the input needs a gradient. module: of any family. parts: paths ("tokenizer", "text",
+    "tokenizer.low"). Raises ValueError naming the part that leads nowhere, and the backbone that
+    cannot: what an image tokenizer keeps is measured.
     """
     for path in parts:
         try:

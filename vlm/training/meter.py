@@ -1,8 +1,8 @@
 """How fast a step was: samples and real tokens a second, and the share of the machine's peak.
 
 Floating-point operations are counted, not estimated from a formula: torch's own counter runs over
-one extra pass of the first micro-batch, forward and backward, and the count is scaled by
-positions computed.
+one extra pass of the first micro-batch, forward and backward, and the count is scaled by what
+the objective says that a pass's cost goes by: positions computed, or pairs.
 """
 
 from __future__ import annotations
@@ -48,29 +48,31 @@ class Meter:
 
     def __init__(self, peak: float, ranks: int) -> None:
         self.peak = peak * ranks
-        self.flops_per_position: float | None = None
+        self.flops_per_work: float | None = None
         self.start = time.perf_counter()
-        self.samples = self.tokens = self.positions = 0
+        self.samples = self.tokens = self.positions = self.work = 0
         self.waited = 0.0
 
-    def count_flops(self, run, positions: int) -> None:
-        """Runs `run()` under torch's counter; `positions` is what it computes over."""
+    def count_flops(self, run, work: int) -> None:
+        """Runs `run()` under torch's counter; `work` is what its cost goes by."""
         with FlopCounterMode(display=False) as counter:
             run()
-        self.flops_per_position = counter.get_total_flops() / max(positions, 1)
+        self.flops_per_work = counter.get_total_flops() / max(work, 1)
 
-    def add(self, samples: int, tokens: int, positions: int, waited: float) -> None:
-        """samples, real (unpadded) stream places, places computed, seconds waited for data."""
+    def add(self, samples: int, tokens: int, positions: int, work: int, waited: float) -> None:
+        """samples, real (unpadded) stream places, places computed, what the cost goes by, seconds
+        waited for data."""
         self.samples += samples
         self.tokens += tokens
         self.positions += positions
+        self.work += work
         self.waited += waited
 
     def read(self) -> dict[str, float]:
         """Rates since the last reading: samples_per_s, tokens_per_s, mfu and data_wait (shares of
         peak and of time), utilisation (real places / places computed)."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
-        flops = (self.flops_per_position or 0.0) * self.positions
+        flops = (self.flops_per_work or 0.0) * self.work
         rates = {
             "samples_per_s": self.samples / seconds,
             "tokens_per_s": self.tokens / seconds,
@@ -78,7 +80,7 @@ class Meter:
             "data_wait": self.waited / seconds,
             "utilisation": self.tokens / max(self.positions, 1),
         }
-        self.start, self.samples, self.tokens, self.positions, self.waited = (
-            time.perf_counter(), 0, 0, 0, 0.0,
-        )  # fmt: skip
+        self.start = time.perf_counter()
+        self.samples = self.tokens = self.positions = self.work = 0
+        self.waited = 0.0
         return rates

@@ -16,7 +16,7 @@ from torch import nn
 
 from vlm.data.collate import collate
 from vlm.families.contrastive import Contrastive, Embedded
-from vlm.losses.contrastive import sigmoid_loss, softmax_loss
+from vlm.losses.contrastive import RefusedRows, sigmoid_loss, softmax_loss
 from vlm.losses.token import token_losses
 from vlm.pairs import Pair, PairBatch, collate_pairs
 from vlm.placement import Batch
@@ -29,13 +29,14 @@ LARGEST_SCALE = 100.0
 
 
 class Count(NamedTuple):
-    """What a batch holds: terms of the loss, examples, real text places, computed ones, examples
-    that have a picture, and examples without a term."""
+    """What a batch holds: terms of the loss, examples, real text places, computed ones, what the
+    cost of a pass goes by, examples that have a picture, and examples without a term."""
 
     scored: int
     samples: int
     tokens: int
     positions: int
+    work: int
     pictured: int
     unscored: int
 
@@ -59,6 +60,7 @@ class Objective(Protocol):
     ) -> float:
         """Adds the gradients of this rank's batches; gives its share of the loss.
 
+        batches: in the host's memory; each is moved to the module's device for its own passes.
         scored: terms of the loss of the step, over all ranks. Shares and gradients add up over
         ranks to those of the whole step.
         """
@@ -89,6 +91,7 @@ class NextToken:
             samples=len(batch.names),
             tokens=int(batch.valid.sum()),
             positions=batch.valid.numel(),
+            work=batch.valid.numel(),
             pictured=sum(len(group.owner) for group in batch.groups),
             unscored=int((~batch.scored.any(1)).sum()),
         )
@@ -105,6 +108,7 @@ class NextToken:
         pass
 
     def _backward(self, module: nn.Module, batch: Batch, scored: int, autocast: Autocast) -> float:
+        batch = batch.to(_device(module))
         with autocast():
             logits = module(batch)
         loss = token_losses(logits, batch.targets).sum() / max(scored, 1)
@@ -141,6 +145,7 @@ class Contrast:
             samples=pairs,
             tokens=int(batch.valid.sum()),
             positions=batch.valid.numel(),
+            work=pairs,  # pictures are most of it, and all of one size
             pictured=pairs,
             unscored=0,
         )
@@ -151,16 +156,17 @@ class Contrast:
         """Raises StageError naming this rank's rows where the loss refuses their embeddings."""
         before = module.log_scale.detach()
         self.limit = before.clamp(min=math.log(LARGEST_SCALE))
+        device = _device(module)
         if len(batches) == 1:
             with autocast():
-                embedded = module(batches[0])
+                embedded = module(batches[0].to(device))
             return self._backward(module, embedded, batches)
         states, kept = [], []
         for batch in batches:
-            states.append(_random_state(batch.ids.device))
+            states.append(_random_state(device))
             with torch.no_grad(), autocast():
-                kept.append(module(batch))
-        after = _random_state(batches[-1].ids.device)
+                kept.append(module(batch.to(device)))
+        after = _random_state(device)
         joined = Embedded(*(torch.cat(parts).requires_grad_() for parts in zip(*kept)))
         share = self._backward(module, joined, batches)
         sizes = [len(batch.names) for batch in batches]
@@ -168,14 +174,14 @@ class Contrast:
         for batch, state, grad in zip(batches, states, grads):
             _set_random_state(state)
             with autocast():
-                embedded = module(batch)
+                embedded = module(batch.to(device))
             _backward_through(embedded, grad)
         _set_random_state(after)
         return share
 
     def trial(self, module: Contrastive, batch: PairBatch, autocast: Autocast) -> None:
         with autocast():
-            embedded = module(batch)
+            embedded = module(batch.to(_device(module)))
         _backward_through(embedded, [torch.ones_like(vectors) for vectors in embedded])
 
     def after_step(self, module: Contrastive) -> None:
@@ -195,12 +201,19 @@ class Contrast:
                 loss = softmax_loss(*embedded, module.log_scale)
             else:
                 loss = sigmoid_loss(*embedded, module.log_scale, module.bias)
-        except ValueError as error:
+        except RefusedRows as error:
             names = [name for batch in batches for name in batch.names]
-            raise StageError(f"{error}. The rows here: {names[:32]}") from error
+            refused = [names[row] for row in error.rows[:32]]
+            raise StageError(f"{error}. These rows are: {refused}") from error
+        except ValueError as error:
+            raise StageError(str(error)) from error
         loss.backward()
         here = torch.distributed.is_available() and torch.distributed.is_initialized()
         return float(loss.detach()) / (torch.distributed.get_world_size() if here else 1)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
 
 
 def _backward_through(embedded: Embedded, grads: Sequence[torch.Tensor]) -> None:

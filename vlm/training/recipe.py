@@ -88,7 +88,7 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
         checkpoint_activations(model.module, kept_parts(model.module, plan))
     say(f"{plan.name}: {processes(accelerator, share)}")
     rows = held_out_rows(source, settings.held_out_rows) if settings.held_out_rows else []
-    rows = usable_rows(model, source, rows, settings.bad_rows, say)
+    rows, cut = usable_rows(model, source, rows, settings.bad_rows, say)
     texts = usable_documents(model, documents, settings.text_held_out_rows) if documents else []
     evaluate = _Evaluate(model, accelerator, source, rows, documents, texts)
     model.module.to(accelerator.device)
@@ -114,7 +114,7 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
         raise
     if accelerator.is_main_process:
         model.save(settings.out / "model", merge=settings.merge)
-    result = vars(progress) | {"held_out": source.name}
+    result = vars(progress) | {"held_out": source.name, "held_out_cut_tokens": cut}
     figures = evaluate(full=True) if rows else {}
     if texts:
         figures |= {
