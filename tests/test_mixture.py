@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import random
 from collections import Counter
@@ -122,6 +123,19 @@ def test_every_source_epoch_is_each_row_once_in_a_new_order():
         assert [d.epoch for d in draws if d.source == number] == [
             k // length for k in range(len(rows))
         ]
+
+
+def test_resampled_draws_are_any_rows_and_resume_alike():
+    """About 1/e of the rows do not come in as many draws; shares stay as they are."""
+    sources = [listed("a", 400), listed("b", 100)]
+    exact, mixture = Mixture(sources, seed=3), Mixture(sources, seed=3, resampled=True)
+    draws = [mixture[i] for i in range(1000)]
+    assert [draw.source for draw in draws] == [exact[i].source for i in range(1000)]
+    first = Counter(draw.row for draw in draws if draw.source == 0 and draw.epoch == 0)
+    assert sum(first.values()) == 400
+    assert 400 - len(first) == pytest.approx(400 / math.e, abs=30)
+    assert len({draw.row for draw in draws if draw.source == 1}) == pytest.approx(86, abs=12)
+    assert draws[500:] == [Mixture(sources, seed=3, resampled=True)[i] for i in range(500, 1000)]
 
 
 @pytest.mark.parametrize("weights", [[1, 1], [0.7, 0.3], [1, 1e-3], [3, 1]])

@@ -18,6 +18,7 @@ from vlm.data.sources import (
     RowsSource,
     ShardSource,
     open_source,
+    shards,
 )
 from vlm.data.sources.tar import TarImages, walk_members
 
@@ -44,6 +45,22 @@ def write_tar(path, members: dict[str, bytes], **options) -> None:
 
 def sample(key: str, caption: str = "a cat") -> dict[str, bytes]:
     return {f"{key}.png": png(), f"{key}.json": json.dumps({"caption": caption}).encode()}
+
+
+def test_index_of_many_samples_is_kept_until_a_shard_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shards, "KEPT_FROM", 2)
+    path = tmp_path / "s-0.tar"
+    write_tar(path, sample("é", "one") | sample("y", "two"))
+    walked = ShardSource(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "walk_members", None)
+        kept = ShardSource(path)
+    assert [kept[row] for row in range(2)] == [walked[row] for row in range(2)]
+    assert [kept.row_name(row) for row in range(2)] == ["s-0.tar:é", "s-0.tar:y"]
+    write_tar(path, sample("z", "three"))
+    assert ShardSource(path).row_name(0) == "s-0.tar:z"
+    assert len(list((tmp_path / "cache/shards").glob("*"))) == 1  # one sample is soon walked
 
 
 def test_shards_give_pictures_with_captions(tmp_path):

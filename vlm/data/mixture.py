@@ -36,12 +36,13 @@ class Mixture:
     seed: any integer; another seed gives other orders of rows.
     warmup: (weights, samples): the shares at the start, which turn evenly into `weights` over the
         first `samples` samples; None: the same shares throughout.
+    resampled: whether each draw takes any row of its source, independently of all others.
 
     Shares: among the first i samples, whatever i, a source has its exact share to within 2
     samples (within 1/2 where there are two sources), however many sources there are; with a
     warm-up to within 5.
     Epochs: a source's draws, taken len(source) at a time, are its rows each exactly once, in an
-    order of their own.
+    order of their own; where rows are resampled some come twice and some not at all.
     Raises ValueError naming the values where weights do not fit.
 
     >>> from vlm.data.synthetic.scenes import Scenes
@@ -56,7 +57,9 @@ class Mixture:
         weights: Sequence[float] | None = None,
         seed: int = 0,
         warmup: tuple[Sequence[float], int] | None = None,
+        resampled: bool = False,
     ) -> None:
+        self.resampled = resampled
         self.lengths = [len(source) for source in sources]
         names = [source.name for source in sources]
         if not sources:
@@ -88,6 +91,8 @@ class Mixture:
             position += self._shares.counts(late)[source]
         epoch, position = divmod(position, self.lengths[source])
         key = _mix(self._keys[source] ^ epoch)
+        if self.resampled:
+            return Draw(source, _mix(_mix(key) ^ position) % self.lengths[source], epoch)
         return Draw(source, permuted(position, self.lengths[source], key), epoch)
 
     def counts(self, i: int) -> list[int]:

@@ -8,6 +8,8 @@ and ends with two underscores, belong to no sample.
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
 import os
 import re
 from array import array
@@ -15,7 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
+from vlm.assets import cache_folder
 from vlm.data.example import BadRow, Example, ImageRef, caption_example
 from vlm.data.sources.base import BadSource, Source, read_bytes
 from vlm.data.sources.json_rows import load_json
@@ -23,6 +27,10 @@ from vlm.data.sources.row import CAPTION_KEYS, RowFormat, example_from_row
 from vlm.data.sources.tar import walk_members
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
+INDEX_FORMAT = 1
+KEPT_FROM = 50_000
+"""Samples from which on the index of shards is kept in the cache, for the next start and the other
+ranks of a machine."""
 _KEY_AND_EXTENSION = re.compile(r"^((?:.*/)?[^./]+)\.([^/]*)$", re.DOTALL)
 
 
@@ -141,12 +149,52 @@ class _Index:
     int64[M, 2]. image_extension: int16[M] into `extensions`. Keys lie in one run of bytes.
     """
 
+    ARRAYS = ("sample_shard", "json_place", "text_place", "image_end", "image_place",
+              "image_extension", "key_end", "keys")  # fmt: skip
+
     @classmethod
     def of(cls, paths: Sequence[str], image_extension: str | None, text_extension: str) -> _Index:
+        """The index that an earlier run kept of these very files, else a walk through them, which
+        reads every header: what takes long is kept."""
+        files = [(os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths]
+        told = json.dumps([INDEX_FORMAT, image_extension, text_extension, files])
+        kept = cache_folder() / "shards" / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.npz"
+        if kept.exists():
+            return cls._read(kept)
+        index = cls._walk(paths, image_extension, text_extension)
+        if len(index.sample_shard) >= KEPT_FROM:
+            index._write(kept)
+        return index
+
+    @classmethod
+    def _read(cls, path: Path) -> _Index:
+        index = cls()
+        with np.load(path, allow_pickle=False) as held:
+            for name in cls.ARRAYS:
+                setattr(index, name, held[name])
+            index.extensions = held["extensions"].tolist()
+        return index
+
+    def _write(self, path: Path) -> None:
+        """Whole or not at all, whatever other process writes the same; a full or read-only disk
+        costs the next run its walk."""
+        arrays = {name: getattr(self, name) for name in self.ARRAYS}
+        part = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(part, extensions=np.array(self.extensions, dtype=str), **arrays)
+            part.rename(path)
+        except OSError:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def _walk(
+        cls, paths: Sequence[str], image_extension: str | None, text_extension: str
+    ) -> _Index:
         index, sample_shard, image_end, key_end = cls(), array("i"), array("q"), array("q")
         json_place, text_place, image_place = array("q"), array("q"), array("q")
         image_extensions, codes, keys = array("h"), {}, bytearray()
-        for shard, path in enumerate(paths):
+        for shard, path in enumerate(tqdm(paths, "shards", disable=len(paths) < 100)):
             seen: set[str] = set()  # of this shard only
             key, extensions = None, set()
             for member in walk_members(path):
@@ -187,13 +235,15 @@ class _Index:
         index.image_place = np.array(image_place, np.int64).reshape(-1, 2)
         index.image_extension = np.array(image_extensions, np.int16)
         index.extensions = list(codes)
-        index._key_end, index._keys = np.array(key_end, np.int64), bytes(keys)
+        index.key_end = np.array(key_end, np.int64)
+        index.keys = np.frombuffer(bytes(keys), np.uint8)
         return index
 
     def key(self, row: int) -> str:
         """The key of a sample."""
-        start = int(self._key_end[row - 1]) if row else 0
-        return self._keys[start : int(self._key_end[row])].decode("utf-8", "surrogateescape")
+        start = int(self.key_end[row - 1]) if row else 0
+        end = int(self.key_end[row])
+        return self.keys[start:end].tobytes().decode("utf-8", "surrogateescape")
 
 
 def _is_picture(extension: str, wanted: str | None) -> bool:
