@@ -288,6 +288,11 @@ def towers(tmp_path, monkeypatch):
     return model, folder, paths
 
 
+def names(file, kind):
+    """As the help of `vlm embed` says."""
+    return json.loads(np.load(file)[kind].tobytes())
+
+
 def test_embed_command_writes_unit_vectors_with_names(towers, tmp_path, capsys):
     model, folder, paths = towers
     texts, out = tmp_path / "texts.txt", tmp_path / "vectors.npz"
@@ -296,12 +301,12 @@ def test_embed_command_writes_unit_vectors_with_names(towers, tmp_path, capsys):
     cli.main(["embed", str(folder), *options, "--text", "a cat", "--texts", str(texts)])
     assert capsys.readouterr().out == f"{out}: 3 pictures, 3 texts, 10 numbers each\n"
     found = np.load(out)
-    assert found["image_names"].tolist() == [str(path) for path in paths]
-    assert found["text_names"].tolist() == ["a cat", "a dog", "ein Käfer"]
+    assert names(out, "image_names") == [str(path) for path in paths]
+    assert names(out, "text_names") == ["a cat", "a dog", "ein Käfer"]
     assert found["model"] == "runs/x"
     for key, vectors in (
         ("images", model.embed_images(paths)),
-        ("texts", model.embed_texts(found["text_names"].tolist())),
+        ("texts", model.embed_texts(names(out, "text_names"))),
     ):
         assert found[key].dtype == np.float32
         np.testing.assert_allclose(found[key], vectors, atol=1e-6)
@@ -323,7 +328,32 @@ def test_embed_command_leaves_out_and_counts_what_cannot_be_read(towers, tmp_pat
     shown = capsys.readouterr()
     assert "2 pictures" in shown.out
     assert f"left out: {paths[1]}: expected a whole PNG" in shown.err
-    assert np.load(out)["image_names"].tolist() == [str(paths[0]), str(paths[2])]
+    assert names(out, "image_names") == [str(paths[0]), str(paths[2])]
+
+
+def test_embed_command_takes_the_lines_of_a_file_as_they_are(towers, tmp_path):
+    """Only line ends part texts, and of two lengths neither costs the other's room."""
+    texts, out = tmp_path / "texts.txt", tmp_path / "vectors.npz"
+    given = ["a\u2028b", "a\fb", "a\x85b", "nul\0", "\ufeffa", "x" * 5000, *map(str, range(50))]
+    texts.write_bytes("\r\n".join(given).encode() + b"\n")
+    with pytest.warns(UserWarning, match="1 of 56 texts were longer"):
+        cli.main(["embed", "--texts", str(texts), "--model", "x", "--out", str(out)])
+    assert names(out, "text_names") == given
+    assert out.stat().st_size < 20_000
+
+
+def test_embed_command_embeds_texts_before_pictures(towers, tmp_path, monkeypatch, capsys):
+    """A fault in a text comes before hours of pictures."""
+    import torch
+
+    model, folder, _ = towers
+    with torch.no_grad():
+        model.module.text_head.weight.fill_(float("nan"))
+    monkeypatch.setattr(model.module, "embed_images", lambda _: pytest.fail("embedded"))
+    out = str(tmp_path / "x.npz")
+    with pytest.raises(SystemExit):
+        cli.main(["embed", str(folder), "--text", "a cat", "--model", "x", "--out", out])
+    assert "zero or not finite for ['texts[0]']" in capsys.readouterr().err
 
 
 def test_index_is_built_once_and_searched_by_texts_and_pictures(towers, tmp_path, capsys):

@@ -439,6 +439,13 @@ def test_locked_picture_tower_stays_as_it_was(scratch, tmp_path, vision, precisi
     assert opened == {torch.float32}  # what the other tower learned is not rounded
 
 
+def test_run_with_a_locked_text_tower_opens_in_the_precision_of_what_it_trained(scratch, tmp_path):
+    run(tmp_path, start=str(scratch[0]), lock_text=True, precision="bf16")
+    stored = vlm.load(tmp_path, dtype="stored").module
+    assert next(stored.text.parameters()).dtype == torch.bfloat16
+    assert {p.dtype for p in vlm.load(tmp_path).module.parameters()} == {torch.float32}
+
+
 def test_folder_without_a_pooling_has_no_pooled_vector(tmp_path):
     write_decoder(tmp_path / "decoder")
     text = write_bert(tmp_path / "bert")

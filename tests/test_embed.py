@@ -4,17 +4,19 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import vlm
 from tests import tiny
 from tests.reference import test_clip, test_siglip
 from tests.test_contrastive import IMAGES, model
 from tests.test_pairs import text_tokenizer
-from vlm.inference.embed import ContrastiveModel
+from vlm.inference.embed import ContrastiveModel, same_labels
 from vlm.lora import Lora, add_lora
 from vlm.pairs import PairProcessor
 from vlm.pixels import BadImage
 from vlm.systems import pairing
+from vlm.systems.composed import load_vision
 from vlm.systems.pairing import Pairing
 from vlm.weights import WeightsError, same_bits
 
@@ -133,6 +135,26 @@ def test_bad_labels_and_templates_are_named(clip, labels, templates, message):
         clip.classify(PICTURES, labels, templates)
 
 
+def test_labels_that_are_one_text_to_the_model_are_named(clip, siglip):
+    """CLIP reads no capitals, SigLIP no punctuation."""
+    with pytest.raises(ValueError, match=r"it reads as one text: \[\['Cat', 'cat'\]\]$"):
+        clip.classify(PICTURES, ["Cat", "dog", "cat"])
+    with pytest.raises(ValueError, match=r"leaves something, found \['!\?', '\.'\]$"):
+        siglip.classify(PICTURES, ["cat", "!?", "."])
+    with pytest.raises(ValueError, match=r"it reads as one text: \[\['dog', 'Dog!'\]\]$"):
+        siglip.classify(PICTURES, ["cat", "dog", "Dog!"], ["a {}", "{}"])
+
+
+def test_labels_are_the_same_only_where_they_are_in_every_template():
+    """Behind a template as long as the context every label is cut off."""
+    processor = public().processor
+    labels = ["cat", "dog", "Cat"]
+    assert same_labels(processor, labels, ["a photograph of {}"]) == [[0, 1, 2]]
+    assert same_labels(processor, labels, ["a photograph of {}", "a {}"]) == []
+    processor.lower_case = True
+    assert same_labels(processor, labels, ["a photograph of {}", "a {}"]) == [[0, 2]]
+
+
 def test_bad_pictures_and_texts_are_named(clip, tmp_path):
     (tmp_path / "x.png").write_bytes(b"no picture")
     with pytest.raises(BadImage, match=r"x\.png: expected a picture"):
@@ -241,6 +263,27 @@ def test_bad_folders_are_named(tmp_path):
     path.write_text(json.dumps(values | {"bias": True}))
     with pytest.raises(WeightsError, match=r"missing \(1\): \['bias'\]"):
         vlm.load(tmp_path)
+
+
+def test_a_folder_of_one_tower_is_told_from_a_model(tmp_path, towers):
+    whole = towers[0].partition(":")[2]
+    transformers.SiglipVisionModel.from_pretrained(whole).save_pretrained(tmp_path)
+    transformers.AutoImageProcessor.from_pretrained(whole).save_pretrained(tmp_path)
+    message = "found 'siglip_vision_model', a tower for pictures alone, without one for texts"
+    with pytest.raises(ValueError, match=message) as caught:
+        vlm.load(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: expected a whole model, ")
+    named = str(caught.value).rpartition("as an image tokenizer: ")[2]
+    assert named == f"transformers:{tmp_path}"
+    assert load_vision(named).dim == 24
+    for kind, message in (
+        ("siglip2_vision_model", "pictures alone, .* as an image tokenizer: naflex:"),
+        ("clip_text_model", "'clip_text_model', a tower for texts alone, without one for pictures"),
+        ("t5", "model type 't5' is not one of vlm, "),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(ValueError, match=message):
+            vlm.load(tmp_path)
 
 
 def text_folder(folder, kind="llama"):

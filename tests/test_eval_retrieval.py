@@ -13,6 +13,8 @@ import vlm
 from tests import tiny, training
 from tests.test_embed import public
 from tests.test_sources_clip_benchmark import CAPTIONS, retrieval_folder
+from vlm.data.example import BadRow
+from vlm.inference.embed_captions import _read_captions
 from vlm.metrics.retrieval import retrieval
 
 PATH = Path(__file__).parents[1] / "eval/retrieval.py"
@@ -237,3 +239,43 @@ def test_bad_arguments_are_one_line(made, tmp_path, capsys):
         found = capsys.readouterr().err
         assert message in found
         assert "Traceback" not in found
+
+
+def test_a_place_that_cannot_be_written_to_is_named_before_the_model_is_opened(
+    made, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(vlm, "load", lambda *_, **__: pytest.fail("the model was opened"))
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc")):
+        with pytest.raises(SystemExit):
+            run(made, out)
+        assert f"error: --out {out}: expected a folder to write to" in capsys.readouterr().err
+
+
+def test_figures_stay_where_a_picture_is_gone_when_hits_are_drawn(
+    made, tmp_path, monkeypatch, capsys
+):
+    rows = [{"image": str(tmp_path / f"{i}.png"), "caption": TEXTS[i]} for i in range(3)]
+    for row in rows:
+        tiny.picture(0, (20, 30)).resize((20 + rows.index(row), 30)).save(row["image"])
+
+    def measured(*given, **options):
+        (tmp_path / "1.png").unlink()
+        return retrieval(*given, **options)
+
+    monkeypatch.setattr(evaluation, "retrieval", measured)
+    with pytest.raises(SystemExit):
+        run(made, tmp_path / "out", "--data", str(write_rows(tmp_path, rows)))
+    shown = capsys.readouterr()
+    assert "1.png" in shown.err
+    assert "3 images and 3 texts" in shown.out
+    assert json.loads((tmp_path / "out/result.json").read_text())["figures"]["images"] == 3
+
+
+def test_caption_of_which_the_model_reads_nothing_is_named():
+    """As SigLIP's tokenizer leaves punctuation out."""
+    processor = training.contrastive_model().processor
+    processor.unread = lambda texts: [i for i, text in enumerate(texts) if text == "!!!"]
+    row = tiny.example("r", (None,), "!!!", images=(tiny.picture(0),))
+    with pytest.raises(BadRow, match=r"r: expected a caption, found '!!!', of which the model"):
+        _read_captions(processor, row)

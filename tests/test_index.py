@@ -8,8 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+import vlm
 from tests import tiny
+from tests.reference import test_clip, test_siglip
 from tests.test_embed import public
+from vlm import weights
 from vlm.data.example import BadRow
 from vlm.inference import index as index_file
 from vlm.inference import nearest, picture_files
@@ -17,11 +20,12 @@ from vlm.inference.embed_rows import Reading
 from vlm.inference.index import File, Index
 from vlm.inference.origin import Origin, origin_of
 from vlm.inference.picture_files import SUFFIXES, find_pictures
+from vlm.lora import Lora, add_lora
 from vlm.pixels import BadImage
 from vlm.pixels.decode import FORMATS
 
 SKIP = Reading(bad_rows="skip")
-ORIGIN = Origin(model="m", dtype="auto", weights="w", preprocessing="p", dim=6)
+ORIGIN = Origin(model="m", dtype="auto", weights="w", settings="s", preprocessing="p", dim=6)
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +262,33 @@ def test_bad_pictures_are_named_or_left_out_and_counted(model, folder, tmp_path)
         Index.build(tmp_path / "nowhere", model, source="x")
 
 
+def test_links_that_lead_nowhere_are_named_or_left_out(model, folder, tmp_path):
+    links = [folder / "sub" / "x.png", folder / "y.png"]
+    for link, target in zip(links, ("gone.png", "y.png")):  # to nothing, and to itself
+        link.symlink_to(target)
+    with pytest.raises(BadImage, match=r"2 bad pictures: .*x\.png: expected .*y\.png: expected"):
+        Index.build(folder, model, source="x")
+    index = Index.build(folder, model, source="x", reading=SKIP)
+    assert index.changes[:4] == (5, 0, 0, 0)
+    assert [row.name for row in index.changes.skipped] == [str(link) for link in links]
+    assert index.changes.skipped[0].reason.startswith("expected a picture file, found: No such")
+    lone = tmp_path / "lone"
+    lone.mkdir()
+    (lone / "x.png").symlink_to("gone.png")
+    with pytest.raises(ValueError, match=r"none of 1 pictures can be read, .*: No such file"):
+        Index.build(lone, model, source="x", reading=SKIP)
+
+
+def test_room_on_the_disk_is_asked_for_before_pictures_are_embedded(
+    model, folder, tmp_path, monkeypatch
+):
+    usage = weights.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: usage._replace(free=10**6))
+    monkeypatch.setattr(model.module, "embed_images", lambda _: pytest.fail("embedded"))
+    with pytest.raises(OSError, match=r"index: needs .* 1 MB free; name a folder on another disk"):
+        Index.build(folder, model, source="x", out=tmp_path / "index")
+
+
 def test_several_processes_are_refused(model, folder, monkeypatch):
     """Each would index a share of the pictures only."""
     several = type("Several", (), {"num_processes": 2})
@@ -279,8 +310,6 @@ def test_origin_tells_weights_and_preprocessing_apart(model, tmp_path):
     origin = origin_of(model, tmp_path / "run")
     assert origin.model == str(tmp_path / "run")
     shutil.move(tmp_path / "run", tmp_path / "moved")
-    import vlm
-
     opened = vlm.load(tmp_path / "moved")
     assert origin.agrees(origin_of(opened, tmp_path / "moved"))
     with torch.no_grad():
@@ -295,6 +324,51 @@ def test_origin_tells_weights_and_preprocessing_apart(model, tmp_path):
             origin.weights, True,
         )  # fmt: skip
         assert not origin.agrees(other)
+
+
+def test_origin_tells_computations_apart_that_share_their_weights(tmp_path):
+    """Neither an activation nor a pool, nor LoRA's scale, is among the tensors."""
+    public("class").save(tmp_path)
+    origin = origin_of(vlm.load(tmp_path), tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    text = values["text"] | {"text_config": values["text"]["text_config"] | {"hidden_act": "relu"}}
+    for change in ({"text": text}, {"pool": {"kind": "mean"}}):
+        path.write_text(json.dumps(values | change))
+        other = origin_of(vlm.load(tmp_path), tmp_path)
+        assert other.settings != origin.settings
+        assert (other.weights, other.preprocessing) == (origin.weights, origin.preprocessing)
+        assert not other.agrees(origin)
+    twins = []
+    for alpha in (2, 4):
+        given = public()
+        add_lora(given.module, {"text": Lora(rank=2, alpha=alpha)})
+        twins.append(origin_of(given, "x"))
+    assert twins[0].weights == twins[1].weights
+    assert not twins[0].agrees(twins[1])
+
+
+@pytest.mark.parametrize("write", [test_clip.write_folder, test_siglip.write_folder])
+def test_origin_of_a_published_model_is_that_of_its_native_folder(tmp_path, write):
+    write(tmp_path / "published")
+    published = vlm.load(tmp_path / "published")
+    published.save(tmp_path / "native")
+    native = vlm.load(tmp_path / "native")
+    assert origin_of(native, "x") == origin_of(published, "x")
+
+
+def test_second_build_with_a_moved_model_says_where_it_is(model, folder, tmp_path, monkeypatch):
+    out = tmp_path / "index"
+    first = Index.build(folder, model, source="one", out=out)
+    written = [path.name for path in out.glob("vectors-*")]
+    monkeypatch.setattr(model.module, "embed_images", lambda _: pytest.fail("embedded again"))
+    index = Index.build(folder, model, source="two", out=out)
+    assert index.changes == (0, 0, 5, 0, [])
+    opened = Index.load(out)
+    assert opened.origin == index.origin == origin_of(model, "two")
+    assert (opened.files, opened.folder) == (first.files, folder)
+    assert np.array_equal(opened.vectors(), first.vectors())
+    assert [path.name for path in out.glob("vectors-*")] == written
 
 
 def test_index_of_another_model_is_refused_with_both_named(model, folder, tmp_path):
@@ -348,7 +422,7 @@ def test_broken_index_is_named(tmp_path):
     for changed, message in (
         (text[:-9], r"index\.json: not JSON"),
         ("[]", r"index\.json: expected the file of an index"),
-        (json.dumps(values | {"version": 9}), "written as version 9, this vlm reads 1"),
+        (json.dumps(values | {"version": 9}), "written as version 9, this vlm reads 2"),
         (json.dumps(values | {"surplus": 1}), r"unknown keys \['surplus'\]"),
         (json.dumps(values | {"files": [[1]]}), r"files: expected rows of path, time, size"),
         (json.dumps(values | {"files": None}), r"files: expected rows of path, time, size"),

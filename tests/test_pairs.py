@@ -2,7 +2,7 @@ import pickle
 
 import pytest
 import torch
-from tokenizers import processors
+from tokenizers import Regex, normalizers, processors
 
 from tests import tiny
 from vlm.data.example import BadRow, Example, ImageRef, Turn, caption_example
@@ -20,6 +20,13 @@ def text_tokenizer(padding_side="right"):
         single="$A <|im_end|>", special_tokens=[("<|im_end|>", END)]
     )
     tokenizer.padding_side = padding_side
+    return tokenizer
+
+
+def words_only(tokenizer):
+    """The tokenizer, punctuation left out as SigLIP's does."""
+    parts = [normalizers.Replace(Regex(r"[^\w\s]"), ""), normalizers.Strip()]
+    tokenizer._tokenizer.normalizer = normalizers.Sequence(parts)
     return tokenizer
 
 
@@ -144,6 +151,17 @@ def test_bare_pairs_batch_without_saying_their_pads():
 def test_a_row_that_is_no_pair_is_named(row, message):
     with pytest.raises(BadRow, match=message):
         processor().encode(row)
+
+
+@pytest.mark.parametrize("own", [text_tokenizer, tiny.text_tokenizer], ids=["end", "no token"])
+def test_a_caption_of_which_nothing_is_read_is_named(own):
+    """Whether or not an empty text has tokens of the tokenizer's own."""
+    pairs = processor(text_tokenizer=words_only(own()))
+    assert pairs.unread(["!", "a!", "", " ?\n", "b"]) == [0, 2, 3]
+    assert pairs.unread([]) == []
+    with pytest.raises(BadRow, match=r"^t\.jsonl:3: expected a caption, found '\?!', of which the"):
+        pairs.encode(example("?!"))
+    assert torch.equal(pairs.encode(example("a!")).ids, pairs.encode(example("a")).ids)
 
 
 def test_a_broken_picture_is_named_with_its_row():

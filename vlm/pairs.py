@@ -120,9 +120,11 @@ class PairProcessor:
             raise ValueError(
                 f"texts are padded to {length} tokens, but the tokenizer has no pad token"
             )
-        own = len(self._encode([""], None)[0])
-        if own >= length:
-            raise ValueError(f"length {length} leaves no room beside {own} tokens of every text")
+        (self._own,) = self._encode([""], None)
+        if len(self._own) >= length:
+            raise ValueError(
+                f"length {length} leaves no room beside {len(self._own)} tokens of every text"
+            )
 
     @property
     def pad_id(self) -> int:
@@ -134,8 +136,8 @@ class PairProcessor:
     def encode(self, example: Example) -> Pair:
         """The picture and caption of an example; what was asked before the caption is left out.
 
-        Raises BadRow naming the row where it has not exactly one picture and one caption that is
-        not empty; BadImage for a picture that cannot be read.
+        Raises BadRow naming the row where it has not exactly one picture and one caption of which
+        the model reads something; BadImage for a picture that cannot be read.
         """
         answers = [turn for turn in example.turns if turn.role == "assistant"]
         if len(answers) != 1:
@@ -144,7 +146,12 @@ class PairProcessor:
             raise BadRow(f"{example.name}: expected one picture, found {len(example.images)}")
         if not example.answer.strip():
             raise BadRow(f"{example.name}: expected a caption, found an empty text")
-        (ids,), (cut,) = self.rows([example.answer])
+        (ids,), (cut,) = self._rows([example.answer])
+        if ids == self._own:
+            raise BadRow(
+                f"{example.name}: expected a caption, found {example.answer[:80]!r}, of which the "
+                "text tokenizer leaves nothing"
+            )
         ids, valid = self.pad([ids], self.length if self.pad_to_length else len(ids))
         return Pair(
             name=example.name,
@@ -166,18 +173,27 @@ class PairProcessor:
     def rows(self, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
         """The ids of each text, not yet padded, and how many tokens of it were cut. Raises as
         `texts` does."""
+        rows, cut = self._rows(texts)
+        for i, row in enumerate(rows):
+            if not row:
+                raise ValueError(f"texts[{i}]: expected a text, found {texts[i]!r}, without tokens")
+        return rows, cut
+
+    def unread(self, texts: Sequence[str]) -> list[int]:
+        """The places of texts of which the model reads nothing: their ids are those of an empty
+        one. SigLIP's tokenizer leaves punctuation out, so that "!!!" is such a text."""
+        return [i for i, row in enumerate(self._rows(texts)[0]) if row == self._own]
+
+    def _rows(self, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
+        """What `rows` gives, of texts without tokens too."""
         if isinstance(texts, str):
             raise ValueError("texts is a list, one entry for each text; found one text")
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise ValueError(f"texts[{i}]: expected a text, found {type(text).__name__}")
-        if self.lower_case:
-            texts = [text.lower() for text in texts]
         rows = self._encode(texts, None) if texts else []
         cut = [0] * len(rows)
         for i, row in enumerate(rows):
-            if not row:
-                raise ValueError(f"texts[{i}]: expected a text, found {texts[i]!r}, without tokens")
             if len(row) > self.length:
                 (rows[i],) = self._encode([texts[i]], self.length)
                 cut[i] = len(row) - len(rows[i])
@@ -209,6 +225,8 @@ class PairProcessor:
 
     def _encode(self, texts: Sequence[str], length: int | None) -> list[list[int]]:
         """The ids of texts, cut to `length` where it is given, end token kept."""
+        if self.lower_case:
+            texts = [text.lower() for text in texts]
         after = [] if self.end_id is None else [self.end_id]
         cut = {} if length is None else {"truncation": True, "max_length": length - len(after)}
         encoded = self.text_tokenizer(

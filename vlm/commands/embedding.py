@@ -98,8 +98,9 @@ class Classify(UsesTowers):
 class Embed(ReadsPictures):
     """Write the vectors of pictures and texts to a NumPy file.
 
-    `images` and `texts` are float32[N, U] of unit norm, `image_names` and `text_names` say whose;
-    `model` is the model. Products of vectors are cosines.
+    `images` and `texts` are float32[N, U] of unit norm; products of vectors are cosines.
+    `image_names` and `text_names` say whose they are: each is a JSON list as bytes, to be read with
+    json.loads(file["text_names"].tobytes()). `model` is the model.
     """
 
     places: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name="pictures")] = ()
@@ -129,6 +130,9 @@ class Embed(ReadsPictures):
         model = self.load()
         arrays: dict[str, np.ndarray] = {"model": np.array(self.model)}
         skipped: list[Skipped] = []
+        if texts:  # before the pictures, which take longer, so that a fault in one loses little
+            arrays["texts"] = model.embed_texts(texts).numpy()
+            arrays["text_names"] = _json_bytes(texts)
         if paths:
             parts = list(embed_pictures(model, paths, reading))
             skipped = [row for part in parts for row in part.skipped]
@@ -136,10 +140,7 @@ class Embed(ReadsPictures):
                 raise ValueError(f"none of {len(paths)} pictures can be read: {skipped[0].reason}")
             arrays["images"] = np.concatenate([part.vectors for part in parts])
             places = [place for part in parts for place in part.places]
-            arrays["image_names"] = np.array([str(paths[place]) for place in places])
-        if texts:
-            arrays["texts"] = model.embed_texts(texts).numpy()
-            arrays["text_names"] = np.array(texts)
+            arrays["image_names"] = _json_bytes([str(paths[place]) for place in places])
         new = self.out.with_name(self.out.name + ".new")
         with new.open("wb") as file:
             np.savez(file, **arrays)
@@ -147,6 +148,14 @@ class Embed(ReadsPictures):
         _report(skipped)
         counts = [f"{len(arrays[k])} {what}" for k, what in KINDS.items() if k in arrays]
         print(f"{self.out}: {', '.join(counts)}, {model.module.dim} numbers each")
+
+
+def _json_bytes(names: list[str]):
+    """Names as a JSON list in uint8[n]: an array of texts gives each the room of the longest and
+    loses NULs at its end."""
+    import numpy as np
+
+    return np.frombuffer(json.dumps(names).encode(), np.uint8)
 
 
 KINDS = {"images": "pictures", "texts": "texts"}
@@ -324,9 +333,11 @@ def _lines(path: Path, bad_rows: str) -> list[str]:
     """The texts of a file, one a line. Raises ValueError naming a line that is empty, unless it is
     to be skipped."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected text in UTF-8, found {error}") from error
+    # Not splitlines, which also splits within texts: at form feeds, U+0085, U+2028.
+    lines = text.removesuffix("\n").split("\n") if text else []
     blank = [i for i, line in enumerate(lines, 1) if not line.strip()]
     if blank and bad_rows == "raise":
         raise ValueError(f"{path}: expected a text on each line, found line {blank[0]} empty")

@@ -131,7 +131,8 @@ class ContrastiveModel:
         `scores.softmax(1)` are probabilities of one label among these, for models trained with the
         softmax loss (CLIP); `scores.sigmoid()` that a label fits by itself, for models trained with
         the sigmoid loss (SigLIP), whose bias they include.
-        Raises ValueError naming labels that are empty or equal, and templates without "{}".
+        Raises ValueError naming labels that are empty or equal, as they are or to the model, and
+        templates without "{}".
         Source: CLIP, arXiv 2103.00020, section 3.1.4.
         """
         labelled = self.embed_labels(labels, templates)
@@ -148,6 +149,12 @@ class ContrastiveModel:
         _require_labels(labels)
         templates = ["{}"] if templates is None else templates
         _require_templates(templates)
+        if same := same_labels(self.processor, labels, templates):
+            found = [[labels[i] for i in places] for places in same]
+            raise ValueError(
+                f"expected labels that the model can tell apart, found some that it reads as one "
+                f"text: {found}"
+            )
         texts = [template.replace("{}", label) for label in labels for template in templates]
         vectors = self.embed_texts(texts).view(len(labels), len(templates), -1)
         return F.normalize(vectors.mean(1), dim=-1)
@@ -160,6 +167,31 @@ class ContrastiveModel:
             is), or written as layers of its own, to go on training with.
         """
         systems.save(self.parts, Path(folder), layout, merge)
+
+
+def same_labels(
+    processor: PairProcessor, labels: Sequence[str], templates: Sequence[str]
+) -> list[list[int]]:
+    """The places of labels that are one text to the model, as in every template their ids are the
+    same: it may read no capitals, or cut off where they differ. Groups of two and more.
+
+    Raises ValueError naming labels of which it reads nothing.
+    """
+    if unread := [labels[i] for i in processor.unread(labels)]:
+        raise ValueError(
+            f"expected labels of which the text tokenizer leaves something, found {unread}"
+        )
+    same = [list(range(len(labels)))]
+    for template in templates:
+        finer = []
+        for places in same:
+            groups: dict[tuple[int, ...], list[int]] = {}
+            rows, _ = processor.rows([template.replace("{}", labels[i]) for i in places])
+            for i, row in zip(places, rows):
+                groups.setdefault(tuple(row), []).append(i)
+            finer += [group for group in groups.values() if len(group) > 1]
+        same = finer
+    return same
 
 
 def _require_labels(labels: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from vlm.inference.embed_rows import (
     sum_of_all,
 )
 from vlm.inference.engine import evaluating
+from vlm.pairs import PairProcessor
 
 
 class Found(NamedTuple):
@@ -149,7 +151,8 @@ def _embed_captions(
     skipped: list[tuple[int, Skipped]] = []
     cut: list[tuple[int, int]] = []
     with evaluating(model.module):
-        for batch in read_batches(source, rows, _read_captions, accelerator, reading, "captions"):
+        read = partial(_read_captions, model.processor)
+        for batch in read_batches(source, rows, read, accelerator, reading, "captions"):
             skipped += batch.skipped
             texts, names = [], []
             for place, item in zip(batch.places, batch.items):
@@ -179,13 +182,19 @@ def _embed_captions(
     )
 
 
-def _read_captions(example: Example) -> _Captioned:
-    """The picture and captions of a row. Raises BadRow where one is missing or empty."""
+def _read_captions(processor: PairProcessor, example: Example) -> _Captioned:
+    """The picture and captions of a row. Raises BadRow where one is missing, or nothing of it is
+    read."""
     image = only_picture(example)
     captions = captions_of(example)
     if not all(captions) or not captions:
         found = "an empty text" if captions else "none"
         raise BadRow(f"{example.name}: expected a caption, found {found}")
+    if unread := processor.unread(captions):
+        raise BadRow(
+            f"{example.name}: expected a caption, found {captions[unread[0]]!r}, of which the "
+            "model reads nothing"
+        )
     return _Captioned(_identity(image, example.name), captions)
 
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -32,7 +32,7 @@ from vlm.inference.origin import Origin, origin_of
 from vlm.inference.picture_files import embed_pictures, find_pictures, require_headers
 from vlm.weights import need_room
 
-FORMAT, VERSION = "vlm index", 1
+FORMAT, VERSION = "vlm index", 2
 FILE = "index.json"
 
 
@@ -131,20 +131,24 @@ class Index:
             read stops the building or is left out and counted.
         Raises ValueError for a folder without pictures, and where `out` is the index of another
         folder or model or no index at all; BadImage or BadRow naming pictures that cannot be
-        read.
+        read; OSError, before anything is embedded, where there is no room for the index.
         """
         folder = Path(folder).resolve()
         if not folder.is_dir():
             raise ValueError(f"{folder}: expected a folder of pictures, found none")
-        present = {file.path: file for file in _files(folder)}
+        found, skipped = _files(folder)
+        present = {file.path: file for file in found}
         origin = origin_of(model, source, dtype)
         old = None if out is None else _existing(Path(out), origin, folder)
         before = {} if old is None else old._by_path
         kept = [i for i, file in enumerate(before.values()) if present.get(file.path) == file]
         todo = [file for file in present.values() if before.get(file.path) != file]
-        gone, skipped = len(before.keys() - present), []
+        gone = len(before.keys() - present)
         if reading.bad_rows == "raise":
-            require_headers([folder / file.path for file in todo])
+            lost = [Path(row.name) for row in skipped]
+            require_headers(lost + [folder / file.path for file in todo])
+        if out is not None and todo:
+            need_room(Path(out), _bytes(present.values(), origin.dim))
         files = [old.files[i] for i in kept]
         vectors: list[np.ndarray] = []
 
@@ -171,11 +175,14 @@ class Index:
             raise
         if not files:
             raise ValueError(
-                f"{folder}: none of {len(todo)} pictures can be read, the first for this reason: "
-                f"{skipped[0].reason}"
+                f"{folder}: none of {len(skipped)} pictures can be read, the first for this "
+                f"reason: {skipped[0].reason}"
             )
         fits = old is not None and old.complete and approximate == (old.clusters is not None)
-        if fits and len(files) == len(kept) == len(old):  # nothing to write
+        if fits and len(files) == len(kept) == len(old):  # no vectors to write
+            if old.origin != origin:  # of the same model, which lies elsewhere now
+                _write_origin(Path(out), origin)
+                old.origin = origin
             old.changes = Changes(0, 0, len(kept), 0, skipped)
             return old
         index = whole(complete=True)
@@ -226,7 +233,7 @@ class Index:
         """
         path = Path(path)
         check_place(path)
-        need_room(path, len(self) * self.origin.dim * 4 + sum(len(f.path) + 48 for f in self.files))
+        need_room(path, _bytes(self.files, self.origin.dim))
         path.mkdir(parents=True, exist_ok=True)
         description = Description(
             origin=self.origin,
@@ -236,13 +243,10 @@ class Index:
             vectors=f"vectors-{secrets.token_hex(6)}.faiss",
         )
         values = {"format": FORMAT, "version": VERSION, **config.to_dict(description)}
-        rows = ",\n".join(json.dumps([file.path, file.mtime_ns, file.size]) for file in self.files)
-        text = json.dumps(values, indent=2)[:-2] + f',\n  "files": [\n{rows}]\n}}'
+        values["files"] = [[file.path, file.mtime_ns, file.size] for file in self.files]
         with FileLock(path / ".lock"):
             nearest.faiss_library().write_index(self._engine, str(path / description.vectors))
-            new = path / (FILE + ".new")
-            new.write_text(text + "\n", encoding="utf-8")
-            os.replace(new, path / FILE)
+            _write_head(path, values)
             for other in path.glob("vectors-*.faiss"):
                 if other.name != description.vectors:
                     other.unlink()
@@ -289,15 +293,42 @@ class Index:
         return {file.path: file for file in self.files}
 
 
-def _files(folder: Path) -> list[File]:
-    return sorted(
-        (_file(folder, path) for path in find_pictures([folder])), key=lambda file: file.path
-    )
+def _files(folder: Path) -> tuple[list[File], list[Skipped]]:
+    """The pictures of a folder, by path, and what has a picture's name and cannot be looked at,
+    such as a link that leads nowhere."""
+    files, lost = [], []
+    for path in find_pictures([folder]):
+        try:
+            files.append(_file(folder, path))
+        except OSError as error:
+            lost.append(Skipped(str(path), f"expected a picture file, found: {error.strerror}"))
+    return sorted(files, key=lambda file: file.path), lost
 
 
 def _file(folder: Path, path: Path) -> File:
     about = path.stat()
     return File(path.relative_to(folder).as_posix(), about.st_mtime_ns, about.st_size)
+
+
+def _bytes(files: Collection[File], dim: int) -> int:
+    """About how many bytes the index of some files takes on the disk."""
+    return len(files) * dim * 4 + sum(len(file.path) + 48 for file in files)
+
+
+def _write_head(path: Path, values: dict[str, Any]) -> None:
+    """Puts an index.json with these values, a file on each line, in the place of the old one."""
+    about = json.dumps({k: v for k, v in values.items() if k != "files"}, indent=2)
+    rows = ",\n".join(json.dumps(row) for row in values["files"])
+    new = path / (FILE + ".new")
+    new.write_text(f'{about[:-2]},\n  "files": [\n{rows}]\n}}\n', encoding="utf-8")
+    os.replace(new, path / FILE)
+
+
+def _write_origin(path: Path, origin: Origin) -> None:
+    """Puts another origin into the index.json of an index, whose vectors stay as they are."""
+    with FileLock(path / ".lock"):
+        values = json.loads((path / FILE).read_text(encoding="utf-8"))
+        _write_head(path, values | {"origin": config.to_dict(origin)})
 
 
 def check_place(path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from vlm import pooling, text_encoders, tokenizers
+from vlm.families.contrastive import Contrastive
 from vlm.inference.embed import ContrastiveModel
 from vlm.pairs import PairProcessor
 
@@ -25,25 +28,26 @@ class Origin:
     """A model as far as its vectors depend on it.
 
     model: where it was opened: the full path of a folder, or a hub id. dtype: as `vlm.load` was
-    told. weights, preprocessing: fingerprints, of every tensor's bits as loaded, and of what is
-    done to pictures and texts. dim: the width of its vectors.
+    told. weights, settings, preprocessing: fingerprints, of every tensor's bits as loaded, of what
+    the parts compute with them, and of what is done to pictures and texts. dim: the width of its
+    vectors.
     """
 
     model: str
     dtype: str
     weights: str
+    settings: str
     preprocessing: str
     dim: int
 
     def agrees(self, other: Origin) -> bool:
         """Whether vectors of the two can be compared: where a model lies plays no part."""
-        mine, others = ((o.weights, o.preprocessing, o.dim) for o in (self, other))
-        return mine == others
+        return replace(other, model=self.model, dtype=self.dtype) == self
 
     def __str__(self) -> str:
         return (
-            f"{self.model} (width {self.dim}, weights {self.weights}, preprocessing "
-            f"{self.preprocessing}, dtype {self.dtype})"
+            f"{self.model} (width {self.dim}, weights {self.weights}, settings {self.settings}, "
+            f"preprocessing {self.preprocessing}, dtype {self.dtype})"
         )
 
 
@@ -53,6 +57,7 @@ def origin_of(model: ContrastiveModel, source: str | Path, dtype: str = "auto") 
         model=str(Path(source).resolve() if Path(source).exists() else source),
         dtype=dtype,
         weights=_weights(model.module),
+        settings=_settings(model.module),
         preprocessing=_preprocessing(model.processor),
         dim=model.module.dim,
     )
@@ -66,11 +71,31 @@ def _weights(module: nn.Module) -> str:
     return digest.hexdigest()[:DIGITS]
 
 
+def _settings(module: Contrastive) -> str:
+    """What decides the vectors beside the tensors: activations, epsilons, the layer that is read,
+    poolings. Pixels are told by the preprocessing."""
+    values = {
+        "tokenizer": tokenizers.config_to_dict(module.tokenizer),
+        "pool": pooling.config_of(module.pool),
+        "text": text_encoders.config_of(module.text),
+    }
+    values["tokenizer"].pop("pixel_spec", None)
+    if any(".lora_" in name for name, _ in module.named_parameters()):
+        from vlm.lora import lora_of  # here, since peft is slow to import
+
+        values["lora"] = lora_of(module)
+    return _digest(values)
+
+
 def _preprocessing(processor: PairProcessor) -> str:
     """The text side by what it does, as tokenizers write themselves down in ways that change from
     one version of their library to the next."""
     ids, _ = processor.pad(processor.rows(PROBES)[0])
     values = {"pixels": asdict(processor.pixel_spec), "length": processor.length}
     values |= {"ids": ids.tolist()}
+    return _digest(values)
+
+
+def _digest(values: dict[str, Any]) -> str:
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]

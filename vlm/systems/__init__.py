@@ -50,16 +50,14 @@ def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Compo
         values = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
-    kind = _kind(values, path)
+    kind = _kind(values, path, folder)
     if dtype not in DTYPES:
         raise ValueError(f"dtype is one of {', '.join(DTYPES)}, found {dtype!r}")
     name = _native(values, path) if kind == "vlm" else SYSTEMS[kind][0]
     model = import_module(name).load(folder, values)
-    # A run saves fp32 masters beside bf16 parts; all compute in the language model's dtype.
-    chosen = next(model.module.text.parameters()).dtype
     if dtype != "stored":
-        dtype = chosen if dtype == "auto" else getattr(torch, dtype)
-        cast_parameters(model.module, dtype)
+        chosen = _own_dtype(model.module) if dtype == "auto" else getattr(torch, dtype)
+        cast_parameters(model.module, chosen)
     model.module.to(device)
     return model
 
@@ -87,6 +85,16 @@ def save(model: Composition | Pairing, folder: Path, layout: str, merge: bool = 
     import_module(SYSTEMS[kind][0]).save(model, folder)
 
 
+def _own_dtype(module):
+    """What a model computes in that was saved in several dtypes, as a run saves its fp32 masters
+    beside parts that were frozen in bf16: the language model's, or the wider of two towers'."""
+    from vlm.weights import castable
+
+    if module.family != "contrastive":
+        return next(module.text.parameters()).dtype
+    return max((p.dtype for p in castable(module)), key=lambda dtype: dtype.itemsize)
+
+
 def _device(name: str) -> str:
     """The device that `name` asks for, "auto" decided. Raises ValueError where there is none."""
     import torch
@@ -105,16 +113,39 @@ def _device(name: str) -> str:
     return name
 
 
-def _kind(values: dict, where: str | Path) -> str:
-    """Which of SYSTEMS a configuration speaks of. Raises ValueError naming what it found."""
+def _kind(values: dict, where: str | Path, source: str | Path) -> str:
+    """Which of SYSTEMS a configuration speaks of. Raises ValueError naming what it found.
+
+    where: what messages call the configuration. source: the folder or hub id that it lies in.
+    """
     kind = values.get("format") or values.get("model_type")
     if kind is None and "model_cfg" in values:
         kind = "open_clip"
     if kind not in SYSTEMS:
+        _refuse_tower(kind, where, source)
         raise ValueError(
             f"{where}: model type {kind!r} is not one of {', '.join(SYSTEMS)} (see `vlm systems`)"
         )
     return kind
+
+
+def _refuse_tower(kind: str | None, where: str | Path, source: str | Path) -> None:
+    """Raises ValueError for the configuration of one tower alone, with what it can serve as."""
+    from vlm import text_encoders
+    from vlm.tokenizers import naflex
+    from vlm.tokenizers.encoders import ENCODERS
+
+    image_tokenizers = dict.fromkeys(ENCODERS, "transformers") | {naflex.MODEL_TYPE: "naflex"}
+    if kind in image_tokenizers:
+        raise ValueError(
+            f"{where}: expected a whole model, found {kind!r}, a tower for pictures alone, without "
+            f"one for texts; it can serve as an image tokenizer: {image_tokenizers[kind]}:{source}"
+        )
+    if kind in text_encoders.TOWERS:
+        raise ValueError(
+            f"{where}: expected a whole model, found {kind!r}, a tower for texts alone, without "
+            "one for pictures"
+        )
 
 
 def _native(values: dict, where: Path) -> str:
@@ -151,7 +182,7 @@ def _folder(source: str | Path) -> Path:
             config = hf_hub_download(str(source), CONFIGS[0])
         except EntryNotFoundError:
             config = hf_hub_download(str(source), CONFIGS[1])
-        _kind(json.loads(Path(config).read_text()), f"{source} on the hub")
+        _kind(json.loads(Path(config).read_text()), f"{source} on the hub", source)
         return Path(snapshot_download(str(source), ignore_patterns=["*.bin", "*.pt", "*.msgpack"]))
     except HFValidationError as error:
         raise OSError(f"{source}: no such folder, and no hub id") from error
