@@ -26,14 +26,15 @@ class Settings(FromRun):
     previous: str = "runs/stage1"
     out: Path = Path("runs/stage2")
     text_train: tuple[str, ...] = ("python:train",)
-    text_share: float = 0.1
+    text_share: float = 0.03
     modality_warmup: float = 0.05
     augment: Augmentation = "light"
     text_held_out_rows: int = 100
-    steps: int = 160
-    batch: int = 32
+    steps: int = 340
+    batch: int = 16
+    eval_every: int = 170
     adaptor_rate: float = 1e-3
-    language_rate: float = 2e-4
+    language_rate: float = 5e-4
 
 
 def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:

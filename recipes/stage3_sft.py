@@ -26,15 +26,16 @@ class Settings(FromRun):
     previous: str = "runs/stage2"
     out: Path = Path("runs/stage3")
     text_train: tuple[str, ...] = ("python:train",)
-    text_share: float = 0.04
+    text_share: float = 0.03
     augment: Augmentation = "strong"
     text_held_out_rows: int = 100
-    steps: int = 220
-    batch: int = 32
+    steps: int = 850
+    batch: int = 16
+    eval_every: int = 425
     vision: Mode = "full"
-    vision_rate: float = 2e-4
-    adaptor_rate: float = 3e-4
-    language_rate: float = 2e-4
+    vision_rate: float = 3e-4
+    adaptor_rate: float = 6e-4
+    language_rate: float = 4e-4
 
 
 def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:

@@ -44,7 +44,7 @@ def test_demo_backbone_knows_a_cat(demo):
 
     from vlm.systems.composed import load_vision
 
-    tokenizer = load_vision("demo")
+    tokenizer = load_vision("demo", (224, 224))
     weights = load_file(assets.fetch("efficientnet-lite0") / "model.safetensors")
     whole = timm.create_model("tf_efficientnet_lite0").eval()
     whole.load_state_dict(weights, strict=False)
@@ -55,7 +55,8 @@ def test_demo_backbone_knows_a_cat(demo):
         features = whole.forward_features(pixels[None])
     assert probabilities[281:286].sum() > 0.7  # tabby, tiger cat, Persian, Siamese, Egyptian
     torch.testing.assert_close(tokens.tokens, features.flatten(2).transpose(1, 2))
-    assert tokens.grid_hw == (6, 6)
+    assert tokens.grid_hw == (7, 7)
+    assert load_vision("demo").tokens_for((128, 128)) == 16
 
 
 def test_demo_language_model_answers(demo):

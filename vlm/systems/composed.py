@@ -307,7 +307,7 @@ def _resized(
 
 
 def _demo_vision(size_hw: tuple[int, int] | None, layer: int) -> ImageTokenizer:
-    """tf_efficientnet_lite0 with ImageNet weights, at 192 pixels: a grid of 6 x 6, which pixel
+    """tf_efficientnet_lite0 with ImageNet weights, at 128 pixels: a grid of 4 x 4, which pixel
     shuffle halves. Statistics as its authors trained it (mean 127, standard deviation 128 of
     255)."""
     from vlm.pixels import PixelSpec
@@ -315,7 +315,7 @@ def _demo_vision(size_hw: tuple[int, int] | None, layer: int) -> ImageTokenizer:
 
     folder = assets.fetch("efficientnet-lite0")
     spec = PixelSpec(
-        size_hw=size_hw or (192, 192),
+        size_hw=size_hw or (128, 128),
         fit="stretch",
         resample="bicubic",
         backend="pil",
