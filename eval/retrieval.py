@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,8 +42,8 @@ from vlm.inference.embed_captions import Found, captions_of, embed_pairs
 from vlm.inference.embed_rows import Reading, require_contrastive, sum_of_all
 from vlm.metrics.retrieval import Direction, RetrievalResult, retrieval, top_k
 from vlm.pixels import open_image
+from vlm.training.held_out import held_out_rows
 from vlm.training.launch import share_cores
-from vlm.training.recipe import held_out_rows
 from vlm.training.run import versions
 
 KS = (1, 5, 10)
@@ -122,6 +123,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     share_cores(accelerator, settings.threads)
     main, ranks = accelerator.is_main_process, accelerator.num_processes
+    require_writable(settings.out)
     model = vlm.load(settings.model, device=str(accelerator.device), dtype=settings.dtype)
     model = require_contrastive(model, f"--model {settings.model}")
     source = open_source(settings.data, many=True)
@@ -172,11 +174,10 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         "versions": versions(),
     }
     if main:
-        settings.out.mkdir(parents=True, exist_ok=True)
-        draw(source, found, measured, settings.out / "hits.png")
         result["minutes"] = (time.monotonic() - started) / 60
         (settings.out / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
         show(result, settings.out)
+        draw(source, found, measured, settings.out / "hits.png")  # reads rows again, and may fail
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return result
@@ -252,21 +253,48 @@ def show(result: dict[str, Any], out: Path) -> None:
             f"{result['texts_cut']} of {figures['texts']} texts were longer than "
             f"{result['text']['length']} tokens: {result['tokens_cut']} tokens were cut"
         )
+    show_left_out(result, console)
+    console.print(f"{out}: result.json, hits.png", markup=False)
+
+
+# What follows is zero_shot.py's too.
+
+
+def require_writable(out: Path) -> None:
+    """Makes the folder of the results. Raises ValueError where they could not be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise ValueError(f"--out {out}: expected a folder to write to ({error})") from error
+
+
+def show_left_out(result: dict[str, Any], console: Console) -> None:
+    """How many rows could not be used, and why the first of them."""
     left_out = result["skipped"]
     console.print(f"{left_out} of {result['rows']} rows left out" + (":" if left_out else ""))
     for line in result["examples_skipped"][:5]:
         console.print(f"  {line}", markup=False)
-    console.print(f"{out}: result.json, hits.png", markup=False)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Settings from the command line; a fault of the input ends it with one line."""
-    settings = tyro.cli(Settings, args=arguments, description=__doc__)
+def start(
+    settings_type: type,
+    evaluate: Callable[[Any], Any],
+    description: str,
+    arguments: Sequence[str] | None,
+) -> None:
+    """One evaluation with settings from the command line (None) or from `arguments`; a fault of the
+    input ends it with one line."""
+    settings = tyro.cli(settings_type, args=arguments, description=description)
     try:
         evaluate(settings)
     except (ValueError, OSError, assets.FetchError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    start(Settings, evaluate, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -15,17 +15,17 @@ In --out: result.json and reliability.png, confidence against accuracy.
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from accelerate import Accelerator
+from retrieval import require_writable, show_left_out, start
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -33,13 +33,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vlm
-from vlm import assets
 from vlm.config import to_dict
 from vlm.data.example import BadRow, Example
 from vlm.data.sources import ClipBenchmark, open_source
 from vlm.data.sources.base import Source
 from vlm.draw import draw_reliability
-from vlm.inference.embed import ContrastiveModel
+from vlm.inference.embed import ContrastiveModel, same_labels
 from vlm.inference.embed_rows import (
     Reading,
     embed_pictures,
@@ -50,8 +49,9 @@ from vlm.inference.embed_rows import (
 )
 from vlm.inference.engine import evaluating
 from vlm.metrics.classification import classification
+from vlm.pairs import PairProcessor
+from vlm.training.held_out import held_out_rows
 from vlm.training.launch import share_cores
-from vlm.training.recipe import held_out_rows
 from vlm.training.run import versions
 
 CONFUSIONS = 20
@@ -78,8 +78,8 @@ class Settings:
     """Prompts with {} (or {c}) at the name's place, or one text file of them, one a line. None: the
     data's own, where they bring some, or else the bare name."""
     same_names: Literal["raise", "merge"] = "raise"
-    """Classes of equal names, which no prompt can tell apart: stop and name them, or take them as
-    one class."""
+    """Classes whose names are one to the model, as it may read neither capitals nor punctuation, so
+    that no prompt tells them apart: stop and name them, or take them as one class."""
     rows: int | None = None
     """How many rows, spread evenly over the data; None takes all."""
     bins: int = 15
@@ -100,15 +100,15 @@ class Settings:
 
 
 class Classes(NamedTuple):
-    """The classes that a file or the data list.
+    """The classes that pictures are sorted into.
 
-    name_of: from the labels that rows may have to the names of their classes, in the list's order.
-    where: what lists them. merged: how many fewer classes there are than the list has.
+    name_of: from the labels that rows may have to the names of their classes.
+    names: of all classes in their order. where: what lists them.
     """
 
     name_of: dict[str, str]
+    names: list[str]
     where: str
-    merged: int
 
 
 def read_lines(path: Path, what: str) -> list[str]:
@@ -145,10 +145,10 @@ def read_templates(given: Sequence[str] | None, source: Source) -> tuple[str, ..
     return templates
 
 
-def read_classes(path: Path | None, source: Source, same_names: str) -> Classes | None:
+def read_classes(path: Path | None, source: Source) -> Classes | None:
     """The classes that rows may have; None where neither a file nor the data list them.
 
-    Raises ValueError for names that are empty or the same, naming their lines.
+    Raises ValueError for a name that is empty and a label with two names.
     """
     if path is not None:
         where, pairs = str(path), []
@@ -161,41 +161,54 @@ def read_classes(path: Path | None, source: Source, same_names: str) -> Classes 
         where, pairs = source.name, [(name, name) for name in source.classes]
     else:
         return None
-    places: dict[str, list[int]] = {}
-    for place, (_, name) in enumerate(pairs, 1):
-        places.setdefault(name, []).append(place)
-    same = {name: lines for name, lines in places.items() if len(lines) > 1}
-    if same and same_names == "raise":
-        raise ValueError(
-            f"{where}: expected a name of its own for each class, found the same at several places "
-            f"of the list: {same}; --same-names merge takes them as one class"
-        )
     name_of: dict[str, str] = {}
     for label, name in pairs:
         if name_of.setdefault(label, name) != name:
             raise ValueError(f"{where}: expected each label once, found {label!r} with two names")
-    return Classes(name_of, where, len(pairs) - len(places))
+    return Classes(name_of, [name for _, name in pairs], where)
 
 
-def label_reader(classes: Classes | None) -> Callable[[Example], str]:
-    """What reads the class of a row: the name that goes with its label, or the label itself."""
+def told_apart(
+    processor: PairProcessor, classes: Classes, templates: Sequence[str], same_names: str
+) -> dict[str, str]:
+    """From each name to the one that stands for it: itself, or the first that is the same text to
+    the model.
 
-    def read(example: Example) -> str:
-        only_picture(example)
-        answers = [turn.text.strip() for turn in example.turns if turn.role == "assistant"]
-        if len(answers) != 1 or not answers[0]:
-            found = f"{len(answers)} texts" if len(answers) != 1 else "an empty text"
-            raise BadRow(f"{example.name}: expected one class, found {found}")
-        if classes is None:
-            return answers[0]
-        if answers[0] not in classes.name_of:
-            raise BadRow(
-                f"{example.name}: expected one of the {len(classes.name_of)} classes of "
-                f"{classes.where}, found {answers[0][:80]!r}"
-            )
-        return classes.name_of[answers[0]]
+    Raises ValueError for names that are the same, with their places in the list, unless
+    `same_names` is "merge"; and for names of which the model reads nothing.
+    """
+    names = classes.names
+    try:
+        same = same_labels(processor, names, templates)
+    except ValueError as error:
+        raise ValueError(f"{classes.where}: {error}") from error
+    if same and same_names == "raise":
+        found = {
+            " / ".join(dict.fromkeys(names[i] for i in places)): [i + 1 for i in places]
+            for places in same
+        }
+        raise ValueError(
+            f"{classes.where}: expected names that the model can tell apart, found the same at "
+            f"several places of the list: {found}; --same-names merge takes them as one class"
+        )
+    stands = {name: name for name in names}
+    return stands | {names[i]: names[places[0]] for places in same for i in places}
 
-    return read
+
+def read_label(classes: Classes | None, example: Example) -> str:
+    """What a row says that its class is. Raises BadRow where it says nothing, or has not exactly
+    one picture, and for none of the classes, where there is a list of them."""
+    only_picture(example)
+    answers = [turn.text.strip() for turn in example.turns if turn.role == "assistant"]
+    if len(answers) != 1 or not answers[0]:
+        found = f"{len(answers)} texts" if len(answers) != 1 else "an empty text"
+        raise BadRow(f"{example.name}: expected one class, found {found}")
+    if classes is not None and answers[0] not in classes.name_of:
+        raise BadRow(
+            f"{example.name}: expected one of the {len(classes.name_of)} classes of "
+            f"{classes.where}, found {answers[0][:80]!r}"
+        )
+    return answers[0]
 
 
 @torch.no_grad()
@@ -268,26 +281,31 @@ def evaluate(settings: Settings) -> dict[str, Any] | None:
     share_cores(accelerator, settings.threads)
     source = open_source(settings.data, caption=settings.label)
     templates = read_templates(settings.templates, source)
-    classes = read_classes(settings.classes, source, settings.same_names)
+    classes = read_classes(settings.classes, source)
+    require_writable(settings.out)
     model = vlm.load(settings.model, device=str(accelerator.device), dtype=settings.dtype)
     model = require_contrastive(model, f"--model {settings.model}")
+    stands = classes and told_apart(model.processor, classes, templates, settings.same_names)
     rows = held_out_rows(source, len(source) if settings.rows is None else settings.rows)
-    read = label_reader(classes)
+    read = partial(read_label, classes)
     reading = Reading(batch=settings.batch, workers=settings.workers, bad_rows=settings.bad_rows)
     pictures = embed_pictures(model, source, rows, accelerator, reading, read)
     skipped = [row for _, row in pictures.skipped]
     if not pictures.beside:
         reason = f"{skipped[0].name}: {skipped[0].reason}"
         raise ValueError(f"{source.name}: none of {len(rows)} rows can be used, such as {reason}")
-    listed = pictures.beside if classes is None else classes.name_of.values()
-    names = sorted(set(listed)) if classes is None else list(dict.fromkeys(listed))
+    if classes is None:
+        labels = sorted(set(pictures.beside))
+        classes = Classes({label: label for label in labels}, labels, source.name)
+        stands = told_apart(model.processor, classes, templates, settings.same_names)
+    names = list(dict.fromkeys(stands[name] for name in classes.names))
     if len(names) < 2:
         raise ValueError(f"{source.name}: expected two classes or more, found {names}")
     labelled, cut, cut_tokens = embed_names(model, names, templates, accelerator)
     result = None
     if accelerator.is_main_process:
         number = {name: i for i, name in enumerate(names)}
-        right = np.array([number[name] for name in pictures.beside])
+        right = np.array([number[stands[classes.name_of[label]]] for label in pictures.beside])
         scores = (pictures.vectors[pictures.kept] @ labelled.T).cpu().numpy()
         scale = model.module.log_scale.exp().item()
         measured = classification(scores, right, scale=scale, bins=settings.bins)
@@ -302,7 +320,7 @@ def evaluate(settings: Settings) -> dict[str, Any] | None:
             "rows": len(rows),
             "label": settings.label,
             "classes": names,
-            "classes_merged": 0 if classes is None else classes.merged,
+            "classes_merged": len(classes.names) - len(names),
             "templates": list(templates),
             "preprocessing": to_dict(model.processor.pixel_spec),
             "scale": scale,
@@ -329,12 +347,11 @@ def evaluate(settings: Settings) -> dict[str, Any] | None:
             "versions": versions(),
             "minutes": (time.monotonic() - started) / 60,
         }
-        settings.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(result, indent=2, ensure_ascii=False, default=str) + "\n"
         (settings.out / "result.json").write_text(text, encoding="utf-8")
+        show(result, settings.out)
         title = f"{settings.model} on {source.name}"
         draw_reliability(measured.calibration, title, settings.out / "reliability.png")
-        show(result, settings.out)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return result
@@ -371,21 +388,12 @@ def show(result: dict[str, Any], out: Path) -> None:
             f"{result['prompts_cut']} of {prompts} prompts were longer than the context: "
             f"{result['tokens_cut']} tokens were cut"
         )
-    left_out = result["skipped"]
-    console.print(f"{left_out} of {result['rows']} rows left out" + (":" if left_out else ""))
-    for line in result["examples_skipped"][:5]:
-        console.print(f"  {line}", markup=False)
+    show_left_out(result, console)
     console.print(f"{out}: result.json, reliability.png", markup=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Settings from the command line; a fault of the input ends it with one line."""
-    settings = tyro.cli(Settings, args=arguments, description=__doc__)
-    try:
-        evaluate(settings)
-    except (ValueError, OSError, assets.FetchError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    start(Settings, evaluate, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,14 @@ from PIL import Image
 
 import vlm
 from tests import tiny, training
+from tests.reference import test_siglip
 from tests.test_embed import public
 from tests.test_sources_clip_benchmark import NAMES, classification_folder
 from vlm.metrics.classification import classification
 
 PATH = Path(__file__).parents[1] / "eval/zero_shot.py"
 spec = importlib.util.spec_from_file_location("eval_zero_shot", PATH)
+sys.path.insert(0, str(PATH.parent))  # as for a script, whose neighbours it finds
 evaluation = importlib.util.module_from_spec(spec)
 sys.modules["eval_zero_shot"] = evaluation  # where its dataclasses look up their annotations
 spec.loader.exec_module(evaluation)
@@ -114,10 +117,10 @@ def test_figures_are_those_of_the_public_models_scores(made, tmp_path, bias):
 
 
 def test_result_says_what_was_asked_and_how(made, tmp_path, capsys):
-    result = run(made, tmp_path, "--rows", "5", "--templates", "a very long prompt of a {}")
+    result = run(made, tmp_path, "--rows", "5", "--templates", "{} in a very long prompt")
     assert result["rows"] == 5
     assert result["label"] == "kind"
-    assert result["templates"] == ["a very long prompt of a {}"]
+    assert result["templates"] == ["{} in a very long prompt"]
     assert result["seed"] is None
     assert result["dtype"] == "float32"
     assert result["preprocessing"]["size_hw"]
@@ -152,15 +155,13 @@ def test_templates_and_classes_may_lie_in_files(made, tmp_path):
 
 
 def test_clip_benchmark_brings_its_classes_and_templates(made, tmp_path):
-    folder = classification_folder(
-        tmp_path / "wds", zeroshot_classification_templates="a photo of {c}\n"
-    )
+    folder = classification_folder(tmp_path / "wds", zeroshot_classification_templates="one {c}\n")
     data = f"clip_benchmark:{folder}:test"
     arguments = ["--model", str(made / "model"), "--data", data, "--out", str(tmp_path / "out")]
     evaluation.main([*arguments, "--workers", "0", "--threads", "1"])
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["classes"] == NAMES
-    assert result["templates"] == ["a photo of {}"]
+    assert result["templates"] == ["one {}"]
     assert result["figures"]["examples"] == 4
 
 
@@ -238,3 +239,73 @@ def test_bad_arguments_are_one_line(made, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vlm, "load", lambda *_, **__: training.model())
     error = refusal(made, tmp_path / "out", capsys)
     assert "expected a contrastive model, with a tower for pictures and one for texts" in error
+
+
+def test_a_place_that_cannot_be_written_to_is_named_before_the_model_is_opened(
+    made, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(vlm, "load", lambda *_, **__: pytest.fail("the model was opened"))
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc")):
+        error = refusal(made, out, capsys)
+        assert f"error: --out {out}: expected a folder to write to" in error
+
+
+def test_what_reads_rows_travels_to_workers(made, tmp_path, monkeypatch):
+    """Spawned ones get it pickled."""
+    embed_pictures, travelled = evaluation.embed_pictures, []
+
+    def embed(*given):
+        travelled.append(pickle.loads(pickle.dumps(given[-1])))
+        return embed_pictures(*given[:-1], travelled[0])
+
+    monkeypatch.setattr(evaluation, "embed_pictures", embed)
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+    for more in ((), ("--classes", str(tmp_path / "classes.txt"))):
+        assert run(made, tmp_path / "out", *more)["classes"] == CLASSES
+    assert len(travelled) == 2
+
+
+@pytest.fixture
+def lowering(tmp_path):
+    """The folder of a model that reads no capitals, in the arguments' words."""
+    given = public()
+    given.processor.lower_case = True
+    given.save(tmp_path / "model")
+    return ("--model", str(tmp_path / "model"))
+
+
+def test_names_that_the_model_reads_as_one_are_refused_or_merged(made, lowering, tmp_path, capsys):
+    (tmp_path / "classes.txt").write_text("cat\tCat\ndog\nfox\tcAT\n")
+    more = (*lowering, "--classes", str(tmp_path / "classes.txt"))
+    error = refusal(made, tmp_path / "out", capsys, *more)
+    assert "classes.txt: expected names that the model can tell apart" in error
+    assert "several places of the list: {'Cat / cAT': [1, 3]}" in error
+    result = run(made, tmp_path / "out", *more, "--same-names", "merge")
+    assert (result["classes"], result["classes_merged"]) == (["Cat", "dog"], 1)
+    figures = run(made, tmp_path / "apart", *more[2:])["figures"]  # by a model that reads capitals
+    assert figures["classes"] == 3
+
+
+def test_classes_of_rows_that_the_model_reads_as_one_are_refused_or_merged(
+    made, lowering, tmp_path, capsys
+):
+    data = write_rows(made, ["cat", "dog", "Cat", "fox"], "capitals")
+    more = (*lowering, "--data", str(data))
+    error = refusal(made, tmp_path / "out", capsys, *more)
+    assert "several places of the list: {'Cat / cat': [1, 2]}" in error
+    result = run(made, tmp_path / "out", *more, "--same-names", "merge")
+    assert (result["classes"], result["classes_merged"]) == (["Cat", "dog", "fox"], 1)
+    assert result["figures"]["examples"] == 4
+
+
+def test_names_of_which_the_model_reads_nothing_are_refused(made, tmp_path, capsys):
+    """SigLIP's tokenizer leaves punctuation out."""
+    test_siglip.write_folder(tmp_path / "siglip")
+    (tmp_path / "classes.txt").write_text("a cat\n!?\n")
+    error = refusal(
+        made, tmp_path / "out", capsys,
+        "--model", str(tmp_path / "siglip"), "--classes", str(tmp_path / "classes.txt"),
+    )  # fmt: skip
+    assert "classes.txt: expected labels of which the text tokenizer leaves something" in error
+    assert "['!?']" in error

@@ -41,7 +41,7 @@ class OwnPool(_Fixed):
     """The vector that the image tokenizer pools itself (CLIP: class token, SigLIP: its head)."""
 
     def width(self, tokenizer: ImageTokenizer) -> int:
-        """Raises ValueError where the tokenizer pools nothing."""
+        """The width of its vectors. Raises ValueError where the tokenizer pools nothing."""
         if tokenizer.pooled_dim is None:
             raise ValueError(
                 "pool 'own' reads the image tokenizer's pooled vector, but "
@@ -51,6 +51,7 @@ class OwnPool(_Fixed):
         return tokenizer.pooled_dim
 
     def forward(self, images: ImageTokens) -> Tensor:
+        """The vector of each view, float[V, D], as the tokenizer gave it."""
         return images.pooled
 
 
@@ -58,7 +59,7 @@ class ClassPool(_Fixed):
     """The first of the tokens before the grid: a ViT's class token, as it is."""
 
     def width(self, tokenizer: ImageTokenizer) -> int:
-        """Raises ValueError where the tokenizer gives no prefix tokens."""
+        """The width of its vectors. Raises ValueError where there are no prefix tokens."""
         shape = tokenizer.shapes_for(PROBE_HW)[0]
         if not shape.prefix:
             raise ValueError(
@@ -68,6 +69,7 @@ class ClassPool(_Fixed):
         return tokenizer.dim
 
     def forward(self, images: ImageTokens) -> Tensor:
+        """The vector of each view: float[V, D] of tokens float[V, L, D], in their dtype."""
         return images.tokens[:, 0]
 
 
@@ -76,9 +78,12 @@ class MeanPool(_Fixed):
     where they have no grid."""
 
     def width(self, tokenizer: ImageTokenizer) -> int:
+        """The width of its vectors."""
         return tokenizer.dim
 
     def forward(self, images: ImageTokens) -> Tensor:
+        """The vector of each view: float[V, D] of tokens float[V, L, D], in their dtype. Where
+        they are padded, `valid` is bool[V, L], False at padding."""
         prefix = images.shape.prefix
         tokens = images.tokens[:, prefix:]
         if images.valid is None:
@@ -127,7 +132,7 @@ class AttentionPool(nn.Module):
         nn.init.xavier_uniform_(self.probe)
 
     def width(self, tokenizer: ImageTokenizer) -> int:
-        """Raises ValueError where the tokenizer's width is not the pooling's."""
+        """The width of its vectors. Raises ValueError where the tokenizer's is another."""
         if tokenizer.dim != self.config.in_width:
             raise ValueError(
                 f"pool 'attention' was made for tokens {self.config.in_width} wide, the image "
@@ -136,6 +141,8 @@ class AttentionPool(nn.Module):
         return tokenizer.dim
 
     def forward(self, images: ImageTokens) -> Tensor:
+        """The vector of each view: float[V, D] of tokens float[V, L, D], in their dtype. Where
+        they are padded, `valid` is bool[V, L], False at padding."""
         V, L, D = images.tokens.shape
         heads = self.config.heads
         q = self.query(self.probe).expand(V, -1, -1).view(V, 1, heads, D // heads)

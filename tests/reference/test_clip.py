@@ -1,6 +1,7 @@
 """CLIP beside transformers' classes: tiny random folders, in and out."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,30 +23,33 @@ TEXTS = ["a cat", "A photo of  two DOGS's", "é, x!", "a rather long caption of 
 PICTURES = [picture(0, (40, 71)), picture(1, (90, 33)), picture(2, (20, 21))]
 
 
-def text_tokenizer(**more):
+def text_tokenizer(length=20):
     """CLIP's tokenizer class over single bytes: no merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = [*alphabet, *(f"{c}</w>" for c in alphabet), "<|startoftext|>", "<|endoftext|>"]
     vocab = {name: i for i, name in enumerate(names)}
-    return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=20, **more)
+    return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=length)
 
 
-def write_folder(folder, seed=0, act="quick_gelu", old_end=False, dtype=torch.float32, **sizes):
+def write_folder(
+    folder, seed=0, act="quick_gelu", old_end=False, dtype=torch.float32, text=TEXT, noise=0.1,
+    width=12, **sizes,
+):  # fmt: skip
     """A tiny random folder, written by transformers' own classes; returns its model in fp32."""
-    tokenizer = text_tokenizer()
+    tokenizer = text_tokenizer(text["max_position_embeddings"])
     end = 2 if old_end else tokenizer.eos_token_id
     ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=1)
     config = transformers.CLIPConfig(
-        text_config=TEXT | ids | {"vocab_size": len(tokenizer), "hidden_act": act},
+        text_config=text | ids | {"vocab_size": len(tokenizer), "hidden_act": act},
         vision_config=VISION | {"hidden_act": act} | sizes,
-        projection_dim=12,
+        projection_dim=width,
         logit_scale_init_value=3.1,
     )
     torch.manual_seed(seed)
     model = transformers.CLIPModel(config).float().eval()
     with torch.no_grad():  # biases and norms start at 0 and 1: move them
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            parameter.add_(torch.randn_like(parameter), alpha=noise)
     side = config.vision_config.image_size
     image_processor = transformers.CLIPImageProcessor(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}
@@ -78,10 +82,10 @@ def reference_outputs(folder, pictures=PICTURES, texts=TEXTS, padding=True):
         return model.eval()(**given)
 
 
-def check_same(folder, theirs, **options):
-    """Our vectors and logits of TEXTS and PICTURES are theirs; returns our model."""
-    model = vlm.load(folder, device="cpu", **options)
-    images = model.embed_images(PICTURES)
+def check_same(folder, theirs, pictures=PICTURES):
+    """Our vectors and logits of TEXTS and of the pictures are theirs; returns our model."""
+    model = vlm.load(folder, device="cpu")
+    images = model.embed_images(pictures)
     texts = model.embed_texts(TEXTS)
     torch.testing.assert_close(images, theirs.image_embeds, atol=1e-5, rtol=0)
     torch.testing.assert_close(texts, theirs.text_embeds, atol=1e-5, rtol=0)
@@ -110,6 +114,18 @@ def test_clip_with_a_ragged_patch_grid_matches_reference(tmp_path):
     """Pixels beyond the last whole patch are left out."""
     write_folder(tmp_path, image_size=34)
     check_same(tmp_path, reference_outputs(tmp_path))
+
+
+def test_clip_at_a_published_geometry_matches_reference(tmp_path):
+    """T18, ViT-B/32 at 224 pixels; the text's tower has two layers, and few ids, to be quick."""
+    size = clip.SIZES["clip-vit-base-patch32"]
+    text = size.text | {"num_hidden_layers": 2}
+    write_folder(tmp_path, text=text, width=size.width, noise=0.02, **size.vision)
+    pictures = [picture(0, (300, 171)), picture(1, (150, 400))]
+    theirs = reference_outputs(tmp_path, pictures)
+    assert theirs.image_embeds.shape == (2, 512)
+    assert theirs.image_embeds.std(0).mean() > 1e-3  # pictures do matter
+    check_same(tmp_path, theirs, pictures)
 
 
 @pytest.mark.filterwarnings("ignore:.*tokens were cut")
@@ -175,6 +191,26 @@ def test_clip_saved_as_reference_holds_what_was_trained(folder, tmp_path):
         "text_projection.weight",
     }
     assert new["logit_scale"].shape == ()
+
+
+def test_clip_preprocessing_that_was_changed_is_kept_or_named(folder, tmp_path):
+    model = vlm.load(folder)
+    spec = replace(model.processor.pixel_spec.with_size((48, 48)), mean=(0.4, 0.5, 0.6))
+    model.processor.pixel_spec, model.processor.length = spec, 9
+    wrong = (
+        r"processor.pixel_spec.size_hw: expected \(32, 32\), found \(48, 48\); .*"
+        r"processor.pixel_spec.mean: .*processor.length: expected 20, found 9$"
+    )
+    with pytest.raises(ValueError, match=wrong):
+        model.save(tmp_path / "out", layout="reference")
+    model.save(tmp_path / "native")
+    again = vlm.load(tmp_path / "native")
+    assert again.processor.pixel_spec == again.module.tokenizer.pixel_spec == spec
+    assert again.processor.length == 9
+    assert torch.equal(again.embed_images(PICTURES), model.embed_images(PICTURES))
+    with pytest.raises(ValueError, match=wrong):
+        again.save(tmp_path / "out", layout="reference")
+    assert not (tmp_path / "out").exists()
 
 
 def test_clip_takes_names_of_towers_saved_by_themselves_and_old_position_ids(folder, tmp_path):

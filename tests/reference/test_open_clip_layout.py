@@ -1,10 +1,13 @@
 """open_clip's layout beside open_clip itself: weights, configurations, pixels and text, tiny and at
 published sizes."""
 
+import importlib.util
 import json
 import shutil
+import sys
 from copy import deepcopy
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import huggingface_hub
 import open_clip
@@ -15,7 +18,9 @@ from huggingface_hub.utils import EntryNotFoundError
 from open_clip.push_to_hf_hub import save_for_hf
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transformer import QuickGELU
 from safetensors.torch import load_file, save_file
+from timm.layers import GELUTanh
 from timm.models import VisionTransformer, register_model
 from transformers import (
     AutoTokenizer,
@@ -39,6 +44,7 @@ from vlm import pooling
 from vlm.pixels import from_open_clip
 from vlm.systems import open_clip_config
 from vlm.systems import open_clip_layout as layout
+from vlm.training.contrastive import Settings
 from vlm.weights import WeightsError, same_bits
 
 TRUNK = dict(
@@ -554,12 +560,12 @@ def folder_case(name):
     return changed(cfg, text={"vocab_size": 49408}) if name.startswith("clip") else cfg
 
 
-def open_clip_embeddings(folder):
-    """Of PICTURES and TEXTS, by open_clip alone: its model, preprocessing and text tokenizer."""
+def open_clip_embeddings(folder, texts=TEXTS):
+    """Of PICTURES and texts, by open_clip alone: its model, preprocessing and text tokenizer."""
     model, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     pixels = torch.stack([transform(image) for image in PICTURES])
-    return embeddings(model.eval(), pixels, tokenizer(TEXTS))
+    return embeddings(model.eval(), pixels, tokenizer(texts))
 
 
 @pytest.fixture(params=["clip", "clip custom text", "clip quick gelu", "siglip",
@@ -692,6 +698,79 @@ def test_folder_that_cannot_be_opened_says_why(tmp_path):
     (tmp_path / layout.OLD_WEIGHTS).write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(WeightsError, match=r"open_clip_pytorch_model.bin: broken or cut"):
         vlm.load(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.* texts were longer")
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_preprocessing_that_was_changed_is_written_for_open_clip(tmp_path, name):
+    cfg = folder_case(name)
+    if name == "siglip":
+        cfg = changed(cfg, text={"tokenizer_kwargs": {"clean": "whitespace"}})
+    write_folder(tmp_path / "a", cfg)
+    model = vlm.load(tmp_path / "a")
+
+    def vectors(model):
+        return model.embed_images(PICTURES), model.embed_texts(texts)
+
+    texts = ["CAT", *TEXTS]
+    before = vectors(model)
+    spec = replace(model.processor.pixel_spec, fit="stretch", resample="bilinear", mean=(0.4,) * 3)
+    model.processor.pixel_spec, model.processor.lower_case = spec, True
+    after = vectors(model)
+    moved = [bool((b - a).abs().max() > 1e-3) for b, a in zip(before, after)]
+    assert moved == [True, name == "siglip"]  # CLIP's texts were lower case already
+    model.save(tmp_path / "b", layout="open_clip")
+    again = vlm.load(tmp_path / "b")
+    assert again.processor.pixel_spec == spec
+    check_equal(after, vectors(again))
+    check_equal(after, open_clip_embeddings(tmp_path / "b", texts))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_preprocessing_that_open_clip_cannot_be_told_is_named(tmp_path, kept):
+    write_folder(tmp_path / "a", folder_case("clip"))
+    model = vlm.load(tmp_path / "a")
+    if not kept:
+        model.parts.reference = None
+    processor, spec = model.processor, model.processor.pixel_spec
+    for name, value, message in (
+        ("pixel_spec", spec.with_size((48, 48)), r"^pixel_spec.size_hw: expected \(24, 24\), the"),
+        ("pixel_spec", replace(spec, anchor="top_left"), "^pixel_spec.anchor: expected 'centre'"),
+        ("length", 5, "^processor.length: expected 12, the text tower's, found 5"),
+        ("end_id", 7, "^processor.end_id: expected None, .* found 7"),
+    ):
+        own = getattr(processor, name)
+        setattr(processor, name, value)
+        with pytest.raises(ValueError, match=message):
+            model.save(tmp_path / "b", layout="open_clip")
+        setattr(processor, name, own)
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_timed_model_of_open_clip_is_of_our_recipes_size(tmp_path):
+    """That of eval/contrastive_beside_open_clip.py."""
+    path = Path(__file__).parents[2] / "eval/contrastive_beside_open_clip.py"
+    spec = importlib.util.spec_from_file_location("eval_beside_open_clip", path)
+    beside = importlib.util.module_from_spec(spec)
+    sys.modules["eval_beside_open_clip"] = beside  # where timm looks up who registers a model
+    spec.loader.exec_module(beside)
+    ours = Settings().build().module
+    (tmp_path / "beside.json").write_text(json.dumps(beside.peer_config()))
+    open_clip.add_model_config(tmp_path)
+    theirs = open_clip.create_model("beside")
+
+    def count(*parts):
+        return sum(p.numel() for part in parts for p in part.parameters())
+
+    assert count(ours) == count(theirs)
+    assert count(ours.tokenizer, ours.pool, ours.image_head) == count(theirs.visual)
+    assert ours.tokenizer.backbone.config.hidden_act == "gelu_pytorch_tanh"
+    assert isinstance(theirs.visual.trunk.blocks[0].mlp.act, GELUTanh)
+    assert ours.text.backbone.config.hidden_act == "quick_gelu"
+    assert isinstance(theirs.transformer.resblocks[0].mlp.gelu, QuickGELU)
+    assert theirs.logit_scale.item() == pytest.approx(ours.log_scale.item())
+    assert theirs.logit_bias.item() == ours.bias.item()
+    assert [beside.whole_epochs(200, 128, rows) for rows in (1720, 128, 40_000)] == [15, 200, 1]
 
 
 def test_models_that_open_clip_has_not_are_not_written(tmp_path):

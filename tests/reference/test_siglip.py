@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import vlm
 from tests.tiny import picture
 from vlm.systems import siglip
+from vlm.tokenizers import tiles
 from vlm.weights import WeightsError, same_bits
 
 VISION = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
@@ -22,7 +23,7 @@ TEXTS = ["a cat", "A photo of  two DOGS!", "the tree is green and the sky is blu
 PICTURES = [picture(0, (40, 71)), picture(1, (90, 33)), picture(2, (20, 21))]
 
 
-def siglip_tokenizer(folder):
+def siglip_tokenizer(folder, length):
     """SigLIP's own: SentencePiece, lower case, no punctuation; its folders ask for no mask."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(WORDS * 3), model_prefix=str(folder / "spiece"), vocab_size=60,
@@ -31,16 +32,16 @@ def siglip_tokenizer(folder):
     )  # fmt: skip
     (folder / "spiece.vocab").unlink()
     return transformers.SiglipTokenizer(
-        str(folder / "spiece.model"), model_max_length=16, model_input_names=["input_ids"]
+        str(folder / "spiece.model"), model_max_length=length, model_input_names=["input_ids"]
     )
 
 
-def gemma_tokenizer(folder):
+def gemma_tokenizer(folder, length):
     """SigLIP 2's, as its fixed-size folders have it: an end token, pads behind, capitals stay."""
     names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁"]
     names += [chr(c) for c in range(33, 127)] + [f"<0x{byte:02X}>" for byte in range(256)]
     return transformers.GemmaTokenizer(
-        vocab={name: i for i, name in enumerate(names)}, merges=[], model_max_length=16,
+        vocab={name: i for i, name in enumerate(names)}, merges=[], model_max_length=length,
         add_bos_token=False, add_eos_token=True, padding_side="right",
         model_input_names=["input_ids"],
     )  # fmt: skip
@@ -49,19 +50,19 @@ def gemma_tokenizer(folder):
 TOKENIZERS = {"siglip": siglip_tokenizer, "siglip2": gemma_tokenizer}
 
 
-def write_folder(folder, kind="siglip", seed=0, dtype=torch.float32, **sizes):
+def write_folder(folder, kind="siglip", seed=0, dtype=torch.float32, text=TEXT, noise=0.1, **sizes):
     """A tiny random folder, written by transformers' own classes."""
     folder.mkdir(exist_ok=True)
-    tokenizer = TOKENIZERS[kind](folder)
+    tokenizer = TOKENIZERS[kind](folder, text["max_position_embeddings"])
     config = transformers.SiglipConfig(
-        text_config=TEXT | {"vocab_size": max(len(tokenizer), 64)},
+        text_config=text | {"vocab_size": max(len(tokenizer), 64)},
         vision_config=VISION | sizes,
     )
     torch.manual_seed(seed)
     model = transformers.SiglipModel(config).float().eval()
     with torch.no_grad():  # biases, scale and norms start at 0 and 1: move them
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            parameter.add_(torch.randn_like(parameter), alpha=noise)
         model.logit_scale.fill_(2.3)
         model.logit_bias.fill_(-9.0)
     side = config.vision_config.image_size
@@ -96,10 +97,10 @@ def reference_outputs(folder, texts=TEXTS, pictures=PICTURES):
         return model.eval()(**given)
 
 
-def check_same(folder, theirs, texts=TEXTS):
+def check_same(folder, theirs, texts=TEXTS, pictures=PICTURES):
     """Our vectors and logits are theirs; returns our model."""
     model = vlm.load(folder, device="cpu")
-    ours = model.embed_images(PICTURES), model.embed_texts(texts)
+    ours = model.embed_images(pictures), model.embed_texts(texts)
     torch.testing.assert_close(ours[0], theirs.image_embeds, atol=1e-5, rtol=0)
     torch.testing.assert_close(ours[1], theirs.text_embeds, atol=1e-5, rtol=0)
     scores = model.module.logits(*ours).detach()
@@ -119,6 +120,20 @@ def test_siglip_at_another_published_geometry_matches_reference(tmp_path):
     write_folder(tmp_path, image_size=384, patch_size=14)
     model = check_same(tmp_path, reference_outputs(tmp_path, TEXTS[:2]), TEXTS[:2])
     assert model.module.tokenizer.tokens_for((100, 300)) == 27 * 27
+
+
+def test_siglip_at_a_published_geometry_and_width_matches_reference(tmp_path):
+    """T18, B/16 at 224 pixels, 64 places for texts; four layers and two, few ids, to be quick."""
+    size = siglip.SIZES["siglip-base-patch16-224"]
+    text = size.text | {"num_hidden_layers": 2}
+    vision = size.vision | {"num_hidden_layers": 4}
+    write_folder(tmp_path, text=text, noise=0.02, **vision)
+    pictures = [picture(0, (300, 171)), picture(1, (150, 400))]
+    theirs = reference_outputs(tmp_path, pictures=pictures)
+    assert theirs.image_embeds.shape == (2, 768)
+    assert theirs.image_embeds.std(0).mean() > 1e-3  # pictures do matter
+    model = check_same(tmp_path, theirs, pictures=pictures)
+    assert model.processor.texts(TEXTS).ids.shape == (3, 64)
 
 
 @pytest.mark.filterwarnings("ignore:.*tokens were cut")
@@ -167,8 +182,21 @@ def test_siglip_2_texts_keep_their_capitals_unless_told(tmp_path):
     model.save(tmp_path / "native")
     again = vlm.load(tmp_path / "native").embed_texts(["A Cat"])
     torch.testing.assert_close(again[0], small, atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match=r"processor\.lower_case: the published layout"):
+    with pytest.raises(ValueError, match=r"processor\.lower_case: expected False, found True$"):
         model.save(tmp_path / "out", layout="reference")
+    assert not (tmp_path / "out").exists()
+
+
+def test_siglip_tiles_keep_the_preprocessing_of_their_parts(folder, tmp_path):
+    model = vlm.load(folder)
+    tiled = tiles.TilesTokenizer(model.module.tokenizer, max_tiles=4, thumbnail=True)
+    model.module.tokenizer, model.processor.pixel_spec = tiled, tiled.pixel_spec
+    model.save(tmp_path / "native")
+    assert vlm.load(tmp_path / "native").processor.pixel_spec == tiled.pixel_spec
+    model.processor.pixel_spec = tiled.pixel_spec.tile
+    with pytest.raises(ValueError, match=r"processor\.pixel_spec: a tiles tokenizer has that of"):
+        model.save(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*tokens were cut")

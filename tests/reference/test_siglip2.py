@@ -3,6 +3,7 @@ the real processor, for pictures of different shapes in one batch and texts of d
 
 import json
 import string
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -167,6 +168,36 @@ def test_siglip2_in_our_own_layout_keeps_its_outputs_and_where_it_came_from(tmp_
         close(ours, theirs, atol=1e-6)
     again.save(tmp_path / "written", layout="reference")
     assert same_bits(read_weights(tmp_path / "written"), read_weights(tmp_path / "published"))
+
+
+@pytest.mark.parametrize("layout", ["native", "reference"])
+def test_siglip2_saves_the_budget_of_patches_that_its_processor_was_given(layout, tmp_path):
+    saved(tmp_path / "published")
+    model = load(tmp_path / "published")
+    model.processor.pixel_spec = model.processor.pixel_spec.with_size((128, 48))
+    for _ in range(2):  # and what was saved in our own layout in the published one
+        model.save(tmp_path / layout, layout=layout)
+        model, given = load(tmp_path / layout), model
+        assert model.processor.pixel_spec.max_patches == 24
+        close(embed(model)[0], embed(given)[0], atol=1e-6)
+        layout = "reference"
+    reader = transformers.AutoImageProcessor.from_pretrained(tmp_path / "reference")
+    assert reader.max_num_patches == 24
+
+
+def test_siglip2_preprocessing_that_the_layout_has_not_is_named(tmp_path):
+    saved(tmp_path / "published")
+    model = load(tmp_path / "published")
+    spec = replace(model.processor.pixel_spec, fit="stretch", patch_px=None)
+    model.processor.pixel_spec = spec
+    with pytest.raises(ValueError, match=r"pixel_spec\.fit: expected 'patches', found 'stretch'"):
+        model.save(tmp_path / "written", layout="reference")
+    assert not (tmp_path / "written").exists()
+    model.save(tmp_path / "own")
+    assert load(tmp_path / "own").processor.pixel_spec == spec
+    model.processor.pixel_spec = spec.with_size((250, 250))
+    with pytest.raises(ValueError, match=r"whole patches of 16, found \(250, 250\)"):
+        model.save(tmp_path / "torn")
 
 
 def test_siglip2_weights_are_refused_with_every_wrong_key(tmp_path):

@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,7 @@ def load(folder: Path, values: Mapping[str, Any]) -> Pairing:
     try:
         config = reference_config(model_cfg)
         text_tokenizer = folder_tokenizer(folder, model_cfg)
-        preprocess_cfg = {
-            k: v for k, v in values.get("preprocess_cfg", {}).items() if v is not None
-        }
-        size = {"size": config["vision_config"]["image_size"]}  # open_clip takes the tower's
-        pixel_spec = from_open_clip(preprocess_cfg | size)
+        pixel_spec = _pixel_spec(values, config)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     with init_empty_weights(include_buffers=False):
@@ -100,7 +97,7 @@ def load(folder: Path, values: Mapping[str, Any]) -> Pairing:
 
 def save(model: Pairing, folder: Path) -> None:
     """Writes open_clip's layout, for a CLIP or SigLIP of any origin: a model that came from such a
-    folder keeps its files.
+    folder keeps its files, but for preprocessing that was changed since.
 
     open_clip resizes pictures with Pillow; a model whose preprocessing resizes with torchvision
     gets the same settings, and a grey level or two of difference.
@@ -118,6 +115,7 @@ def save(model: Pairing, folder: Path) -> None:
         model_cfg = _model_cfg(module, model.processor, folder.resolve().name)
         preprocess_cfg = open_clip_preprocessing(model.processor.pixel_spec)
         values = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+    written = _with_preprocessing(values, model.processor)
     state = {
         key: tensor.make() if isinstance(tensor, Made) else tensor
         for key, tensor in plain_state(module).items()
@@ -129,7 +127,8 @@ def save(model: Pairing, folder: Path) -> None:
         reference.write(folder)
     else:
         model.processor.text_tokenizer.save_pretrained(folder)
-        (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+    if not kept or written != values:
+        (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n")
     save_file(state, folder / WEIGHTS, {"format": "pt"})
 
 
@@ -184,18 +183,47 @@ def _model_cfg(module: Contrastive, processor: PairProcessor, name: str) -> dict
     model_cfg.pop("init_logit_bias", None)
     if module.bias is not None:
         model_cfg["init_logit_bias"] = module.bias.item()
-    context = model_cfg["text_cfg"]["context_length"]
-    if processor.length != context:
-        raise unfit("processor.length", f"{context}, the text tower's", processor.length)
-    vocabulary = processor.text_tokenizer.get_vocab()
-    if processor.lower_case or vocabulary != clip_tokenizer().get_vocab():
+    if processor.text_tokenizer.get_vocab() != clip_tokenizer().get_vocab():
         # Any name makes open_clip read the folder's own files.
-        clean = "lower" if processor.lower_case else "whitespace"
         model_cfg["text_cfg"] |= {
             "hf_tokenizer_name": name,
-            "tokenizer_kwargs": {"clean": clean},
+            "tokenizer_kwargs": {"clean": "whitespace"},
         }
     return model_cfg
+
+
+def _pixel_spec(values: Mapping[str, Any], config: Mapping[str, Any]) -> PixelSpec:
+    """What open_clip does to pictures, which takes the image tower's size whatever a file says.
+
+    values: of open_clip_config.json. config: what `reference_config` gives for its model_cfg.
+    """
+    given = {k: v for k, v in values.get("preprocess_cfg", {}).items() if v is not None}
+    return from_open_clip(given | {"size": config["vision_config"]["image_size"]})
+
+
+def _with_preprocessing(values: Mapping[str, Any], processor: PairProcessor) -> dict[str, Any]:
+    """The values of open_clip_config.json, changed where they say other preprocessing than the
+    processor's. Raises ValueError naming what open_clip cannot express."""
+    values = deepcopy(dict(values))
+    config, spec = reference_config(values["model_cfg"]), processor.pixel_spec
+    said = _pixel_spec(values, config)
+    context = config["text_config"]["max_position_embeddings"]
+    for key, expected, found, whose in (
+        ("pixel_spec.size_hw", said.size_hw, spec.size_hw, "the image tower's"),
+        ("processor.length", context, processor.length, "the text tower's"),
+        ("processor.end_id", None, processor.end_id, "the text tokenizer's own end"),
+    ):
+        if found != expected:
+            raise unfit(key, f"{expected}, {whose}", found)
+    wanted = open_clip_preprocessing(spec)
+    if wanted != open_clip_preprocessing(said):
+        values["preprocess_cfg"] = values.get("preprocess_cfg", {}) | wanted
+    text = values["model_cfg"]["text_cfg"]
+    clean = (text.get("tokenizer_kwargs") or {}).get("clean", "whitespace")
+    # CLIP's own tokenizer and every other cleaning lower texts anyway.
+    if processor.lower_case and text.get("hf_tokenizer_name") and clean == "whitespace":
+        text["tokenizer_kwargs"] = {"clean": "lower"}
+    return values
 
 
 def open_clip_preprocessing(spec: PixelSpec) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 from vlm import assets, config, pooling, text_encoders, tokenizers
 from vlm.families.contrastive import SIGMOID_BIAS, SIGMOID_SCALE, SOFTMAX_SCALE, Contrastive
+from vlm.image_tokens import ImageTokenizer
 from vlm.merge import plain_state
 from vlm.pairs import PairProcessor
+from vlm.pixels import PixelSpec, from_transformers
 from vlm.systems.composed import DEMO, FORMAT, REFERENCE, VERSION, load_vision
 from vlm.systems.reference import (
     KeyMap,
@@ -30,6 +33,7 @@ from vlm.systems.reference import (
     open_part,
     published_name,
     read_reference,
+    require_unchanged,
 )
 from vlm.text_encoders import TextEncoder
 from vlm.weights import load_weights, read_weights, save_weights
@@ -64,8 +68,9 @@ class Head:
 class Folder:
     """What config.json says, besides `format` and `version`.
 
-    tokenizer, pool, text: configurations of the parts. image_head, text_head: None where the
-    tower's vector has the shared width already. bias: whether cosines get a bias (sigmoid loss).
+    tokenizer, pool, text: configurations of the parts; the tokenizer's has the preprocessing of
+    pictures. image_head, text_head: None where the tower's vector has the shared width already.
+    bias: whether cosines get a bias (sigmoid loss).
     length, pad_to_length, lower_case, end_id: the text side of `PairProcessor`.
     reference: the published system that the model came from, whose files lie in `reference/`.
     lora: for each component with LoRA layers of its own what they are, see `vlm.lora`.
@@ -160,11 +165,14 @@ def build(
 
 def save(model: Pairing, folder: Path, merge: bool = True) -> None:
     """Writes our own layout; see the module's docstring. merge: whether LoRA is merged into the
-    weights that are written, or kept as layers of its own."""
+    weights that are written, or kept as layers of its own.
+
+    Raises ValueError, before anything is written, for what the layout has no place for.
+    """
     module, processor = model.module, model.processor
     description = Folder(
         family=module.family,
-        tokenizer=tokenizers.config_to_dict(module.tokenizer),
+        tokenizer=_tokenizer_config(module.tokenizer, processor.pixel_spec),
         pool=pooling.config_of(module.pool),
         image_head=_head_config(module.image_head, "image_head"),
         text=text_encoders.config_of(module.text),
@@ -287,11 +295,14 @@ def save_published(
     Raises ValueError for what the layout has no place for, before anything is written.
     """
     module = model.module
-    if model.processor.lower_case:
-        raise ValueError(
-            "processor.lower_case: the published layout has no place for it; expected False, and "
-            "texts that are lower case already"
-        )
+    with TemporaryDirectory() as written:  # what will be read from these files
+        model.reference.write(Path(written))
+        values, reader = (open_part(part, Path(written)) for part in (AutoConfig, AutoProcessor))
+    require_unchanged(
+        model.processor,
+        from_transformers(reader.image_processor),
+        values.text_config.max_position_embeddings,
+    )
     root = nn.Module()  # our module's parts beside scalars of the published shape
     for name, part in module.named_children():
         root.add_module(name, part)
@@ -321,6 +332,21 @@ def require_end(text: TextEncoder, processor: PairProcessor, where: str) -> None
             f"{where}: the text model reads a text at its end id {end_id} (text_config."
             f"eos_token_id), but the text tokenizer ends texts with {row[-1]}"
         )
+
+
+def _tokenizer_config(tokenizer: ImageTokenizer, spec: PixelSpec) -> dict[str, Any]:
+    """The configuration of an image tokenizer with the preprocessing `spec`, which may have been
+    changed since the tokenizer was made. Raises ValueError where it cannot be the tokenizer's."""
+    values = tokenizers.config_to_dict(tokenizer)
+    if spec == tokenizer.pixel_spec:
+        return values
+    if "pixel_spec" not in values:
+        raise ValueError(
+            f"processor.pixel_spec: a {values['kind']} tokenizer has that of its parts, expected "
+            f"{tokenizer.pixel_spec}, found {spec}"
+        )
+    replace(tokenizer.config, pixel_spec=spec)  # whether they go together
+    return values | {"pixel_spec": config.to_dict(spec)}
 
 
 def _head(head: Head | None) -> nn.Module:

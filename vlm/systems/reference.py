@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from vlm.pairs import PairProcessor
+from vlm.pixels import PixelSpec
 from vlm.weights import INDEX, WeightsError
 
 KeyMap = Sequence[tuple[str, str]]
@@ -72,6 +74,34 @@ def open_part(loader, folder: Path):
             f"{folder}: expected the files that save_pretrained writes of model and processor, but "
             f"{loader.__name__} cannot read them ({type(error).__name__}: {reason})"
         ) from error
+
+
+def require_unchanged(processor: PairProcessor, pixel_spec: PixelSpec, length: int) -> None:
+    """Raises ValueError naming every setting of a processor that is not what the files of a
+    published layout say: `pixel_spec` for pictures; for texts `length` tokens at most, with the
+    text tokenizer's own capitals and end."""
+    text = {"length": length, "lower_case": False, "end_id": None}
+    expected = _pixel_settings(pixel_spec) | text
+    found = _pixel_settings(processor.pixel_spec) | {k: getattr(processor, k) for k in text}
+    wrong = [
+        f"processor.{key}: expected {expected.get(key)!r}, found {found.get(key)!r}"
+        for key in expected | found
+        if expected.get(key) != found.get(key)
+    ]
+    if wrong:
+        raise ValueError(
+            "the published layout has no place for preprocessing that was changed; "
+            f"{'; '.join(wrong)}"
+        )
+
+
+def _pixel_settings(spec: PixelSpec) -> dict[str, Any]:
+    """The fields of a specification by name; of a box of patches, only their number counts."""
+    values = {f"pixel_spec.{key}": value for key, value in asdict(spec).items()}
+    if getattr(spec, "max_patches", None) is not None:
+        del values["pixel_spec.size_hw"]
+        values["pixel_spec.max_patches"] = spec.max_patches
+    return values
 
 
 def published_name(key: str, key_map: KeyMap) -> str:

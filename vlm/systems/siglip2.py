@@ -4,18 +4,19 @@ transformers' `Siglip2Model`.
 A picture becomes as many whole patches as the folder's image processor allows (`max_num_patches`:
 256 in the published folders; the models saw 128 to 1024). transformers' Siglip2Processor takes 256
 whatever the folder says, unless told otherwise at each call; ours takes the folder's number, and
-`with_size` of the processor's `pixel_spec` gives another. Texts are lower-cased, end with `<eos>`
-and always have 64 places, mostly pads; the state at the last one stands for the text. The text
-tower sees no attention mask (trap T3's exception) unless the folder's text tokenizer gives one, as
-transformers' class does when its folder says nothing (`model_input_names`). The fixed-size SigLIP
-2 are of SigLIP's layout: see `vlm.systems.siglip`.
+`with_size` of the processor's `pixel_spec` gives another, which is saved with the model. Texts are
+lower-cased, end with `<eos>` and always have 64 places, mostly pads; the state at the last one
+stands for the text. The text tower sees no attention mask (trap T3's exception) unless the folder's
+text tokenizer gives one, as transformers' class does when its folder says nothing
+(`model_input_names`). The fixed-size SigLIP 2 are of SigLIP's layout: see `vlm.systems.siglip`.
 
 Source: arXiv 2502.14786; google-research/big_vision; transformers, `siglip2`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from vlm.pixels import HALF, PixelSpec, from_transformers
 from vlm.pixels.spec import box_of_patches
 from vlm.pooling import OwnPool
 from vlm.systems.pairing import Pairing, load_published, save_published
-from vlm.systems.reference import KeyMap
+from vlm.systems.reference import KeyMap, Reference
+from vlm.systems.siglip import TOWERS, VOCABULARY_2
 from vlm.text_encoders import TextEncoder, build_backbone, plain_config
 from vlm.tokenizers import naflex
 
@@ -45,36 +47,27 @@ class Size:
     max_patches: int
 
 
-_BASE = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "hidden_act": "gelu_pytorch_tanh",
-    "layer_norm_eps": 1e-6,
+_VISION = {
+    "model_type": "siglip2_vision_model",
+    "patch_size": 16,
+    "num_patches": 256,
+    "vision_use_head": True,
 }
-_SO400M = _BASE | {
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-}
-_VISION = {"model_type": "siglip2_vision_model", "patch_size": 16, "num_patches": 256}
 """`num_patches` are the places of the position table, 16 x 16, whatever a picture's own."""
 _TEXT = {
     "model_type": "siglip2_text_model",
-    "vocab_size": 256_000,
+    "vocab_size": VOCABULARY_2,
     "max_position_embeddings": 64,
 }
-"""Gemma's vocabulary."""
+
+
+def _size(tower: str) -> Size:
+    return Size(vision=_VISION | TOWERS[tower], text=_TEXT | TOWERS[tower], max_patches=256)
+
 
 SIZES = {
-    "siglip2-base-patch16-naflex": Size(
-        vision=_VISION | _BASE | {"vision_use_head": True}, text=_TEXT | _BASE, max_patches=256
-    ),
-    "siglip2-so400m-patch16-naflex": Size(
-        vision=_VISION | _SO400M | {"vision_use_head": True}, text=_TEXT | _SO400M, max_patches=256
-    ),
+    "siglip2-base-patch16-naflex": _size("base"),
+    "siglip2-so400m-patch16-naflex": _size("so400m"),
 }
 """Published sizes, named as on the hub; each has as many parameters as google's model of the same
 towers for squares of 256 pixels, whose position table is as large.
@@ -147,11 +140,26 @@ def load(folder: Path, values: dict[str, Any]) -> Pairing:
 
 def save(model: Pairing, folder: Path) -> None:
     """Writes transformers' layout: the files of the folder that the model came from, with the
-    weights as they are now.
+    weights, and the number of patches that a picture may become, as they are now.
 
-    Raises ValueError for weights that the layout has no place for.
+    Raises ValueError for weights and preprocessing that the layout has no place for.
     """
+    max_patches = model.processor.pixel_spec.max_patches
+    if max_patches is not None:
+        model = replace(model, reference=_with_max_patches(model.reference, max_patches))
     save_published(model, folder, KEY_MAP, scalar_shape=(1,))
+
+
+def _with_max_patches(reference: Reference, max_patches: int) -> Reference:
+    """The files, those of the image processor saying `max_patches`."""
+    files = dict(reference.files)
+    for name in {"processor_config.json", "preprocessor_config.json"} & files.keys():
+        values = json.loads(files[name])
+        settings = values if name.startswith("pre") else values.get("image_processor")
+        if settings is not None and settings.get("max_num_patches") != max_patches:
+            settings["max_num_patches"] = max_patches
+            files[name] = (json.dumps(values, indent=2) + "\n").encode()
+    return replace(reference, files=files)
 
 
 UNUSED = ("text_model.embeddings.position_ids",)
