@@ -159,7 +159,8 @@ def save(model: Pairing, folder: Path) -> None:
     """Writes transformers' layout: the files of the folder that the model came from, with the
     weights as they are now.
 
-    Raises ValueError for weights that the layout has no place for.
+    Raises ValueError for weights that the layout has no place for, and for preprocessing that was
+    changed since.
     """
     save_published(model, folder, KEY_MAP, scalar_shape=())
 
