@@ -505,6 +505,12 @@ def test_left_out_rows_and_cut_texts_are_counted_and_said(tmp_path, capsys):
         assert said.count(message) >= 2
 
 
+def test_batch_larger_than_the_data_is_said(tmp_path, capsys):
+    path = write_rows(tmp_path)
+    run(tmp_path / "run", **TINY | {"held_out_rows": 0}, train=(path,), batch=16)
+    assert "a batch of 16 holds rows more than once, as the data have 8" in capsys.readouterr().err
+
+
 def test_inspected_batch_shows_captions_padding_and_pictures(tmp_path, capsys):
     path = write_rows(tmp_path, row0={"caption": "a cat and a dog and a tree and a bird"},
                       row1={"caption": " "})  # fmt: skip

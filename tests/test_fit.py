@@ -324,6 +324,23 @@ def test_counting_operations_changes_no_gradient(tmp_path, monkeypatch):
     assert same_bits(training.weights(counted), training.weights(plain))
 
 
+@pytest.mark.parametrize("rate", [0.0, -1e-3, math.nan, math.inf])
+def test_rate_that_is_none_is_refused(rate):
+    with pytest.raises(
+        StageError, match=r"rate of 'adaptor\.\*' must be positive or FROZEN, found"
+    ):
+        dataclasses.replace(training.STAGE, rates=(("adaptor.*", rate), ("*", FROZEN)))
+
+
+def test_out_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    for out in ("notes", "notes/run"):
+        with pytest.raises(
+            RunError, match=r"expected a folder to write to, found the file .*notes"
+        ):
+            training.train(tmp_path / out)
+
+
 def test_gradient_that_is_not_finite_changes_nothing(tmp_path):
     """A finite loss may have one; clipping would spread it to every weight."""
     chosen = training.model()

@@ -161,7 +161,7 @@ def test_refused_embeddings_are_named_by_their_rows():
     module = wide_model("softmax")
     parts = batches([4, 4])
     parts[1].groups[0].pixels[2] = torch.nan
-    with pytest.raises(StageError, match=r"images: rows \[6\] of 8 .* NaN .* are: \['p6'\]$"):
+    with pytest.raises(StageError, match=r"images: rows \[6\] of 8 .* NaN .* are: \['p6'\]; where"):
         step("softmax", module, parts)
 
 

@@ -297,6 +297,12 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
             model.module, [name for name, locked in towers.items() if not locked]
         )
     say(f"{plan.name}: {processes(accelerator, share)}")
+    there = sum(map(len, data.sources))
+    if there < settings.batch:
+        say(
+            f"a batch of {settings.batch} holds rows more than once, as the data have {there}: the "
+            "loss tells a caption apart from its own picture's other copies"
+        )
     asked = held_out_rows(held_out, settings.held_out_rows) if held_out else []
     rows, cut = usable_rows(model, held_out, asked, settings.bad_rows, say) if asked else ([], 0)
     evaluate = partial(retrieval_on, model, held_out, rows, accelerator) if rows else None

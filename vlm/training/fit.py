@@ -131,7 +131,7 @@ def fit(
         dynamic_ncols=True,
     )
     audited = False
-    with _stop_requests() as requests, batches_of(loader) as micro_batches:
+    with bar, _stop_requests() as requests, batches_of(loader) as micro_batches:
         for step in range(progress.step, stage.steps):
             torch.manual_seed(_step_seed(data.mixture.seed, step, accelerator.process_index))
             waiting = time.perf_counter()
@@ -157,12 +157,10 @@ def fit(
                     checkpoint.save(run.checkpoints, module, optimizer, progress, deciding)
                 accelerator.wait_for_everyone()
             if stop and not last:
-                bar.close()
                 raise Interrupted(step + 1, run.checkpoints)
             if evaluate and not last and pace.eval_every and (step + 1) % pace.eval_every == 0:
                 run.log(step + 1, {"eval": evaluate()})
                 step_of.meter.read()  # evaluation is no training time
-    bar.close()
     return progress
 
 

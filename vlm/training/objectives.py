@@ -204,7 +204,10 @@ class Contrast:
         except RefusedRows as error:
             names = [name for batch in batches for name in batch.names]
             refused = [names[row] for row in error.rows[:32]]
-            raise StageError(f"{error}. These rows are: {refused}") from error
+            raise StageError(
+                f"{error}. These rows are: {refused}; where they are sound, the run has diverged: "
+                "lower its rates"
+            ) from error
         except ValueError as error:
             raise StageError(str(error)) from error
         loss.backward()

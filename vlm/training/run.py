@@ -71,6 +71,9 @@ class Run:
     ) -> None:
         self.curves = curves
         self.folder, self.settings, self.deciding, self.main = folder, settings, deciding, main
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise RunError(f"{folder}: expected a folder to write to, found the file {existing}")
         if resume and not self.checkpoints.is_dir():
             raise RunError(f"{folder}: nothing to resume, expected checkpoints/ in it")
         if not resume and main and (folder / "metrics.jsonl").exists():

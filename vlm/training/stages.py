@@ -54,7 +54,7 @@ class Stage:
         if not 0 <= self.floor <= 1:
             raise StageError(f"floor must be in 0 to 1, found {self.floor}")
         for pattern, rate in self.rates:
-            if rate is not FROZEN and rate <= 0:
+            if rate is not FROZEN and not 0 < rate < math.inf:  # NaN is neither
                 raise StageError(f"rate of {pattern!r} must be positive or FROZEN, found {rate}")
 
     def factor(self, step: int) -> float:
