@@ -1,0 +1,197 @@
+"""Drawn lines: fonts that hold what is drawn, text that is split by what it says, seeded wear."""
+
+import pickle
+from pathlib import Path
+from random import Random
+
+import matplotlib
+import numpy as np
+import pytest
+
+from vlm.data.sources import BadSource, open_source
+from vlm.data.synthetic import degrade, fonts, text
+from vlm.data.synthetic.fonts import BadFont, find_fonts
+from vlm.data.synthetic.lines import ALPHABETS, DrawnLine, Lines, draw
+from vlm.data.synthetic.text import ASCII, MARKS, BadText, Writer, split_of
+from vlm.pixels import open_image
+
+FOLDER = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+SERIF = FOLDER.replace("Sans", "Serif")
+LATIN_ONLY = FOLDER.replace("DejaVuSans", "cmr10")
+
+
+def lines(count=20, seed=0, **options):
+    return Lines(count, seed, fonts=f"{FOLDER},{SERIF}", **options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_lines(tmp_path_factory):
+    """Python's own documentation takes seconds to read: the tests take one module of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            text.sysconfig, "get_path", lambda _: str(Path(text.__file__).parent / "nothing")
+        )
+        text.documentation.cache_clear()
+        yield
+    text.documentation.cache_clear()
+
+
+def test_a_row_is_the_same_whenever_it_is_read():
+    first, again = lines(seed=3), pickle.loads(pickle.dumps(lines(seed=3)))
+    for row in (0, 7, 19):
+        assert first[row].answer == again[row].answer
+        assert first[row].images[0].data == again[row].images[0].data
+    assert lines(seed=4)[0].images[0].data != first[0].images[0].data
+
+
+def test_rows_are_pictures_with_their_text():
+    source = lines()
+    for row in range(20):
+        example = source[row]
+        picture = open_image(example.images[0])
+        assert example.answer == source.line(row).text
+        assert picture.width > 3
+        assert picture.height > 3
+        assert example.name == f"{source.name}[{row}]"
+
+
+@pytest.mark.parametrize("kind", degrade.KINDS)
+def test_every_kind_of_wear_keeps_the_line_visible(kind):
+    font = find_fonts(FOLDER)[0]
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        line = DrawnLine("Shape of things", font, degrade.draw_kind(rng, kind))
+        pixels = draw(line, rng)
+        assert pixels.dtype == np.uint8
+        assert pixels.ndim == 3
+        assert pixels.std() > 2
+        assert pixels.shape[1] > pixels.shape[0]
+
+
+def test_clean_lines_are_black_on_white():
+    pixels = draw(DrawnLine("H", find_fonts(FOLDER)[0], "clean"), np.random.default_rng(0))
+    assert pixels.max() == 255
+    assert pixels.min() < 30
+    assert (pixels[..., 0] == pixels[..., 2]).all()
+
+
+def test_splits_share_no_line_and_reserved_ones_are_never_drawn():
+    drawn = {
+        split: {lines(200, split=split).line(row).text for row in range(200)}
+        for split in ("train", "validation")
+    }
+    assert not drawn["train"] & drawn["validation"]
+    for split, texts in drawn.items():
+        assert {split_of(line) for line in texts} == {split}
+
+
+def test_split_goes_by_the_first_digit_of_the_md5_of_the_joined_line():
+    import hashlib
+
+    for line in ("a", "one two", "b  c", "x" * 50):
+        digit = hashlib.md5(" ".join(line.split()).encode()).hexdigest()[0]
+        expected = {"0": "reserved", "1": "validation"}.get(digit, "train")
+        assert split_of(line) == expected
+
+
+def test_written_lines_hold_every_character_of_the_alphabet_sooner_or_later():
+    writer = Writer(["a plain line of words"], ASCII + MARKS, "train")
+    dice = Random(0)
+    seen = {c for _ in range(6000) for c in writer(dice)}
+    assert seen == set(ASCII + MARKS)
+
+
+@pytest.mark.parametrize("alphabet", ALPHABETS)
+def test_lines_keep_to_their_alphabet_and_their_fonts(alphabet):
+    source = lines(40, characters=ALPHABETS[alphabet])
+    for row in range(40):
+        line = source.line(row)
+        assert set(line.text) <= set(ALPHABETS[alphabet])
+        assert line.font.holds(line.text)
+        assert 1 <= len(line.text) <= text.LONGEST
+
+
+def test_fonts_that_lack_letters_are_left_out():
+    source = Lines(3, fonts=f"{LATIN_ONLY},{FOLDER}", characters=ALPHABETS["greek"])
+    assert {font.family for font in source.fonts} == {"dejavu-sans"}
+    with pytest.raises(BadFont, match=r"holds 'AB.*lack.*cmr10"):
+        Lines(3, fonts=LATIN_ONLY, characters=ALPHABETS["greek"])
+
+
+def test_unknown_fonts_say_how_to_get_them():
+    with pytest.raises(BadFont, match="pip install fontpkg-nowhere"):
+        find_fonts("nowhere")
+
+
+def test_a_folder_without_fonts_is_named(tmp_path):
+    with pytest.raises(BadFont, match=r"expected font files \(\.ttf"):
+        find_fonts(str(tmp_path))
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    with pytest.raises(BadFont, match=r"broken\.ttf: expected a font file"):
+        find_fonts(str(tmp_path))
+
+
+def test_variable_fonts_open_at_the_weight_that_is_asked_for():
+    pytest.importorskip("fontpkg_montserrat", reason="needs fontpkg-montserrat")
+    family = [font for font in find_fonts("montserrat") if font.style == "normal"]
+    inked = [np.asarray(font.at(60).getmask("Hamburg")).mean() for font in family]
+    assert [font.weight for font in family] == sorted(font.weight for font in family)
+    assert inked == sorted(inked)
+    assert inked[-1] > 1.5 * inked[0]
+
+
+def test_held_out_families_are_not_among_any():
+    families = {font.family for font in find_fonts("any")}
+    assert families
+    assert not families & set(fonts.HELD_OUT_FAMILIES)
+    assert not set(fonts.TRAIN_FAMILIES) & set(fonts.HELD_OUT_FAMILIES)
+
+
+def test_text_of_a_file_is_drawn_from(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text("\ufeffжили были старик со старухой\n" * 2 + "у самого синего моря\n" * 2)
+    source = lines(60, characters=ALPHABETS["cyrillic"], text=str(path), made=0.0)
+    known = {"жили", "были", "старик", "со", "старухой", "у", "самого", "синего", "моря"}
+    words = {word.lower() for row in range(60) for word in source.line(row).text.split()}
+    assert len({word.strip("«»\"'()[]“”‘’") for word in words} & known) > 4
+
+
+def test_text_files_that_cannot_be_read_are_named(tmp_path):
+    path = tmp_path / "latin1.txt"
+    path.write_bytes("caf\xe9".encode("latin1"))
+    with pytest.raises(BadText, match=r"latin1\.txt: expected UTF-8, found byte 3"):
+        lines(text=str(path))
+    with pytest.raises(BadText, match=r"nowhere\.txt: expected a text file"):
+        lines(text=str(tmp_path / "nowhere.txt"))
+
+
+@pytest.mark.parametrize("locale", ["ru_RU", "el_GR"])
+def test_words_of_a_language_are_drawn_from(locale):
+    characters = ALPHABETS["cyrillic" if locale == "ru_RU" else "greek"]
+    source = lines(40, characters=characters, text=locale)
+    letters = "".join(source.line(row).text for row in range(40))
+    assert sum(ord(c) > 0x370 for c in letters) > 100
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("lines:ten", "expected lines:COUNT"),
+        ("lines:10:colour=red", "expected lines:COUNT"),
+        ("lines:10:alphabet=klingon", "alphabet=english"),
+        ("lines:10:kind=fax", "expected a kind of clean"),
+        ("lines:10:fonts=nowhere", "pip install fontpkg-nowhere"),
+        ("lines:0", "at least one row"),
+        ("lines:10:text=xx_XX", "faker has no language 'xx_XX'"),
+    ],
+)
+def test_bad_specs_are_named(spec, message):
+    with pytest.raises(BadSource, match=message):
+        open_source(spec)
+
+
+def test_a_spec_opens_lines():
+    source = open_source(f"lines:5:seed=2:fonts={FOLDER}:kind=clean:made=1")
+    assert len(source) == 5
+    assert source.font_of(0) == "dejavu-sans"
+    assert source.hand_of(0) is False

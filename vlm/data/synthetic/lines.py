@@ -1,0 +1,229 @@
+"""Drawn lines of text as examples: any fonts, any text, and what paper and cameras do to them.
+
+A line follows from (seed, row) alone. For training a reader, and for judging one by fonts and lines
+that it never saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw
+
+from vlm.data.example import Example, ImageRef, caption_example
+from vlm.data.sources.base import BadSource, Source
+from vlm.data.synthetic import degrade
+from vlm.data.synthetic.fonts import BadFont, Font, find_fonts, holding
+from vlm.data.synthetic.text import ASCII, MARKS, BadText, Writer, documentation, lines_of, words_in
+
+ALPHABETS = {
+    "english": ASCII + MARKS,
+    "latin": ASCII + MARKS + "".join(map(chr, range(0xC0, 0x180))),
+    "cyrillic": ASCII + "«»–—…№" + "".join(map(chr, range(0x410, 0x450))) + "ЁёЄєІіЇїҐґ",
+    "greek": ASCII + "«»–—…·" + "".join(chr(c) for c in range(0x391, 0x3CA) if c not in (0x3A2,))
+    + "ΆΈΉΊΌΎΏΐΪΫάέήίΰϊϋόύώ",
+}  # fmt: skip
+"""Characters that lines are written with, by name."""
+HAND_SHARE = 0.22
+"""Share of lines in handwriting, where there are such fonts: they are harder than their number."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnLine:
+    """What a row shows: the text, the font, and the kind of wear."""
+
+    text: str
+    font: Font
+    kind: str
+
+
+class Lines(Source):
+    """Drawn lines with their text.
+
+    count: the number of rows. seed: any integer.
+    fonts: as `find_fonts` takes them. characters: the only ones that are written. text: "english"
+        (Python's documentation), a text file, or faker's name of a language, such as "ru_RU".
+    split: which lines are drawn, by what they say: "train" or "validation".
+    kind: one of `degrade.KINDS`. made: share of made lines (numbers, codes, names).
+    Pictures are uncompressed bytes, drawn when a row is read. Rows are named NAME[ROW].
+    Raises BadSource, BadFont or BadText naming what does not fit.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        seed: int = 0,
+        fonts: str | Sequence[str] = "any",
+        characters: str = ALPHABETS["english"],
+        text: str = "english",
+        split: str = "train",
+        kind: str = "mixed",
+        made: float = 0.3,
+        name: str | None = None,
+    ) -> None:
+        if kind not in degrade.KINDS:
+            raise BadSource(f"lines: expected a kind of {', '.join(degrade.KINDS)}, found {kind!r}")
+        self.name = name or f"lines:{count}:seed={seed}"
+        self._count, self._seed, self._kind = count, seed, kind
+        self.characters = characters
+        if text == "english":
+            self._writer = Writer(documentation(split), characters, split, made)
+        elif text.endswith(".txt"):
+            self._writer = Writer(lines_of(text, split), characters, split, made)
+        else:
+            words = words_in(text)
+            sentences = _sentences(words, seed)
+            self._writer = Writer(sentences, characters, split, made, words)
+        fonts = find_fonts(fonts)
+        self.fonts = holding(fonts, "".join(c for c in characters if c.isalpha()))
+        names = sorted({font.family for font in self.fonts})
+        families = [[font for font in self.fonts if font.family == name] for name in names]
+        self._print = [family for family in families if not family[0].hand]
+        self._hand = [family for family in families if family[0].hand]
+        self.require_rows()
+
+    @classmethod
+    def from_text(cls, text: str) -> Lines:
+        """Lines of "COUNT:KEY=VALUE:..."; keys are seed, fonts, alphabet (a name of `ALPHABETS`),
+        text, split, kind and made. Raises BadSource naming the part that does not fit."""
+        count, *parts = text.split(":")
+        options = {}
+        try:
+            number = int(count)
+            for part in parts:
+                key, _, value = part.partition("=")
+                option, parse = _OPTIONS[key]
+                options[option] = parse(value)
+        except (KeyError, ValueError) as error:
+            raise BadSource(
+                f"lines:{text}: expected lines:COUNT, then any of :seed=3 :fonts=any "
+                f":alphabet={'|'.join(ALPHABETS)} :text=english :split=train "
+                f":kind={'|'.join(degrade.KINDS)} :made=0.3"
+            ) from error
+        try:
+            return cls(number, **options, name=f"lines:{text}")
+        except (BadFont, BadText) as error:
+            raise BadSource(f"lines:{text}: {error}") from error
+
+    def __len__(self) -> int:
+        return self._count
+
+    def row_name(self, row: int) -> str:
+        return f"{self.name}[{row}]"
+
+    def line(self, row: int) -> DrawnLine:
+        """What a row shows."""
+        dice = Random(f"{self._seed}/{row}/line")
+        text = self._writer(dice)
+        hand = self._hand and (not self._print or dice.random() < HAND_SHARE)
+        families = self._hand if hand else self._print
+        font = None
+        for _ in range(20):  # most fonts hold most signs
+            font = dice.choice(dice.choice(families))
+            if font.holds(text):
+                break
+        else:
+            text = "".join(c for c in text if ord(c) in font.characters).strip() or "0"
+        rng = np.random.default_rng([self._seed % 2**32, row])
+        return DrawnLine(text, font, degrade.draw_kind(rng, self._kind))
+
+    def font_of(self, row: int) -> str:
+        """The family of a row's font."""
+        return self.line(row).font.family
+
+    def hand_of(self, row: int) -> bool:
+        """Whether a row is handwriting."""
+        return self.line(row).font.hand
+
+    def picture(self, row: int) -> np.ndarray:
+        """A row's picture: uint8[H, W, 3]."""
+        return draw(self.line(row), np.random.default_rng([self._seed % 2**32, row, 1]))
+
+    def read(self, row: int) -> Example:
+        line, name = self.line(row), self.row_name(row)
+        pixels = draw(line, np.random.default_rng([self._seed % 2**32, row, 1]))
+        return caption_example(name, ImageRef(ppm(pixels), name), line.text, "")
+
+
+def draw(line: DrawnLine, dice: np.random.Generator) -> np.ndarray:
+    """The picture of a line: uint8[H, W, 3]."""
+    mask = write(line.text, line.font, dice)
+    mask = degrade.bend(mask, dice, line.kind, line.font.hand)
+    mask = degrade.ink(_framed(mask, dice, line.kind), dice, line.kind)
+    return degrade.see(degrade.paint(mask, dice, line.kind), dice, line.kind)
+
+
+def write(text: str, font: Font, dice: np.random.Generator) -> np.ndarray:
+    """The text in a font of random size as ink, uint8[H, W], cut to what is drawn."""
+    size = int(np.clip(dice.lognormal(3.45, 0.28), 18, 72))
+    face = font.at(size)
+    loose = dice.random()
+    if loose < 0.06:  # letters set apart or together, one by one
+        mask = _spaced(text, face, dice.uniform(-0.03, 0.14) * size)
+    else:
+        mask = _mask(text, face)
+    if dice.random() < 0.25:  # wider or narrower than the font
+        width = max(4, round(mask.shape[1] * dice.uniform(0.8, 1.2)))
+        mask = cv2.resize(mask, (width, mask.shape[0]), interpolation=cv2.INTER_AREA)
+    return mask
+
+
+def _mask(text: str, face) -> np.ndarray:
+    left, top, right, bottom = face.getbbox(text)
+    width, height = max(1, right - left), max(1, bottom - top)
+    image = Image.new("L", (width, height))
+    ImageDraw.Draw(image).text((-left, -top), text, fill=255, font=face)
+    return np.asarray(image)
+
+
+def _spaced(text: str, face, extra: float) -> np.ndarray:
+    """The text letter by letter, `extra` pixels more between them."""
+    left, top, right, bottom = face.getbbox(text)
+    width = int(right - left + abs(extra) * len(text) + 8)
+    image = Image.new("L", (width, max(1, bottom - top)))
+    pen, x = ImageDraw.Draw(image), 4.0 - left
+    for letter in text:
+        pen.text((x, -top), letter, fill=255, font=face)
+        x += face.getlength(letter) + extra
+    mask = np.asarray(image)
+    inked = np.flatnonzero(mask.any(0))
+    return mask[:, inked[0] : inked[-1] + 1] if len(inked) else mask
+
+
+def _framed(mask: np.ndarray, dice: np.random.Generator, kind: str) -> np.ndarray:
+    """The mask with margins around it, as a line finder cuts: often tight, sometimes wide."""
+    H = mask.shape[0]
+    wide = dice.random() < 0.25
+    sides = dice.uniform(0, 0.6 if wide else 0.2, 4) * H
+    top, bottom, left, right = (int(side) + (2 if kind == "clean" else 0) for side in sides)
+    return np.pad(mask, ((top, bottom), (left, right + int(wide * dice.uniform(0, H)))))
+
+
+def ppm(pixels: np.ndarray) -> bytes:
+    """uint8[H, W, 3] as the bytes of an uncompressed picture file."""
+    H, W = pixels.shape[:2]
+    return b"P6 %d %d 255\n" % (W, H) + pixels.tobytes()
+
+
+def _sentences(words: Sequence[str], seed: int, count: int = 20000) -> list[str]:
+    dice = Random(f"{seed}/sentences")
+    return [" ".join(dice.choices(words, k=dice.randint(1, 7)))[:60] for _ in range(count)]
+
+
+def _alphabet(name: str) -> str:
+    return ALPHABETS[name]
+
+
+_OPTIONS: dict[str, tuple[str, Callable]] = {
+    "seed": ("seed", int),
+    "fonts": ("fonts", str),
+    "alphabet": ("characters", _alphabet),
+    "text": ("text", str),
+    "split": ("split", str),
+    "kind": ("kind", str),
+    "made": ("made", float),
+}
