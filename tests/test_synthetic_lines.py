@@ -190,8 +190,20 @@ def test_bad_specs_are_named(spec, message):
         open_source(spec)
 
 
+def test_lines_are_no_longer_than_is_asked_for():
+    source = lines(60, longest=9)
+    assert {len(source.line(row).text) <= 9 for row in range(60)} == {True}
+    with pytest.raises(BadText, match="1 to 60 characters, found 61"):
+        lines(longest=61)
+
+
 def test_a_spec_opens_lines():
     source = open_source(f"lines:5:seed=2:fonts={FOLDER}:kind=clean:made=1")
     assert len(source) == 5
     assert source.font_of(0) == "dejavu-sans"
     assert source.hand_of(0) is False
+
+
+@pytest.mark.parametrize("alphabet", ALPHABETS)
+def test_alphabets_hold_each_character_once(alphabet):
+    assert len(set(ALPHABETS[alphabet])) == len(ALPHABETS[alphabet])

@@ -35,7 +35,7 @@ HALF = Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 CHOICES = {
-    "fit": ("stretch", "crop", "pad", "patches"),
+    "fit": ("stretch", "crop", "pad", "patches", "height", "page"),
     "resample": ("nearest", "bilinear", "bicubic", "lanczos"),
     "backend": ("torchvision", "pil"),
     "rounding": ("usual", "truncate", "half_even", "half_even_ratio", "half_up"),
@@ -43,6 +43,10 @@ CHOICES = {
     "half_px": ("truncate", "floor", "half_even"),
 }
 """The values that each choice of a PixelSpec may take."""
+WIDTHS_PER_OCTAVE = 4
+"""How many widths lines share between a width and its double."""
+FREE = ("patches", "height")
+"""Fits under which each picture has a view of its own size."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,12 +54,19 @@ class PixelSpec:
     """The preprocessing of one backbone: a picture in, one view of float[3, H, W] out.
 
     size_hw: rows and columns of the view; under "patches", which gives every picture a view of its
-        own size, of a box: no view has more patches than the box.
+        own size, of a box: no view has more patches than the box; under "height" its rows, and the
+        most columns.
     fit: how the picture meets the box `resize_hw`. "stretch": both sides become the box's. "crop":
         the picture, its aspect kept, covers the box. "pad": it fits inside. Then a window of
         size_hw is taken; what the picture does not fill is padded. "patches": the picture, its
         aspect kept but for the rounding of sides up to whole patches, becomes as large as the
-        number of patches in size_hw allows (SigLIP 2's NaFlex); there is no window.
+        number of patches in size_hw allows (SigLIP 2's NaFlex); there is no window. "height": the
+        picture gets the rows of size_hw and about the columns that keep its aspect, at most those
+        of size_hw (a line of text); columns come in whole patches and in few widths, a tenth wider
+        or narrower at most, so that lines of like width share a batch; there is no window.
+        "page": the short side becomes the box's short side; what does not fit then is resized once
+        more, to fit inside, and padded (Donut); sides that follow the aspect are cut to whole
+        pixels.
     resample: the filter.
     backend: who resizes. "torchvision": torch on the uint8 tensor, antialiased, as transformers
         does by default; "pil": Pillow, as timm, open_clip and transformers' `backend="pil"` do.
@@ -72,7 +83,9 @@ class PixelSpec:
         rounded towards the picture's corner, whether it crops or pads; "floor": always up and
         left; "half_even": as round() says where it crops, "truncate" where it pads.
     pad_rgb: colour of the padding, 0 to 255; None is 0 *after* normalising (SAM).
-    patch_px: side of a patch under "patches"; None under any other fit.
+    patch_px: side of a patch under "patches", its columns under "height"; None under any other.
+    turn: whether a picture that lies across the view (one is wider than high, the other higher than
+        wide) is first turned by 90 degrees clockwise.
 
     Raises ValueError that shows the field and its value.
     """
@@ -90,6 +103,7 @@ class PixelSpec:
     half_px: str = "truncate"
     pad_rgb: tuple[int, int, int] | None = (0, 0, 0)
     patch_px: int | None = None
+    turn: bool = False
 
     def __post_init__(self) -> None:
         for field, allowed in CHOICES.items():
@@ -124,23 +138,32 @@ class PixelSpec:
         self._check_patches()
 
     def _check_patches(self) -> None:
-        if self.fit != "patches":
+        if not self.free:
             if self.patch_px is not None:
                 raise ValueError(
-                    f"patch_px belongs to fit 'patches', found {self.patch_px} under {self.fit!r}"
+                    f"patch_px belongs to the fits {', '.join(FREE)}, found {self.patch_px} under "
+                    f"{self.fit!r}"
                 )
             return
         if not _is_side(self.patch_px):
             raise ValueError(
-                f"patch_px must be a positive integer under fit 'patches', found {self.patch_px}"
+                f"patch_px must be a positive integer under fit {self.fit!r}, found {self.patch_px}"
             )
-        if self.size_hw[0] % self.patch_px or self.size_hw[1] % self.patch_px:
+        sides = self.size_hw if self.fit == "patches" else self.size_hw[1:]
+        if any(side % self.patch_px for side in sides):
             raise ValueError(
-                f"size_hw must be whole patches of {self.patch_px} under fit 'patches', found "
+                f"size_hw must be whole patches of {self.patch_px} under fit {self.fit!r}, found "
                 f"{self.size_hw}"
             )
         if self.resize_hw is not None:
-            raise ValueError(f"resize_hw must be None under fit 'patches', found {self.resize_hw}")
+            raise ValueError(
+                f"resize_hw must be None under fit {self.fit!r}, found {self.resize_hw}"
+            )
+
+    @property
+    def free(self) -> bool:
+        """Whether each picture has a view of its own size, with no window on it."""
+        return self.fit in FREE
 
     @property
     def max_patches(self) -> int | None:
@@ -170,11 +193,19 @@ class PixelSpec:
 
     def view_sizes(self, size_hw: tuple[int, int]) -> tuple[tuple[int, int], ...]:
         """Rows and columns of each view of a picture of `size_hw`: here one, always the same but
-        under "patches"."""
+        under the fits that are `FREE`."""
         return (self._view_hw(self._resized_hw(size_hw)),)
 
     def resize_record(self, size_hw: tuple[int, int]) -> Resize:
-        """Where the pixels of a picture of `size_hw` rows and columns go in the view."""
+        """Where the pixels of a picture of `size_hw` rows and columns go in the view.
+
+        Raises ValueError for one that is turned, of which a record cannot speak.
+        """
+        if self._turns(size_hw):
+            raise ValueError(
+                f"a picture of {size_hw[0]} × {size_hw[1]} pixels is turned to fit "
+                f"{self.size_hw[0]} × {self.size_hw[1]}: its places have no record"
+            )
         resized_hw = self._resized_hw(size_hw)
         top, left = self._start(resized_hw)
         scale_xy = (resized_hw[1] / size_hw[1], resized_hw[0] / size_hw[0])
@@ -207,7 +238,12 @@ class PixelSpec:
         """Rows and columns after the resize, before the window."""
         if self.fit == "patches":
             return _patches_hw(size_hw, self.patch_px, self.max_patches)
-        H, W = size_hw
+        H, W = size_hw[::-1] if self._turns(size_hw) else size_hw
+        if self.fit == "page":
+            return self._page_steps((H, W))[-1]
+        if self.fit == "height":
+            columns = _shared_width(W * self.size_hw[0] / H, self.patch_px)
+            return self.size_hw[0], min(columns, self.size_hw[1])
         box_h, box_w = self.resize_hw or self.size_hw
         if self.fit == "stretch":
             return box_h, box_w
@@ -226,9 +262,31 @@ class PixelSpec:
             sides = (whole(H * scale), whole(W * scale))
         return max(sides[0], self.min_side_px), max(sides[1], self.min_side_px)
 
+    def _turns(self, size_hw: tuple[int, int]) -> bool:
+        """Whether a picture is turned: it lies across the view, and neither is square."""
+        (H, W), (rows, columns) = size_hw, self.size_hw
+        return self.turn and (H - W) * (rows - columns) < 0
+
+    def _page_steps(self, size_hw: tuple[int, int]) -> list[tuple[int, int]]:
+        """Rows and columns after each resize under "page", one or two.
+
+        Source: transformers, `DonutImageProcessor._preprocess` and `thumbnail`.
+        """
+        (H, W), (box_h, box_w) = size_hw, self.resize_hw or self.size_hw
+        short = min(box_h, box_w)
+        rows, columns = (short, int(short * W / H)) if H <= W else (int(short * H / W), short)
+        high, wide = min(rows, box_h), min(columns, box_w)
+        if (high, wide) == (rows, columns):
+            return [(rows, columns)]
+        if rows > columns:
+            wide = max(1, int(columns * high / rows))
+        elif columns > rows:
+            high = max(1, int(rows * wide / columns))
+        return [(rows, columns), (high, wide)]
+
     def _view_hw(self, resized_hw: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the window on a picture that was resized to `resized_hw`."""
-        return resized_hw if self.fit == "patches" else self.size_hw
+        return resized_hw if self.free else self.size_hw
 
     def _start(self, resized_hw: tuple[int, int]) -> tuple[int, int]:
         """Row and column of the resized picture where the window starts; negative where it pads."""
@@ -243,22 +301,31 @@ class PixelSpec:
             raise ValueError(
                 f"expected a picture in mode RGB, as open_image gives, found {image.mode}"
             )
-        rows, columns = self._resized_hw((image.height, image.width))
-        if rows * columns > MAX_PIXELS:
-            raise BadImage(
-                f"expected a picture that resizes to at most {MAX_PIXELS} pixels, found one of "
-                f"{image.height} × {image.width}, which becomes {rows} × {columns}"
-            )
+        if self._turns((image.height, image.width)):
+            image = image.transpose(Image.Transpose.ROTATE_270)
+        size_hw = image.height, image.width
+        steps = self._page_steps(size_hw) if self.fit == "page" else [self._resized_hw(size_hw)]
+        for rows, columns in steps:
+            if rows * columns > MAX_PIXELS:
+                raise BadImage(
+                    f"expected a picture that resizes to at most {MAX_PIXELS} pixels, found one of "
+                    f"{size_hw[0]} × {size_hw[1]}, which becomes {rows} × {columns}"
+                )
         if self.backend == "pil":
-            return _tensor(image.resize((columns, rows), Image.Resampling[self.resample.upper()]))
+            for rows, columns in steps:
+                image = image.resize((columns, rows), Image.Resampling[self.resample.upper()])
+            return _tensor(image)
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms.v2 import functional
 
         # Pillow's nearest neighbour is torch's "nearest-exact": its "nearest" is half a pixel off.
         mode = "nearest-exact" if self.resample == "nearest" else self.resample
-        return functional.resize_image(
-            _tensor(image), [rows, columns], InterpolationMode(mode), antialias=True
-        )
+        pixels = _tensor(image)
+        for rows, columns in steps:
+            pixels = functional.resize_image(
+                pixels, [rows, columns], InterpolationMode(mode), antialias=True
+            )
+        return pixels
 
     def _window(self, resized: Tensor, fill: tuple[float, float, float]) -> Tensor:
         """The view in `resized` [3, rows, columns], `fill` where it has no pixels."""
@@ -311,6 +378,20 @@ def _patches_hw(size_hw: tuple[int, int], patch_px: int, max_patches: int) -> tu
         low, high = (scale, high) if math.prod(sides(scale)) <= max_patches else (low, scale)
     rows, columns = sides(low)
     return rows * patch_px, columns * patch_px
+
+
+def _shared_width(columns: float, patch_px: int) -> int:
+    """The width nearest to `columns` of those that lines share: whole patches, four to the octave,
+    and every number of patches up to eight.
+
+    >>> [_shared_width(columns, 4) for columns in (3, 20, 100, 299, 400)]
+    [4, 20, 108, 304, 432]
+    """
+    patches = columns / patch_px
+    if patches <= 8:
+        return max(1, round(patches)) * patch_px
+    step = round(WIDTHS_PER_OCTAVE * math.log2(patches / 8))
+    return round(8 * 2 ** (step / WIDTHS_PER_OCTAVE)) * patch_px
 
 
 def _is_side(value: object) -> bool:

@@ -24,6 +24,7 @@ KINDS = {
     "tiles": "vlm.tokenizers.tiles",
     "sam_hybrid": "vlm.tokenizers.sam_hybrid",
     "naflex": "vlm.tokenizers.naflex",
+    "columns": "vlm.tokenizers.columns",
 }
 """Kind of image tokenizer -> the module that defines it."""
 
@@ -35,6 +36,7 @@ ABOUT = {
     "tiles": "one picture cut into views, with a thumbnail",
     "sam_hybrid": "SAM's last and first global features, convolved to a coarser grid",
     "naflex": "SigLIP 2's vision encoder at each picture's own aspect ratio",
+    "columns": "lines of text of any length, a token for every four columns of pixels",
 }
 """Kind of image tokenizer -> what it is, for people."""
 

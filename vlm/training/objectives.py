@@ -16,11 +16,15 @@ from torch import nn
 
 from vlm.data.collate import collate
 from vlm.families.contrastive import Contrastive, Embedded
+from vlm.families.line_reader import LineBatch, LineReader
+from vlm.lines import LineRow, by_width, collate_lines
 from vlm.losses.contrastive import RefusedRows, sigmoid_loss, softmax_loss
+from vlm.losses.ctc import ctc_losses, least_columns
 from vlm.losses.token import token_losses
 from vlm.pairs import Pair, PairBatch, collate_pairs
 from vlm.placement import Batch
 from vlm.prompts import Row
+from vlm.tokenizers.columns import STRIDE
 from vlm.training.stages import StageError
 
 Autocast = Callable[[], AbstractContextManager]
@@ -115,6 +119,62 @@ class NextToken:
         if loss.requires_grad:
             loss.backward()
         return float(loss.detach())
+
+
+class Transcribe:
+    """What a line says: the sum of the lines' CTC losses over the number of their characters in the
+    whole step. A line whose picture is too narrow for its text counts as unscored."""
+
+    every_rank = False
+
+    def collate(self, rows: Sequence[LineRow]) -> tuple[LineBatch, ...]:
+        """Lines of one width together."""
+        groups = by_width([row.pixels.shape[-1] for row in rows])
+        return tuple(collate_lines([rows[number] for number in group]) for group in groups)
+
+    def count(self, batch: LineBatch) -> Count:
+        V, _, _, W = batch.pixels.shape
+        fits = _fit(batch)
+        return Count(
+            scored=int(batch.lengths[fits].sum()),
+            samples=V,
+            tokens=V * W // STRIDE,
+            positions=V * W // STRIDE,
+            work=V * W,
+            pictured=V,
+            unscored=int((~fits).sum()),
+        )
+
+    def backward(
+        self, module: LineReader, batches: Sequence[LineBatch], scored: int, autocast: Autocast
+    ) -> float:
+        return sum(self._backward(module, batch, scored, autocast) for batch in batches)
+
+    def trial(self, module: LineReader, batch: LineBatch, autocast: Autocast) -> None:
+        self._backward(module, batch, 1, autocast)
+
+    def after_step(self, module: LineReader) -> None:
+        pass
+
+    def _backward(
+        self, module: LineReader, batch: LineBatch, scored: int, autocast: Autocast
+    ) -> float:
+        fits = _fit(batch)
+        batch = batch.to(_device(module))
+        with autocast():
+            logits = module(batch)
+        losses = ctc_losses(logits, batch.ids, batch.lengths)
+        loss = losses[fits.to(losses.device)].sum() / max(scored, 1)
+        if loss.requires_grad:
+            loss.backward()
+        return float(loss.detach())
+
+
+def _fit(batch: LineBatch) -> torch.Tensor:
+    """Which lines have tokens enough for their text: bool[V]."""
+    texts = batch.ids.split(batch.lengths.tolist())
+    least = [least_columns(ids.tolist()) for ids in texts]
+    return torch.tensor(least) <= batch.pixels.shape[-1] // STRIDE
 
 
 class Contrast:

@@ -18,14 +18,23 @@ from vlm.data.example import Example, ImageRef, caption_example
 from vlm.data.sources.base import BadSource, Source
 from vlm.data.synthetic import degrade
 from vlm.data.synthetic.fonts import BadFont, Font, find_fonts, holding
-from vlm.data.synthetic.text import ASCII, MARKS, BadText, Writer, documentation, lines_of, words_in
+from vlm.data.synthetic.text import (
+    ASCII,
+    LONGEST,
+    MARKS,
+    BadText,
+    Writer,
+    documentation,
+    lines_of,
+    words_in,
+)
 
 ALPHABETS = {
     "english": ASCII + MARKS,
-    "latin": ASCII + MARKS + "".join(map(chr, range(0xC0, 0x180))),
+    "latin": ASCII + MARKS + "".join(chr(c) for c in range(0xC0, 0x180) if chr(c) not in "×÷"),
     "cyrillic": ASCII + "«»–—…№" + "".join(map(chr, range(0x410, 0x450))) + "ЁёЄєІіЇїҐґ",
-    "greek": ASCII + "«»–—…·" + "".join(chr(c) for c in range(0x391, 0x3CA) if c not in (0x3A2,))
-    + "ΆΈΉΊΌΎΏΐΪΫάέήίΰϊϋόύώ",
+    "greek": ASCII + "«»–—…·ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΟΠΡΣΤΥΦΧΨΩΆΈΉΊΌΎΏΪΫ"
+    + "αβγδεζηθικλμνξοπρςστυφχψωάέήίόύώϊϋΐΰ",
 }  # fmt: skip
 """Characters that lines are written with, by name."""
 HAND_SHARE = 0.22
@@ -48,7 +57,8 @@ class Lines(Source):
     fonts: as `find_fonts` takes them. characters: the only ones that are written. text: "english"
         (Python's documentation), a text file, or faker's name of a language, such as "ru_RU".
     split: which lines are drawn, by what they say: "train" or "validation".
-    kind: one of `degrade.KINDS`. made: share of made lines (numbers, codes, names).
+    kind: one of `degrade.KINDS`. made: share of made lines (numbers, codes, names). longest: the
+        most characters of a line.
     Pictures are uncompressed bytes, drawn when a row is read. Rows are named NAME[ROW].
     Raises BadSource, BadFont or BadText naming what does not fit.
     """
@@ -63,6 +73,7 @@ class Lines(Source):
         split: str = "train",
         kind: str = "mixed",
         made: float = 0.3,
+        longest: int = LONGEST,
         name: str | None = None,
     ) -> None:
         if kind not in degrade.KINDS:
@@ -71,13 +82,13 @@ class Lines(Source):
         self._count, self._seed, self._kind = count, seed, kind
         self.characters = characters
         if text == "english":
-            self._writer = Writer(documentation(split), characters, split, made)
+            self._writer = Writer(documentation(split), characters, split, made, longest=longest)
         elif text.endswith(".txt"):
-            self._writer = Writer(lines_of(text, split), characters, split, made)
+            self._writer = Writer(lines_of(text, split), characters, split, made, longest=longest)
         else:
             words = words_in(text)
             sentences = _sentences(words, seed)
-            self._writer = Writer(sentences, characters, split, made, words)
+            self._writer = Writer(sentences, characters, split, made, words, longest)
         fonts = find_fonts(fonts)
         self.fonts = holding(fonts, "".join(c for c in characters if c.isalpha()))
         names = sorted({font.family for font in self.fonts})
@@ -89,7 +100,7 @@ class Lines(Source):
     @classmethod
     def from_text(cls, text: str) -> Lines:
         """Lines of "COUNT:KEY=VALUE:..."; keys are seed, fonts, alphabet (a name of `ALPHABETS`),
-        text, split, kind and made. Raises BadSource naming the part that does not fit."""
+        text, split, kind, made and longest. Raises BadSource naming the part that does not fit."""
         count, *parts = text.split(":")
         options = {}
         try:
@@ -102,7 +113,7 @@ class Lines(Source):
             raise BadSource(
                 f"lines:{text}: expected lines:COUNT, then any of :seed=3 :fonts=any "
                 f":alphabet={'|'.join(ALPHABETS)} :text=english :split=train "
-                f":kind={'|'.join(degrade.KINDS)} :made=0.3"
+                f":kind={'|'.join(degrade.KINDS)} :made=0.3 :longest=60"
             ) from error
         try:
             return cls(number, **options, name=f"lines:{text}")
@@ -226,4 +237,5 @@ _OPTIONS: dict[str, tuple[str, Callable]] = {
     "split": ("split", str),
     "kind": ("kind", str),
     "made": ("made", float),
+    "longest": ("longest", int),
 }

@@ -128,7 +128,8 @@ class Writer:
 
     lines: whole lines to draw from. characters: the only ones that may be written; what a line has
     besides is left out of the draw. split: the split that every line belongs to. made: share of
-    made lines. words: for made lines; None takes the words of `lines`.
+    made lines. words: for made lines; None takes the words of `lines`. longest: the most characters
+    of a line, beyond which it is cut.
     Raises BadText where no line can be written with `characters`.
     """
 
@@ -139,7 +140,11 @@ class Writer:
         split: str,
         made: float = 0.3,
         words: Sequence[str] | None = None,
+        longest: int = LONGEST,
     ) -> None:
+        if not 1 <= longest <= LONGEST:
+            raise BadText(f"longest: expected 1 to {LONGEST} characters, found {longest}")
+        self.longest = longest
         known = set(characters)
         self.lines = [line for line in lines if known.issuperset(line)]
         self.characters, self.split, self.made = characters, split, made
@@ -154,9 +159,9 @@ class Writer:
             raise BadText("expected lines, words or letters to write, found none")
 
     def __call__(self, dice: Random) -> str:
-        """One line, 1 to `LONGEST` characters, of this split."""
+        """One line, 1 to `longest` characters, of this split."""
         while True:
-            line = " ".join(self._draw(dice).split())[:LONGEST].strip()
+            line = " ".join(self._draw(dice).split())[: self.longest].strip()
             if line and set(line) <= set(self.characters) and split_of(line) == self.split:
                 return line
 
@@ -202,14 +207,15 @@ class Writer:
 
 
 def _number(writer: Writer, dice: Random) -> str:
-    whole, part = writer.number(dice), writer.number(dice, 1, 3)
     forms = (
         "{w}", "{w}.{p}", "{w},{p}", "-{w}.{p}", "+{w}", "{w}%", "{p}/{w}", "{w} × {p}", "±{p}",
         "{w} {p}", "{w}:{p}", "#{w}", "No. {w}", "{w}e-{p}", "(0{p}) {w}-{p}{p}", "+{p} {w} {w}",
-        "{w}°", "{w} + {p} = {w}{p}", "~{w}", "<{w}>", "{w}²"
+        "{w}°", "{w} + {p} = {w}{p}", "~{w}", "<{w}>",
     )  # fmt: skip
+    pieces = dice.choice((1, 1, 2, 3))
     return " ".join(
-        dice.choice(forms).format(w=whole, p=part) for _ in range(dice.choice((1, 1, 2, 3)))
+        dice.choice(forms).format(w=writer.number(dice), p=writer.number(dice, 1, 3))
+        for _ in range(pieces)
     )
 
 

@@ -1,0 +1,30 @@
+"""A reader of lines of text, from drawn lines alone or from your own.
+
+    accelerate launch recipes/line_reader.py
+
+trains a small reader of English on lines that are drawn as it goes. A new script in one command,
+and fine-tuning the shipped reader on lines of your own (a table of pictures and their texts):
+
+    accelerate launch recipes/line_reader.py --start line-reader --alphabet cyrillic
+        --language ru_RU
+    accelerate launch recipes/line_reader.py --start line-reader --train lines.tsv
+        --held-out held.tsv --steps 200 --rate 3e-4
+"""
+
+from torch import nn
+
+from vlm.training import launch
+from vlm.training.objectives import Transcribe
+from vlm.training.reading import LineReaderSettings as Settings
+from vlm.training.reading import run
+from vlm.training.stages import Stage
+
+
+def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:
+    """The stage as a value: all of the reader learns at one rate."""
+    rates = tuple((f"{part}.*", settings.rate) for part in module.parts())
+    return settings.stage("reading", rates, micro_batch)
+
+
+if __name__ == "__main__":
+    launch.start(Settings, lambda settings: run(settings, stage, lambda model: Transcribe()))

@@ -1,0 +1,153 @@
+"""Runs that teach reading: the step is the same however it is split; a run leaves what it says."""
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import vlm
+from recipes.line_reader import stage
+from tests import test_line_reader
+from tests.test_synthetic_lines import FOLDER, few_lines  # noqa: F401 - a fixture
+from vlm.systems import line_reader
+from vlm.training.objectives import Transcribe
+from vlm.training.reading import LineReaderSettings, run
+
+LINES = f":fonts={FOLDER}:kind=clean:longest=6"
+
+
+def settings(folder, **changes):
+    values = dict(
+        out=folder,
+        height_px=16,
+        width=64,
+        depth=2,
+        steps=3,
+        batch=4,
+        precision="fp32",
+        workers=0,
+        held_out_rows=8,
+        eval_every=2,
+        save_every=0,
+        threads=1,
+        train=(f"lines:1000:seed=1{LINES}",),
+        held_out=f"lines:8:seed=2{LINES}:split=validation",
+    )
+    return LineReaderSettings(**values | changes)
+
+
+def trained(folder, **changes):
+    return run(settings(folder, **changes), stage, lambda model: Transcribe())
+
+
+def test_a_step_is_the_same_for_every_split_into_micro_batches():
+    """T9: lines of unequal lengths, whole, in twos, one by one."""
+    rows = [
+        test_line_reader.parts().processor.encode(
+            test_line_reader.line("ab " * (1 + i % 3), width=90 + 40 * (i % 3), seed=i)
+        )
+        for i in range(6)
+    ]
+    found = []
+    for size in (6, 2, 1):
+        module, objective = test_line_reader.parts().module, Transcribe()
+        parts = [rows[i : i + size] for i in range(0, 6, size)]
+        batches = [batch for part in parts for batch in objective.collate(part)]
+        scored = sum(objective.count(batch).scored for batch in batches)
+        loss = objective.backward(module, batches, scored, contextlib.nullcontext)
+        grads = torch.cat([p.grad.flatten() for p in module.parameters()])
+        found.append((loss, grads, scored))
+    for loss, grads, scored in found[1:]:
+        assert scored == found[0][2]
+        assert loss == pytest.approx(found[0][0], rel=1e-6)
+        torch.testing.assert_close(grads, found[0][1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_leaves_its_model_its_figures_and_its_worst_lines(tmp_path):
+    result = trained(tmp_path / "run")
+    assert result["lines"] == 8
+    assert 0 <= result["cer"] <= 2
+    assert {"line", "token"} == set(result["temperatures"])
+    for name in ("worst_lines.png", "loss.png", "result.json", "metrics.jsonl"):
+        assert (tmp_path / "run" / name).stat().st_size > 0
+    again = vlm.load(tmp_path / "run", device="cpu")
+    assert again.processor.characters == settings(tmp_path).characters()
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["cer"] == result["cer"]
+
+
+def test_a_run_goes_on_where_it_was_stopped(tmp_path):
+    whole = trained(tmp_path / "whole", steps=4)
+    trained(tmp_path / "parts", steps=4, save_every=2)
+    for path in sorted((tmp_path / "parts" / "checkpoints").iterdir()):
+        if "4" in path.name:
+            shutil.rmtree(path)
+    resumed = trained(tmp_path / "parts", steps=4, save_every=2, resume=True)
+    assert resumed["cer"] == whole["cer"]
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "parts")
+    ]
+    losses = [[line["loss"] for line in run if "loss" in line] for run in lines]
+    assert losses[0] == losses[1]
+
+
+def test_another_alphabet_keeps_the_strokes_of_the_reader_that_it_starts_from(tmp_path):
+    trained(tmp_path / "english", held_out_rows=0)
+    started = settings(
+        tmp_path / "greek", start=str(tmp_path / "english"), alphabet="greek"
+    ).build()
+    english = vlm.load(tmp_path / "english", device="cpu", dtype="float32").parts
+    assert "Ω" in started.processor.characters
+    for name, weight in english.module.tokenizer.state_dict().items():
+        assert torch.equal(weight, started.module.tokenizer.state_dict()[name])
+
+
+def test_a_table_of_lines_is_trained_on(tmp_path):
+    rows = ["image\ttext"]
+    for i in range(6):
+        Image.new("RGB", (60 + i, 20), "white").save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png\tline {i}")
+    (tmp_path / "lines.tsv").write_text("\n".join(rows) + "\n")
+    table = str(tmp_path / "lines.tsv")
+    result = trained(tmp_path / "run", train=(table,), held_out=table, held_out_rows=6)
+    assert result["held_out"].endswith("lines.tsv")
+
+
+def test_characters_outside_the_alphabet_stop_the_run_and_are_named(tmp_path):
+    Image.new("RGB", (60, 20), "white").save(tmp_path / "0.png")
+    (tmp_path / "lines.tsv").write_text("image\ttext\n0.png\tжук\n")
+    table = str(tmp_path / "lines.tsv")
+    with pytest.raises(ValueError, match=r"lines\.tsv:2.*'ж' \(U\+0436, 1 times\)"):
+        trained(tmp_path / "run", train=(table,), held_out_rows=0)
+
+
+def test_bad_alphabets_and_starts_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"alphabet 'klingon': expected english, latin"):
+        settings(tmp_path, alphabet="klingon").characters()
+    (tmp_path / "own.txt").write_text("ab\ncé")
+    assert settings(tmp_path, alphabet=str(tmp_path / "own.txt")).characters() == " abcé"
+
+
+def test_the_recipe_runs_on_two_processes(tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("\n".join(f"word {i} of many" for i in range(200)))
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
+        *("--num_processes", "2", "recipes/line_reader.py", "--out", str(tmp_path / "two")),
+        *("--height-px", "16", "--width", "64", "--depth", "1", "--steps", "2", "--batch", "4"),
+        *("--precision", "fp32", "--workers", "0", "--held-out-rows", "5", "--eval-every", "0"),
+        *("--train", f"lines:1000:seed=1{LINES}:text={words}"),
+        *("--held-out", f"lines:5:seed=2{LINES}:text={words}:split=validation"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "two" / "result.json").read_text())
+    reader = vlm.load(tmp_path / "two", device="cpu", dtype="float32")
+    assert isinstance(reader.parts, line_reader.ReaderParts)
+    assert found["lines"] == 5

@@ -1,0 +1,67 @@
+"""Readers of single lines: image tokens along the line, and what each of them says.
+
+Each token names a character or nothing (the blank); what is read is the row of names with
+repetitions joined and blanks left out (CTC, Graves et al. 2006). There is no decoder that writes
+one character after another, so a line is read in one pass, and each character has a place.
+
+Shapes: V view (a line), L image tokens, D width, Z characters and the blank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from vlm.image_tokens import ImageTokenizer
+
+BLANK = 0
+"""The id that says nothing; characters are numbered from 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LineBatch:
+    """Lines of one width.
+
+    pixels: float[V, 3, H, W].
+    ids: int64[sum of lengths], the characters of all lines, one after another; none to be read.
+    lengths: int64[V], characters of each line. names: each line's own name.
+    """
+
+    pixels: Tensor
+    ids: Tensor
+    lengths: Tensor
+    names: tuple[str, ...]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> LineBatch:
+        """The batch on a device; pixels also in `dtype` (None keeps theirs)."""
+        return replace(
+            self,
+            pixels=self.pixels.to(device, dtype),
+            ids=self.ids.to(device),
+            lengths=self.lengths.to(device),
+        )
+
+
+class LineReader(nn.Module):
+    """An image tokenizer and a linear layer that names characters.
+
+    tokenizer: gives tokens in reading order (`vlm.tokenizers.columns`). head: to the scores of the
+        blank and the characters.
+    """
+
+    family = "line_reader"
+
+    def __init__(self, tokenizer: ImageTokenizer, head: nn.Linear) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.head = head
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The components by name, as stages and start-up tables speak of them."""
+        return {"tokenizer": self.tokenizer, "head": self.head}
+
+    def forward(self, batch: LineBatch) -> Tensor:
+        """Scores float[V, L, Z] of every token."""
+        return self.head(self.tokenizer(batch.pixels).tokens)

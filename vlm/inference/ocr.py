@@ -1,0 +1,296 @@
+"""The public model that reads: lines and pages of text in, readings with confidences out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from vlm import systems
+from vlm.data.collate import collate
+from vlm.image_tokens import pixel_hw
+from vlm.inference import ctc, transcribe
+from vlm.inference.engine import Generation, Written, evaluating
+from vlm.inference.reading import Reading, Token, Transcript
+from vlm.lines import LineRow, by_width, collate_lines
+from vlm.metrics.calibration import fit_scaling
+from vlm.metrics.text import pieces_right
+from vlm.prompts import Row
+from vlm.systems.encoder_decoder_parts import Transcriber
+from vlm.systems.line_reader import ReaderParts, Temperatures
+
+TASKS = {
+    "caption": "decoder-only models",
+    "answer": "decoder-only models",
+    "chat": "decoder-only models",
+    "ground": "decoder-only models",
+    "embed_images": "contrastive models",
+    "embed_texts": "contrastive models",
+    "classify": "contrastive models",
+}
+WINDOW = 16
+"""Batches of lines that are sorted by width together."""
+
+
+class LineModel:
+    """What models of lines share: pages are found out in lines, and lines are read in batches.
+
+    A subclass has `parts`, `module` and `processor`, and implements `_encode` and `_read`.
+    """
+
+    def __getattr__(self, name: str):
+        if name in TASKS:
+            raise AttributeError(
+                f"{name}: a {self.module.family} model cannot do this; it is done by {TASKS[name]}"
+            )
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def ocr(
+        self,
+        images: Sequence,
+        layout: str = "auto",
+        batch_size: int = 32,
+        num_beams: int = 1,
+        min_confidence: float = 0.0,
+        **options,
+    ) -> list[Reading]:
+        """What is written in each picture, line by line; see `vlm.pages.read.read_pages`.
+
+        images: paths, bytes, PIL images or arrays. layout: "line" takes each picture as one line,
+            "page" finds its lines, "auto" decides for each.
+        min_confidence: lines that are less sure are left out, with a warning that counts them.
+        options: those of `read_lines`.
+        """
+        from vlm.pages.read import read_pages  # which needs OpenCV
+
+        return read_pages(
+            self, images, layout, batch_size, min_confidence, num_beams=num_beams, **options
+        )
+
+    def read_lines(
+        self, pictures: Sequence, batch_size: int = 32, num_beams: int = 1, **options
+    ) -> list[Transcript]:
+        """What is written in each picture of a single line.
+
+        num_beams: 1 takes the likeliest character or token each time; more search among texts.
+        A blank picture has the text "", and as confidence that nothing stands there.
+        """
+        if batch_size < 1 or num_beams < 1:
+            raise ValueError(
+                f"batch_size and num_beams must be at least 1, found {batch_size}, {num_beams}"
+            )
+        done: list[Transcript | None] = [None] * len(pictures)
+        bar = tqdm(total=len(pictures), desc="lines", disable=len(pictures) <= 256, leave=False)
+        with evaluating(self.module), torch.inference_mode(), bar:
+            for first in range(0, len(pictures), WINDOW * batch_size):
+                part = pictures[first : first + WINDOW * batch_size]
+                rows = [self._encode(p, _name(p, first + i)) for i, p in enumerate(part)]
+                for group in by_width([_width(row) for row in rows], batch_size):
+                    read = self._read([rows[i] for i in group], num_beams, **options)
+                    for i, transcript in zip(group, read, strict=True):
+                        done[first + i] = transcript
+                    bar.update(len(group))
+        return done
+
+    def save(self, folder: str | Path, layout: str = "native", merge: bool = True) -> None:
+        """Writes weights, configuration and processor files; `vlm.load(folder)` reads them."""
+        systems.save(self.parts, Path(folder), layout, merge)
+
+    def _encode(self, picture, name: str) -> LineRow | Row:
+        """A picture as what is read."""
+        raise NotImplementedError
+
+    def _read(self, rows: Sequence, num_beams: int, **options) -> list[Transcript]:
+        """What stands on rows of one width."""
+        raise NotImplementedError
+
+
+class Reader(LineModel):
+    """A line reader with its processor, ready to use.
+
+    parts: what `vlm.systems` opened. module: the plain nn.Module. processor: its preprocessing and
+    characters.
+    """
+
+    def __init__(self, parts: ReaderParts) -> None:
+        self.parts = parts
+        self.module = parts.module
+        self.processor = parts.processor
+
+    def fit_temperatures(self, pictures: Sequence, truths: Sequence[str]) -> Temperatures:
+        """Makes confidences honest, by lines that it has not learned from; they are kept, and saved
+        with the model. The order of confidences never changes.
+
+        Where all lines, or all tokens, are right (or all wrong), theirs stay as they were.
+        """
+        self.parts.temperatures = Temperatures()
+        read = self.read_lines(pictures)
+        truths = [self.processor.normal(truth) for truth in truths]
+        lines = [(r.confidence, r.text == truth) for r, truth in zip(read, truths)]
+        tokens = [
+            (token.confidence, right)
+            for r, truth in zip(read, truths)
+            for token, right in zip(r.tokens, pieces_right(truth, [t.text for t in r.tokens]))
+        ]
+        fitted = Temperatures(line=_temperature(lines), token=_temperature(tokens))
+        self.parts.temperatures = fitted
+        return fitted
+
+    def _encode(self, picture, name: str) -> LineRow:
+        return self.processor.encode_picture(picture, name)
+
+    def _read(self, rows: Sequence[LineRow], num_beams: int) -> list[Transcript]:
+        weight = self.module.head.weight
+        logits = self.module(collate_lines(rows).to(weight.device, weight.dtype))
+        read = ctc.greedy(logits) if num_beams == 1 else ctc.beam(logits, num_beams)
+        return [self._transcript(line, logits.shape[1]) for line in read]
+
+    def _transcript(self, line: ctc.Written, columns: int) -> Transcript:
+        temperatures = self.parts.temperatures
+        tokens = tuple(
+            Token(
+                self.processor.decode([id]),
+                warmed(logprob, temperatures.token),
+                (start / columns, end / columns),
+            )
+            for id, logprob, (start, end) in zip(line.ids, line.logprobs, line.spans)
+        )
+        return Transcript(tokens, warmed(line.logprob, temperatures.line))
+
+
+class Writer(LineModel):
+    """An encoder-decoder model with its processor, ready to use.
+
+    parts: what `vlm.systems` opened. module: the plain nn.Module. processor: its preprocessing and
+    texts. Options carry transformers' names and are greedy by default.
+    """
+
+    def __init__(self, parts: Transcriber) -> None:
+        self.parts = parts
+        self.module = parts.module
+        self.processor = parts.processor
+
+    def generate(
+        self,
+        images: Sequence,
+        prompts: Sequence[str | None] | None = None,
+        batch_size: int = 16,
+        num_beams: int = 1,
+        **options,
+    ) -> list[Generation]:
+        """What the model writes on each picture after a literal prompt (None: its start alone)."""
+        prompts = [None] * len(images) if prompts is None else prompts
+        if len(prompts) != len(images):
+            raise ValueError(f"there are {len(images)} images and {len(prompts)} prompts")
+        done: list[Generation | None] = [None] * len(images)
+        with evaluating(self.module), torch.inference_mode():
+            for first in range(0, len(images), batch_size):
+                part = range(first, min(first + batch_size, len(images)))
+                rows = [
+                    self.processor.encode_picture(images[i], prompts[i], _name(images[i], i))
+                    for i in part
+                ]
+                for i, (ids, logprobs) in zip(part, self._write(rows, num_beams, **options)):
+                    text = self.processor.decode(ids)
+                    done[i] = Generation(text, tuple(ids), tuple(logprobs))
+        return done
+
+    def score(
+        self,
+        images: Sequence,
+        prompts: Sequence[str | None] | None,
+        answers: Sequence[str],
+        batch_size: int = 16,
+    ) -> torch.Tensor:
+        """Log-probability of each answer, its end included, on its picture: fp32[N], nats."""
+        prompts = [None] * len(images) if prompts is None else prompts
+        if not len(images) == len(prompts) == len(answers):
+            raise ValueError(
+                f"there are {len(images)} images, {len(prompts)} prompts and {len(answers)} answers"
+            )
+        scores = torch.zeros(len(images))
+        with evaluating(self.module):
+            for first in range(0, len(images), batch_size):
+                part = range(first, min(first + batch_size, len(images)))
+                rows = [
+                    self.processor.encode_literal(
+                        [images[i]], prompts[i], answers[i], _name(images[i], i)
+                    )
+                    for i in part
+                ]
+                batch = collate(rows, self.processor.pad_id).to(self.device, self._dtype)
+                scores[list(part)] = transcribe.score(self.module, batch).cpu()
+        return scores
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.module.tokenizer.parameters()).dtype
+
+    def _encode(self, picture, name: str) -> Row:
+        return self.processor.encode_picture(picture, None, name)
+
+    def _read(self, rows: Sequence[Row], num_beams: int, **options) -> list[Transcript]:
+        return [self._transcript(*pair) for pair in self._write(rows, num_beams, **options)]
+
+    def _write(self, rows: Sequence[Row], num_beams: int, **options) -> list[Written]:
+        """Ids and log-probabilities of what is written on each row."""
+        batch = collate(rows, self.processor.pad_id).to(self.device, self._dtype)
+        parts = self.parts
+        given = {
+            "groups": batch.groups,
+            "start_ids": self.processor.start_ids,
+            "end_ids": parts.end_ids,
+            "pad_id": self.processor.pad_id,
+            "prompts": [row.ids.tolist() for row in rows],
+            "banned": parts.banned,
+            "max_new_tokens": options.pop("max_new_tokens", parts.max_new_tokens),
+        }
+        if num_beams == 1 and not options:
+            return transcribe.greedy(self.module, **given)
+        options = {k: v for k, v in parts.generation.items() if k != "num_beams"} | options
+        return transcribe.beam(self.module, **given, num_beams=num_beams, **options)
+
+    def _transcript(self, ids: list[int], logprobs: list[float]) -> Transcript:
+        pieces = self.processor.pieces(ids)
+        tokens = tuple(
+            Token(piece, min(1.0, math.exp(logprob)))
+            for id, piece, logprob in zip(ids, pieces, logprobs)
+            if id not in self.parts.end_ids
+        )
+        return Transcript(tokens, min(1.0, math.exp(sum(logprobs))))
+
+
+def _temperature(said: Sequence[tuple[float, bool]]) -> float:
+    """The temperature that makes (confidence, right) likeliest; 1 where nothing tells it."""
+    rights = [right for _, right in said]
+    if not said or all(rights) or not any(rights):
+        return 1.0
+    return fit_scaling([math.log(max(c, 1e-30)) for c, _ in said], rights).temperature
+
+
+def warmed(logprob: float, temperature: float) -> float:
+    """The probability whose log-odds are those of exp(logprob), divided by `temperature`.
+
+    >>> warmed(math.log(0.9), 1.0), warmed(0.0, 2.0)
+    (0.9, 1.0)
+    """
+    p = math.exp(min(logprob, 0.0))
+    if p <= 0.0 or p >= 1.0:
+        return min(max(p, 0.0), 1.0)
+    return 1 / (1 + ((1 - p) / p) ** (1 / temperature))
+
+
+def _width(row: LineRow | Row) -> int:
+    """Columns of a row's first view."""
+    return pixel_hw(row.views[0][0])[1]
+
+
+def _name(picture, index: int) -> str:
+    return str(picture) if isinstance(picture, (str, Path)) else f"line {index}"

@@ -1,0 +1,127 @@
+"""Lines of text as a line reader takes them: pictures at their own widths, texts as characters."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlm.data.example import BadRow, Example
+from vlm.families.line_reader import BLANK, LineBatch
+from vlm.losses.ctc import least_columns
+from vlm.pixels import PixelSpec, open_image
+from vlm.tokenizers.columns import STRIDE
+
+
+@dataclass(frozen=True, slots=True)
+class LineRow:
+    """One line: pixels float[3, H, W], its characters as ids, and how many of them were cut (none
+    are)."""
+
+    name: str
+    pixels: Tensor
+    ids: tuple[int, ...]
+    cut: int = 0
+
+    @property
+    def views(self) -> tuple[tuple[Tensor, tuple[int, int]], ...]:
+        """Its one view with its (image, view) numbers, as other rows have them."""
+        return ((self.pixels, (0, 0)),)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the picture has tokens enough for the text; such a line is not learned from."""
+        return least_columns(self.ids) <= self.pixels.shape[-1] // STRIDE
+
+
+class LineProcessor:
+    """Pictures and texts of lines, for a reader of `characters`.
+
+    pixel_spec: the preprocessing. characters: each once; the id of the first is 1.
+    Raises ValueError for characters that are given twice, or none.
+    """
+
+    def __init__(self, pixel_spec: PixelSpec, characters: str) -> None:
+        twice = sorted({c for c in characters if characters.count(c) > 1})
+        if not characters or twice:
+            raise ValueError(f"expected characters, each once, found {characters!r}, twice {twice}")
+        self.pixel_spec, self.characters = pixel_spec, characters
+        self._ids = {character: i for i, character in enumerate(characters, start=1)}
+
+    def normal(self, text: str) -> str:
+        """The text as it is learned and judged: composed (NFC), runs of white space as one space.
+
+        >>> LineProcessor(None, "ab").normal(" a\\tb ")
+        'a b'
+        """
+        return " ".join(unicodedata.normalize("NFC", text).split())
+
+    def encode_text(self, text: str, name: str) -> tuple[int, ...]:
+        """The ids of a text's characters.
+
+        Raises BadRow naming the characters that the reader does not know, and how often they come.
+        """
+        text = self.normal(text)
+        unknown = {c: text.count(c) for c in sorted(set(text) - self._ids.keys())}
+        if unknown:
+            found = ", ".join(
+                f"{c!r} (U+{ord(c):04X}, {count} times)" for c, count in unknown.items()
+            )
+            raise BadRow(f"{name}: expected characters that the reader knows, found {found}")
+        return tuple(self._ids[c] for c in text)
+
+    def encode(self, example: Example) -> LineRow:
+        """A line with its text.
+
+        Raises BadRow where there is not one picture, or no text; BadImage for its picture.
+        """
+        if len(example.images) != 1 or not example.answer.strip():
+            raise BadRow(
+                f"{example.name}: expected one picture and its text, found {len(example.images)} "
+                f"pictures and the text {example.answer[:40]!r}"
+            )
+        ids = self.encode_text(example.answer, example.name)
+        (pixels,) = self.pixel_spec(open_image(example.images[0]))
+        return LineRow(example.name, pixels, ids)
+
+    def encode_picture(self, picture, name: str) -> LineRow:
+        """A line to be read."""
+        (pixels,) = self.pixel_spec(open_image(picture, name=name))
+        return LineRow(name, pixels, ())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; blanks are left out."""
+        return "".join(self.characters[id - 1] for id in ids if id != BLANK)
+
+
+def collate_lines(rows: Sequence[LineRow]) -> LineBatch:
+    """Lines of one width. Raises ValueError where they have several."""
+    widths = {row.pixels.shape[-1] for row in rows}
+    if len(widths) != 1:
+        raise ValueError(f"expected lines of one width, found {sorted(widths)}")
+    return LineBatch(
+        pixels=torch.stack([row.pixels for row in rows]),
+        ids=torch.tensor([id for row in rows for id in row.ids], dtype=torch.long),
+        lengths=torch.tensor([len(row.ids) for row in rows]),
+        names=tuple(row.name for row in rows),
+    )
+
+
+def by_width(widths: Sequence[int], most: int | None = None) -> list[list[int]]:
+    """Numbers of lines in groups of one width, narrow ones first, each group in order.
+
+    most: the most lines of a group; None: any number.
+
+    >>> by_width([100, 300, 100])
+    [[0, 2], [1]]
+    """
+    groups: dict[int, list[list[int]]] = {}
+    for number, width in enumerate(widths):
+        parts = groups.setdefault(width, [[]])
+        if most is not None and len(parts[-1]) >= most:
+            parts.append([])
+        parts[-1].append(number)
+    return [part for width in sorted(groups) for part in groups[width]]

@@ -1,0 +1,149 @@
+"""The line reader: columns of a line, and the character that each of them shows. Our own system.
+
+A folder holds config.json (`format` "vlm", `family` "line_reader", the image tokenizer, the
+characters, the temperatures of confidences) and model.safetensors; the one that is shipped lies in
+the package, with a card of what it was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+
+from vlm import config, tokenizers
+from vlm.families.line_reader import LineReader
+from vlm.lines import LineProcessor
+from vlm.systems.composed import FORMAT
+from vlm.tokenizers.columns import ColumnsConfig, ColumnsTokenizer, line_spec
+from vlm.weights import load_weights, read_weights, save_weights
+
+SOURCE = "our own"
+NAME = "line-reader"
+"""What `vlm.load` calls the reader that is shipped."""
+SHIPPED = Path(__file__).resolve().parent.parent / "data" / "line_reader"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Temperatures:
+    """What log-odds of confidences are divided by, so that they say how often they are right:
+    fitted on held-out lines; 1 leaves the model's own. For lines and for tokens each its own."""
+
+    line: float = 1.0
+    token: float = 1.0
+
+
+@dataclass(kw_only=True, slots=True)
+class ReaderParts:
+    """A line reader with what is needed to use it.
+
+    processor: preprocessing and characters. reference: None, as this is no published system.
+    """
+
+    module: LineReader
+    processor: LineProcessor
+    temperatures: Temperatures = Temperatures()
+    reference: None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Folder:
+    """What config.json says, besides `format` and `version`."""
+
+    family: str
+    tokenizer: dict[str, Any]
+    characters: str
+    temperatures: Temperatures = Temperatures()
+
+
+def build(
+    characters: str,
+    *,
+    height_px: int = 32,
+    channels: tuple[int, int] = (48, 96),
+    blocks: tuple[int, int] = (2, 2),
+    width: int = 256,
+    layers: int = 6,
+    seed: int = 0,
+) -> ReaderParts:
+    """A fresh reader of `characters`; the other arguments are those of `ColumnsConfig`.
+
+    seed: of its weights; the global generator is left as it is.
+    """
+    sizes = ColumnsConfig(
+        channels=channels,
+        blocks=blocks,
+        width=width,
+        layers=layers,
+        pixel_spec=line_spec(height_px),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = ColumnsTokenizer(sizes)
+        module = LineReader(tokenizer, nn.Linear(width, len(characters) + 1))
+    return ReaderParts(module=module.eval(), processor=LineProcessor(sizes.pixel_spec, characters))
+
+
+def with_characters(parts: ReaderParts, characters: str, seed: int = 0) -> ReaderParts:
+    """The same reader for other characters: those that it knows keep what it has learned, new ones
+    are fresh. A new script keeps every stroke that the old one taught."""
+    if characters == parts.processor.characters:
+        return parts
+    old_head, old = parts.module.head, parts.processor.characters
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = nn.Linear(old_head.in_features, len(characters) + 1)
+    places = {c: i for i, c in enumerate(old, start=1)}
+    kept = [(0, 0)] + [(i, places[c]) for i, c in enumerate(characters, 1) if c in places]
+    new, known = (torch.tensor(column) for column in zip(*kept))
+    with torch.no_grad():
+        head.weight[new] = old_head.weight.float()[known]
+        head.bias[new] = old_head.bias.float()[known]
+    head = head.to(old_head.weight.device, old_head.weight.dtype)
+    return ReaderParts(
+        module=LineReader(parts.module.tokenizer, head).train(parts.module.training),
+        processor=LineProcessor(parts.processor.pixel_spec, characters),
+    )
+
+
+def save(model: ReaderParts, folder: Path, merge: bool = True) -> None:
+    """Writes our own layout; see the module's docstring. merge: there is no LoRA to keep."""
+    description = Folder(
+        family=model.module.family,
+        tokenizer=tokenizers.config_to_dict(model.module.tokenizer),
+        characters=model.processor.characters,
+        temperatures=model.temperatures,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(model.module, folder)
+    values = {"format": FORMAT, "version": VERSION, **config.to_dict(description)}
+    (folder / "config.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def load(folder: Path, values: dict[str, Any]) -> ReaderParts:
+    """The reader in a folder of our own layout; `values` is what its config.json holds.
+
+    Raises ValueError naming the file and what does not fit.
+    """
+    values = dict(values)
+    where = str(folder / "config.json")
+    version = values.pop("version", None)
+    values.pop("format")
+    if version != VERSION:
+        raise ValueError(f"{where}: written as version {version}, this vlm reads {VERSION}")
+    described = config.from_dict(Folder, values, where)
+    with init_empty_weights(include_buffers=False):
+        tokenizer = tokenizers.build(described.tokenizer)
+        module = LineReader(tokenizer, nn.Linear(tokenizer.dim, len(described.characters) + 1))
+    load_weights(module, read_weights(folder), where=str(folder))
+    return ReaderParts(
+        module=module.eval(),
+        processor=LineProcessor(tokenizer.pixel_spec, described.characters),
+        temperatures=described.temperatures,
+    )

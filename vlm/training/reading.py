@@ -1,0 +1,277 @@
+"""A run that teaches reading: what it can be told, and its way from settings to result."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from rich.console import Console
+from torch import nn
+
+from vlm.data.augment import LEVELS
+from vlm.data.mixture import Mixture, MixtureDataset, check_weights
+from vlm.data.sources import open_source
+from vlm.data.sources.base import Source
+from vlm.data.synthetic.lines import ALPHABETS
+from vlm.draw import draw_lines
+from vlm.inference.ocr import LineModel, Reader
+from vlm.inference.tasks import FACES
+from vlm.metrics.text import Comparison, compare_texts
+from vlm.pixels import open_image
+from vlm.systems import line_reader
+from vlm.training.base_settings import BaseSettings, deciding, require_share
+from vlm.training.fit import Interrupted, Pace, fit
+from vlm.training.held_out import held_out_rows, usable_rows
+from vlm.training.launch import accelerator_for, processes
+from vlm.training.objectives import Objective
+from vlm.training.run import Curves, Run
+from vlm.training.stages import Stage
+
+NEW = "new"
+ENDLESS = 1_000_000_000
+WORST = 24
+"""Lines on the page of the worst."""
+ERRORS = Curves(
+    "nats per character",
+    "held-out lines",
+    "error rate",
+    (("cer", "#1f4e8c", "characters"), ("wer", "#b5532a", "words")),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingSettings(BaseSettings):
+    """Settings of any run that teaches reading. A subclass says what is built."""
+
+    alphabet: str = "english"
+    """Characters that are read: english, latin, cyrillic, greek, or a text file that holds them."""
+    language: str = "english"
+    """What drawn lines say: english (Python's documentation), a text file in the language, or the
+    name that the package faker has for it, such as ru_RU or el_GR."""
+    fonts: str = "any"
+    """Fonts of drawn lines: any, train, system, families of fontpkg, folders or files, parted by
+    commas. Those that lack letters of the alphabet are left out."""
+    train: tuple[str, ...] = ()
+    """Training data, any number of: lines:COUNT:KEY=VALUE, PATH.tsv, FOLDER, PATH-{0000..0009}.tar,
+    PATH.jsonl. None: drawn lines in the language, endlessly many."""
+    held_out: str = ""
+    """Lines to evaluate on. None: drawn lines in the language that training never draws."""
+    weight_decay: float = 0.02
+    floor: float = 0.02
+    batch: int = 64
+    eval_every: int = 500
+    save_every: int = 500
+
+    def characters(self) -> str:
+        """The characters that are read.
+
+        Raises ValueError for an alphabet that is neither a name nor a file.
+        """
+        if self.alphabet in ALPHABETS:
+            return ALPHABETS[self.alphabet]
+        path = Path(self.alphabet)
+        if not path.is_file():
+            raise ValueError(
+                f"alphabet {self.alphabet!r}: expected {', '.join(ALPHABETS)}, or a text file"
+            )
+        found = set(path.read_text(encoding="utf-8-sig")) - set("\n\r\t\ufeff")
+        return "".join(sorted(found | {" "}))
+
+    def drawn(self, count: int, seed: int, split: str) -> str:
+        """The source of drawn lines in the settings' language."""
+        return (
+            f"lines:{count}:seed={seed}:fonts={self.fonts}:alphabet={self.alphabet}"
+            f":text={self.language}:split={split}"
+        )
+
+    def data(self) -> MixtureDataset:
+        require_share("warmup", self.warmup)
+        specs = self.train or (self.drawn(ENDLESS, self.seed + 1, "train"),)
+        sources = [open_source(spec) for spec in specs]
+        if self.weights is not None:
+            check_weights(self.weights, [source.name for source in sources])
+        mixture = Mixture(sources, self.weights, self.seed)
+        return MixtureDataset(sources, mixture, self.bad_rows, LEVELS[self.augment])
+
+    def held_out_source(self) -> Source:
+        """What is evaluated on."""
+        return open_source(self.held_out or self.drawn(self.held_out_rows, 0, "validation"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineReaderSettings(ReadingSettings):
+    """Settings of a run that trains a line reader: a fresh one, or one to go on from."""
+
+    out: Path = Path("runs/line_reader")
+    start: str = NEW
+    """new, or a line reader to go on from: "line-reader" (the shipped one), a run or a folder.
+    Characters that it lacks are added to it, and its strokes are kept."""
+    height_px: int = 32
+    """Rows that a line of a new reader is brought to."""
+    width: int = 256
+    """Width of a new reader's tokens, a multiple of 64."""
+    depth: int = 6
+    """Its layers along the line."""
+    rate: float = 1.5e-3
+    """Peak learning rate."""
+    steps: int = 2000
+
+    def build(self) -> line_reader.ReaderParts:
+        """The reader to train."""
+        characters = self.characters()
+        if self.start == NEW:
+            return line_reader.build(
+                characters,
+                height_px=self.height_px,
+                width=self.width,
+                layers=self.depth,
+                seed=self.seed,
+            )
+        import vlm
+
+        parts = vlm.load(self.start, device="cpu", dtype="float32").parts
+        if not isinstance(parts, line_reader.ReaderParts):
+            raise ValueError(
+                f"start {self.start!r}: expected a line reader, found a {parts.module.family} model"
+            )
+        return line_reader.with_characters(parts, characters, self.seed)
+
+
+MakeStage = Callable[[Any, nn.Module, int], Stage]
+"""From the settings, the module and the examples of one forward pass to the stage."""
+
+
+def run(
+    settings: ReadingSettings,
+    make_stage: MakeStage,
+    make_objective: Callable[[LineModel], Objective],
+) -> dict[str, Any]:
+    """One run from settings to result: trains, evaluates on held-out lines, saves."""
+    started = time.monotonic()
+    accelerator, share = accelerator_for(settings)
+    say = Console(file=sys.stderr, quiet=not accelerator.is_main_process, soft_wrap=True).print
+    run_folder = Run(
+        settings.out,
+        {"stage": "reading", **dataclasses.asdict(settings)},
+        deciding(settings),
+        main=accelerator.is_main_process,
+        resume=settings.resume,
+        curves=ERRORS,
+    )
+    data = settings.data()
+    held_out = settings.held_out_source() if settings.held_out_rows else None
+    with accelerator.main_process_first():
+        parts = settings.build()
+        model = FACES[parts.module.family](parts)
+    plan = make_stage(settings, model.module, settings.micro_batch or share)
+    say(f"{plan.name}: {processes(accelerator, share)}")
+    asked = held_out_rows(held_out, settings.held_out_rows) if held_out else []
+    rows, _ = usable_rows(model, held_out, asked, settings.bad_rows, say) if asked else ([], 0)
+    quarter = rows[::4]
+
+    def evaluate() -> dict[str, float]:
+        return errors_on(model, held_out, quarter, accelerator).result().figures()
+
+    try:
+        progress = fit(
+            model,
+            plan,
+            data,
+            run_folder,
+            accelerator,
+            objective=make_objective(model),
+            precision=settings.precision,
+            pace=Pace(
+                workers=settings.workers,
+                eval_every=settings.eval_every,
+                save_every=settings.save_every,
+            ),
+            resume=settings.resume,
+            evaluate=evaluate if rows else None,
+        )
+    except Interrupted:
+        run_folder.close()
+        raise
+    if accelerator.is_main_process:
+        model.save(settings.out / "model")  # before what may fail
+    result: dict[str, Any] = vars(progress)
+    if rows and isinstance(model, Reader):
+        examples = [held_out[row] for row in rows]
+        with accelerator.autocast():
+            temperatures = model.fit_temperatures(
+                [open_image(example.images[0]) for example in examples],
+                [example.answer for example in examples],
+            )
+        result["temperatures"] = dataclasses.asdict(temperatures)
+        if accelerator.is_main_process:
+            model.save(settings.out / "model")
+    if rows:
+        found = errors_on(model, held_out, rows, accelerator)
+        figures = found.result().figures()
+        run_folder.log(progress.step, {"eval": figures, "final": True})
+        result |= {"held_out": held_out.name, "held_out_skipped": len(asked) - len(rows), **figures}
+    if accelerator.is_main_process:
+        result["minutes"] = (time.monotonic() - started) / 60
+        run_folder.write_result(result)
+        if rows:
+            _draw_worst(found, held_out, rows, settings.out / "worst_lines.png")
+        run_folder.close()
+        _report(say, settings.out, result, found if rows else None)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return result
+
+
+def errors_on(
+    model: LineModel, source: Source, rows: Sequence[int], accelerator: Accelerator
+) -> Comparison:
+    """What the model reads of rows, beside what stands there; the same on any number of ranks."""
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    examples = [source[row] for row in rows[rank::ranks]]
+    with accelerator.autocast():
+        read = model.read_lines([open_image(example.images[0]) for example in examples])
+    mine = [(e.answer, transcript.text) for e, transcript in zip(examples, read)]
+    by_rank = gather_object([mine]) if ranks > 1 else [mine]
+    pairs: list[tuple[str, str]] = [("", "")] * len(rows)
+    for other, theirs in enumerate(by_rank):
+        pairs[other::ranks] = theirs
+    return compare_texts(*zip(*pairs))
+
+
+def _draw_worst(found: Comparison, source: Source, rows: Sequence[int], path: Path) -> None:
+    order = sorted(range(len(rows)), key=lambda i: -found.line_cer[i])[:WORST]
+    draw_lines(
+        [open_image(source[rows[i]].images[0]) for i in order],
+        [found.truths[i] for i in order],
+        [found.reads[i] for i in order],
+        path,
+        [source.row_name(rows[i]) for i in order],
+    )
+
+
+def _report(say, out: Path, result: dict[str, Any], found: Comparison | None) -> None:
+    """The run's result, for people."""
+    if result["skipped"]:
+        say(f"{result['skipped']} rows skipped, such as:", *result["examples_skipped"][:5])
+    if result.get("unscored"):
+        say(f"{result['unscored']} lines were too narrow for their text")
+    say(f"{out}: loss.png, worst_lines.png, metrics.jsonl, model/", highlight=False)
+    if found is None:
+        return
+    pairs = ", ".join(f"{c.truth!r} as {c.read!r} ({c.count})" for c in found.confusions(8))
+    say(f"most often misread: {pairs or 'nothing'}", highlight=False, markup=False)
+    say(
+        f"{result['held_out']}, {result['lines']} lines: CER {result['cer']:.2%} "
+        f"({result['cer_95'][0]:.2%} to {result['cer_95'][1]:.2%}), WER {result['wer']:.2%}, "
+        f"lines without a fault {result['exact_match']:.1%}",
+        style="bold",
+        highlight=False,
+        markup=False,
+    )
