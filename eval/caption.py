@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 import vlm
 from vlm import assets
+from vlm.commands.evaluation import require_writable
 from vlm.config import to_dict
 from vlm.data.collate import collate, group_views
 from vlm.data.example import BadRow, Example, Skipped
@@ -274,6 +275,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         raise ValueError(
             f"--batch and --rows must be at least 1, found {settings.batch} and {settings.rows}"
         )
+    require_writable(settings.out)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     share_cores(accelerator, settings.threads)
     main = accelerator.is_main_process

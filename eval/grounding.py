@@ -33,6 +33,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import vlm
+from vlm.commands.evaluation import require_writable
 from vlm.data.boxes import check_boxes
 from vlm.data.example import Box
 from vlm.data.sources import CocoSource, open_source
@@ -236,6 +237,7 @@ def run(settings: Settings) -> dict[str, Any] | None:
         if not Path(settings.model).is_dir():
             raise ValueError(f"--out: name a folder for the result, as {settings.model} is none")
         out = Path(settings.model) / "grounding"
+    require_writable(out)
     source = open_source(settings.data)
     if settings.ask == "all" and not isinstance(source, CocoSource):
         raise ValueError(f"--ask all: expected a COCO file, which lists its labels: {source.name}")

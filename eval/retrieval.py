@@ -15,17 +15,14 @@ In --out: result.json and hits.png, a page of queries with their best hits.
 from __future__ import annotations
 
 import json
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
@@ -33,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 import vlm
-from vlm import assets
+from vlm.commands.evaluation import require_writable, show_left_out, start
 from vlm.config import to_dict
 from vlm.data.sources import open_source
 from vlm.data.sources.base import Source
@@ -255,42 +252,6 @@ def show(result: dict[str, Any], out: Path) -> None:
         )
     show_left_out(result, console)
     console.print(f"{out}: result.json, hits.png", markup=False)
-
-
-# What follows is zero_shot.py's too.
-
-
-def require_writable(out: Path) -> None:
-    """Makes the folder of the results. Raises ValueError where they could not be written there."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise ValueError(f"--out {out}: expected a folder to write to ({error})") from error
-
-
-def show_left_out(result: dict[str, Any], console: Console) -> None:
-    """How many rows could not be used, and why the first of them."""
-    left_out = result["skipped"]
-    console.print(f"{left_out} of {result['rows']} rows left out" + (":" if left_out else ""))
-    for line in result["examples_skipped"][:5]:
-        console.print(f"  {line}", markup=False)
-
-
-def start(
-    settings_type: type,
-    evaluate: Callable[[Any], Any],
-    description: str,
-    arguments: Sequence[str] | None,
-) -> None:
-    """One evaluation with settings from the command line (None) or from `arguments`; a fault of the
-    input ends it with one line."""
-    settings = tyro.cli(settings_type, args=arguments, description=description)
-    try:
-        evaluate(settings)
-    except (ValueError, OSError, assets.FetchError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -25,7 +25,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from retrieval import require_writable, show_left_out, start
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -33,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vlm
+from vlm.commands.evaluation import require_writable, show_left_out, start
 from vlm.config import to_dict
 from vlm.data.example import BadRow, Example
 from vlm.data.sources import ClipBenchmark, open_source

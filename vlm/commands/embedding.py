@@ -130,6 +130,8 @@ class Embed(ReadsPictures):
         model = self.load()
         arrays: dict[str, np.ndarray] = {"model": np.array(self.model)}
         skipped: list[Skipped] = []
+        if unread := [repr(texts[i]) for i in model.processor.unread(texts)]:
+            raise ValueError(f"expected texts that the model can read, found {unread[0]}")
         if texts:  # before the pictures, which take longer, so that a fault in one loses little
             arrays["texts"] = model.embed_texts(texts).numpy()
             arrays["text_names"] = _json_bytes(texts)
@@ -170,7 +172,8 @@ class MakeIndex(ReadsPictures):
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """A folder; pictures are found at any depth, hidden ones are passed by."""
+    """A folder; pictures (by their files' endings) are found in it at any depth, hidden ones are
+    passed by."""
     out: Path
     """The index, a folder of its own."""
     approximate: bool = False
@@ -258,6 +261,8 @@ class Retrieve:
         model = self._model(index)
         source = index.origin.model if self.model is None else self.model
         index.require(origin_of(model, source, index.origin.dtype), self.index)
+        if isinstance(query, str) and model.processor.unread([query]):
+            raise ValueError(f"expected a query that the model can read, found {query!r}")
         embed = model.embed_texts if isinstance(query, str) else model.embed_images
         (scores,), (paths,) = index.search(embed([query]), self.top)
         faults = [index.fault(path) for path in paths]
@@ -319,7 +324,7 @@ FAULTS = {"missing": "no longer there", "changed": "changed since it was indexed
 
 
 def _contrastive(source: str, device: str, dtype: str) -> ContrastiveModel:
-    return open_model(source, "contrastive", "has no vectors to compare", device, dtype)
+    return open_model(source, ("contrastive",), "has no vectors to compare", device, dtype)
 
 
 def _is_file(text: str) -> bool:
@@ -332,6 +337,8 @@ def _is_file(text: str) -> bool:
 def _lines(path: Path, bad_rows: str) -> list[str]:
     """The texts of a file, one a line. Raises ValueError naming a line that is empty, unless it is
     to be skipped."""
+    if not path.is_file():
+        raise ValueError(f"--texts: expected a file with a text on each line, found {str(path)!r}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
