@@ -15,6 +15,7 @@ import tyro
 from vlm import assets
 from vlm.commands.decoding import Answer, Caption, Chat, Ground
 from vlm.commands.embedding import Classify, Embed, MakeIndex, Retrieve
+from vlm.commands.ocr import Ocr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,23 +69,30 @@ class InspectBatch:
     """How many rows."""
     plain: bool = False
     """No colours, for files."""
+    draw: Path | None = None
+    """Draw the pictures, as the model sees them, into this PNG file."""
 
     def run(self, rest: list[str]) -> None:
         from rich.console import Console
 
         from vlm.data.collate import Encoded
-        from vlm.inspect import show_rows
+        from vlm.inspect import draw_rows, show_rows
         from vlm.training.launch import read_settings
 
         if self.rows < 1:
             raise ValueError(f"--rows must be at least 1, found {self.rows}")
+        if self.draw is not None and self.draw.suffix.lower() != ".png":
+            raise ValueError(f"--draw: expected a .png file, found {self.draw}")
         module = _recipe(self.recipe)
         prog = f"vlm inspect-batch {self.recipe}"
         settings = read_settings(module.Settings, rest, module.__doc__, prog)
         data = settings.data()
         encoded = Encoded(data, settings.build().processor, settings.bad_rows)
         console = Console(no_color=self.plain, force_terminal=False if self.plain else None)
-        show_rows([encoded[i] for i in range(self.rows)], encoded.processor, console)
+        rows = [encoded[i] for i in range(self.rows)]
+        show_rows(rows, encoded.processor, console)
+        if self.draw is not None:
+            draw_rows(rows, encoded.processor, self.draw)
 
 
 Command = (
@@ -93,6 +101,7 @@ Command = (
     | Annotated[Answer, tyro.conf.subcommand("answer")]
     | Annotated[Chat, tyro.conf.subcommand("chat")]
     | Annotated[Ground, tyro.conf.subcommand("ground")]
+    | Annotated[Ocr, tyro.conf.subcommand("ocr")]
     | Annotated[Classify, tyro.conf.subcommand("classify")]
     | Annotated[Embed, tyro.conf.subcommand("embed")]
     | Annotated[MakeIndex, tyro.conf.subcommand("index")]

@@ -5,28 +5,86 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
 
 from vlm.data.collate import collate
 from vlm.data.example import Box, Skipped
+from vlm.families.line_reader import LineBatch
 from vlm.image_tokens import Pixels
+from vlm.lines import LineProcessor, LineRow, by_width, collate_lines
+from vlm.losses.ctc import least_columns
 from vlm.pairs import Pair, PairBatch, PairProcessor, collate_pairs
 from vlm.placement import IMAGE, Batch
 from vlm.prompts import Processor, Row
+from vlm.tokenizers.columns import STRIDE
 
 SCORED, RUN, PAD = "bold green", "bold cyan", "dim"
 
 
 def show_rows(
-    rows: Sequence[Row | Pair | Skipped], processor: Processor | PairProcessor, console: Console
-) -> Batch | PairBatch | None:
+    rows: Sequence[Row | Pair | LineRow | Skipped],
+    processor: Processor | PairProcessor | LineProcessor,
+    console: Console,
+) -> Batch | PairBatch | list[LineBatch] | None:
     """Prints rows as they are trained on, whichever family's processor made them; gives the batch,
     None where every row was skipped."""
+    if isinstance(processor, LineProcessor):
+        return show_lines(rows, processor, console)
     show = show_pairs if isinstance(processor, PairProcessor) else show_batch
     return show(rows, processor, console)
+
+
+def show_lines(
+    rows: Sequence[LineRow | Skipped], processor: LineProcessor, console: Console
+) -> list[LineBatch] | None:
+    """Prints lines as a line reader is trained on them: their pixels, their tokens, their text as
+    it comes back from its ids; gives the batches, None where every row was skipped."""
+    kept = _kept(rows, console)
+    if not kept:
+        return None
+    for row in kept:
+        console.print()
+        console.print(Text(row.name, style="bold"), end="")
+        H, W = row.pixels.shape[-2:]
+        narrow = "" if row.fits else "; too narrow for its text, so it is not learned from"
+        console.print(
+            f"  {H} x {W} pixels, {W // STRIDE} tokens, {len(row.ids)} characters, "
+            f"at least {least_columns(row.ids)} tokens{narrow}",
+            highlight=False,
+        )
+        console.print(Text(processor.decode(row.ids), style=SCORED))
+    groups = by_width([row.pixels.shape[-1] for row in kept])
+    batches = [collate_lines([kept[number] for number in group]) for group in groups]
+    shapes = ", ".join(" x ".join(map(str, batch.pixels.shape)) for batch in batches)
+    console.print(f"\nbatches of one width: {shapes}", highlight=False)
+    return batches
+
+
+def draw_rows(
+    rows: Sequence[Row | Pair | LineRow | Skipped],
+    processor: Processor | PairProcessor | LineProcessor,
+    path: Path,
+) -> None:
+    """The pictures that rows show a model, as it sees them, over their names, as a PNG.
+
+    Raises ValueError where no row has a picture.
+    """
+    from vlm.draw import draw_lines, draw_page
+
+    kept = [row for row in rows if not isinstance(row, Skipped) and row.views]
+    if not kept:
+        raise ValueError("expected a row with a picture to draw, found none")
+    seen = [to_pil_image(processor.pixel_spec.unnormalise(row.views[0][0])) for row in kept]
+    if isinstance(processor, LineProcessor):
+        texts = [processor.decode(row.ids) for row in kept]
+        draw_lines(seen, texts, texts, path, [row.name for row in kept])
+    else:
+        draw_page(seen, [row.name for row in kept], path)
 
 
 def show_batch(
@@ -56,6 +114,8 @@ def show_batch(
         console.print(row_text(batch.ids[b], *masks, row, processor, colour))
         console.print(Text(f"scored mask  {mask_runs(batch.scored[b])}", style="dim"))
         console.print(Text(f"valid mask   {mask_runs(batch.valid[b])}", style="dim"))
+        if processor.prefix:  # read at once, the rest after it
+            console.print(Text(f"prefix mask  {mask_runs(batch.prefix[b])}", style="dim"))
         for box in row.boxes:
             console.print(box_line(box), highlight=False)
     for group in batch.groups:

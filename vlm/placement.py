@@ -42,6 +42,11 @@ class Batch:
     padding: str = "right"
 
     @property
+    def prefix(self) -> Tensor:
+        """The places before a row's first target, bool[B, T]: image and prompt."""
+        return self.valid & (self.scored.cumsum(1) == 0)
+
+    @property
     def targets(self) -> Tensor:
         """The ids to predict, int64[N], row by row."""
         return self.ids[self.scored]

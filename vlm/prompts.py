@@ -63,6 +63,11 @@ class Processor:
         "drop" leaves them out, "shrink" cuts text from the end. Neither ever cuts an image run.
     loc: how boxes are written; None where the language model has no tokens for them.
     image_mark: stands for an image in a literal prompt.
+    prefix: whether the model reads all that is before an answer at once, as prefix decoders do. A
+        row then has one answer, which becomes ids apart from its prompt: those of the prompt are
+        the same with and without it.
+    framed: whether a literal prompt is a user's message, which the chat template frames (as
+        PaliGemma's own processor does with its text); else it is read as it stands.
     """
 
     def __init__(
@@ -76,6 +81,8 @@ class Processor:
         overflow: str = "drop",
         loc: LocTokens | None = None,
         image_mark: str = MARK,
+        prefix: bool = False,
+        framed: bool = False,
     ) -> None:
         if overflow not in ("drop", "shrink"):
             raise ValueError(f"overflow is 'drop' or 'shrink', found {overflow!r}")
@@ -97,6 +104,8 @@ class Processor:
         self._loc = None
         self.loc = loc
         self.image_mark = image_mark
+        self.prefix = prefix
+        self.framed = framed
         self._special = {
             id for id, token in text_tokenizer.added_tokens_decoder.items() if token.special
         } | set(text_tokenizer.all_special_ids)
@@ -131,8 +140,14 @@ class Processor:
         """
         if example.is_document:
             return self._fit(self._document(example))
-        if not any(turn.role == "assistant" for turn in example.turns):
+        answers = sum(turn.role == "assistant" for turn in example.turns)
+        if not answers:
             raise BadRow(f"{example.name}: expected an assistant turn to learn from, found none")
+        if self.prefix and answers > 1:
+            raise BadRow(
+                f"{example.name}: expected one answer, since this model reads all before it at "
+                f"once, found {answers}; give each question a row of its own"
+            )
         views, places, turns = self._look(example)
         ids, scored = self._ids(turns, places, example.name)
         return self._fit(
@@ -174,8 +189,8 @@ class Processor:
     ) -> Row:
         """A row from a literal prompt in which each `image_mark` is a picture's place.
 
-        Special tokens are added as the text tokenizer adds them by itself. Where there is an
-        answer, it and the end token are scored.
+        Special tokens are added as the text tokenizer adds them by itself, or where prompts are
+        `framed` the chat template. Where there is an answer, it and the end token are scored.
         Raises BadRow where marks and pictures differ in number, or the row is longer than
         `max_tokens`; BadImage naming the picture.
         """
@@ -190,10 +205,13 @@ class Processor:
             seen, size_hw = self._see(image, number, name)
             views += seen
             places.append(self.places_for(size_hw))
-        marked = prompt.replace(self.image_mark, SLOT)
+        if self.framed:
+            marked = self.render((_user(prompt, self.image_mark),), name, open_answer=True)
+        else:
+            marked = prompt.replace(self.image_mark, SLOT)
         if answer is not None:
             marked += f"{ANSWER}{answer}{END}"
-        ids, scored = self._tokenize(marked, places, name, add_special_tokens=True)
+        ids, scored = self._tokenize(marked, places, name, add_special_tokens=not self.framed)
         if answer is not None:
             ids = torch.cat([ids, torch.tensor([self.end_id])])
             scored = torch.cat([scored, torch.tensor([True])])
@@ -373,16 +391,17 @@ class Processor:
             if number:
                 ids += [IMAGE] * places[number - 1]
                 scored += [False] * places[number - 1]
-            text, inside = "", []
-            for character in piece:
-                if character in (ANSWER, END):
-                    answering = character == ANSWER
-                else:
-                    text += character
-                    inside.append(answering)
-            piece_ids, offsets = self._piece(text, number > 0, add_special_tokens)
-            ids += piece_ids
-            scored += [any(inside[start:end]) for start, end in offsets]
+            for part in _apart(piece) if self.prefix else (piece,):
+                text, inside = "", []
+                for character in part:
+                    if character in (ANSWER, END):
+                        answering = character == ANSWER
+                    else:
+                        text += character
+                        inside.append(answering)
+                part_ids, offsets = self._piece(text, bool(ids), add_special_tokens)
+                ids += part_ids
+                scored += [any(inside[start:end]) for start, end in offsets]
         return torch.tensor(ids, dtype=torch.long), torch.tensor(scored, dtype=torch.bool)
 
     def _piece(
@@ -425,3 +444,15 @@ class Processor:
             boxes=tuple(box for box in row.boxes if box.image < kept),
             cut=int((row.ids[end:] != IMAGE).sum()),
         )
+
+
+def _apart(marked: str) -> tuple[str, ...]:
+    """A marked text as what stands before the answer, where there is one, and the rest."""
+    prompt, mark, rest = marked.partition(ANSWER)
+    return (prompt, mark + rest) if mark else (marked,)
+
+
+def _user(prompt: str, image_mark: str) -> Turn:
+    """A literal prompt as the user's message, each mark a picture's place."""
+    first, *others = prompt.split(image_mark)
+    return Turn("user", (first, *(part for text in others for part in (None, text))))

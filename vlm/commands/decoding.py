@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from vlm.inference.tasks import Model
 
 
+WRITERS = ("decoder_only", "prefix_decoder")
+"""Families that write text as they are asked to."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class UsesDecoder(UsesModel):
     """What commands share whose model writes text."""
@@ -26,7 +30,7 @@ class UsesDecoder(UsesModel):
 
         for path in images:
             open_image(path)
-        return open_model(self.model, "decoder_only", "writes no text", self.device, self.dtype)
+        return open_model(self.model, WRITERS, "writes no text", self.device, self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

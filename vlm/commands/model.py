@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -20,12 +21,15 @@ class UsesModel:
 FAMILIES = {
     "contrastive": "contrastive (CLIP, SigLIP, what recipes/contrastive.py trains)",
     "decoder_only": "decoder_only (DeepSeek-VL, what recipes/stage1_adaptor.py trains)",
+    "prefix_decoder": "prefix_decoder (PaliGemma, what recipes/paligemma.py trains)",
 }
 """Family of a model -> what messages say of it."""
 
 
-def open_model(source: str, family: str, lack: str, device: str = "auto", dtype: str = "auto"):
-    """The model that `source` names, of one family.
+def open_model(
+    source: str, families: Sequence[str], lack: str, device: str = "auto", dtype: str = "auto"
+):
+    """The model that `source` names, of one of some families.
 
     lack: what a model of another family does not do, for the message of the ValueError.
     """
@@ -33,8 +37,9 @@ def open_model(source: str, family: str, lack: str, device: str = "auto", dtype:
 
     model = vlm.load(source, device=device, dtype=dtype)
     found = model.module.family
-    if found != family:
+    if found not in families:
         raise ValueError(
-            f"{source}: a {found} model {lack}; expected a model of the family {FAMILIES[family]}"
+            f"{source}: a {found} model {lack}; expected a model of the family "
+            f"{' or '.join(FAMILIES[family] for family in families)}"
         )
     return model

@@ -72,8 +72,8 @@ def find(
     images: pictures (paths, bytes, PIL images or arrays). phrases: for each, one or a list.
     batch_size: pictures encoded, and phrases answered, at once.
     prompt: asks for a `{phrase}`; None takes the one that the model was trained on.
-    constrained: allows nothing but whole boxes and the end. Scores stay those of the model's own
-        distribution.
+    constrained: allows nothing but whole boxes, the text behind each where the model writes some,
+        and the end. Scores stay those of the model's own distribution.
     seed: of what is drawn, with `do_sample=True`.
     options: transformers' names, greedy by default, at most MAX_NEW_TOKENS tokens.
     Raises ValueError for a model without location tokens and for arguments that do not fit,
@@ -86,7 +86,7 @@ def find(
     engine.check_options(options, seed)
     bins = _bins(model)
     if constrained:
-        only = BoxesOnly(tuple(bins), model.parts.stop_ids)
+        only = BoxesOnly(tuple(bins), model.parts.stop_ids, model.parts.labelled_boxes)
         given = options.get("logits_processor", ())
         options["logits_processor"] = LogitsProcessorList([*given, only])
     found: list[list[Found]] = [[] for _ in images]
@@ -208,21 +208,29 @@ def read_answer(
 
 
 class BoxesOnly(LogitsProcessor):
-    """Allows location tokens, and an end after each fourth.
+    """Allows location tokens in fours, and an end behind whole boxes.
 
-    location_ids, stop_ids: ids of the two.
+    location_ids, stop_ids: ids of the two. labelled: whether other ids may follow a whole box.
     """
 
-    def __init__(self, location_ids: Sequence[int], stop_ids: Sequence[int]) -> None:
+    def __init__(
+        self, location_ids: Sequence[int], stop_ids: Sequence[int], labelled: bool = False
+    ) -> None:
         self.location_ids, self.stop_ids = list(location_ids), list(stop_ids)
+        self.labelled = labelled
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`scores` float[B, Z] with -inf at what is not allowed after `input_ids` int64[B, T], the
         ids written so far."""
-        allowed = self.location_ids + ([] if input_ids.shape[1] % 4 else self.stop_ids)
-        only = torch.full_like(scores, -math.inf)
-        only[:, allowed] = scores[:, allowed]
-        return only
+        locations = torch.tensor(self.location_ids, device=input_ids.device)
+        run = torch.isin(input_ids, locations).long().flip(1).cumprod(1).sum(1)
+        whole = run % 4 == 0
+        allowed = torch.zeros_like(scores, dtype=torch.bool)
+        allowed[:, self.location_ids] = True
+        if self.labelled and input_ids.shape[1]:
+            allowed |= whole[:, None]
+        allowed[:, self.stop_ids] = whole[:, None]
+        return scores.masked_fill(~allowed, -math.inf)
 
 
 def _turn(prompt: str, phrase: str) -> Turn:

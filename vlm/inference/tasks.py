@@ -18,13 +18,19 @@ from vlm.inference.chat import Chat, read_messages
 from vlm.inference.embed import ContrastiveModel
 from vlm.inference.engine import Generation
 from vlm.inference.ground import find
+from vlm.inference.ocr import Reader, Writer
+from vlm.inference.reading import Reading
+from vlm.inference.written import read_written
+from vlm.pixels import open_image
 from vlm.placement import Batch
 from vlm.prompts import Processor, Row
 from vlm.systems import composed
-from vlm.systems.composed import Composition
+from vlm.systems.composed import ANSWER_PROMPT, Composition
 
 WINDOW = 8
 """Batches of rows that are sorted by length together."""
+OCR_TOKENS = 512
+"""Longest reading where nothing else is asked: as long as PaliGemma was trained on."""
 TASKS = {
     "ocr": "encoder-decoder models",
     "embed_images": "contrastive models",
@@ -49,7 +55,8 @@ def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Model
 def build(**settings) -> Model:
     """A model composed of pretrained parts and a fresh adaptor; the settings are those of
     `vlm.systems.composed.build`."""
-    return Model(composed.build(**settings))
+    parts = composed.build(**settings)
+    return FACES[parts.module.family](parts)
 
 
 class Model:
@@ -83,18 +90,16 @@ class Model:
         self, images: Sequence, prompt: str | None = None, batch_size: int = 16, **options
     ) -> list[str]:
         """A caption for each picture; `prompt` (None: the prompt it was trained on) asks for it."""
-        question = self.parts.caption_prompt if prompt is None else prompt
-        return self.answer(images, [question] * len(images), batch_size, **options)
+        asked = self.parts.caption_prompt if prompt is None else prompt
+        written = self._ask(images, [asked] * len(images), batch_size, **options)
+        return [generation.text for generation in written]
 
     def answer(
         self, images: Sequence, questions: Sequence[str], batch_size: int = 16, **options
     ) -> list[str]:
         """The answer to each question about its picture or pictures, which come before it."""
-        rows = (
-            self.processor.encode_prompt(_question(pictures, question, _name(pictures, i)))
-            for i, (pictures, question) in enumerate(_pairs(images, questions, "questions"))
-        )
-        written = self._generate(rows, len(images), batch_size, **options)
+        prompt = self.parts.answer_prompt
+        written = self._ask(images, questions, batch_size, prompt, **options)
         return [generation.text for generation in written]
 
     def chat(
@@ -176,6 +181,23 @@ class Model:
         """
         systems.save(self.parts, Path(folder), layout, merge)
 
+    def _ask(
+        self,
+        images: Sequence,
+        questions: Sequence[str],
+        batch_size: int,
+        prompt: str = ANSWER_PROMPT,
+        **options,
+    ) -> list[Generation]:
+        """What is written for each question as `prompt` puts it, the pictures before it."""
+        rows = (
+            self.processor.encode_prompt(
+                _question(pictures, prompt.format(question=question), _name(pictures, i))
+            )
+            for i, (pictures, question) in enumerate(_pairs(images, questions, "questions"))
+        )
+        return self._generate(rows, len(images), batch_size, **options)
+
     def _generate(
         self,
         rows: Iterable[Row],
@@ -220,6 +242,39 @@ class Model:
                     bar.update(len(part))
 
 
+class PrefixModel(Model):
+    """A model of the prefix family, which may read text too."""
+
+    def ocr(self, images: Sequence, batch_size: int = 16, **options) -> list[Reading]:
+        """The text in each picture, by the lines of the answer; the model says no places (see
+        `vlm.inference.written`).
+
+        options: transformers' names, greedy by default, at most OCR_TOKENS tokens.
+        Raises ValueError for a model that was trained on no prompt for it.
+        """
+        prompt = self.parts.ocr_prompt
+        if prompt is None:
+            raise ValueError(
+                "ocr: this model was trained on no prompt for reading; such as were trained with "
+                "recipes/paligemma.py --task ocr have one, as PaliGemma does"
+            )
+        if isinstance(images, (str, bytes, Path)):
+            raise ValueError("images is a list of pictures")
+        sizes_hw: list[tuple[int, int]] = []
+
+        def rows() -> Iterator[Row]:
+            for i, image in enumerate(images):
+                name = _name([image], i)
+                picture = open_image(image, name=name)
+                sizes_hw.append((picture.height, picture.width))
+                yield self.processor.encode_prompt(_question([picture], prompt, name))
+
+        options = {"max_new_tokens": OCR_TOKENS, **options}
+        written = self._generate(rows(), len(images), batch_size, **options)
+        tokenizer = self.processor.text_tokenizer
+        return [read_written(done, tokenizer, size) for done, size in zip(written, sizes_hw)]
+
+
 def _question(pictures: Sequence, question: str, name: str) -> Example:
     """A question about pictures, which come before it, without its answer."""
     content = (*[None] * len(pictures), *([question] if question else []))
@@ -242,5 +297,11 @@ def _name(pictures: Sequence, index: int) -> str:
     return f"example {index}"
 
 
-FACES = {"decoder_only": Model, "contrastive": ContrastiveModel}
+FACES = {
+    "decoder_only": Model,
+    "prefix_decoder": PrefixModel,
+    "contrastive": ContrastiveModel,
+    "line_reader": Reader,
+    "encoder_decoder": Writer,
+}
 """Family -> its public model."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vlm.systems.composed import Composition
+    from vlm.systems.encoder_decoder_parts import Transcriber
     from vlm.systems.pairing import Pairing
 
 SYSTEMS = {
@@ -19,11 +20,21 @@ SYSTEMS = {
     "siglip": ("vlm.systems.siglip", "SigLIP, SigLIP 2 at fixed sizes: two towers, sigmoid loss"),
     "open_clip": ("vlm.systems.open_clip_layout", "CLIP and SigLIP in open_clip's layout"),
     "siglip2": ("vlm.systems.siglip2", "SigLIP 2 NaFlex: pictures at their own aspect ratio"),
+    "trocr": ("vlm.systems.trocr", "TrOCR: ViT, DeiT or BEiT, text decoder; lines of text"),
+    "donut": ("vlm.systems.donut", "Donut: Swin, mBART decoder; documents to JSON"),
+    "paligemma": ("vlm.systems.paligemma", "PaliGemma 1 and 2: SigLIP, linear, Gemma, prefix mask"),
 }
 """`format` or transformers' `model_type` in config.json -> (module, what it is). A folder whose
-configuration is open_clip_config.json is "open_clip"."""
+configuration is open_clip_config.json is "open_clip"; one of transformers'
+VisionEncoderDecoderModel is "donut" or "trocr", by its encoder."""
 
-NATIVE = {"decoder_only": "vlm.systems.composed", "contrastive": "vlm.systems.pairing"}
+NATIVE = {
+    "line_reader": "vlm.systems.line_reader",
+    "decoder_only": "vlm.systems.composed",
+    "prefix_decoder": "vlm.systems.composed",
+    "contrastive": "vlm.systems.pairing",
+    "encoder_decoder": "vlm.systems.transcriber",
+}
 """Family of a model -> the module that reads and writes it in our own layout."""
 
 DTYPES = ("auto", "stored", "float32", "bfloat16", "float16")
@@ -32,7 +43,9 @@ CONFIGS = ("config.json", "open_clip_config.json")
 """Configurations that a folder may hold; where it has both, the first is read."""
 
 
-def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Composition | Pairing:
+def load(
+    source: str | Path, device: str = "auto", dtype: str = "auto"
+) -> Composition | Pairing | Transcriber:
     """The parts of the model in a folder or under a hub id.
 
     The arguments are those of `vlm.load`.
@@ -62,7 +75,9 @@ def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Compo
     return model
 
 
-def save(model: Composition | Pairing, folder: Path, layout: str, merge: bool = True) -> None:
+def save(
+    model: Composition | Pairing | Transcriber, folder: Path, layout: str, merge: bool = True
+) -> None:
     """Writes a model in our own layout ("native"), in that of the published system which it came
     from ("reference"), or, CLIP and SigLIP of any origin, in open_clip's ("open_clip").
     merge: whether LoRA is merged; only "native" can keep its layers.
@@ -90,7 +105,7 @@ def _own_dtype(module):
     beside parts that were frozen in bf16: the language model's, or the wider of two towers'."""
     from vlm.weights import castable
 
-    if module.family != "contrastive":
+    if hasattr(module, "text") and module.family != "contrastive":
         return next(module.text.parameters()).dtype
     return max((p.dtype for p in castable(module)), key=lambda dtype: dtype.itemsize)
 
@@ -121,6 +136,9 @@ def _kind(values: dict, where: str | Path, source: str | Path) -> str:
     kind = values.get("format") or values.get("model_type")
     if kind is None and "model_cfg" in values:
         kind = "open_clip"
+    if kind == "vision-encoder-decoder":  # one class of transformers for both
+        swin = values.get("encoder", {}).get("model_type") == "donut-swin"
+        kind = "donut" if swin else "trocr"
     if kind not in SYSTEMS:
         _refuse_tower(kind, where, source)
         raise ValueError(
@@ -162,9 +180,16 @@ def _config(folder: Path) -> Path | None:
     return next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
 
 
+def _shipped(source: str | Path) -> Path | None:
+    """The folder of a model that comes with the package, where `source` is its name."""
+    from vlm.systems import line_reader
+
+    return line_reader.SHIPPED if str(source) == line_reader.NAME else None
+
+
 def _folder(source: str | Path) -> Path:
     """The folder that holds a configuration: `source`, its `model/`, or a hub snapshot."""
-    folder = Path(source)
+    folder = _shipped(source) or Path(source)
     for candidate in (folder, folder / "model"):
         if _config(candidate):
             return candidate

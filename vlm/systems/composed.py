@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from vlm import adaptors, assets, config, tokenizers
 from vlm.data.grounding import GROUND_PROMPT
 from vlm.families.decoder_only import DecoderOnly, Places
+from vlm.families.prefix_decoder import PrefixDecoder
 from vlm.geometry import LocTokens
 from vlm.image_tokens import ImageTokenizer
 from vlm.merge import Made, plain_state
@@ -42,7 +43,11 @@ LAYER_OPTION = {
 """Kinds of image tokenizer with pretrained weights -> what each calls its layer."""
 
 
+MASKS = {"causal": DecoderOnly, "prefix": PrefixDecoder}
+"""What a place of the stream sees -> the family whose mask it is."""
+
 CAPTION_PROMPT = "Describe the picture."
+ANSWER_PROMPT = "{question}"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -51,8 +56,10 @@ class Composition:
 
     processor: prompts and preprocessing. stop_ids: ids that end an answer. caption_prompt: what
     asks for a caption where nothing else is said. ground_prompt: what asks for the boxes of a
-    `{phrase}`. reference: the published layout that it came from, which it can be saved in; None
-    for one composed here.
+    `{phrase}`. labelled_boxes: whether its answer names the phrase behind each box. answer_prompt:
+    what is written for a `{question}`. ocr_prompt: what asks for the text in a picture; None where
+    it was trained on none. reference: the published layout that it came from, which it can be saved
+    in; None for one composed here.
     """
 
     module: DecoderOnly
@@ -60,6 +67,9 @@ class Composition:
     stop_ids: tuple[int, ...]
     caption_prompt: str = CAPTION_PROMPT
     ground_prompt: str = GROUND_PROMPT
+    labelled_boxes: bool = False
+    answer_prompt: str = ANSWER_PROMPT
+    ocr_prompt: str | None = None
     reference: Reference | None = None
 
 
@@ -83,8 +93,12 @@ class Folder:
     system: str | None
     max_tokens: int | None
     ground_prompt: str = GROUND_PROMPT
+    labelled_boxes: bool = False
+    answer_prompt: str = ANSWER_PROMPT
+    ocr_prompt: str | None = None
     loc: LocTokens | None = None
     image_mark: str = MARK
+    framed: bool = False
     reference: str | None = None
     lora: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -104,9 +118,10 @@ def build(
     size_hw: tuple[int, int] | None = None,
     vision_layer: int = -1,
     text_layers: int | None = None,
+    mask: str = "causal",
     seed: int = 0,
 ) -> Composition:
-    """A decoder-only model from pretrained parts and a fresh adaptor.
+    """A model of pretrained parts and a fresh adaptor, whose language model reads the pictures.
 
     vision: "demo", or "kind:id" such as "transformers:google/siglip-base-patch16-224",
         "timm:vit_base_patch16_dinov2" or "open_clip:ViT-B-32:laion2b_s34b_b79k".
@@ -116,9 +131,13 @@ def build(
         longer rows, see `Processor`.
     text_layers: how many of the language model's first layers are kept, for small and fast
         models; None keeps all.
+    mask: "causal", a decoder-only model; or "prefix", where pictures and prompt see each other and
+        the answer alone is causal, as in PaliGemma.
     seed: of the adaptor's weights; the global generator is left as it is.
-    Raises OSError or FetchError where weights cannot be had.
+    Raises OSError or FetchError where weights cannot be had, ValueError for what does not fit.
     """
+    if mask not in MASKS:
+        raise ValueError(f"mask is one of {', '.join(MASKS)}, found {mask!r}")
     image_tokenizer = load_vision(vision, size_hw, vision_layer)
     language = load_text(text)
     if text_layers is not None:
@@ -135,7 +154,7 @@ def build(
                 queries=queries,
             )
         )
-    module = DecoderOnly(image_tokenizer, bridge, language)
+    module = MASKS[mask](image_tokenizer, bridge, language)
     places = Places(image_tokenizer, bridge)
     places(image_tokenizer.pixel_spec.size_hw)  # whether the parts fit, before any work
     processor = Processor(
@@ -145,6 +164,7 @@ def build(
         system=system,
         max_tokens=context_of(language) if max_tokens is None else max_tokens,
         overflow=overflow,
+        prefix=mask == "prefix",
     )
     ends = stop_ids(processor, language)
     language.generation_config = GenerationConfig()  # its own habits would be lost when saved
@@ -391,8 +411,12 @@ def save(model: Composition, folder: Path, merge: bool = True) -> None:
         system=model.processor.system,
         max_tokens=model.processor.max_tokens,
         ground_prompt=model.ground_prompt,
+        labelled_boxes=model.labelled_boxes,
+        answer_prompt=model.answer_prompt,
+        ocr_prompt=model.ocr_prompt,
         loc=model.processor.loc,
         image_mark=model.processor.image_mark,
+        framed=model.processor.framed,
         reference=None if model.reference is None else model.reference.model_type,
         lora={} if merge else _kept_lora(model.module),
     )
@@ -421,11 +445,14 @@ def load(folder: Path, values: dict[str, Any]) -> Composition:
     if version != VERSION:
         raise ValueError(f"{where}: written as version {version}, this vlm reads {VERSION}")
     described = config.from_dict(Folder, values, where)
-    if described.family != DecoderOnly.family:
-        raise ValueError(f"{where}: family {described.family!r} is not {DecoderOnly.family!r}")
+    families = {family.family: family for family in MASKS.values()}
+    if described.family not in families:
+        raise ValueError(
+            f"{where}: family {described.family!r} is not one of {', '.join(families)}"
+        )
     with init_empty_weights(include_buffers=False):
         text_config = AutoConfig.for_model(**described.text)
-        module = DecoderOnly(
+        module = families[described.family](
             tokenizers.build(described.tokenizer),
             adaptors.build(described.adaptor),
             AutoModelForCausalLM.from_config(text_config),
@@ -445,6 +472,8 @@ def load(folder: Path, values: dict[str, Any]) -> Composition:
         max_tokens=described.max_tokens,
         loc=described.loc,
         image_mark=described.image_mark,
+        prefix=described.family == PrefixDecoder.family,
+        framed=described.framed,
     )
     reference = described.reference
     return Composition(
@@ -453,5 +482,8 @@ def load(folder: Path, values: dict[str, Any]) -> Composition:
         stop_ids=described.stop_ids,
         caption_prompt=described.caption_prompt,
         ground_prompt=described.ground_prompt,
+        labelled_boxes=described.labelled_boxes,
+        answer_prompt=described.answer_prompt,
+        ocr_prompt=described.ocr_prompt,
         reference=reference and read_reference(folder / REFERENCE, reference),
     )

@@ -20,8 +20,6 @@ Source: arXiv 2403.05525; github.com/deepseek-ai/DeepSeek-VL; transformers, `dee
 
 from __future__ import annotations
 
-import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoProcessor,
-    AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
     PreTrainedConfig,
@@ -47,7 +44,17 @@ from vlm.pixels import PixelSpec, from_transformers, pair_from_transformers
 from vlm.pixels.spec import HALF, OPENAI
 from vlm.prompts import Processor
 from vlm.systems.composed import Composition, context_of
-from vlm.systems.reference import KeyMap, first_names, open_part, published_name, read_reference
+from vlm.systems.reference import (
+    KeyMap,
+    architecture,
+    first_names,
+    listed_stop_ids,
+    open_part,
+    published_name,
+    read_reference,
+    write_config,
+    write_grown_tokenizer,
+)
 from vlm.tokenizers import paired, sam_hybrid
 from vlm.tokenizers import transformers as encoders
 from vlm.weights import load_weights, read_weights, save_weights
@@ -215,7 +222,7 @@ def load(folder: Path, values: dict[str, Any]) -> Composition:
         high_spec, low_spec = pair_from_transformers(reader.image_processor)
     with init_empty_weights(include_buffers=False):
         tokenizer = _image_tokenizer(
-            _plain(config.vision_config), high and _plain(high), low_spec, high_spec
+            architecture(config.vision_config), high and architecture(high), low_spec, high_spec
         )
         module = _compose(tokenizer, text_config)
     module.text.tie_weights()  # making parameters empty has parted tied ones
@@ -237,7 +244,7 @@ def load(folder: Path, values: dict[str, Any]) -> Composition:
     return Composition(
         module=module.eval(),
         processor=processor,
-        stop_ids=_stop_ids(folder, processor),
+        stop_ids=listed_stop_ids(folder, processor),
         reference=read_reference(folder, model_type),
     )
 
@@ -255,16 +262,12 @@ def save(model: Composition, folder: Path) -> None:
         published_name(key, key_map)  # before anything is written
     reference.write(folder)
     config, text_config = reference.config, module.text.config
-    dtype = str(next(module.text.parameters()).dtype).removeprefix("torch.")
     tied = text_config.tie_word_embeddings
     config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = tied
     config["text_config"]["vocab_size"] = text_config.vocab_size
     config["vision_config"]["vision_use_head"] = False
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for name in {"dtype", "torch_dtype"} & part.keys():
-            part[name] = dtype
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    _write_grown_tokenizer(model.processor.text_tokenizer, folder)
+    write_config(config, next(module.text.parameters()).dtype, folder)
+    write_grown_tokenizer(model.processor.text_tokenizer, folder)
     save_weights(module, folder, lambda key: published_name(key, key_map))
 
 
@@ -316,11 +319,6 @@ def _compose(tokenizer: ImageTokenizer, text_config: PreTrainedConfig) -> Decode
     return DecoderOnly(tokenizer, adaptor, AutoModelForCausalLM.from_config(text_config))
 
 
-def _plain(config: PreTrainedConfig) -> dict[str, Any]:
-    """A part's configuration as values, without those that describe no architecture."""
-    return {k: v for k, v in config.to_dict().items() if k not in encoders.BOOKKEEPING}
-
-
 def _has_own_head(state: dict[str, Tensor]) -> bool:
     """Whether the language model's head differs from its embeddings. Class defaults say that they
     are tied, and published folders, which are not, may leave the default out."""
@@ -328,26 +326,6 @@ def _has_own_head(state: dict[str, Tensor]) -> bool:
     if head is None or embeddings is None:
         return False
     return head.shape != embeddings.shape or not torch.equal(head, embeddings)
-
-
-def _stop_ids(folder: Path, processor: Processor) -> tuple[int, ...]:
-    """The end token, and what the folder's generation_config.json names beside it; ids that are no
-    special tokens are left out, since classes write their own defaults there."""
-    named: Any = []
-    if (folder / "generation_config.json").is_file():
-        named = GenerationConfig.from_pretrained(folder).eos_token_id or []
-    named = named if isinstance(named, list) else [named]
-    special = processor.text_tokenizer.all_special_ids
-    return tuple(dict.fromkeys([processor.end_id, *(id for id in named if id in special)]))
-
-
-def _write_grown_tokenizer(text_tokenizer, folder: Path) -> None:
-    """Writes the tokenizer anew where tokens were added; else its own files stay as they were."""
-    if AutoTokenizer.from_pretrained(folder).get_vocab() == text_tokenizer.get_vocab():
-        return
-    text_tokenizer = copy.deepcopy(text_tokenizer)
-    text_tokenizer.chat_template = None  # ours is for plain text; the folder's stays
-    text_tokenizer.save_pretrained(folder)
 
 
 HEAD = "lm_head.weight"

@@ -8,16 +8,21 @@ is written.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from vlm.pairs import PairProcessor
 from vlm.pixels import PixelSpec
+from vlm.prompts import Processor
+from vlm.tokenizers.transformers import BOOKKEEPING
 from vlm.weights import INDEX, WeightsError
 
 KeyMap = Sequence[tuple[str, str]]
@@ -74,6 +79,40 @@ def open_part(loader, folder: Path):
             f"{folder}: expected the files that save_pretrained writes of model and processor, but "
             f"{loader.__name__} cannot read them ({type(error).__name__}: {reason})"
         ) from error
+
+
+def architecture(config: PreTrainedConfig) -> dict[str, Any]:
+    """A part's configuration as values, without those that describe no architecture."""
+    return {k: v for k, v in config.to_dict().items() if k not in BOOKKEEPING}
+
+
+def listed_stop_ids(folder: Path, processor: Processor) -> tuple[int, ...]:
+    """The end token, and what the folder's generation_config.json names beside it; ids that are no
+    special tokens are left out, since classes write their own defaults there."""
+    named: Any = []
+    if (folder / "generation_config.json").is_file():
+        named = GenerationConfig.from_pretrained(folder).eos_token_id or []
+    named = named if isinstance(named, list) else [named]
+    special = processor.text_tokenizer.all_special_ids
+    return tuple(dict.fromkeys([processor.end_id, *(id for id in named if id in special)]))
+
+
+def write_config(config: dict[str, Any], dtype: torch.dtype, folder: Path) -> None:
+    """Writes a published config.json, which says the dtype of its weights wherever it said one."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name in {"dtype", "torch_dtype"} & part.keys():
+            part[name] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_grown_tokenizer(text_tokenizer, folder: Path) -> None:
+    """Writes the tokenizer anew where tokens were added to the published one in `folder`; else its
+    own files stay as they were."""
+    if AutoTokenizer.from_pretrained(folder).get_vocab() == text_tokenizer.get_vocab():
+        return
+    text_tokenizer = copy.deepcopy(text_tokenizer)
+    text_tokenizer.chat_template = None  # ours is for plain text; the folder's stays
+    text_tokenizer.save_pretrained(folder)
 
 
 def require_unchanged(processor: PairProcessor, pixel_spec: PixelSpec, length: int) -> None:

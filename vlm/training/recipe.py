@@ -77,7 +77,7 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
         resume=settings.resume,
     )
     data = training_data(settings)
-    source = open_source(settings.held_out, prompt=settings.caption_prompt)
+    source = settings.source(settings.held_out)
     documents = open_source(settings.text_held_out) if settings.text_held_out_rows else None
     with accelerator.main_process_first():
         model = settings.build()

@@ -13,7 +13,7 @@ from torch import nn
 
 from vlm.data.augment import LEVELS
 from vlm.data.mixture import Mixture, MixtureDataset, check_weights
-from vlm.data.sources import open_source
+from vlm.data.sources import Source, open_source
 from vlm.data.sources.documents import TextOnly
 from vlm.geometry import LocTokens
 from vlm.inference.tasks import Model
@@ -59,6 +59,10 @@ class Settings(BaseSettings):
         """The user's text after an image where rows hold a caption alone."""
         raise NotImplementedError
 
+    def source(self, spec: str) -> Source:
+        """The source that `spec` names, as rows of this run's task."""
+        return open_source(spec, prompt=self.caption_prompt)
+
     def data(self) -> MixtureDataset:
         return training_data(self)
 
@@ -81,7 +85,12 @@ PARTS = ("vision", "image_px", "vision_layer", "text", "text_layers", "adaptor",
 
 @dataclass(frozen=True, kw_only=True)
 class FromParts(Settings):
-    """Settings of a run that composes its model of pretrained parts and a fresh adaptor."""
+    """Settings of a run that composes its model of pretrained parts and a fresh adaptor.
+
+    mask: what a place of the stream sees, see `vlm.systems.composed.build`.
+    """
+
+    mask: ClassVar[str] = "causal"
 
     start: str | None = None
     """A model's folder or hub id whose parts are taken, its adaptor included (DeepSeek-VL's own,
@@ -154,6 +163,7 @@ class FromParts(Settings):
             size_hw=self.image_px,
             vision_layer=self.vision_layer,
             text_layers=self.text_layers,
+            mask=self.mask,
             seed=self.seed,
         )
 
@@ -314,8 +324,8 @@ def training_data(settings: Settings) -> MixtureDataset:
             f"text_train {list(settings.text_train)} and text_share {settings.text_share}: "
             "expected both or neither (neither is --text-train --text-share 0)"
         )
+    seen = [settings.source(spec) for spec in settings.train]
     prompt = settings.caption_prompt
-    seen = [open_source(spec, prompt=prompt) for spec in settings.train]
     read = [TextOnly(open_source(spec, prompt=prompt)) for spec in settings.text_train]
     shares = settings.weights or [len(source) for source in seen]
     check_weights(shares, [source.name for source in seen])

@@ -1,0 +1,81 @@
+"""Prefix decoders: image tokens and prompt read as a whole, the answer written behind them.
+
+PaliGemma is of this family. Placement is that of decoder-only models; what differs is the mask.
+Image and prompt see each other whatever their order, the answer sees them and what was written of
+it, and nothing sees padding.
+
+Shapes: B example, T text position, D decoder width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.masking_utils import create_masks_for_generate
+
+from vlm.families.decoder_only import DecoderOnly
+from vlm.image_tokens import ImageTokenizer
+from vlm.placement import Batch, positions
+
+
+class PrefixDecoder(DecoderOnly):
+    """An image tokenizer, an adaptor and a language model that reads the prompt at once.
+
+    text: a transformers causal language model that takes a mask for each pair of places, as those
+        of Gemma, Llama and Qwen do. It is this family's from now on: vectors that are given to its
+        decoder with a mask of places alone, or none, are a prompt, as in `generate`, whose ids that
+        follow are the answer.
+    """
+
+    family = "prefix_decoder"
+
+    def __init__(self, tokenizer: ImageTokenizer, adaptor: nn.Module, text: nn.Module) -> None:
+        super().__init__(tokenizer, adaptor, text)
+        text.get_decoder().register_forward_pre_hook(_read_prompt, with_kwargs=True)
+
+    def read(self, vectors: Tensor, batch: Batch) -> Tensor:
+        """The language model's final states float[B, T, D]; `batch.prefix` is read at once."""
+        decoder = self.text.get_decoder()
+        out = decoder(
+            inputs_embeds=vectors,
+            attention_mask=prefix_masks(decoder.config, vectors, batch.valid, batch.prefix),
+            position_ids=positions(batch.valid),
+            use_cache=False,
+        )
+        return out.last_hidden_state
+
+
+def prefix_masks(
+    config: PreTrainedConfig, vectors: Tensor, valid: Tensor, prefix: Tensor
+) -> Tensor | dict[str, Tensor]:
+    """The attention masks of a language model, in the form that it takes: one mask [B, 1, T, T], or
+    one for each kind of its layers.
+
+    config: the language model's. vectors: float[B, T, D], of which shape, dtype and device count.
+    valid: bool[B, T], False at padding. prefix: bool[B, T], True at places that see each other;
+        places of a sliding layer do so at any distance, as in PaliGemma 2.
+    """
+    return create_masks_for_generate(
+        config=config,
+        inputs_embeds=vectors,
+        attention_mask=valid,
+        past_key_values=None,
+        block_sequence_ids=torch.where(prefix, 0, -1),
+    )
+
+
+def _read_prompt(
+    decoder: nn.Module, arguments: tuple, options: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
+    """Gives a decoder the masks of a prompt where it is called with one."""
+    vectors, mask = options.get("inputs_embeds"), options.get("attention_mask")
+    if vectors is None or isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
+        return None
+    if mask is None:
+        mask = torch.ones(vectors.shape[:2], device=vectors.device)
+    valid = mask.bool()
+    masks = prefix_masks(decoder.config, vectors, valid, valid)
+    return arguments, options | {"attention_mask": masks}

@@ -1,0 +1,65 @@
+"""Text that a model wrote freely, as lines and words with confidences.
+
+Such a model says no places: a line's box is its whole picture, and words have none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from vlm.inference.engine import Generation
+from vlm.inference.reading import Line, Reading, Token, words_of
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""Ends a decoded text whose last character's bytes are not all there yet."""
+
+
+def read_written(generation: Generation, text_tokenizer, size_hw: tuple[int, int]) -> Reading:
+    """What was written as a reading of a picture of size_hw pixels, a line for each that is not
+    blank. A confidence is the product of the probabilities of the ids that it covers; a line's
+    covers the break or end behind it too.
+    """
+    height, width = size_hw
+    box = (0.0, 0.0, float(width), float(height))
+    corners = ((0.0, 0.0), (box[2], 0.0), (box[2], box[3]), (0.0, box[3]))
+    tokens = tokens_of(generation, text_tokenizer)
+    end = 1.0
+    if generation.ids and generation.ids[-1] in text_tokenizer.all_special_ids:
+        end = tokens.pop().confidence
+    lines = []
+    for written, last in _by_line(tokens, end):
+        text = "".join(token.text for token in written).strip()
+        if text:
+            confidence = math.prod((token.confidence for token in written), start=last)
+            lines.append(Line(text, confidence, words_of(written, box, corners), box, corners))
+    return Reading(tuple(lines), size_hw)
+
+
+def tokens_of(generation: Generation, text_tokenizer) -> list[Token]:
+    """Each id as text: joined, what all of them decode to without special tokens. An id that ends
+    within a character has none, and the one that completes it has the whole character."""
+    tokens, said = [], ""
+    for count, logprob in enumerate(generation.logprobs, start=1):
+        text = text_tokenizer.decode(generation.ids[:count], skip_special_tokens=True)
+        whole = text.startswith(said) and not text.endswith(UNFINISHED)
+        piece = text[len(said) :] if whole else ""
+        said += piece
+        tokens.append(Token(piece, min(1.0, math.exp(logprob))))
+    return tokens
+
+
+def _by_line(tokens: Sequence[Token], end: float) -> list[tuple[list[Token], float]]:
+    """The tokens of each line, and the confidence of its break or of the `end`. A token with a
+    break in it counts for the lines of which it has text."""
+    lines, written = [], []
+    for token in tokens:
+        *ended, rest = token.text.split("\n")
+        for part in ended:
+            if part:
+                written.append(Token(part, token.confidence))
+            lines.append((written, 1.0 if part else token.confidence))
+            written = []
+        if rest or not ended:
+            written.append(Token(rest, token.confidence))
+    return [*lines, (written, end)]
