@@ -1,4 +1,5 @@
-"""What is drawn to be looked at: boxes on pictures, queries beside their hits, confidence."""
+"""What is drawn to be looked at: boxes on pictures, queries beside their hits, lines of text beside
+what was read of them, confidence."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from vlm.data.example import Box
 
 if TYPE_CHECKING:
-    from vlm.metrics.classification import Calibration
+    from vlm.inference.reading import Reading
+    from vlm.metrics.calibration import Calibration
 
 COLOURS = (
     "#e6194b", "#1f77ff", "#008a3e", "#b35900", "#8a2be2",
@@ -26,7 +28,9 @@ TEXT_PX = 14
 """Height of letters in a drawing whose longer side is LEAST_PX; larger ones have larger letters."""
 LEGEND = "full lines: predicted, with scores; dashed lines: true"
 HITS_LEGEND = "left: the query; beside it: its best hits, with their scores"
-GREEN, GREY, INK = "#1f9d4a", "#cccccc", "#222222"
+GREEN, RED, GREY, INK = "#1f9d4a", "#d02020", "#cccccc", "#222222"
+LINE_PX = 64
+"""The most height of a line of text on a page of them."""
 
 
 class Hit(NamedTuple):
@@ -149,8 +153,113 @@ def draw_hits(
     page.save(path, "PNG")
 
 
-def draw_reliability(calibration: Calibration, title: str, path: Path) -> None:
-    """Accuracy against confidence by bins, with how many examples each holds, as a PNG."""
+def draw_reading(picture: Image.Image, reading: Reading) -> Image.Image:
+    """A new RGB picture: the lines outlined on the picture, and beside it what was read on them,
+    each text where its line stands; from red to green by confidence, which stands behind each.
+
+    Where the longer side is under LEAST_PX, both are enlarged by a whole number.
+    """
+    scale = max(1, -(-LEAST_PX // max(picture.size)))
+    width, height = picture.width * scale, picture.height * scale
+    # A shallow picture has its texts below it: beside it they would be far from it.
+    below = width > 2 * height
+    canvas = Image.new("RGB", (width, 2 * height) if below else (2 * width, height), "white")
+    canvas.paste(picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
+    dx, dy = (0, height) if below else (width, 0)
+    ink = ImageDraw.Draw(canvas)
+    pen = max(1, round(max(width, height) / 800))
+    for line in reading.lines:
+        colour = _by_confidence(line.confidence)
+        outline = [(x * scale, y * scale) for x, y in line.corners_px]
+        ink.line([*outline, outline[0], outline[1]], fill=colour, width=pen)
+        x0, y0, x1, y1 = (value * scale for value in line.xyxy_px)
+        mark = f" {line.confidence:.2f}"
+        text = " ".join(line.text.split())
+        px = max(6, min(round(0.75 * (y1 - y0)), 60))
+        room = min(max(x1 - x0, 3 * px), width - x0)
+        while px > 6 and _font(px).getlength(text + mark) > room:
+            px -= 1
+        small = max(6, round(0.6 * px))
+        at = x0 + dx, (y0 + y1) / 2 + dy
+        ink.text(at, text, fill=colour, font=_font(px), anchor="lm")
+        at = at[0] + _font(px).getlength(text), at[1]
+        ink.text(at, mark, fill="#888888", font=_font(small), anchor="lm")
+    edge = [(0, height), (width, height)] if below else [(width, 0), (width, height)]
+    ink.line(edge, fill=GREY)
+    return canvas
+
+
+def _by_confidence(confidence: float) -> str:
+    """From red at 0 over amber to green at 1, dark enough to be read on white."""
+    hue = 120 * min(1.0, max(0.0, confidence)) ** 2
+    return f"hsl({hue:.0f}, 85%, 36%)"
+
+
+def draw_lines(
+    pictures: Sequence[Image.Image],
+    truths: Sequence[str],
+    reads: Sequence[str],
+    path: Path,
+    notes: Sequence[str] | None = None,
+    width_px: int = 900,
+) -> None:
+    """A page of lines of text, each over what it says and what was read of it, as a PNG.
+
+    Characters that are wrong are red in what was read and green in the truth; wrong spaces are
+    shown, and a caret stands where something was left out.
+    notes: what is said over each line. width_px: of the widest picture.
+    """
+    from vlm.metrics.text import differences
+
+    notes = [""] * len(pictures) if notes is None else notes
+    if not pictures or not len(pictures) == len(truths) == len(reads) == len(notes):
+        raise ValueError(
+            f"expected pictures with truths, reads and notes, found {len(pictures)}, "
+            f"{len(truths)}, {len(reads)} and {len(notes)}"
+        )
+    gap, text_px, line_px = 12, TEXT_PX + 2, TEXT_PX + 8
+    scales = [min(width_px / p.width, LINE_PX / p.height) for p in pictures]
+    shown = [
+        p.convert("RGB").resize(
+            (max(1, round(p.width * s)), max(1, round(p.height * s))), Image.Resampling.LANCZOS
+        )
+        for p, s in zip(pictures, scales)
+    ]
+    height = sum(picture.height + 3 * line_px + 2 * gap for picture in shown)
+    page = Image.new("RGB", (width_px + 2 * gap, height + gap), "white")
+    ink, font, small = ImageDraw.Draw(page), _font(text_px), _font(TEXT_PX - 2)
+    top = gap
+    for picture, truth, read, note in zip(shown, truths, reads, notes):
+        ink.text((gap, top), _shorten(note, width_px, small), fill="#666666", font=small)
+        top += line_px
+        page.paste(picture, (gap, top))
+        top += picture.height + 4
+        pairs = differences(truth, read)
+        for side, colour in ((0, GREEN), (1, RED)):
+            x = float(gap)
+            for pair in pairs:
+                same, text = pair[0] == pair[1], pair[side]
+                if not same:
+                    text = text.replace(" ", "\N{OPEN BOX}") or ("\N{CARET}" if side else "")
+                ink.text((x, top), text, fill=INK if same else colour, font=font)
+                x += font.getlength(text)
+            top += line_px
+        top += 2 * gap - 4
+        ink.line((gap, top - gap, width_px + gap, top - gap), fill="#eeeeee")
+    page.save(path, "PNG")
+
+
+def draw_reliability(
+    calibration: Calibration,
+    title: str,
+    path: Path,
+    confidence: str = "probability of the best class",
+    examples: str = "examples",
+) -> None:
+    """Accuracy against confidence by bins, with how many examples each holds, as a PNG.
+
+    confidence, examples: what the axes are called.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -170,7 +279,7 @@ def draw_reliability(calibration: Calibration, title: str, path: Path) -> None:
     above.legend(loc="upper left", fontsize=8, frameon=False)
     above.set_title(f"calibration error (ECE) {calibration.error:.3f}", fontsize=10)
     below.bar(left, calibration.count, width, align="edge", color="#bbbbbb", edgecolor="white")
-    below.set(xlabel="probability of the best class", ylabel="examples")
+    below.set(xlabel=confidence, ylabel=examples)
     for axis in (above, below):
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title.replace("$", r"\$"), fontsize=10, wrap=True)

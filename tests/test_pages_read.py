@@ -1,0 +1,141 @@
+"""Pages through a reader of lines: what is cut, in which order, and where it lies (T18)."""
+
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.pages import PARAGRAPH, WidthReader, draw_lines, overlap
+from vlm.inference.reading import Token, Transcript
+from vlm.pages.read import keep_sure, read_pages
+from vlm.pixels import BadImage
+
+
+def test_lines_of_all_pages_are_read_in_one_call():
+    pages = [draw_lines(PARAGRAPH, px=20)[0], draw_lines(PARAGRAPH[:2], px=30)[0]]
+    reader = WidthReader()
+    readings = read_pages(reader, pages, batch_size=3, num_beams=2)
+    assert reader.batches == [(7, 3, {"num_beams": 2})]
+    assert [len(reading.lines) for reading in readings] == [5, 2]
+    assert [reading.size_hw for reading in readings] == [(p.height, p.width) for p in pages]
+
+
+def test_lines_and_words_lie_where_their_ink_is():
+    picture, true = draw_lines(PARAGRAPH, px=24)
+    (reading,) = read_pages(WidthReader(), [picture])
+    for line, box in zip(reading.lines, true):
+        assert overlap(line.xyxy_px, box) > 0.85
+        first, second = (word.xyxy_px for word in line.words)
+        middle = (line.xyxy_px[0] + line.xyxy_px[2]) / 2
+        assert first == pytest.approx((*line.xyxy_px[:2], middle, line.xyxy_px[3]), abs=0.6)
+        assert second == pytest.approx((middle, *line.xyxy_px[1:]), abs=0.6)
+
+
+def test_picture_of_one_line_is_read_whole():
+    picture, _ = draw_lines(["One line of text"], px=32, left=12, top=6)
+    picture = picture.crop((0, 0, picture.width, 56))
+    reader = WidthReader()
+    (reading,) = read_pages(reader, [picture])
+    assert reader.pictures == [picture]
+    assert reading.text == f"{picture.width} {picture.height}"
+    assert reading.lines[0].xyxy_px == (0, 0, *picture.size)
+
+
+def test_one_line_on_a_large_page_is_cut_out():
+    picture, true = draw_lines(["One line of text"], px=24, top=200)
+    page = Image.new("RGB", (picture.width, 700), "white")
+    page.paste(picture)
+    (reading,) = read_pages(WidthReader(), [page])
+    assert len(reading.lines) == 1
+    assert overlap(reading.lines[0].xyxy_px, true[0]) > 0.85
+
+
+def test_page_given_as_a_line_warns_and_names_the_picture(tmp_path):
+    picture, _ = draw_lines(PARAGRAPH, px=20)
+    path = tmp_path / "page.png"
+    picture.save(path)
+    with pytest.warns(
+        UserWarning, match=r"page\.png: 5 lines of text .* a full page given"
+    ) as heard:
+        (reading,) = read_pages(WidthReader(), [path], layout="line")
+    assert len(heard) == 1
+    assert reading.text == f"{picture.width} {picture.height}"
+    line, _ = draw_lines(PARAGRAPH[:1], px=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_pages(WidthReader(), [line], layout="line")
+
+
+def test_blank_picture_has_no_lines_but_as_a_line_an_empty_one():
+    for size in ((300, 400), (400, 30)):
+        blank = Image.new("RGB", size, "white")
+        reader = WidthReader()
+        (reading,) = read_pages(reader, [blank])
+        assert (reading.lines, reading.text, reading.confidence) == ((), "", 1.0)
+        assert not reader.batches
+    (reading,) = read_pages(reader, [blank], layout="line")
+    assert [(line.text, line.confidence) for line in reading.lines] == [("", 0.9)]
+
+
+def test_unsure_lines_are_left_out_and_counted():
+    picture, _ = draw_lines(PARAGRAPH, px=20)
+    reader = WidthReader(confidences=(0.9, 0.2))
+    with pytest.warns(UserWarning, match="picture 1: 2 lines of a confidence below 0.5 left out"):
+        (reading,) = read_pages(reader, [picture], min_confidence=0.5)
+    assert [line.confidence for line in reading.lines] == [0.9] * 3
+    (full,) = read_pages(reader, [picture])
+    assert keep_sure(full, 0.5) == (reading, 2)
+
+
+class SidewaysReader:
+    """Sure of pictures whose first column of ink is as in `upright`; so it knows the right turn."""
+
+    def __init__(self, upright):
+        self.upright = np.asarray(upright.convert("L"), np.float32)
+
+    def read_lines(self, pictures, batch_size):
+        return [self._read(picture) for picture in pictures]
+
+    def _read(self, picture):
+        same = picture.size[0] > picture.size[1]
+        if same:
+            grey = np.asarray(picture.convert("L").resize(self.upright.shape[::-1]), np.float32)
+            same = np.corrcoef(grey.ravel(), self.upright.ravel())[0, 1] > 0.8
+        token = Token("right" if same else "wrong", 0.9 if same else 0.3, (0.0, 1.0))
+        return Transcript((token,), token.confidence)
+
+
+@pytest.mark.parametrize("turn", [Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270])
+def test_vertical_line_is_read_the_way_it_runs(turn):
+    picture, _ = draw_lines(["A vertical line of text"], px=32, left=12, top=6)
+    upright = picture.crop((0, 0, picture.width, 56))
+    turned = upright.transpose(turn)
+    (reading,) = read_pages(SidewaysReader(upright), [turned])
+    assert reading.text == "right"
+    (line,) = reading.lines
+    width, height = turned.size
+    assert line.xyxy_px == (0, 0, width, height)
+    corner = (0, height) if turn == Image.Transpose.ROTATE_90 else (width, 0)
+    assert line.corners_px[0] == corner  # where the text begins
+    assert line.words[0].xyxy_px == (0, 0, width, height)
+
+
+@pytest.mark.parametrize("size", [(300, 5), (20000, 40), (40, 3000), (1, 1)])
+def test_pictures_of_any_shape_are_read(size):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, size[::-1], np.uint8))
+    for layout in ("auto", "page"):
+        (reading,) = read_pages(WidthReader(), [picture], layout=layout)
+        assert reading.size_hw == size[::-1]
+    (reading,) = read_pages(WidthReader(), [Image.new("L", size)], layout="line")
+    assert len(reading.lines) == 1
+
+
+def test_bad_input_is_named(tmp_path):
+    with pytest.raises(ValueError, match="layout: expected auto, line, page, found 'word'"):
+        read_pages(WidthReader(), [], layout="word")
+    with pytest.raises(ValueError, match="min_confidence: expected 0 to 1, found 3"):
+        read_pages(WidthReader(), [], min_confidence=3)
+    with pytest.raises(BadImage, match=r"gone\.png"):
+        read_pages(WidthReader(), [tmp_path / "gone.png"])
+    assert read_pages(WidthReader(), []) == []

@@ -1,0 +1,228 @@
+"""Pictures of pages or of single lines in, readings out, by any model that reads lines.
+
+The lines of all pictures are read together, so that batches are full.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol, get_args
+
+import numpy as np
+from PIL import Image
+
+from vlm.inference.reading import Line, Reading, Transcript, XyxyPx, words_of
+from vlm.pages.find import MARGIN, Corners, Found, cut, find_lines, runs_sideways
+from vlm.pages.order import order
+from vlm.pixels import open_image
+
+Layout = Literal["auto", "line", "page"]
+LINE_SHAPE = 2.0
+"""How many times as wide as high a picture is that may be one line."""
+FILLED = 0.4
+"""The share of a picture's height that its one line fills at least for it to be a line's own."""
+BLANK_SPREAD = 6.0
+"""Grey levels between the darkest and the lightest pixels (1 in 1,000 left out) of a blank one."""
+
+
+class LineReader(Protocol):
+    """What reads lines: one transcript a picture, in their order."""
+
+    def read_lines(
+        self, pictures: list[Image.Image], batch_size: int, **options
+    ) -> list[Transcript]: ...
+
+
+class _Cut(NamedTuple):
+    """One line to be read. margin: of the line's height, around it on its picture. whole: whether
+    the line is the whole picture, so that it stays even where nothing is read on it."""
+
+    picture: Image.Image
+    corners_px: Corners
+    margin: float
+    whole: bool
+
+
+def read_pages(
+    reader: LineReader,
+    images: Sequence,
+    layout: Layout = "auto",
+    batch_size: int = 16,
+    min_confidence: float = 0.0,
+    names: Sequence[str] | None = None,
+    **options,
+) -> list[Reading]:
+    """What `reader` reads on each picture, line by line in reading order.
+
+    images: what `vlm.pixels.open_image` takes.
+    layout: "page" finds the lines of each picture. "line" takes each picture as one line whatever
+        it shows, and warns where several lines are found on it. "auto" takes a picture as one line
+        where at most one row of text is found on it and it has a line's shape, or where that row
+        fills it; else it reads the lines that are found.
+    min_confidence: lines below it are left out, with a warning that names the picture and says
+        how many.
+    names: what messages call the pictures; by default their paths, or "picture 1" and so on.
+    options: for `reader.read_lines`.
+
+    A picture on which no line is found, a blank one among them, gives a Reading without lines,
+    except with "line". Found lines on which the model reads nothing are left out. Text turned by 90
+    degrees, alone or on a whole page, is read in both directions beside the upright way, and the
+    way of the highest confidence is kept; corners then begin at the text's own top left. Letters
+    stacked upright on each other are read as lines of one letter.
+
+    Raises ValueError for another layout or a confidence outside 0 to 1; BadImage for a picture that
+    cannot be opened.
+    """
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout: expected {', '.join(get_args(Layout))}, found {layout!r}")
+    if not 0 <= min_confidence <= 1:
+        raise ValueError(f"min_confidence: expected 0 to 1, found {min_confidence}")
+    names = _names(images) if names is None else names
+    pictures = [open_image(image, name=name) for image, name in zip(images, names, strict=True)]
+    plans = [_plan(picture, layout, name) for picture, name in zip(pictures, names)]
+    cuts = [one for ways in plans for way in ways for one in way]
+    transcripts = iter(
+        reader.read_lines([one.picture for one in cuts], batch_size=batch_size, **options)
+        if cuts
+        else ()
+    )
+    readings = []
+    for picture, ways in zip(pictures, plans):
+        tried = [
+            Reading(
+                tuple(line for one in way if (line := _line(one, next(transcripts))) is not None),
+                (picture.height, picture.width),
+            )
+            for way in ways
+        ]
+        readings.append(max(tried, key=_trust))
+    if min_confidence:
+        kept = [keep_sure(reading, min_confidence) for reading in readings]
+        for name, (_, left_out) in zip(names, kept):
+            if left_out:
+                warnings.warn(
+                    f"{name}: {left_out} lines of a confidence below {min_confidence:g} left out",
+                    stacklevel=2,
+                )
+        readings = [reading for reading, _ in kept]
+    return readings
+
+
+def keep_sure(reading: Reading, min_confidence: float) -> tuple[Reading, int]:
+    """A reading without its lines below a confidence, and the number of those."""
+    lines = tuple(line for line in reading.lines if line.confidence >= min_confidence)
+    return replace(reading, lines=lines), len(reading.lines) - len(lines)
+
+
+def _names(images: Sequence) -> list[str]:
+    return [
+        str(image) if isinstance(image, (str, Path)) else getattr(image, "name", f"picture {n}")
+        for n, image in enumerate(images, 1)
+    ]
+
+
+def _trust(reading: Reading) -> float:
+    """A reading that says nothing comes after any other."""
+    return reading.confidence if reading.text.strip() else -1.0
+
+
+def _plan(picture: Image.Image, layout: Layout, name: str) -> list[list[_Cut]]:
+    """The ways in which a picture may be read, each as its lines in order; mostly one."""
+    if layout == "line":
+        rows = _rows(find_lines(picture))
+        if rows > 1:
+            warnings.warn(
+                f"{name}: {rows} lines of text are found, and it is read as one: a full page given "
+                'to a line model; layout "page" reads its lines',
+                stacklevel=3,
+            )
+        return [[_whole(picture)]]
+    upright = _way(picture, layout)
+    if not upright or not runs_sideways(picture):
+        return [upright]
+    ways = [upright]
+    for turn in (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270):
+        turned = _way(picture.transpose(turn), layout)
+        back = [tuple(_turned_back(corner, turn, picture.size) for corner in one.corners_px)
+                for one in turned]  # fmt: skip
+        ways.append([one._replace(corners_px=corners) for one, corners in zip(turned, back)])
+    return ways
+
+
+def _way(picture: Image.Image, layout: Layout) -> list[_Cut]:
+    """A picture's lines in order, as it stands."""
+    found = find_lines(picture)
+    if layout == "auto" and _is_line(picture, found):
+        return [] if not found and _is_blank(picture) else [_whole(picture)]
+    return [_Cut(cut(picture, one), one.corners_px, MARGIN, False) for one in order(found)]
+
+
+def _whole(picture: Image.Image) -> _Cut:
+    width, height = picture.size
+    corners = ((0.0, 0.0), (float(width), 0.0), (float(width), float(height)), (0.0, float(height)))
+    return _Cut(picture, corners, 0.0, True)
+
+
+def _is_line(picture: Image.Image, found: Sequence[Found]) -> bool:
+    """Whether a picture shows one line and little else."""
+    if _rows(found) > 1:
+        return False
+    if not found:
+        return picture.width >= LINE_SHAPE * picture.height
+    tops, bottoms = zip(*((one.xyxy_px[1], one.xyxy_px[3]) for one in found))
+    return max(bottoms) - min(tops) >= FILLED * picture.height
+
+
+def _rows(found: Sequence[Found]) -> int:
+    """How many lines stand above one another; those side by side count once."""
+    ends: list[float] = []
+    for one in sorted(found, key=lambda one: one.xyxy_px[3]):
+        _, top, _, bottom = one.xyxy_px
+        if not ends or top >= ends[-1] - 0.3 * (bottom - top):
+            ends.append(bottom)
+    return len(ends)
+
+
+def _is_blank(picture: Image.Image) -> bool:
+    grey = np.asarray(picture.convert("L"))
+    low, high = np.percentile(grey, (0.1, 99.9))
+    return high - low < BLANK_SPREAD
+
+
+def _turned_back(
+    corner: tuple[float, float], turn: Image.Transpose, size: tuple[int, int]
+) -> tuple[float, float]:
+    """Where a point of a turned picture lies on the picture itself, of (width, height) `size`."""
+    u, v = corner
+    if turn == Image.Transpose.ROTATE_90:  # counter-clockwise
+        return size[0] - v, u
+    return v, size[1] - u
+
+
+def _line(one: _Cut, transcript: Transcript) -> Line | None:
+    """A line on the caller's picture; None where one was found and nothing read on it."""
+    if not one.whole and not transcript.text.strip():
+        return None
+    xs, ys = zip(*one.corners_px)
+    box: XyxyPx = (min(xs), min(ys), max(xs), max(ys))
+    a, b, _, d = one.corners_px
+    length = math.dist(a, b)
+    # A span is a share of the picture that was read, which is wider than the line by two margins.
+    out = one.margin * math.dist(a, d)
+    tokens = [
+        token
+        if token.span is None
+        else replace(token, span=tuple(_share(at, length, out) for at in token.span))
+        for token in transcript.tokens
+    ]
+    words = words_of(tokens, box, one.corners_px)
+    return Line(transcript.text, transcript.confidence, words, box, one.corners_px)
+
+
+def _share(at: float, length: float, out: float) -> float:
+    """A share of a line's picture as a share of the line."""
+    return min(1.0, max(0.0, (at * (length + 2 * out) - out) / max(length, 1e-6)))
