@@ -28,9 +28,9 @@ def lines(count=20, seed=0, **options):
 def few_lines(tmp_path_factory):
     """Python's own documentation takes seconds to read: the tests take one module of it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            text.sysconfig, "get_path", lambda _: str(Path(text.__file__).parent / "nothing")
-        )
+        patch.setenv("VLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        nowhere = str(Path(text.__file__).parent / "nothing")
+        patch.setattr(text.sysconfig, "get_path", lambda _: nowhere)
         text.documentation.cache_clear()
         yield
     text.documentation.cache_clear()
@@ -66,6 +66,16 @@ def test_every_kind_of_wear_keeps_the_line_visible(kind):
         assert pixels.ndim == 3
         assert pixels.std() > 2
         assert pixels.shape[1] > pixels.shape[0]
+
+
+@pytest.mark.parametrize("wear", degrade.WEARS)
+def test_lines_with_one_fault_differ_from_clean_ones_and_stay_visible(wear):
+    font = find_fonts(FOLDER)[0]
+    for seed in range(8):
+        pixels = draw(DrawnLine("Shape of things", font, wear), np.random.default_rng(seed))
+        assert pixels.std() > 5
+        assert not ((pixels < 3) | (pixels > 252)).all()
+    assert {lines(60, kind="one").wear_of(row) for row in range(60)} == set(degrade.WEARS)
 
 
 def test_clean_lines_are_black_on_white():

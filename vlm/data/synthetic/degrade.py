@@ -15,9 +15,15 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-KINDS = ("clean", "print", "scan", "photo", "mixed")
+WEARS = (
+    "slant", "low contrast", "light on dark", "uneven light", "low resolution", "blur", "noise",
+    "jpeg",
+)  # fmt: skip
+"""What may be wrong with a line, one at a time; see `worn`."""
+KINDS = ("clean", "print", "scan", "photo", "mixed", "one")
 """clean: black on white. print: ink and paper. scan: also blur, noise, JPEG. photo: also uneven
-light, shadow, perspective, low resolution. mixed: any of these, by chance."""
+light, shadow, perspective, low resolution. mixed: any of these, by chance. one: clean but for one
+of `WEARS`, moderately, which is how readers are compared."""
 SHARES = (0.12, 0.15, 0.35, 0.38)
 """Of the first four kinds in "mixed"."""
 
@@ -161,10 +167,56 @@ def see(image: np.ndarray, dice: Generator, kind: str) -> np.ndarray:
 
 
 def draw_kind(dice: Generator, kind: str) -> str:
-    """The kind itself; one by chance for "mixed"."""
-    if kind != "mixed":
-        return kind
-    return str(dice.choice(KINDS[:-1], p=SHARES))
+    """The kind itself; one by chance for "mixed", and one of `WEARS` for "one"."""
+    if kind == "one":
+        return str(dice.choice(WEARS))
+    return str(dice.choice(KINDS[: len(SHARES)], p=SHARES)) if kind == "mixed" else kind
+
+
+def worn(mask: np.ndarray, dice: Generator, wear: str) -> np.ndarray:
+    """A line with one fault of `WEARS`, moderate and else black on white: uint8[H, W, 3].
+
+    mask: uint8[H, W], 255 is full ink.
+    """
+    if wear == "slant":
+        mask = _slanted(mask, dice.uniform(0.1, 0.35) * dice.choice((-1, 1)))
+    H, W = mask.shape
+    share = mask.astype(np.float32) / 255
+    image = 255 * (1 - share)
+    if wear == "low contrast":
+        light = dice.uniform(150, 230)
+        image = light - share * dice.uniform(50, 90)
+    elif wear == "light on dark":
+        dark = dice.uniform(0, 80)
+        image = dark + share * (dice.uniform(190, 255) - dark)
+    elif wear == "uneven light":
+        image = image * _light(H, W, dice)[..., 0]
+    elif wear == "low resolution":
+        scale = min(1.0, dice.uniform(18, 26) / H)
+        small = cv2.resize(image, _at_least(W * scale, H * scale), interpolation=cv2.INTER_AREA)
+        image = cv2.resize(small, (W, H), interpolation=cv2.INTER_LINEAR)
+    elif wear == "blur":
+        image = cv2.GaussianBlur(image, (0, 0), dice.uniform(0.6, 1.4) * max(1.0, H / 44))
+    elif wear == "noise":
+        image = image + dice.standard_normal((H, W), np.float32) * dice.uniform(12, 36)
+    grey = np.clip(image, 0, 255).astype(np.uint8)
+    if wear == "jpeg":
+        quality = int(dice.integers(8, 30))
+        packed = cv2.imencode(".jpg", grey, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+        grey = cv2.imdecode(packed, cv2.IMREAD_GRAYSCALE)
+    return np.repeat(grey[..., None], 3, 2)
+
+
+def _at_least(width: float, height: float) -> tuple[int, int]:
+    return max(8, round(width)), max(8, round(height))
+
+
+def _slanted(mask: np.ndarray, slant: float) -> np.ndarray:
+    """The mask leaning by `slant` columns a row."""
+    H, W = mask.shape
+    spare = math.ceil(abs(slant) * H / 2) + 1
+    move = np.float32([[1, -slant, spare + slant * H / 2], [0, 1, 0]])
+    return cv2.warpAffine(mask, move, (W + 2 * spare, H), flags=cv2.INTER_LINEAR)
 
 
 def _some(dice: Generator, chance: float, low: float, spread: float) -> float:

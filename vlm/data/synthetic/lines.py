@@ -43,7 +43,8 @@ HAND_SHARE = 0.22
 
 @dataclass(frozen=True, slots=True)
 class DrawnLine:
-    """What a row shows: the text, the font, and the kind of wear."""
+    """What a row shows: the text, the font, and the kind of wear (of `degrade.KINDS` or
+    `degrade.WEARS`)."""
 
     text: str
     font: Font
@@ -150,6 +151,10 @@ class Lines(Source):
         """Whether a row is handwriting."""
         return self.line(row).font.hand
 
+    def wear_of(self, row: int) -> str:
+        """What a row's picture suffers from."""
+        return self.line(row).kind
+
     def picture(self, row: int) -> np.ndarray:
         """A row's picture: uint8[H, W, 3]."""
         return draw(self.line(row), np.random.default_rng([self._seed % 2**32, row, 1]))
@@ -163,6 +168,8 @@ class Lines(Source):
 def draw(line: DrawnLine, dice: np.random.Generator) -> np.ndarray:
     """The picture of a line: uint8[H, W, 3]."""
     mask = write(line.text, line.font, dice)
+    if line.kind in degrade.WEARS:
+        return degrade.worn(_framed(mask, dice, line.kind), dice, line.kind)
     mask = degrade.bend(mask, dice, line.kind, line.font.hand)
     mask = degrade.ink(_framed(mask, dice, line.kind), dice, line.kind)
     return degrade.see(degrade.paint(mask, dice, line.kind), dice, line.kind)

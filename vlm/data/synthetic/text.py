@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import string
+import sys
 import sysconfig
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from random import Random
+
+from vlm.assets import cache_folder
 
 SPLITS = ("train", "validation", "reserved")
 MARKS = "“”‘’–—…•€£¥¢§©®°±×÷™«»¡¿½¼¾†‡"
@@ -41,16 +45,29 @@ def split_of(line: str) -> str:
 @lru_cache(maxsize=4)
 def documentation(split: str) -> tuple[str, ...]:
     """Lines of Python's manual topics and of its library's docstrings, sorted, white space joined,
-    `SHORTEST` to `LONGEST` characters long."""
+    `SHORTEST` to `LONGEST` characters long; rules and the like, without a letter or digit, are
+    left out."""
+    return _kept((line for line in _documentation() if any(map(str.isalnum, line))), split)
+
+
+def _documentation() -> list[str]:
+    """Every line; from the cache where it was read before, as reading them takes seconds."""
     from pydoc_data.topics import topics
 
-    found: set[str] = set()
-    for text in topics.values():
-        found.update(text.splitlines())
-    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
-        if "site-packages" not in path.parts and "test" not in path.parts:
-            found.update(_docstring_lines(path))
-    return _kept(found, split)
+    version = sys.version.split()[0]
+    path = cache_folder() / "text" / f"documentation-{version}.txt"
+    if path.is_file():
+        return path.read_text(encoding="utf-8").split("\n")
+    found = {line for text in topics.values() for line in text.splitlines()}
+    for source in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+        if "site-packages" not in source.parts and "test" not in source.parts:
+            found.update(_docstring_lines(source))
+    lines = sorted(line for line in found if "\n" not in line)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    new.write_text("\n".join(lines), encoding="utf-8")
+    os.replace(new, path)
+    return lines
 
 
 def lines_of(path: str | Path, split: str) -> tuple[str, ...]:
