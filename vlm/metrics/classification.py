@@ -4,7 +4,7 @@ Ties: a wrong class whose score equals that of the right one comes before it, so
 never count as right and the order of classes does not matter. (vlm/metrics/retrieval.py does the
 same.)
 
-Shapes: N example, C class, K bin of confidence.
+Shapes: N example, C class.
 """
 
 from __future__ import annotations
@@ -17,29 +17,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from vlm.metrics.calibration import Calibration, calibration, means
 from vlm.metrics.share import Interval, wilson
 
 _SLICE = 1 << 22
 """How many scores are held in fp64 at once."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Calibration:
-    """Examples by the probability of their best class, in K bins of equal width: (0, 1/K], ...,
-    (1 - 1/K, 1]; what a reliability plot shows.
-
-    edges: float64[K + 1]. count: int64[K]. confidence: float64[K], the mean probability of the best
-    class. accuracy: float64[K], the share of right ones. Both are NaN in empty bins.
-    error: the expected calibration error (ECE), the mean over examples of their bin's
-    |accuracy - confidence|, in 0 to 1. Source: Guo et al. 2017, "On Calibration of Modern Neural
-    Networks", equation 3; its bins are 15.
-    """
-
-    edges: NDArray[np.float64]
-    count: NDArray[np.int64]
-    confidence: NDArray[np.float64]
-    accuracy: NDArray[np.float64]
-    error: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +95,7 @@ def classification(
     hit = above == 0
     examples = np.bincount(labels, minlength=scores.shape[1])
     hits = np.bincount(labels[hit], minlength=scores.shape[1])
-    by_class = _means(hits, examples)
+    by_class = means(hits, examples)
     return ClassificationResult(
         top_1=wilson(int(hit.sum()), len(hit)),
         top_5=wilson(int((above < 5).sum()), len(hit)),
@@ -121,26 +103,8 @@ def classification(
         mean_per_class=float(np.nanmean(by_class)),
         classes_without_examples=int((examples == 0).sum()),
         examples=len(hit),
-        calibration=_calibration(confidence, hit, bins),
+        calibration=calibration(confidence, hit, bins),
     )
-
-
-def _calibration(confidence: NDArray[np.float64], hit: NDArray[np.bool_], bins: int) -> Calibration:
-    edges = np.linspace(0, 1, bins + 1)
-    place = np.searchsorted(edges[1:-1], confidence, side="left")  # a bin holds its upper edge
-    count = np.bincount(place, minlength=bins)
-    sums = np.bincount(place, confidence, bins), np.bincount(place, hit, bins)
-    return Calibration(
-        edges=edges,
-        count=count,
-        confidence=_means(sums[0], count),
-        accuracy=_means(sums[1], count),
-        error=float(np.abs(sums[1] - sums[0]).sum() / len(hit)),
-    )
-
-
-def _means(sums: NDArray, counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    return np.divide(sums, counts, out=np.full(len(counts), np.nan), where=counts > 0)
 
 
 def _check(scores: Tensor, labels: NDArray, scale: float | None, bins: int) -> None:

@@ -9,6 +9,7 @@ from vlm.data.sources.base import BadSource, ListSource, Source
 from vlm.data.sources.clip_benchmark import ClipBenchmark
 from vlm.data.sources.coco import CocoSource
 from vlm.data.sources.json_rows import RowsSource
+from vlm.data.sources.lists import TsvSource
 from vlm.data.sources.row import RowFormat, example_from_row
 from vlm.data.sources.shards import ShardSource
 from vlm.data.sources.spec import open_source
@@ -24,6 +25,7 @@ __all__ = [
     "ShardSource",
     "Source",
     "TableSource",
+    "TsvSource",
     "example_from_row",
     "open_source",
 ]

@@ -58,7 +58,7 @@ class RowsSource(Source):
         if not self._path.is_file():
             raise BadSource(f"{path}: expected a file of rows, found none")
         self._is_list = self._path.suffix.lower() == ".json"
-        index = _index_list if self._is_list else _index_lines
+        index = _index_list if self._is_list else index_lines
         self._starts, self._ends, self._lines = index(self._path)
         self._images = image_root_at(self._path.parent if image_root is None else image_root)
         self.require_rows()
@@ -107,7 +107,7 @@ def load_json(data: bytes, name: str) -> Any:
         raise BadRow(f"{name}: expected a row, found brackets too deep to read") from error
 
 
-def _index_lines(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def index_lines(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(start, end, line number) of each line that is not empty, int64[N] each."""
     ends = [np.empty(0, np.int64)]
     size = 0

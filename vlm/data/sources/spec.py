@@ -13,6 +13,7 @@ from vlm.data.sources.coco import CocoSource
 from vlm.data.sources.documents import Documents
 from vlm.data.sources.grounded import Grounded
 from vlm.data.sources.json_rows import RowsSource
+from vlm.data.sources.lists import TsvSource
 from vlm.data.sources.row import RowFormat
 from vlm.data.sources.shards import ShardSource
 from vlm.data.sources.tables import TableSource, load_table
@@ -23,7 +24,10 @@ OPTIONS = ("prompt", "image", "caption", "root", "config", "task")
 ACCEPTED = """\
     sample:SPLIT                packaged drawings with captions: train, val, transfer
     scenes:COUNT:KEY=VALUE...   drawn scenes, such as scenes:1000:seed=3
+    lines:COUNT:KEY=VALUE...    drawn lines of text, such as lines:1000:seed=3
+    pages:COUNT:KEY=VALUE...    drawn pages of text, such as pages:10:seed=3
     PATH.jsonl, PATH.json       rows: image and conversations, messages or caption
+    PATH.tsv                    rows parted by tabs under a header: image and text
     coco:PATH.json              boxes in COCO's JSON; the pictures' folder behind ?root=
     PATH.tar                    WebDataset shards; wildcards and {0000..0009} allowed
     PATH.parquet                a table
@@ -51,7 +55,10 @@ def open_source(
 
         sample:SPLIT                packaged drawings with captions: train, val, transfer
         scenes:COUNT:KEY=VALUE...   drawn scenes; keys are those of `Scenes.from_text`
+        lines:COUNT:KEY=VALUE...    drawn lines; keys are those of `Lines.from_text`
+        pages:COUNT:KEY=VALUE...    drawn pages; keys are those of `Pages.from_text`
         PATH.jsonl, PATH.json       rows, as in `vlm.data.sources.row`
+        PATH.tsv                    rows parted by tabs, as in `vlm.data.sources.lists`
         coco:PATH.json              detection data, as in `vlm.data.sources.coco`
         PATH.tar                    WebDataset shards; wildcards and {0000..0009} allowed
         PATH.parquet                a table
@@ -67,8 +74,8 @@ def open_source(
     prompt: the user's text after the image, in rows that are captions; may be "".
     image: key or column of the pictures; of tar shards, their extension. None: the usual ones.
     caption: key or column of the caption, making every row a caption. None: any form of row.
-    root: where relative image paths start: a folder, or for JSON rows and COCO's files a .tar file
-        too. None: the folder of the rows.
+    root: where relative image paths start: a folder, or for rows of JSON or tabs and COCO's files
+        a .tar file too. None: the folder of the rows.
     config: a hub set's configuration.
     task: "ground" asks where each label of a row's boxes is, in place of what the row says.
     many: whether a caption may be a list of texts; an argument only, as few uses can take it.
@@ -101,7 +108,10 @@ def open_source(
 _READS = {
     "sample": ("prompt", "caption"),
     "scenes": ("prompt",),
+    "lines": (),
+    "pages": ("prompt",),
     "rows": ("prompt", "image", "caption", "root", "task"),
+    "list": ("prompt", "image", "caption", "root"),
     "shards": ("prompt", "image", "caption", "task"),
     "table": ("prompt", "image", "caption", "root", "task"),
     "datasets": OPTIONS,
@@ -112,7 +122,7 @@ _READS = {
 }
 
 
-_WITHOUT_PROMPT = ("coco", "python", "text")
+_WITHOUT_PROMPT = ("lines", "coco", "python", "text")
 
 
 def _kind(text: str, spec: str) -> tuple[str, Callable[..., Source]]:
@@ -127,6 +137,8 @@ def _kind(text: str, spec: str) -> tuple[str, Callable[..., Source]]:
         return "text", lambda text, *_: Documents.from_file(text)
     if suffix in (".json", ".jsonl"):
         return "rows", lambda text, form, root, _: RowsSource(text, form, image_root=root)
+    if suffix == ".tsv":
+        return "list", lambda text, form, root, _: TsvSource(text, form, root)
     if suffix == ".parquet" or Path(_body_and_split(text)[0]).is_dir():
         return "table", _table
     raise BadSource(
@@ -158,6 +170,18 @@ def _scenes(text: str, form: RowFormat, *_) -> Source:
     from vlm.data.synthetic.scenes import Scenes  # which needs this package
 
     return Scenes.from_text(text.removeprefix("scenes:"), prompt=form.prompt)
+
+
+def _lines(text: str, *_) -> Source:
+    from vlm.data.synthetic.lines import Lines  # which needs this package
+
+    return Lines.from_text(text.removeprefix("lines:"))
+
+
+def _pages(text: str, form: RowFormat, *_) -> Source:
+    from vlm.data.synthetic.pages import Pages  # which needs this package
+
+    return Pages.from_text(text.removeprefix("pages:"), prompt=form.prompt)
 
 
 def _table(text: str, form: RowFormat, root: str | Path | None, config: str | None) -> Source:
@@ -194,6 +218,8 @@ def _manual(text: str, *_) -> Source:
 _NAMED = {
     "sample": _sample,
     "scenes": _scenes,
+    "lines": _lines,
+    "pages": _pages,
     "datasets": _table,
     "coco": _coco,
     "clip_benchmark": _clip_benchmark,

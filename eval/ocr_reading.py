@@ -1,0 +1,230 @@
+"""Lines as several readers read them, with the time that each takes; for eval/ocr.py.
+
+Rows are dealt to processes in runs of UNIT, and each reader is given a run at once, so that what a
+batch holds, and with it every text, is the same on any number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from ocr_peers import Reader, Said
+from PIL import Image
+from tqdm import tqdm
+
+from vlm.config import to_dict
+from vlm.data.example import BadRow, Skipped
+from vlm.data.sources.base import Source
+from vlm.inference.embed_rows import from_all, only_picture
+from vlm.inference.reading import Reading, Transcript, words_of
+from vlm.pixels import BadImage, open_image
+
+UNIT = 128
+"""Lines that are read, and dealt to a process, at once."""
+WARM_UP = 8
+"""Lines that each reader reads before it is timed."""
+
+
+@dataclass(slots=True)
+class Seen:
+    """A line and what was read of it.
+
+    data: which of the sources, row: its row there. hand: whether it is handwriting, None where the
+    source does not say; font "" likewise. said: by reader.
+    """
+
+    data: int
+    row: int
+    name: str
+    truth: str
+    font: str = ""
+    hand: bool | None = None
+    said: dict[str, Said] = field(default_factory=dict)
+
+
+class Model:
+    """What `vlm.load` gives, as a reader: `read_lines` of models of lines, else `ocr`.
+
+    page: pictures are whole pages; a model of lines then finds their lines.
+    Raises ValueError for a model that does not read.
+    """
+
+    ways = ("batched",)
+
+    def __init__(self, name: str, model: Any, batch: int, page: bool) -> None:
+        self.name, self.model, self.batch, self.page = name, model, batch, page
+        if not hasattr(model, "read_lines") and not hasattr(model, "ocr"):
+            raise ValueError(
+                f"--model {name}: expected a model that reads text, found a "
+                f"{model.module.family} one"
+            )
+
+    def about(self) -> dict[str, Any]:
+        spec = getattr(getattr(self.model, "processor", None), "pixel_spec", None)
+        return {
+            "preprocessing": None if spec is None else to_dict(spec),
+            "dtype": str(next(self.model.module.parameters()).dtype).removeprefix("torch."),
+            "batch": self.batch,
+            "cores": torch.get_num_threads(),
+        }
+
+    def prepare(self, pictures: Sequence[Image.Image]) -> list[Image.Image]:
+        return list(pictures)
+
+    def read(self, prepared: Sequence[Image.Image], way: str) -> list[Said]:
+        of_lines = hasattr(self.model, "read_lines")
+        if of_lines and not self.page:
+            found = self.model.read_lines(prepared, batch_size=self.batch)
+            return [_transcribed(one, image) for one, image in zip(found, prepared, strict=True)]
+        options = {"layout": "page"} if of_lines else {}
+        found = self.model.ocr(prepared, batch_size=self.batch, **options)
+        return [_read(one) for one in found]
+
+
+def _read(reading: Reading) -> Said:
+    sure = math.prod(line.confidence for line in reading.lines)
+    return Said(reading.text, sure, tuple((w.text, w.confidence) for w in reading.words))
+
+
+def _transcribed(transcript: Transcript, picture: Image.Image) -> Said:
+    W, H = picture.size
+    corners = ((0, 0), (W, 0), (W, H), (0, H))
+    words = words_of(transcript.tokens, (0, 0, W, H), corners)
+    return Said(
+        transcript.text, transcript.confidence, tuple((w.text, w.confidence) for w in words)
+    )
+
+
+@dataclass(slots=True)
+class Timing:
+    """Seconds of one way of reading, and whether it could read all; other: lines whose text is not
+    that of the reader's first way."""
+
+    seconds: float = 0.0
+    lines: int = 0
+    possible: bool = True
+    other: int = 0
+
+
+def look(source: Source, data: int, row: int, page: bool) -> tuple[Seen, Image.Image]:
+    """A row's line, still to be read, and its picture. Raises BadRow or BadImage."""
+    example = source[row]
+    if not example.answer.strip():
+        raise BadRow(f"{example.name}: expected a text, found none")
+    truth = example.answer.replace("\\n", "\n") if page else example.answer
+    seen = Seen(data, row, example.name, truth)
+    if hasattr(source, "font_of"):
+        seen.font = source.font_of(row)
+    if hasattr(source, "hand_of"):
+        seen.hand = source.hand_of(row)
+    return seen, open_image(only_picture(example))
+
+
+def read_all(
+    readers: Sequence[Reader],
+    sources: Sequence[Source],
+    rows: Sequence[tuple[int, int]],
+    accelerator: Accelerator,
+    *,
+    page: bool,
+    bad_rows: str,
+    repeats: int,
+) -> tuple[list[Seen], list[Skipped], dict[str, dict[str, Any]]]:
+    """All lines as read by all readers, on every process; rows left out; and each reader's speed.
+
+    rows: the number of a source, and of a row in it. page: whether \\n in a text ends a line.
+    bad_rows: "raise" for the first row that cannot be read, or "skip". repeats: how often each
+    reader reads; the median time counts.
+    """
+    seen: list[tuple[int, Seen]] = []
+    skipped: list[tuple[int, Skipped]] = []
+    clock = {reader.name: {way: Timing() for way in reader.ways} for reader in readers}
+    warm = False
+    for unit in _units(len(rows), accelerator):
+        found, pictures = [], []
+        for place in unit:
+            data, row = rows[place]
+            try:
+                line, picture = look(sources[data], data, row, page)
+            except (BadRow, BadImage) as error:
+                if bad_rows == "raise":
+                    raise
+                name = sources[data].row_name(row)
+                reason = str(error).removeprefix(f"{name}: ")
+                skipped.append((place, Skipped(name, reason)))
+                continue
+            found.append((place, line))
+            pictures.append(picture)
+        if not found:
+            continue
+        for reader in readers:
+            if not warm:
+                for way in reader.ways:
+                    reader.read(reader.prepare(pictures[:WARM_UP]), way)
+            for (_, line), said in zip(found, _timed(reader, pictures, clock, repeats)):
+                line.said[reader.name] = said
+        warm = True
+        seen += found
+    everyone = sorted(from_all(accelerator, seen), key=lambda item: item[0])
+    left_out = sorted(from_all(accelerator, skipped), key=lambda item: item[0])
+    clocks = from_all(accelerator, [clock])
+    return [s for _, s in everyone], [s for _, s in left_out], _slowest(clocks, readers)
+
+
+def _timed(
+    reader: Reader, pictures: list[Image.Image], clock: dict[str, dict[str, Timing]], repeats: int
+) -> list[Said]:
+    """What the reader says of a unit's pictures, each way timed as often as is asked for."""
+    prepared, first = reader.prepare(pictures), None
+    for way in reader.ways:
+        timing, times, said = clock[reader.name][way], [], None
+        for _ in range(repeats):
+            started = time.perf_counter()
+            said = reader.read(prepared, way)
+            times.append(time.perf_counter() - started)
+            if said is None:
+                break
+        if said is None:
+            timing.possible = False
+            continue
+        first = first or said
+        timing.seconds += statistics.median(times)
+        timing.lines += len(pictures)
+        timing.other += sum(a.text != b.text for a, b in zip(first, said))
+    return first
+
+
+def _slowest(
+    clocks: Sequence[dict[str, dict[str, Timing]]], readers: Sequence[Reader]
+) -> dict[str, dict[str, Any]]:
+    """Each reader's speed by ways, over all processes: they end when the slowest does."""
+    speeds = {}
+    for reader in readers:
+        ways = {}
+        for way in reader.ways:
+            timings = [clock[reader.name][way] for clock in clocks]
+            seconds = max(timing.seconds for timing in timings)
+            if seconds and all(timing.possible for timing in timings):
+                lines = sum(timing.lines for timing in timings)
+                other = sum(timing.other for timing in timings)
+                ways[way] = {"seconds": seconds, "lines_per_second": lines / seconds,
+                             "lines_of_other_text": other}  # fmt: skip
+        best = max(ways, key=lambda way: ways[way]["lines_per_second"])
+        speeds[reader.name] = {"way": best, **ways[best], "ways": ways}
+    return speeds
+
+
+def _units(count: int, accelerator: Accelerator) -> Iterator[range]:
+    """This process's share of the runs of places, dealt in turn, with a bar on the first."""
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    with tqdm(total=count, desc="reading", disable=rank > 0, leave=False) as bar:
+        for start_at in range(rank * UNIT, count, ranks * UNIT):
+            yield range(start_at, min(start_at + UNIT, count))
+            bar.update(min(ranks * UNIT, count - bar.n))
