@@ -86,7 +86,7 @@ def test_resampler_ignores_invalid_tokens():
 
 
 def test_build_names_unknown_kinds_and_keys():
-    with pytest.raises(ValueError, match=r"'perceiver' is not one of mlp"):
+    with pytest.raises(ValueError, match=r"'perceiver' is not one of identity, mlp"):
         adaptors.build({"kind": "perceiver"})
     with pytest.raises(ValueError, match=r"unknown keys \['with'\], missing keys \['depth'\]"):
         adaptors.build({"kind": "mlp", "in_width": 1, "out_width": 1, "hidden_width": 1, "with": 1})

@@ -185,7 +185,7 @@ def test_strips_that_would_grow_without_bound_are_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fit": "squeeze"}, "fit must be one of stretch, crop, pad, patches, found"),
+        ({"fit": "squeeze"}, "fit must be one of stretch, crop, pad, patches, height, page, found"),
         ({"resample": "cubic"}, "resample must be one of nearest.* found 'cubic'"),
         ({"backend": "cv2"}, "backend must be one of .* found 'cv2'"),
         ({"rounding": "up"}, "rounding must be one of .* found 'up'"),
@@ -201,3 +201,45 @@ def test_strips_that_would_grow_without_bound_are_refused():
 def test_specs_refuse_bad_values_and_show_them(changes, message):
     with pytest.raises(ValueError, match=message):
         spec(**({"fit": "stretch"} | changes))
+
+
+@pytest.mark.parametrize("size_hw", [(24, 96), (40, 900), (5, 20_000), (300, 20), (1, 1)])
+def test_lines_get_their_height_and_about_their_aspect(size_hw):
+    line = PixelSpec(
+        size_hw=(32, 2048),
+        fit="height",
+        patch_px=4,
+        resample="bilinear",
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )
+    ((H, W),) = line.view_sizes(size_hw)
+    assert H == 32
+    assert W % 4 == 0
+    wanted = min(max(4, size_hw[1] * 32 / size_hw[0]), 2048)
+    assert pytest.approx(wanted, rel=0.11, abs=4) == W
+    (view,) = line(Image.new("RGB", size_hw[::-1], "white"))
+    assert view.shape == (3, H, W)
+    record = line.resize_record(size_hw)
+    assert record.scale_xy == (W / size_hw[1], 32 / size_hw[0])
+
+
+def test_lines_come_in_few_widths():
+    line = PixelSpec(
+        size_hw=(32, 16384),
+        fit="height",
+        patch_px=4,
+        resample="bilinear",
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )
+    widths = {line.view_sizes((32, columns))[0][1] for columns in range(128, 1025)}
+    assert len(widths) == 13
+    assert {line.view_sizes((32, width))[0][1] for width in widths} == widths
+
+
+@pytest.mark.parametrize("changes", [{"patch_px": None}, {"size_hw": (32, 1023)}, {"patch_px": 0}])
+def test_lines_need_whole_patches_of_columns(changes):
+    values = dict(size_hw=(32, 1024), fit="height", patch_px=4, resample="bilinear")
+    with pytest.raises(ValueError, match="under fit 'height'"):
+        PixelSpec(**values | changes, mean=(0.5,) * 3, std=(0.5,) * 3)

@@ -20,6 +20,7 @@ PREFIX = {
     "clip_vision_model": 1,
     "vit": 1,
     "deit": 2,
+    "beit": 1,
     "dinov2": 1,
     "dinov2_with_registers": 5,
     "sam_vision_model": 0,

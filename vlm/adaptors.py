@@ -62,6 +62,38 @@ class MLP(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class IdentityConfig:
+    """Tokens of one width, which stays."""
+
+    width: int
+
+    @property
+    def in_width(self) -> int:
+        return self.width
+
+    @property
+    def out_width(self) -> int:
+        return self.width
+
+
+class Identity(nn.Module):
+    """Image tokens as they are, for text models whose cross-attention takes the tokenizer's width
+    (TrOCR, Donut)."""
+
+    Config = IdentityConfig
+
+    def __init__(self, config: IdentityConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def shape_for(self, shape: TokenShape) -> TokenShape:
+        return shape
+
+    def forward(self, images: ImageTokens) -> ImageTokens:
+        return images
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SplitMLPConfig:
     """For paired tokens, [high | low] along the width: each half has a linear map of its own to
     half of `hidden_width`, then GELU and linear over both (DeepSeek-VL 7B's aligner)."""
@@ -259,7 +291,13 @@ class Resampler(nn.Module):
         return images.with_tokens(tokens, TokenShape(self.config.queries, None))
 
 
-KINDS = {"mlp": MLP, "split_mlp": SplitMLP, "pixel_shuffle": PixelShuffle, "resampler": Resampler}
+KINDS = {
+    "identity": Identity,
+    "mlp": MLP,
+    "split_mlp": SplitMLP,
+    "pixel_shuffle": PixelShuffle,
+    "resampler": Resampler,
+}
 
 
 def build(values: dict[str, Any]) -> nn.Module:

@@ -199,3 +199,30 @@ def train_rows(text: nn.Module, ids: Sequence[int]) -> None:
 def _split(table: nn.Parameter, rows: Tensor) -> tuple[nn.Parameter, nn.Parameter, Tensor]:
     """The whole table, frozen, a copy of its `rows`, and these."""
     return table.requires_grad_(False), nn.Parameter(table.detach()[rows].clone()), rows
+
+
+def character_tokenizer(characters: str):
+    """A fast tokenizer of transformers whose tokens are single characters, behind `<s>`, `<pad>`,
+    `</s>` and `<unk>`: for scripts that no published tokenizer of a decoder knows.
+
+    characters: each once. Raises ValueError naming those that are given twice.
+
+    >>> tokenizer = character_tokenizer("abc ")
+    >>> tokenizer("a b", add_special_tokens=False)["input_ids"], tokenizer.decode([4, 7, 5])
+    ([4, 7, 5], 'a b')
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    twice = sorted({c for c in characters if characters.count(c) > 1})
+    if twice:
+        raise ValueError(f"expected each character once, found twice {twice}")
+    names = ["<s>", "<pad>", "</s>", "<unk>"]
+    vocabulary = {token: id for id, token in enumerate([*names, *characters])}
+    own = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    own.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    own.decoder = decoders.Fuse()
+    start, pad, end, unknown = names
+    return PreTrainedTokenizerFast(
+        tokenizer_object=own, bos_token=start, pad_token=pad, eos_token=end, unk_token=unknown
+    )

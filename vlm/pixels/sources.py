@@ -45,9 +45,9 @@ def from_transformers(processor: BaseImageProcessor) -> PixelSpec:
     """The preprocessing of a transformers image processor, of either backend.
 
     Taken are the processors that follow their backend's own steps (CLIP, SigLIP and the fixed-size
-    SigLIP 2, ViT, DeiT, and BiT, which DINOv2 uses, among others), SAM's, DeepSeek-VL's and the
-    native-resolution SigLIP 2's (fit "patches": its view, cut into patches row by row, row and
-    column of a patch before its channels, is the processor's `pixel_values`).
+    SigLIP 2, ViT, DeiT, and BiT, which DINOv2 uses, among others), SAM's, DeepSeek-VL's, Donut's
+    and the native-resolution SigLIP 2's (fit "patches": its view, cut into patches row by row, row
+    and column of a patch before its channels, is the processor's `pixel_values`).
     Raises ValueError that names the class, the field, and its value.
     Source: transformers 5.23, `image_processing_backends.py`.
     """
@@ -203,11 +203,33 @@ def _siglip2(processor: Any, shared: dict) -> PixelSpec:
     return PixelSpec(size_hw=box, fit="patches", patch_px=processor.patch_size, **shared)
 
 
+def _donut(processor: Any, shared: dict) -> PixelSpec:
+    """The short side to the box's short side, shrunk to fit, centred on black before normalising.
+
+    Source: transformers, `DonutImageProcessor`.
+    """
+    for field in ("do_thumbnail", "do_pad"):
+        _expect(processor, field, True)
+    if getattr(processor, "do_center_crop", None):
+        raise _cannot(processor, "do_center_crop", "False")
+    size = _size(processor, "size")
+    if set(size) != {"height", "width"}:
+        raise _cannot(processor, "size", "height and width")
+    return PixelSpec(
+        size_hw=(size["height"], size["width"]),
+        fit="page",
+        turn=bool(processor.do_align_long_axis),
+        # Unlike its crops, the PIL backend's padding puts the odd pixel below and to the right.
+        **(shared | {"half_px": "truncate"}),
+    )
+
+
 _HYBRID = "DeepseekVLHybridImageProcessor"
 _SPECIAL = {
     "SamImageProcessor": _sam,
     "DeepseekVLImageProcessor": _deepseek_vl,
     "Siglip2ImageProcessor": _siglip2,
+    "DonutImageProcessor": _donut,
 }
 
 

@@ -184,7 +184,14 @@ def _shipped(source: str | Path) -> Path | None:
     """The folder of a model that comes with the package, where `source` is its name."""
     from vlm.systems import line_reader
 
-    return line_reader.SHIPPED if str(source) == line_reader.NAME else None
+    if str(source) != line_reader.NAME:
+        return None
+    if not line_reader.SHIPPED.is_dir():
+        raise ValueError(
+            f"{line_reader.NAME}: expected it in {line_reader.SHIPPED}, found none: this vlm comes "
+            "without a reader; train one with recipes/line_reader.py and name its run"
+        )
+    return line_reader.SHIPPED
 
 
 def _folder(source: str | Path) -> Path:

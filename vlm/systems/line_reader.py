@@ -66,9 +66,9 @@ def build(
     characters: str,
     *,
     height_px: int = 32,
-    channels: tuple[int, int] = (48, 96),
+    channels: tuple[int, int] = (32, 64),
     blocks: tuple[int, int] = (2, 2),
-    width: int = 256,
+    width: int = 192,
     layers: int = 6,
     seed: int = 0,
 ) -> ReaderParts:

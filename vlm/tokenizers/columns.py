@@ -44,9 +44,9 @@ class ColumnsConfig:
     Raises ValueError naming what does not fit.
     """
 
-    channels: tuple[int, int] = (48, 96)
+    channels: tuple[int, int] = (32, 64)
     blocks: tuple[int, int] = (2, 2)
-    width: int = 256
+    width: int = 192
     layers: int = 6
     reach: int = 5
     pixel_spec: PixelSpec

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+WHOLE_PRODUCTS = "vlm_whole_products"
+"""Our own attention, `vlm.tokenizers.attention`, which differs from "sdpa" in speed alone."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoder:
@@ -15,8 +18,12 @@ class Encoder:
 
     pool: the module that makes the pooled vector; "class" where it is the normed class token;
         None where there is none. `pool_argument`: whether the class takes `add_pooling_layer`.
-    norms_tokens: whether `last_hidden_state` has passed `norm`.
+    norms_tokens: whether `last_hidden_state` has passed `norm`; a class without a closing norm
+        gives its last state as it is, whether that is asked for or not.
     resize_argument: whether positions are resized only when `interpolate_pos_encoding` is given.
+    pyramid: whether blocks are stages, each of which but the last ends with half the grid and twice
+        the width; pixels are padded to whole patches, and places are relative, in windows.
+    attention: the fastest implementation that the class has.
     prefix: number of tokens before the grid, from the configuration.
     """
 
@@ -24,11 +31,13 @@ class Encoder:
     embed: tuple[str, ...] = ("embeddings",)
     pre_norm: str = "pre_layrnorm"
     blocks: str
-    norm: str
+    norm: str | None
     pool: str | None
     pool_argument: bool = False
     norms_tokens: bool = True
     resize_argument: bool = True
+    pyramid: bool = False
+    attention: str = "sdpa"
     prefix: Callable[[Any], int]
 
 
@@ -54,6 +63,7 @@ ENCODERS = {
         norm="layernorm",
         pool="pooler",
         pool_argument=True,
+        attention=WHOLE_PRODUCTS,
         prefix=lambda config: 1,
     ),
     "deit": Encoder(
@@ -62,7 +72,28 @@ ENCODERS = {
         norm="layernorm",
         pool="pooler",
         pool_argument=True,
+        attention=WHOLE_PRODUCTS,
         prefix=lambda config: 2,
+    ),
+    "beit": Encoder(
+        class_name="BeitModel",
+        blocks="layers",
+        norm="layernorm",
+        pool="pooler",
+        pool_argument=True,
+        resize_argument=False,
+        prefix=lambda config: 1,
+    ),
+    "donut-swin": Encoder(
+        class_name="DonutSwinModel",
+        blocks="encoder.layers",
+        norm=None,
+        pool=None,
+        pool_argument=True,
+        resize_argument=False,
+        pyramid=True,
+        attention="eager",
+        prefix=lambda config: 0,
     ),
     "dinov2": Encoder(
         class_name="Dinov2Model",

@@ -1,8 +1,9 @@
 """Image tokens from a vision encoder of transformers.
 
-Covers SigLIP and fixed-size SigLIP 2, CLIP, ViT, DeiT, DINOv2 (with and without registers) and
-SAM's image encoder. The encoder's own forward runs; SAM's, which refuses other sizes, is run step
-by step with its position table resized. Encoders of other types are refused by name.
+Covers SigLIP and fixed-size SigLIP 2, CLIP, ViT, DeiT, BEiT, DINOv2 (with and without registers),
+Donut's Swin and SAM's image encoder. The encoder's own forward runs; SAM's, which refuses other
+sizes, is run step by step with its position table resized. Encoders of other types are refused by
+name.
 
 Shapes: V view, L image tokens per view, D width, H W pixel rows and columns, h w patch rows and
 columns.
@@ -11,6 +12,7 @@ columns.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +23,7 @@ from torch.nn import functional as F
 
 from vlm.image_tokens import ImageTokenizer, ImageTokens, pixel_hw
 from vlm.pixels import PixelSpec, from_transformers
-from vlm.tokenizers import cannot_load
+from vlm.tokenizers import attention, cannot_load
 from vlm.tokenizers.encoders import ENCODERS, Encoder
 from vlm.tokenizers.parts import named_parts
 
@@ -43,6 +45,8 @@ BOOKKEEPING = {
 }
 """Keys of a transformers configuration that describe no architecture."""
 
+attention.register()  # at import, so that a process that unpickles a tokenizer knows it too
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransformersConfig:
@@ -50,7 +54,7 @@ class TransformersConfig:
 
     vision_config: the encoder's configuration, `model_type` included, all its blocks counted.
     layer: which of the encoder's hidden states, as transformers numbers them: 0 the embeddings,
-        -1 the last block's output, -2 the one before it (LLaVA's choice).
+        -1 the last block's output, -2 the one before it (LLaVA's choice); of a pyramid, stages.
     prefix: "drop" or "keep" the class, distillation and register tokens.
     norm: whether tokens pass the encoder's closing module: its final layer norm (SAM: its neck).
         SigLIP, ViT and DINOv2 give `last_hidden_state` with it, CLIP without.
@@ -72,7 +76,7 @@ class TransformersConfig:
             raise ValueError(f"vision model_type {kind!r} is not one of {', '.join(ENCODERS)}")
         if self.prefix not in ("drop", "keep"):
             raise ValueError(f"prefix must be 'drop' or 'keep', found {self.prefix!r}")
-        depth = self.vision_config["num_hidden_layers"]
+        depth = self.depth
         if not -depth - 1 <= self.layer <= depth:
             raise ValueError(f"layer {self.layer} asked of an encoder with {depth} blocks")
         if not self.pooled:
@@ -90,9 +94,21 @@ class TransformersConfig:
         return ENCODERS[self.vision_config["model_type"]]
 
     @property
+    def depth(self) -> int:
+        """The number of blocks that the encoder has, of a pyramid its stages."""
+        if self.encoder.pyramid:
+            return len(self.vision_config["depths"])
+        return self.vision_config["num_hidden_layers"]
+
+    @property
     def blocks(self) -> int:
         """The number of blocks that run."""
-        return self.layer % (self.vision_config["num_hidden_layers"] + 1)
+        return self.layer % (self.depth + 1)
+
+    @property
+    def halvings(self) -> int:
+        """How often the grid of patches is halved, and the width doubled."""
+        return min(self.blocks, self.depth - 1) if self.encoder.pyramid else 0
 
 
 Config = TransformersConfig
@@ -135,6 +151,8 @@ class TransformersTokenizer(ImageTokenizer):
         self.prefix_tokens = self.config.encoder.prefix(backbone.config)
         self.backbone = _prune(backbone, self.config)
         self.dim = backbone.config.hidden_size
+        if self.config.encoder.pyramid:
+            self.dim = backbone.config.embed_dim * 2**self.config.halvings
         if norm and self.config.encoder.class_name == "SamVisionModel":
             self.dim = backbone.config.output_channels
         if pooled:
@@ -150,6 +168,8 @@ class TransformersTokenizer(ImageTokenizer):
         encoder = self.config.encoder
         if encoder.class_name == "SamVisionModel":
             return self._sam_tokens(pixels)
+        if encoder.pyramid:
+            return self._pyramid_tokens(pixels)
         resizes = self._resizes(pixels)
         arguments = {"interpolate_pos_encoding": resizes} if encoder.resize_argument else {}
         output = self.backbone(pixels, **arguments)
@@ -171,7 +191,7 @@ class TransformersTokenizer(ImageTokenizer):
             "embed": encoder.embed,
             "pre_norm": (encoder.pre_norm,),
             "blocks": (encoder.blocks,),
-            "norm": (encoder.norm,),
+            "norm": () if encoder.norm is None else (encoder.norm,),
         }
         if encoder.pool not in (None, "class"):
             order["pool"] = (encoder.pool,)
@@ -186,6 +206,24 @@ class TransformersTokenizer(ImageTokenizer):
             raise ValueError(f"positions made for {native_hw} pixels are not square: no resizing")
         return resizes
 
+    def _pyramid_tokens(self, pixels: Tensor) -> ImageTokens:
+        """Raises ValueError for pixels of which a stage's grid is smaller than its windows, where
+        the encoder would shrink these, for good, and then find no positions for them."""
+        patch_hw = _pair(self.backbone.config.patch_size)
+        grid_hw = tuple(-(-side // patch) for side, patch in zip(pixel_hw(pixels), patch_hw))
+        window, stages = self.backbone.config.window_size, self.config.blocks
+        grids = [tuple(-(-side // 2**i) for side in grid_hw) for i in range(self.config.depth)]
+        least = min((min(grid) for grid in grids[:stages]), default=window)
+        if least < window:
+            side = window * 2 ** (stages - 1) * max(patch_hw)
+            raise ValueError(
+                f"windows of {window} patches need pixels of at least {side} a side, found "
+                f"{pixel_hw(pixels)}"
+            )
+        with _own_windows(self.backbone):
+            tokens = self.backbone(pixels).last_hidden_state
+        return ImageTokens(tokens=tokens, grid_hw=grids[self.config.halvings])
+
     def _sam_tokens(self, pixels: Tensor) -> ImageTokens:
         encoder = self.backbone.vision_encoder
         for x_VhwE in sam_states(encoder, pixels):  # noqa: B007 - the last one stays
@@ -194,6 +232,19 @@ class TransformersTokenizer(ImageTokenizer):
         if self.config.norm:
             x_VhwE = encoder.neck(x_VhwE).permute(0, 2, 3, 1)
         return ImageTokens(tokens=x_VhwE.flatten(1, 2), grid_hw=grid_hw)
+
+
+@contextmanager
+def _own_windows(backbone: nn.Module) -> Iterator[None]:
+    """Windows and shifts stay as they were made: where a grid is one window, a layer stops shifting
+    and keeps to that for all later pictures, larger ones too."""
+    layers = [m for m in backbone.modules() if hasattr(m, "set_shift_and_window_size")]
+    had = [(layer.shift_size, layer.window_size) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, (shift, window) in zip(layers, had):
+            layer.shift_size, layer.window_size = shift, window
 
 
 def sam_states(encoder: nn.Module, pixels: Tensor) -> Iterator[Tensor]:
@@ -221,7 +272,9 @@ def build(config: TransformersConfig) -> TransformersTokenizer:
     encoder_class = getattr(transformers, config.encoder.class_name)
     vision_config = encoder_class.config_class(**config.vision_config)
     arguments = {"add_pooling_layer": config.pooled} if config.encoder.pool_argument else {}
-    backbone = encoder_class._from_config(vision_config, attn_implementation="sdpa", **arguments)
+    backbone = encoder_class._from_config(
+        vision_config, attn_implementation=config.encoder.attention, **arguments
+    )
     return TransformersTokenizer(
         backbone,
         config.pixel_spec,
@@ -262,7 +315,7 @@ def load(
             id,
             config=config,
             dtype=torch.float32,
-            attn_implementation="sdpa",
+            attn_implementation=encoder.attention,
             output_loading_info=True,
             **({"add_pooling_layer": pooled} if encoder.pool_argument else {}),
         )
@@ -289,7 +342,7 @@ def _prune(backbone: nn.Module, config: TransformersConfig) -> nn.Module:
     encoder = config.encoder
     blocks = backbone.get_submodule(encoder.blocks)
     del blocks[config.blocks :]
-    if not config.norm and not config.pooled:
+    if not config.norm and not config.pooled and encoder.norm is not None:
         backbone.set_submodule(encoder.norm, nn.Identity())
     if not config.pooled and encoder.pool not in (None, "class"):
         setattr(backbone, encoder.pool, None)

@@ -1,0 +1,327 @@
+"""TrOCR beside transformers' VisionEncoderDecoderModel: tiny random folders of every kind."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from tests.tiny import picture
+from vlm import systems
+from vlm.data.collate import collate
+from vlm.data.example import caption_example
+from vlm.inference import transcribe
+from vlm.losses.token import token_losses
+from vlm.systems import trocr
+from vlm.weights import WeightsError, same_bits
+
+VISION = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
+              image_size=32, patch_size=8, layer_norm_eps=1e-3)  # fmt: skip
+TEXT = dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
+            vocab_size=270, max_position_embeddings=24, pad_token_id=1, bos_token_id=0,
+            eos_token_id=2, decoder_start_token_id=2, cross_attention_hidden_size=24)  # fmt: skip
+RELU = dict(activation_function="relu", scale_embedding=True, tie_word_embeddings=False)
+BEIT = dict(use_absolute_position_embeddings=False, use_relative_position_bias=True,
+            layer_scale_init_value=0.1)  # fmt: skip
+KINDS = {
+    "small": ("deit", {}, RELU),
+    "base": ("vit", dict(qkv_bias=False), dict(activation_function="gelu")),
+    "printed": (
+        "vit",
+        dict(qkv_bias=False),
+        RELU | dict(use_learned_position_embeddings=False, layernorm_embedding=False),
+    ),
+    "beit": ("beit", BEIT, {}),
+    "beit-shared": (
+        "beit",
+        BEIT | dict(use_relative_position_bias=False, use_shared_relative_position_bias=True),
+        {},
+    ),
+    "projected": ("vit", {}, dict(cross_attention_hidden_size=None)),
+}
+TEXTS = ["a", "Hello, line!", "two words"]
+PICTURES = [picture(0, (12, 71)), picture(1, (40, 33)), picture(2, (20, 21))]
+
+
+def text_tokenizer(**special):
+    """Bytes behind TrOCR's four special tokens; its own calls put <s> and </s> around a text."""
+    names = ["<s>", "<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    named = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **(named | special))
+
+
+def write_folder(folder, kind="small", seed=0, dtype=torch.float32, text=None, **generation):
+    """A tiny random folder, written by transformers' own classes."""
+    encoder, vision, changes = KINDS[kind]
+    torch.manual_seed(seed)
+    config = transformers.VisionEncoderDecoderConfig(
+        encoder=transformers.AutoConfig.for_model(encoder, **VISION, **vision).to_dict(),
+        decoder=transformers.TrOCRConfig(**(TEXT | changes | (text or {}))).to_dict(),
+        decoder_start_token_id=2, pad_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.VisionEncoderDecoderModel(config).eval()
+    with torch.no_grad():  # biases, tables and norms start at 0 and 1: move them
+        for name, parameter in model.named_parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.5 if "decoder" in name else 0.3)
+    model.generation_config = transformers.GenerationConfig(
+        decoder_start_token_id=2, pad_token_id=1, eos_token_id=2, **generation
+    )
+    model.to(dtype).save_pretrained(folder)
+    image_processor = transformers.ViTImageProcessor(
+        size={"height": 32, "width": 32}, resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    transformers.TrOCRProcessor(image_processor, text_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request, tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def reference(folder, dtype=torch.float32):
+    """transformers' model of a folder, opened strictly but for the pooling layer, which it makes
+    and never uses; the sinusoidal table, which it leaves on the meta device, made again."""
+    model, report = transformers.VisionEncoderDecoderModel.from_pretrained(
+        folder, output_loading_info=True, dtype=dtype
+    )
+    missing = [key for key in report["missing_keys"] if "pooler" not in key]
+    assert not [*missing, *report["unexpected_keys"], *report["mismatched_keys"]]
+    positions = getattr(model.decoder.base_model.decoder, "embed_positions", None)
+    if hasattr(positions, "weights") and positions.weights.is_meta:
+        count = model.config.decoder.max_position_embeddings + positions.padding_idx + 1
+        positions.weights = positions.get_embedding(
+            count, positions.embedding_dim, positions.padding_idx
+        ).to(dtype)
+    return model.eval()
+
+
+def pixels_of(folder, pictures=PICTURES):
+    """What transformers' own processor makes of the pictures."""
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    assert type(processor).__name__ == "TrOCRProcessor"
+    return processor(images=list(pictures), return_tensors="pt").pixel_values
+
+
+def batch_of(processor, texts=TEXTS, pictures=PICTURES):
+    rows = [
+        processor.encode(caption_example(f"r{i}", image, text, ""))
+        for i, (image, text) in enumerate(zip(pictures, texts))
+    ]
+    return collate(rows, processor.pad_id)
+
+
+def views_of(processor, pictures=PICTURES):
+    rows = [processor.encode_picture(image) for image in pictures]
+    return collate(rows, processor.pad_id).groups
+
+
+def load(folder, dtype="float32"):
+    return systems.load(folder, "cpu", dtype)
+
+
+def write(model, new=10, **options):
+    processor = model.processor
+    return transcribe.greedy(
+        model.module, views_of(processor), processor.start_ids, model.end_ids, processor.pad_id,
+        new, **options,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def test_trocr_logits_match_reference(folder):
+    """T18, T3: through the real processor, pictures that are not square, texts of unequal length;
+    prefix tokens are attended to."""
+    model, theirs = load(folder), reference(folder)
+    batch = batch_of(model.processor)
+    pixels = pixels_of(folder)
+    torch.testing.assert_close(batch.groups[0].pixels, pixels, atol=1e-6, rtol=0)
+    logits = theirs(pixel_values=pixels, decoder_input_ids=batch.ids).logits
+    expected = logits[:, :-1][batch.scored[:, 1:]]
+    found = model.module(batch)
+    assert found.std() > 0.1
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    prefix = 2 if "small" in str(folder) else 1
+    assert model.module.encode(batch.groups).tokens.shape[1] == 16 + prefix
+
+
+@torch.no_grad()
+def test_trocr_loss_is_that_of_the_unshifted_labels(folder):
+    """T1: labels are shifted once: the loss is transformers', whose labels it shifts itself."""
+    model, theirs = load(folder), reference(folder)
+    batch = batch_of(model.processor)
+    labels = batch.ids.masked_fill(~batch.scored, -100)[:, 1:]
+    expected = theirs(pixel_values=pixels_of(folder), labels=labels).loss
+    assert [row[row >= 0].tolist() for row in labels] == [
+        [*text_tokenizer()(text, add_special_tokens=False)["input_ids"], 2] for text in TEXTS
+    ]
+    losses = token_losses(model.module(batch), batch.targets)
+    torch.testing.assert_close(losses.mean(), expected, atol=1e-5, rtol=0)
+
+
+def test_trocr_greedy_ids_match_reference(folder):
+    model, theirs = load(folder), reference(folder)
+    expected = theirs.generate(pixels_of(folder), max_new_tokens=20, num_beams=1, do_sample=False)[
+        :, 1:
+    ].tolist()
+    found = [ids for ids, _ in write(model, 20)]
+    for mine, other in zip(found, expected, strict=True):
+        assert mine == other[: len(mine)]
+        assert set(other[len(mine) :]) <= {1}
+    assert len({tuple(ids) for ids in found}) > 1
+
+
+def test_trocr_beams_match_reference(folder):
+    """T20: and the log-probabilities of what they wrote are its own."""
+    model, theirs = load(folder), reference(folder)
+    options = dict(num_beams=3, max_new_tokens=8, length_penalty=2.0, no_repeat_ngram_size=3)
+    expected = theirs.generate(pixels_of(folder), **options)[:, 1:].tolist()
+    groups = views_of(model.processor)
+    found = transcribe.beam(
+        model.module, groups, model.processor.start_ids, model.end_ids, 1, **options
+    )
+    for (mine, _), other in zip(found, expected, strict=True):
+        assert mine == other[: len(mine)]
+
+
+@pytest.mark.parametrize("through", ["native", "reference"])
+@torch.no_grad()
+def test_trocr_saved_as_reference_opens_in_transformers(folder, tmp_path, through):
+    model, pixels = load(folder), pixels_of(folder)
+    if through == "native":
+        systems.save(model, tmp_path / "native", "native")
+        model = load(tmp_path / "native")
+    systems.save(model, tmp_path / "out", "reference")
+    ids = torch.tensor([[2, 40, 50]] * 3)
+    before, after = (
+        reference(path)(pixel_values=pixels, decoder_input_ids=ids).logits
+        for path in (folder, tmp_path / "out")
+    )
+    torch.testing.assert_close(after, before, atol=0, rtol=0)
+    states = [load_file(path / "model.safetensors") for path in (folder, tmp_path / "out")]
+    kept = {k: t for k, t in states[0].items() if "pooler" not in k and "_index" not in k}
+    assert same_bits(kept, states[1])
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in folder.iterdir()}
+
+
+@torch.no_grad()
+def test_trocr_lines_keep_their_shape_by_resized_positions(folder, tmp_path):
+    """T18: square encoders read 16 x 72 pixels, positions as transformers resizes them; what they
+    make is saved in our own layout, and refused in the published one."""
+    model = load(folder).with_size((16, 72))
+    batch = batch_of(model.processor)
+    assert batch.groups[0].pixels.shape == (3, 3, 16, 72)
+    theirs = reference(folder)
+    own = {} if folder.name.startswith("beit") else {"interpolate_pos_encoding": True}
+    logits = theirs(pixel_values=batch.groups[0].pixels, decoder_input_ids=batch.ids, **own).logits
+    expected = logits[:, :-1][batch.scored[:, 1:]]
+    torch.testing.assert_close(model.module(batch), expected, atol=1e-4, rtol=0)
+    systems.save(model, tmp_path / "native", "native")
+    again = load(tmp_path / "native")
+    assert again.processor.pixel_spec.size_hw == (16, 72)
+    assert write(again) == write(model)
+    with pytest.raises(ValueError, match="no place for preprocessing that was changed"):
+        systems.save(model, tmp_path / "out", "reference")
+    assert not (tmp_path / "out").exists()
+    assert load(folder).processor.pixel_spec.size_hw == (32, 32)
+
+
+@pytest.mark.parametrize("folder", ["small", "base", "beit"], indirect=True)
+def test_trocr_lines_of_other_widths_read_alone_as_in_a_batch(folder):
+    """T3, T18: memories of unequal length are padded and masked."""
+    model = load(folder).with_size((16, 96), fit="height", patch_px=8)
+    processor = model.processor
+    rows = [processor.encode_picture(image) for image in PICTURES]
+    groups = collate(rows, 1).groups
+    assert len(groups) > 1
+    ends = processor.start_ids, model.end_ids, 1, 8
+    together = transcribe.greedy(model.module, groups, *ends)
+    for row, found in zip(rows, together, strict=True):
+        ((ids, logprobs),) = transcribe.greedy(model.module, collate([row], 1).groups, *ends)
+        assert ids == found[0]
+        assert logprobs == pytest.approx(found[1], abs=1e-4)
+
+
+@torch.no_grad()
+def test_trocr_in_bf16_computes_in_it_throughout(folder, tmp_path):
+    """Sinusoidal positions too, which transformers' own module keeps where and as they were."""
+    model = load(folder, "bfloat16")
+    batch = batch_of(model.processor).to("cpu", torch.bfloat16)
+    found = model.module(batch)
+    assert found.dtype == torch.bfloat16
+    exact = load(folder).module(batch.to("cpu", torch.float32))
+    assert (found.float() - exact).abs().mean() < 0.1 * exact.std()
+    assert len(transcribe.greedy(model.module, batch.groups, [2], [2], 1, 4)) == 3
+
+
+def test_trocr_ids_and_habits_come_from_the_folder(tmp_path):
+    """T8: the start id is the folder's, whatever the decoder's class says of itself."""
+    write_folder(tmp_path, num_beams=4, length_penalty=2.0, max_length=12, no_repeat_ngram_size=3)
+    model = load(tmp_path)
+    assert (model.processor.start_ids, model.end_ids, model.processor.pad_id) == ((2,), (2,), 1)
+    assert model.max_new_tokens == 11
+    assert model.generation == {
+        "num_beams": 4, "length_penalty": 2.0, "no_repeat_ngram_size": 3,
+    }  # fmt: skip
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"decoder_start_token_id": 0}))
+    assert load(tmp_path).processor.start_ids == (0,)
+    path.unlink()
+    model = load(tmp_path)
+    assert (model.processor.start_ids, model.generation) == ((2,), {})
+    assert model.max_new_tokens == TEXT["max_position_embeddings"] - 1
+    values = json.loads((tmp_path / "config.json").read_text())
+    for part in (values, values["decoder"]):
+        part.pop("decoder_start_token_id", None)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="expected decoder_start_token_id in generation_config"):
+        load(tmp_path)
+
+
+def test_trocr_names_every_wrong_weight_at_once(tmp_path):
+    write_folder(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["decoder.model.decoder.layers.0.fc1.weight"]
+    state["surplus"] = torch.zeros(1)
+    state["encoder.layernorm.weight"] = torch.zeros(5)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"(?s)layers\.0\.fc1.*surplus.*encoder\.layernorm"):
+        load(tmp_path)
+
+
+def test_trocr_refuses_a_decoder_alone(tmp_path):
+    (tmp_path / "config.json").write_text(transformers.TrOCRConfig().to_json_string())
+    with pytest.raises(ValueError, match="expected a whole model, with encoder and decoder"):
+        load(tmp_path)
+
+
+PUBLISHED_MILLIONS = {"small": 62, "base": 334, "large": 558}
+
+
+@pytest.mark.parametrize("size", trocr.SIZES)
+def test_trocr_sizes_have_the_published_parameter_counts(size):
+    """Millions as arXiv 2109.10282 states them, in table 3; transformers' class without the pooling
+    layer that published files lack."""
+    sizes = trocr.SIZES[size]
+    with torch.device("meta"):
+        ours = trocr.build(size)
+        theirs = transformers.VisionEncoderDecoderModel(
+            transformers.VisionEncoderDecoderConfig(
+                encoder=transformers.AutoConfig.for_model(**sizes.vision).to_dict(),
+                decoder=transformers.TrOCRConfig(**sizes.text).to_dict(),
+            )
+        )
+    count = sum(p.numel() for p in ours.parameters())
+    assert count == sum(p.numel() for n, p in theirs.named_parameters() if "pooler" not in n)
+    if size in PUBLISHED_MILLIONS:
+        assert abs(count / 1e6 - PUBLISHED_MILLIONS[size]) < 1
+
+
+def test_trocr_refuses_an_unknown_size():
+    with pytest.raises(ValueError, match="'huge' is not one of small, base"):
+        trocr.build("huge")

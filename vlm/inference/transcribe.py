@@ -1,0 +1,448 @@
+"""Writing and scoring for encoder-decoder models: one encoded picture, any number of texts.
+
+Greedy writing is our own, for speed: image keys and values are projected once, the keys and values
+of what was written lie in buffers of one size, rows that have ended leave the batch, and no
+processor touches the logits. It steps through the layers of TrOCR's
+and mBART's decoders itself; other decoders take their own step, with transformers' cache. Its slow
+twin, `greedy_plain`, computes the whole stream anew for each id. Beams are transformers'.
+
+Shapes: B example, T text position, L image tokens of an example, A head, F features per head,
+D decoder width, Z vocabulary, N scored place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    MBartForCausalLM,
+    TrOCRForCausalLM,
+)
+
+from vlm.families.encoder_decoder import EncoderDecoder, Memory
+from vlm.image_tokens import ViewGroup, map_pixels
+from vlm.inference.engine import Written, answer_losses, check_options
+from vlm.inference.packed import packed
+from vlm.placement import Batch
+from vlm.text_decoders import first_position, head_of, positions_of
+
+LEAVE = 8
+"""Rows leave once they are at least 1 in this many: each leaving copies what the others need."""
+
+
+VIEWS = 4
+"""Views that a CPU encodes at a time: what is in work for them still lies in its caches."""
+
+
+@torch.no_grad()
+def encode(module: EncoderDecoder, groups: Sequence[ViewGroup]) -> Memory:
+    """The memory of the examples' views, `VIEWS` of them at a time on a CPU."""
+    parts = []
+    for group in groups:
+        step = VIEWS if group.owner.device.type == "cpu" else max(1, len(group.owner))
+        for start in range(0, len(group.owner), step):
+            rows = slice(start, start + step)
+            pixels = map_pixels(lambda part, rows=rows: part[rows], group.pixels)
+            parts.append(ViewGroup(pixels=pixels, owner=group.owner[rows]))
+    return module.encode(parts)
+
+
+@torch.no_grad()
+def greedy(
+    module: EncoderDecoder,
+    groups: Sequence[ViewGroup],
+    start_ids: Sequence[int],
+    end_ids: Sequence[int],
+    pad_id: int,
+    max_new_tokens: int,
+    prompts: Sequence[Sequence[int]] | None = None,
+    banned: Sequence[int] = (),
+) -> list[Written]:
+    """The likeliest next id, again and again, for each example's picture.
+
+    groups: the examples' views. start_ids: what each row begins with; prompts: what each begins
+        with instead, of any lengths. end_ids: ids that end a row. pad_id: never read where a
+        picture or a text is. banned: ids that are never written.
+    Returns for each row the ids written, the end included where one was, and the log-probability of
+    each in nats under the model's own distribution, banned ids included.
+    Raises ValueError where the decoder has fewer positions than prompt and text may take, and for
+    an option that cannot be.
+    """
+    memory = encode(module, groups)
+    starts = _starts(memory, start_ids, prompts)
+    return greedy_from(module, memory, starts, end_ids, pad_id, max_new_tokens, banned)
+
+
+@torch.no_grad()
+def greedy_from(
+    module: EncoderDecoder,
+    memory: Memory,
+    starts: Sequence[Sequence[int]],
+    end_ids: Sequence[int],
+    pad_id: int,
+    max_new_tokens: int,
+    banned: Sequence[int] = (),
+) -> list[Written]:
+    """`greedy` from a memory that was encoded before; starts: what each row begins with."""
+    longest = _room(module, starts, max_new_tokens)
+    device = memory.tokens.device
+    shortest = min(len(start) for start in starts)
+    given = torch.full((len(starts), longest), pad_id)
+    for row, start in enumerate(starts):
+        given[row, : len(start)] = torch.tensor(start)
+    given = given.to(device)
+    lengths = torch.tensor([len(start) for start in starts], device=device)
+    ends = torch.tensor(sorted(set(end_ids)), device=device)
+    forbidden = torch.tensor(sorted(set(banned)), dtype=torch.long, device=device)
+
+    written = given.new_zeros(len(starts), max_new_tokens)
+    logprobs = torch.zeros(len(starts), max_new_tokens, device=device)
+    counts = torch.zeros_like(lengths)
+    active = torch.arange(len(starts), device=device)  # the rows that the stepper holds
+    done = torch.zeros(len(starts), dtype=torch.bool, device=device)  # of these
+    stepper = _stepper(module, memory, longest)
+    ids = given[:, 0]
+    for place in range(longest + max_new_tokens):
+        hidden = stepper.step(ids, place)
+        chosen = given[active, min(place + 1, longest - 1)]
+        if place + 1 >= shortest:
+            best, logprob = _choose(stepper.logits(hidden), forbidden)
+            writes = (place + 1 >= lengths[active]) & ~done
+            chosen = torch.where(writes, best, chosen)
+            rows = active[writes]
+            written[rows, counts[rows]] = best[writes]
+            logprobs[rows, counts[rows]] = logprob[writes]
+            counts[rows] += 1
+            done |= writes & (torch.isin(best, ends) | (counts[active] == max_new_tokens))
+            left = len(done) - int(done.sum())
+            if not left:
+                break
+            if (len(done) - left) * LEAVE >= len(done):
+                kept = (~done).nonzero()[:, 0]
+                stepper.keep(kept)
+                active, chosen, done = active[kept], chosen[kept], done[kept]
+        ids = chosen
+    return [
+        (ids[:count], values[:count])
+        for ids, values, count in zip(written.tolist(), logprobs.tolist(), counts.tolist())
+    ]
+
+
+@torch.no_grad()
+def greedy_plain(
+    module: EncoderDecoder,
+    groups: Sequence[ViewGroup],
+    start_ids: Sequence[int],
+    end_ids: Sequence[int],
+    pad_id: int,
+    max_new_tokens: int,
+    prompts: Sequence[Sequence[int]] | None = None,
+    banned: Sequence[int] = (),
+) -> list[Written]:
+    """The slow twin of `greedy`: the module's own forward over the whole stream for each id."""
+    memory = module.encode(groups)
+    starts = _starts(memory, start_ids, prompts)
+    _room(module, starts, max_new_tokens)
+    rows = []
+    for row, start in enumerate(starts):
+        own = memory.rows(torch.tensor([row], device=memory.tokens.device))
+        stream, logprobs = list(start), []
+        for _ in range(max_new_tokens):
+            ids = torch.tensor([stream], device=memory.tokens.device)
+            logits = module.logits(module.read(ids, own)[:, -1]).float()
+            allowed = logits.clone()
+            allowed[:, list(banned)] = float("-inf")
+            best = int(allowed.argmax())
+            stream.append(best)
+            logprobs.append(float(logits.log_softmax(-1)[0, best]))
+            if best in end_ids:
+                break
+        rows.append((stream[len(start) :], logprobs))
+    return rows
+
+
+@torch.no_grad()
+def beam(
+    module: EncoderDecoder,
+    groups: Sequence[ViewGroup],
+    start_ids: Sequence[int],
+    end_ids: Sequence[int],
+    pad_id: int,
+    prompts: Sequence[Sequence[int]] | None = None,
+    banned: Sequence[int] = (),
+    **options,
+) -> list[Written]:
+    """What transformers' `generate` writes on our text model, beams or samples.
+
+    options: transformers' names (`num_beams`, `max_new_tokens`, `length_penalty`,
+        `no_repeat_ngram_size`, `do_sample`, ...). The other arguments are those of `greedy`;
+        prompts of several lengths are written in groups of one length.
+    Returns, as `greedy` does, ids and the log-probability of each under the model's own
+    distribution, before any of the options bends it: a row's sum is the log-probability of its
+    text, whatever search found it.
+    """
+    check_options(options)
+    memory = encode(module, groups)
+    starts = _starts(memory, start_ids, prompts)
+    _room(module, starts, options.get("max_new_tokens", 1))
+    rows: list[Written | None] = [None] * len(starts)
+    for length in sorted({len(start) for start in starts}):
+        chosen = [row for row, start in enumerate(starts) if len(start) == length]
+        own = memory.rows(torch.tensor(chosen, device=memory.tokens.device))
+        ids = torch.tensor([starts[row] for row in chosen], device=memory.tokens.device)
+        for row, found in zip(
+            chosen, _generate(module, own, ids, end_ids, pad_id, banned, **options), strict=True
+        ):
+            rows[row] = found
+    return rows
+
+
+def _generate(
+    module: EncoderDecoder,
+    memory: Memory,
+    ids: Tensor,
+    end_ids: Sequence[int],
+    pad_id: int,
+    banned: Sequence[int],
+    **options,
+) -> list[Written]:
+    valid = memory.valid
+    first = first_position(module.text)
+    if first:  # transformers would count from 0
+        places = torch.arange(first, first + ids.shape[1], device=ids.device)
+        options["position_ids"] = places.expand_as(ids)
+    out = module.text.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),  # a start id may be the pad id
+        encoder_hidden_states=memory.tokens,
+        encoder_attention_mask=None if valid is None else valid.long(),
+        # transformers would take a cache for a text alone, and mix image keys into it
+        past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
+        eos_token_id=list(end_ids),
+        pad_token_id=pad_id,
+        bad_words_ids=[[id] for id in banned] or None,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **{"do_sample": False, "num_beams": 1, **options},
+    )
+    logprobs = module.text.compute_transition_scores(
+        out.sequences,
+        tuple(logits.float() for logits in out.logits),
+        getattr(out, "beam_indices", None),
+        normalize_logits=True,
+    )
+    rows = []
+    written = out.sequences[:, ids.shape[1] :].tolist()
+    for row_ids, row in zip(written, logprobs.tolist()):
+        ends = [t for t, id in enumerate(row_ids) if id in end_ids]
+        length = ends[0] + 1 if ends else len(row_ids)
+        rows.append((row_ids[:length], row[:length]))
+    return rows
+
+
+@torch.no_grad()
+def score(module: EncoderDecoder, batch: Batch) -> Tensor:
+    """Log-probability of each row's scored ids, its answer and the end, in nats, fp32[B]."""
+    return -answer_losses(module, batch)
+
+
+def _starts(
+    memory: Memory, start_ids: Sequence[int], prompts: Sequence[Sequence[int]] | None
+) -> list[list[int]]:
+    count = len(memory.tokens)
+    starts = [list(start_ids)] * count if prompts is None else [list(ids) for ids in prompts]
+    if len(starts) != count:
+        raise ValueError(f"there are {len(starts)} prompts and pictures of {count} examples")
+    if not all(starts):
+        raise ValueError("expected at least one id to begin with in every row, found none")
+    return starts
+
+
+def _room(module: EncoderDecoder, starts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+    """The longest of `starts`. Raises ValueError where the decoder has too few positions; the last
+    id that is written needs none."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+    longest = max(len(start) for start in starts)
+    positions = positions_of(module.text.config)
+    if positions is not None and longest + max_new_tokens - 1 > positions:
+        raise ValueError(
+            f"max_new_tokens: the decoder has {positions} positions, {longest} ids to begin with "
+            f"leave {positions - longest + 1}, found {max_new_tokens}"
+        )
+    return longest
+
+
+def _choose(logits: Tensor, forbidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest id that is not forbidden, int64[B], and its log-probability, fp32[B], of logits
+    float[B, Z]."""
+    logits = logits.float()
+    best = (logits.index_fill(1, forbidden, float("-inf")) if len(forbidden) else logits).argmax(-1)
+    return best, -F.cross_entropy(logits, best, reduction="none")
+
+
+class Stepper(Protocol):
+    """A decoder that reads one id of each row at a time."""
+
+    def step(self, ids: Tensor, place: int) -> Tensor:
+        """The final states float[B, D] of ids int64[B] that stand at `place`."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The scores float[B, Z] of final states."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these rows alone, int64[N]."""
+
+
+def _stepper(module: EncoderDecoder, memory: Memory, longest: int) -> Stepper:
+    if isinstance(module.text, (TrOCRForCausalLM, MBartForCausalLM)):
+        return LayerStepper(module.text, memory)
+    return CachedStepper(module, memory)
+
+
+class CachedStepper:
+    """Any decoder of transformers, by its own step and transformers' cache."""
+
+    def __init__(self, module: EncoderDecoder, memory: Memory) -> None:
+        self.text, self.logits = module.text, module.logits
+        self.memory = memory
+        self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+    def step(self, ids: Tensor, place: int) -> Tensor:
+        valid = self.memory.valid
+        out = self.text.base_model(
+            input_ids=ids[:, None],
+            encoder_hidden_states=self.memory.tokens,
+            encoder_attention_mask=None if valid is None else valid.long(),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return out.last_hidden_state[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        self.memory = self.memory.rows(rows)
+        self.cache.batch_select_indices(rows)
+
+
+BLOCK = 64
+"""Places by which the buffers for what was written grow."""
+
+
+class LayerStepper:
+    """The decoders of TrOCR (post-norm) and mBART (pre-norm), layer by layer.
+
+    Each layer's keys and values of the memory are made once, in the layout that one query reads
+    fastest; its query, key and value of the text are one product.
+    """
+
+    def __init__(self, text: nn.Module, memory: Memory) -> None:
+        self.decoder = decoder = text.base_model.decoder
+        rows = len(memory.tokens)
+        self.layers = [
+            _Layer(layer, isinstance(text, MBartForCausalLM), rows, memory.tokens)
+            for layer in decoder.layers
+        ]
+        self.closing_norm = getattr(decoder, "layer_norm", None)
+        self.head = packed([head_of(text)], rows)
+        self.mask = None
+        if memory.valid is not None:
+            mask = memory.tokens.new_zeros(memory.valid.shape)
+            self.mask = mask.masked_fill(~memory.valid, float("-inf"))[:, None, None, :]
+
+    def step(self, ids: Tensor, place: int) -> Tensor:
+        decoder, ids = self.decoder, ids[:, None]
+        positions = decoder.embed_positions(ids, past_key_values_length=place)
+        x_BD = (decoder.embed_tokens(ids) + positions)[:, 0]
+        if decoder.layernorm_embedding is not None:
+            x_BD = decoder.layernorm_embedding(x_BD)
+        for layer in self.layers:
+            x_BD = layer.step(x_BD, place, self.mask)
+        return x_BD if self.closing_norm is None else self.closing_norm(x_BD)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden)
+
+    def keep(self, rows: Tensor) -> None:
+        for layer in self.layers:
+            layer.keep(rows)
+        if self.mask is not None:
+            self.mask = self.mask[rows]
+
+
+class _Layer:
+    """One layer of a decoder with what it has seen: float[B, A, places, F] each."""
+
+    def __init__(self, layer: nn.Module, pre_norm: bool, rows: int, memory: Tensor) -> None:
+        text, image = layer.self_attn, layer.encoder_attn
+        self.pre_norm, self.heads, self.scale = pre_norm, text.num_heads, text.scaling
+        self.activation = layer.activation_fn
+        self.norms = layer.self_attn_layer_norm, layer.encoder_attn_layer_norm
+        self.mlp_norm = layer.final_layer_norm
+        self.query_key_value = packed([text.q_proj, text.k_proj, text.v_proj], rows)
+        self.text_out = packed([text.out_proj], rows)
+        self.image_query = packed([image.q_proj], rows)
+        self.image_out = packed([image.out_proj], rows)
+        self.widen, self.narrow = packed([layer.fc1], rows), packed([layer.fc2], rows)
+        self.memory = [
+            self._heads(project(memory)).contiguous() for project in (image.k_proj, image.v_proj)
+        ]
+        self.written = [self._room(memory, rows) for _ in range(2)]
+
+    def step(self, x_BD: Tensor, place: int, mask: Tensor | None) -> Tensor:
+        """What the layer makes of the states at `place`. mask: float[B, 1, 1, L] on the memory."""
+        x_BD = self._block(x_BD, self.norms[0], lambda x: self._read_text(x, place))
+        x_BD = self._block(x_BD, self.norms[1], lambda x: self._read_memory(x, mask))
+        return self._block(
+            x_BD, self.mlp_norm, lambda x: self.narrow(self.activation(self.widen(x)))
+        )
+
+    def keep(self, rows: Tensor) -> None:
+        self.memory = [held.index_select(0, rows) for held in self.memory]
+        self.written = [held.index_select(0, rows) for held in self.written]
+
+    def _block(self, x_BD: Tensor, norm: nn.Module, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """One residual block, its norm before (mBART) or behind (TrOCR)."""
+        if self.pre_norm:
+            return x_BD + change(norm(x_BD))
+        return norm(x_BD + change(x_BD))
+
+    def _read_text(self, x_BD: Tensor, place: int) -> Tensor:
+        if place >= self.written[0].shape[2]:
+            more = self._room(x_BD, len(x_BD))
+            self.written = [torch.cat([held, more], 2) for held in self.written]
+        query, *new = self.query_key_value(x_BD)[:, None].chunk(3, dim=-1)
+        for held, fresh in zip(self.written, new):
+            held[:, :, place] = self._heads(fresh)[:, :, 0]
+        keys, values = (held[:, :, : place + 1] for held in self.written)
+        return self.text_out(self._attend(query, keys, values, None))
+
+    def _read_memory(self, x_BD: Tensor, mask: Tensor | None) -> Tensor:
+        return self.image_out(self._attend(self.image_query(x_BD)[:, None], *self.memory, mask))
+
+    def _attend(
+        self, query_BTD: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """What one query of each row reads, float[B, D]. On a CPU two products are several times as
+        fast as the fused attention, which is made for many queries."""
+        query = self._heads(query_BTD)
+        if query.device.type == "cpu":
+            scores = (query * self.scale) @ keys.transpose(2, 3)
+            read = (scores if mask is None else scores + mask).softmax(-1) @ values
+        else:
+            read = F.scaled_dot_product_attention(query, keys, values, mask, scale=self.scale)
+        return read.flatten(1)
+
+    def _heads(self, x_BTD: Tensor) -> Tensor:
+        """float[B, T, D] as float[B, A, T, F]."""
+        B, T, D = x_BTD.shape
+        return x_BTD.view(B, T, self.heads, D // self.heads).transpose(1, 2)
+
+    def _room(self, like: Tensor, rows: int) -> Tensor:
+        """An empty buffer for `BLOCK` places more."""
+        return like.new_zeros(rows, self.heads, BLOCK, self.memory[0].shape[-1])

@@ -1,0 +1,165 @@
+"""Donut: a Swin's tokens as the memory of mBART's decoder, which writes documents as tagged text.
+
+A prompt such as `<s_cord-v2>` says what is asked, and stands where other decoders have their start
+id; what is written turns into JSON. Pictures are brought to the short side of the page, shrunk to
+fit and centred on black, before normalising; some folders turn those that lie across the page.
+`<unk>` is never written. Converted folders normalise by half, though the authors' code did by
+ImageNet's statistics: the folder is followed.
+
+Folders are those of transformers' `VisionEncoderDecoderModel`. Its `forced_eos_token_id` is not
+applied: a text that is cut at the limit has no end.
+
+Source: arXiv 2111.15664; github.com/clovaai/donut; transformers, `donut`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import MBartConfig
+
+from vlm.families.encoder_decoder import EncoderDecoder
+from vlm.pixels import HALF, PixelSpec
+from vlm.systems import trocr
+from vlm.systems.encoder_decoder_parts import LineProcessor, Transcriber
+from vlm.systems.reference import read_reference
+
+SOURCE = "arXiv 2111.15664; naver-clova-ix/donut-* on the hub"
+KIND = "donut"
+
+PROMPTS = {
+    "cord": "<s_cord-v2>",
+    "class": "<s_rvlcdip>",
+    "answer": "<s_docvqa><s_question>{question}</s_question><s_answer>",
+}
+"""Task -> prompt of the published fine-tuned models. Source: github.com/clovaai/donut, README."""
+
+SIZES = {
+    "base": trocr.Size(
+        vision={
+            "model_type": "donut-swin",
+            "image_size": [2560, 1920],
+            "patch_size": 4,
+            "embed_dim": 128,
+            "depths": [2, 2, 14, 2],
+            "num_heads": [4, 8, 16, 32],
+            "window_size": 10,
+            "layer_norm_eps": 1e-5,
+        },
+        text={
+            "vocab_size": 57525,
+            "d_model": 1024,
+            "decoder_layers": 4,
+            "decoder_attention_heads": 16,
+            "decoder_ffn_dim": 4096,
+            "encoder_layers": 12,
+            "max_position_embeddings": 1536,
+            "scale_embedding": True,
+            "add_final_layer_norm": True,
+            "is_decoder": True,
+            "add_cross_attention": True,
+        },
+    )
+}
+"""Source: config.json of naver-clova-ix/donut-base."""
+
+PAGE = PixelSpec(
+    size_hw=(2560, 1920), fit="page", resample="bilinear", mean=HALF.mean, std=HALF.std
+)
+
+
+def build(size: str) -> EncoderDecoder:
+    """A published size with random weights; under `torch.device("meta")`, shapes alone.
+
+    Raises ValueError naming the sizes.
+    """
+    if size not in SIZES:
+        raise ValueError(f"Donut size {size!r} is not one of {', '.join(SIZES)}")
+    sizes = SIZES[size]
+    return trocr.compose(sizes.vision, MBartConfig(**sizes.text), PAGE).eval()
+
+
+def load(folder: Path, values: dict[str, Any]) -> Transcriber:
+    """The model in a folder of transformers' layout; `values` is what its config.json holds.
+
+    Raises ValueError naming the file and what does not fit; for weights, every key at once.
+    """
+    model = trocr.load(folder, values)
+    model.processor.prompt_starts = True
+    unknown = model.processor.text_tokenizer.unk_token_id
+    banned = () if unknown is None else (unknown,)
+    return replace(
+        model,
+        banned=tuple(dict.fromkeys((*model.banned, *banned))),
+        reference=read_reference(folder, KIND),
+    )
+
+
+save = trocr.save
+
+
+def read_json(processor: LineProcessor, ids: Sequence[int]) -> Any:
+    """What written ids say, as values of JSON: see `to_json`."""
+    tokenizer = processor.text_tokenizer
+    special = {tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token} - {None}
+    text = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+    for token in special:
+        text = text.replace(token, "")
+    return to_json(text, set(tokenizer.get_added_vocab()))
+
+
+TAG = re.compile(r"<s_([^<>]*)>", re.IGNORECASE)
+SEPARATOR = "<sep/>"
+
+
+def to_json(text: str, categories: set[str] = frozenset()) -> Any:
+    """Tagged text as values of JSON.
+
+    `<s_x>...</s_x>` is a key x with what lies in it; `<sep/>` stands between the entries of a list;
+    a list of one entry is the entry. A tag that is never closed is dropped. Text without any tag is
+    {"text_sequence": text}. categories: tokens of the form `<name/>`, which stand for their names.
+
+    >>> to_json("<s_menu><s_nm>tea</s_nm><sep/><s_nm>pie</s_nm></s_menu><s_sum>3<sep/>4</s_sum>")
+    {'menu': [{'nm': 'tea'}, {'nm': 'pie'}], 'sum': ['3', '4']}
+    """
+    entries = _entries(text, categories)
+    if not entries:
+        return {"text_sequence": text}
+    return entries[0] if len(entries) == 1 else entries
+
+
+def _entries(text: str, categories: set[str]) -> list[dict[str, Any]]:
+    """The objects that a text holds, separators between them."""
+    entries: list[dict[str, Any]] = []
+    found: dict[str, Any] = {}
+    position = 0
+    while opening := TAG.search(text, position):
+        key = opening[1]
+        closing = re.compile(rf"</s_{re.escape(key)}>", re.IGNORECASE).search(text, opening.end())
+        if closing is None:
+            position = opening.end()
+            continue
+        value = _value(text[opening.end() : closing.start()].strip(), categories)
+        if value is not None:
+            found[key] = value
+        position = closing.end()
+        rest = text[position:].lstrip()
+        if rest.startswith(SEPARATOR):
+            entries.append(found)
+            found = {}
+            position = len(text) - len(rest) + len(SEPARATOR)
+    return [*entries, found] if found else entries
+
+
+def _value(content: str, categories: set[str]) -> Any:
+    """What lies between a tag and its end; None for tags that hold nothing."""
+    if "<s_" in content and "</s_" in content:
+        inner = _entries(content, categories)
+        return None if not inner else inner[0] if len(inner) == 1 else inner
+    leaves = [leaf.strip() for leaf in content.split(SEPARATOR)]
+    leaves = [leaf[1:-2] if leaf in categories and leaf.endswith("/>") else leaf for leaf in leaves]
+    return leaves[0] if len(leaves) == 1 else leaves

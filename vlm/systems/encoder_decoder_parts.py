@@ -1,0 +1,282 @@
+"""What encoder-decoder systems share: the processor of pictures and their texts, and the model with
+what is needed to use it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm.data.example import BadRow, Example, Skipped
+from vlm.families.encoder_decoder import EncoderDecoder
+from vlm.image_tokens import Pixels
+from vlm.pixels import BadImage, PixelSpec, open_image
+from vlm.prompts import Row
+from vlm.systems.reference import Reference
+
+OVERFLOWS = ("drop", "shrink")
+GENERATION = (
+    "num_beams",
+    "length_penalty",
+    "early_stopping",
+    "no_repeat_ngram_size",
+    "repetition_penalty",
+)
+"""What a folder may say of how its model writes, in transformers' names, besides lengths."""
+
+
+class LineProcessor:
+    """Pictures and the texts in them in, rows of ids and pixels out.
+
+    A row is the decoder's stream: start ids, the text's ids, the end id. Exactly the text and the
+    end are scored, by their places: a pad id that is also the end id does no harm.
+    text_tokenizer: a fast transformers tokenizer; its own first and last tokens are not added.
+    pixel_spec: the image tokenizer's own preprocessing.
+    start_ids: what each row begins with. end_id: what it ends with. pad_id: at padding.
+    max_tokens: the longest row; None means no limit. overflow says what happens to longer ones:
+        "drop" leaves them out, "shrink" cuts the text's end, the end id with it.
+    prompt_starts: whether a literal prompt stands in place of the start ids (Donut) or behind them.
+    Raises ValueError naming the argument.
+    """
+
+    def __init__(
+        self,
+        text_tokenizer,
+        pixel_spec: PixelSpec,
+        *,
+        start_ids: Sequence[int],
+        end_id: int,
+        pad_id: int,
+        max_tokens: int | None = None,
+        overflow: str = "drop",
+        prompt_starts: bool = False,
+    ) -> None:
+        if overflow not in OVERFLOWS:
+            raise ValueError(f"overflow is 'drop' or 'shrink', found {overflow!r}")
+        if not start_ids:
+            raise ValueError("start_ids: expected at least one id to begin with, found none")
+        if max_tokens is not None and max_tokens <= len(start_ids):
+            raise ValueError(
+                f"max_tokens must be more than the {len(start_ids)} start ids, found {max_tokens}"
+            )
+        if not getattr(text_tokenizer, "is_fast", False):
+            raise ValueError("the text tokenizer must be a fast one (it has to know offsets)")
+        self.text_tokenizer = text_tokenizer
+        self.pixel_spec = pixel_spec
+        self.start_ids = tuple(start_ids)
+        self.end_id = end_id
+        self.pad_id = pad_id
+        self.max_tokens = max_tokens
+        self.overflow = overflow
+        self.prompt_starts = prompt_starts
+
+    def encode(self, example: Example) -> Row | Skipped:
+        """A training row: the picture, and the example's answer as the text to write.
+
+        What the user's turn says is a literal prompt, which is not scored.
+        Raises BadRow or BadImage naming the row where there is no picture, it cannot be read, or
+        the text has characters that the vocabulary lacks. Gives Skipped where the row is longer
+        than `max_tokens` and must not be cut.
+        """
+        if not any(turn.role == "assistant" for turn in example.turns):
+            raise BadRow(f"{example.name}: expected a text to write, found none")
+        prompt = "".join(turn.text for turn in example.turns if turn.role != "assistant")
+        start = self.prompt_ids(prompt or None, example.name)
+        return self._row(example.name, example.images, start, example.answer)
+
+    def encode_literal(
+        self, images: Sequence, prompt: str | None, answer: str, name: str = "prompt"
+    ) -> Row:
+        """A row that scores `answer` to a literal prompt; None: the start ids alone.
+
+        Raises BadRow naming both numbers where it is longer than `max_tokens`.
+        """
+        row = self._row(name, images, self.prompt_ids(prompt, name), answer)
+        if isinstance(row, Skipped):
+            raise BadRow(f"{name}: {row.reason}")
+        return row
+
+    def encode_picture(self, picture, prompt: str | None = None, name: str = "picture") -> Row:
+        """A row to write from: the picture, and the ids that writing begins with.
+
+        picture: anything that `vlm.pixels.open_image` takes.
+        Raises BadImage naming the picture.
+        """
+        ids = torch.tensor(self.prompt_ids(prompt, name))
+        return Row(
+            name=name,
+            ids=ids,
+            scored=torch.zeros_like(ids, dtype=torch.bool),
+            views=self._see(picture, 0, name),
+            places=(),
+        )
+
+    def prompt_ids(self, prompt: str | None, name: str = "prompt") -> list[int]:
+        """What a row begins with: the start ids, and a literal prompt behind or in place of them.
+
+        Raises BadRow naming characters that the vocabulary lacks.
+        """
+        if prompt is None:
+            return list(self.start_ids)
+        ids = self.text_ids(prompt, name)
+        return ids if self.prompt_starts and ids else [*self.start_ids, *ids]
+
+    def text_ids(self, text: str, name: str = "text") -> list[int]:
+        """The ids of a text, without any that the tokenizer would put around it.
+
+        Raises BadRow naming the characters that the vocabulary lacks, each once.
+        """
+        out = self.text_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, unknown = out["input_ids"], self.text_tokenizer.unk_token_id
+        lacking = [
+            text[start:end] for id, (start, end) in zip(ids, out["offset_mapping"]) if id == unknown
+        ]
+        if unknown is not None and lacking and lacking != [self.text_tokenizer.unk_token]:
+            named = ", ".join(f"{part!r}" for part in dict.fromkeys(lacking))
+            raise BadRow(
+                f"{name}: the vocabulary lacks {len(lacking)} part(s) of the text: {named}"
+            )
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of written ids, special tokens left out."""
+        return self._text(ids).strip()
+
+    def pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """What each id adds to the text; joined, they are `decode(ids)`. Special tokens add
+        nothing, and of several ids that make one character the last adds it."""
+        ids = list(ids)
+        whole = self._text(ids)
+        lead, text = len(whole) - len(whole.lstrip()), whole.strip()
+        ends = [0]
+        for count in range(1, len(ids)):
+            part = self._text(ids[:count])
+            end = ends[-1] if part.endswith("\ufffd") else len(part) - lead
+            ends.append(min(max(end, ends[-1]), len(text)))
+        ends.append(len(text))
+        return tuple(text[a:b] for a, b in pairwise(ends))[: len(ids)]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.text_tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def _row(self, name: str, images: Sequence, start: list[int], text: str) -> Row | Skipped:
+        if not images:
+            raise BadRow(f"{name}: expected a picture of the text, found none")
+        ids = [*start, *self.text_ids(text, name), self.end_id]
+        cut = max(0, len(ids) - (self.max_tokens or len(ids)))
+        too_long = f"{len(ids)} tokens, the decoder takes {self.max_tokens}"
+        if cut and self.overflow == "drop":
+            return Skipped(name, too_long)
+        if cut and self.max_tokens <= len(start):
+            return Skipped(name, f"{too_long}, and nothing of the text is left when it is cut")
+        ids = ids[: len(ids) - cut]
+        return Row(
+            name=name,
+            ids=torch.tensor(ids),
+            scored=torch.arange(len(ids)) >= len(start),
+            views=tuple(
+                view
+                for number, image in enumerate(images)
+                for view in self._see(image, number, name)
+            ),
+            places=(),
+            cut=cut,
+        )
+
+    def _see(self, image, number: int, name: str) -> tuple[tuple[Pixels, tuple[int, int]], ...]:
+        try:
+            views = self.pixel_spec(open_image(image))
+        except BadImage as error:
+            raise BadImage(f"{name}: {error}") from error
+        return tuple((view, (number, i)) for i, view in enumerate(views))
+
+
+@dataclass(kw_only=True, slots=True)
+class Transcriber:
+    """An encoder-decoder model with what is needed to use it.
+
+    processor: preprocessing and texts; its start and pad ids are the checkpoint's.
+    end_ids: ids that end a text. banned: ids that are never written.
+    generation: how the folder says that texts are written, in transformers' names; greedy where it
+        says nothing. max_new_tokens: the longest text, its end included.
+    reference: the published layout that it came from, which it can be saved in; None for others.
+    """
+
+    module: EncoderDecoder
+    processor: LineProcessor
+    end_ids: tuple[int, ...]
+    max_new_tokens: int
+    banned: tuple[int, ...] = ()
+    generation: dict[str, Any] = field(default_factory=dict)
+    reference: Reference | None = None
+
+    def with_size(self, size_hw: tuple[int, int], **changes: Any) -> Transcriber:
+        """The same weights for views of other (rows, columns) in pixels, such as (64, 1024) for
+        lines; positions are resized as the encoder does it, nothing is trained.
+
+        changes: other fields of the PixelSpec, such as fit="height", patch_px=16, under which a
+            line keeps its shape and a batch is bucketed by width.
+        Raises ValueError where the image tokenizer cannot take such views.
+        """
+        box = {"resize_hw": None} if "fit" in changes else {}  # of the fit before
+        spec = replace(self.processor.pixel_spec.with_size(size_hw), **(box | changes))
+        tokenizer = copy.copy(self.module.tokenizer)
+        tokenizer.config = replace(tokenizer.config, pixel_spec=spec)
+        tokenizer.pixel_spec = spec
+        tokenizer.tokens_for(size_hw)  # whether it can, before any compute
+        module = copy.copy(self.module)
+        module._modules = {**module._modules, "tokenizer": tokenizer}
+        processor = copy.copy(self.processor)
+        processor.pixel_spec = spec
+        return replace(self, module=module, processor=processor)
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a published folder says of writing: see `Transcriber` and `LineProcessor`."""
+
+    start_id: int
+    end_ids: tuple[int, ...]
+    pad_id: int
+    banned: tuple[int, ...]
+    generation: dict[str, Any]
+    max_new_tokens: int
+
+
+def read_said(folder: Path, values: dict[str, Any], positions: int) -> Said:
+    """What generation_config.json says, else config.json, else the decoder's part of it.
+
+    values: what config.json holds. positions: the decoder's, the limit where none is said.
+    Raises ValueError naming the file and the id that nothing states.
+    """
+    path = folder / "generation_config.json"
+    own = json.loads(path.read_text()) if path.is_file() else {}
+
+    def find(name: str) -> Any:
+        for place in (own, values, values["decoder"]):
+            if place.get(name) is not None:
+                return place[name]
+        raise ValueError(
+            f"{folder}: expected {name} in generation_config.json or config.json, found none"
+        )
+
+    ends = find("eos_token_id")
+    source = own or values
+    length = source.get("max_new_tokens") or (source.get("max_length") or positions) - 1
+    words = source.get("bad_words_ids") or []
+    return Said(
+        start_id=find("decoder_start_token_id"),
+        end_ids=tuple(ends) if isinstance(ends, list) else (ends,),
+        pad_id=find("pad_token_id"),
+        banned=tuple(word[0] for word in words if len(word) == 1),
+        generation={name: source[name] for name in GENERATION if source.get(name) is not None},
+        max_new_tokens=min(length, positions - 1),
+    )

@@ -1,0 +1,395 @@
+"""Any image tokenizer with any text decoder that has cross-attention: our own composition and our
+own folder layout.
+
+A folder holds config.json (family, parts, ids), model.safetensors and `text_tokenizer/`; of a
+model that came from a published system, also that folder's small files, in `reference/`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    TrOCRConfig,
+)
+
+from vlm import adaptors, config, text_decoders, tokenizers
+from vlm.families.encoder_decoder import EncoderDecoder
+from vlm.image_tokens import ImageTokenizer
+from vlm.systems.composed import adaptor_config, load_vision
+from vlm.systems.encoder_decoder_parts import LineProcessor, Transcriber
+from vlm.systems.reference import open_part, read_reference
+from vlm.weights import load_weights, read_weights, save_weights
+
+FORMAT = "vlm"
+VERSION = 1
+REFERENCE = "reference"
+"""Sub-folder for the files of the published folder that a model came from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Folder:
+    """What config.json says, besides `format` and `version`.
+
+    tokenizer, adaptor: configurations with their `kind`. text: the decoder's own configuration.
+    reference: the published system that the model came from, whose files lie in `reference/`.
+    lora: for each component with LoRA layers of its own what they are, see `vlm.lora`.
+    The rest is `LineProcessor`'s and `Transcriber`'s.
+    """
+
+    family: str
+    tokenizer: dict[str, Any]
+    adaptor: dict[str, Any]
+    text: dict[str, Any]
+    start_ids: tuple[int, ...]
+    end_ids: tuple[int, ...]
+    pad_id: int
+    max_tokens: int | None
+    overflow: str
+    prompt_starts: bool
+    max_new_tokens: int
+    banned: tuple[int, ...] = ()
+    generation: dict[str, Any] = field(default_factory=dict)
+    reference: str | None = None
+    lora: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderSizes:
+    """A decoder from scratch, of TrOCR's shape: post-norm, GELU, learned positions, tied head.
+
+    length: the most ids of a row. Raises ValueError for sizes below 1, and where the heads do not
+    divide the width.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    length: int
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads", "mlp_width", "length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(f"{self.heads} heads do not divide the width {self.width}")
+
+
+def build(
+    *,
+    vision: str | ImageTokenizer,
+    text: str | DecoderSizes,
+    text_tokenizer: Any = None,
+    adaptor: str = "linear",
+    adaptor_depth: int = 1,
+    size_hw: tuple[int, int] | None = None,
+    vision_layer: int = -1,
+    prefix: str = "drop",
+    max_tokens: int | None = None,
+    overflow: str = "drop",
+    seed: int = 0,
+) -> Transcriber:
+    """An encoder-decoder model from a pretrained image tokenizer and a text decoder.
+
+    vision: an image tokenizer, or its name as `vlm.systems.composed.load_vision` takes it:
+        "kind:id", a model's folder, "demo".
+    text: a hub id or folder of a pretrained text model, to which cross-attention is added with
+        fresh weights, as TrOCR's decoder began from RoBERTa's; or the sizes of one from scratch.
+    text_tokenizer: a fast tokenizer of transformers, a hub id or a folder; None takes that of
+        `text`. Rows of a pretrained decoder's tables are not changed: it must have as many.
+    adaptor: "identity", "linear", "mlp", "pixel_shuffle" or "resampler".
+    prefix: "drop" or "keep" the class token and its like, which TrOCR attends to.
+    max_tokens: the longest row; None takes the decoder's positions.
+    seed: of all fresh weights; the global generator is left as it is.
+    Raises ValueError for parts that do not fit, OSError where weights cannot be had.
+    """
+    if text_tokenizer is None:
+        if isinstance(text, DecoderSizes):
+            raise ValueError("text_tokenizer: a decoder from scratch needs one, found None")
+        text_tokenizer = text
+    if isinstance(text_tokenizer, (str, Path)):
+        text_tokenizer = open_part(AutoTokenizer, Path(text_tokenizer))
+    start_id, end_id, pad_id = ids_of(text_tokenizer)
+    image_tokenizer = vision
+    if not isinstance(vision, ImageTokenizer):
+        image_tokenizer = load_vision(vision, size_hw, vision_layer, prefix=prefix)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if isinstance(text, DecoderSizes):
+            sizes = _scratch(text, len(text_tokenizer), start_id, end_id, pad_id)
+            decoder = text_decoders.build(sizes)
+        else:
+            decoder = load_decoder(text)
+        width = text_decoders.memory_width(decoder.config)
+        bridge = (
+            {"kind": "identity", "width": width}
+            if adaptor == "identity"
+            else adaptor_config(
+                adaptor,
+                in_width=image_tokenizer.dim,
+                out_width=width,
+                depth=adaptor_depth,
+                ratio=2,
+                queries=64,
+            )
+        )
+        module = EncoderDecoder(image_tokenizer, adaptors.build(bridge), decoder)
+    rows = decoder.get_input_embeddings().weight.shape[0]
+    if len(text_tokenizer) > rows:
+        raise ValueError(
+            f"text_tokenizer: expected at most {rows} ids, the rows of the decoder's table, found "
+            f"{len(text_tokenizer)}; grow it with vlm.vocabulary.grow, or train one from scratch"
+        )
+    positions = text_decoders.positions_of(decoder.config)
+    processor = LineProcessor(
+        text_tokenizer,
+        image_tokenizer.pixel_spec,
+        start_ids=(start_id,),
+        end_id=end_id,
+        pad_id=pad_id,
+        max_tokens=positions if max_tokens is None else max_tokens,
+        overflow=overflow,
+    )
+    return Transcriber(
+        module=module.eval(),
+        processor=processor,
+        end_ids=(end_id,),
+        max_new_tokens=(processor.max_tokens or 257) - 1,
+    )
+
+
+def ids_of(text_tokenizer) -> tuple[int, int, int]:
+    """The ids that a tokenizer has for a text's start, its end, and padding: its first and last
+    special tokens, called bos and eos or, by BERT, cls and sep; without a start, the end.
+
+    Raises ValueError where it has none to end with.
+    """
+    end = text_tokenizer.eos_token_id
+    if end is None:
+        end = text_tokenizer.sep_token_id
+    start = text_tokenizer.bos_token_id
+    if start is None:
+        start = text_tokenizer.cls_token_id
+    if end is None:
+        raise ValueError("text_tokenizer: expected an eos or sep token to end with, found none")
+    pad = text_tokenizer.pad_token_id
+    return end if start is None else start, end, end if pad is None else pad
+
+
+def with_tokenizer(model: Transcriber, text_tokenizer: Any, seed: int = 0) -> Transcriber:
+    """The same model for another text tokenizer, such as one for another script: rows of tokens
+    that both have keep what they learned, the others are fresh; start, end and pad ids are the new
+    tokenizer's. The model itself is changed; what it could write before is lost.
+
+    text_tokenizer: a fast tokenizer of transformers. seed: of fresh rows.
+    Raises ValueError where it has no token to end with.
+    """
+    start_id, end_id, pad_id = ids_of(text_tokenizer)
+    old, new = model.processor.text_tokenizer.get_vocab(), text_tokenizer.get_vocab()
+    kept = [(id, old[token]) for token, id in new.items() if token in old]
+    text, count = model.module.text, len(text_tokenizer)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        tables = [text.get_input_embeddings().weight]
+        output = text.get_output_embeddings()
+        if output is not None and output.weight is not tables[0]:
+            tables.append(output.weight)
+        fresh = [_rows_for(table, kept, count) for table in tables]
+        text.resize_token_embeddings(count, mean_resizing=False)
+        places = [text.get_input_embeddings().weight]
+        if len(fresh) > 1:
+            places.append(text.get_output_embeddings().weight)
+        for place, rows in zip(places, fresh, strict=True):
+            place.copy_(rows)
+    for name, id in (
+        ("decoder_start_token_id", start_id),
+        ("bos_token_id", start_id),
+        ("eos_token_id", end_id),
+        ("pad_token_id", pad_id),
+    ):
+        setattr(text.config, name, id)
+    processor = LineProcessor(
+        text_tokenizer,
+        model.processor.pixel_spec,
+        start_ids=(start_id,),
+        end_id=end_id,
+        pad_id=pad_id,
+        max_tokens=model.processor.max_tokens,
+        overflow=model.processor.overflow,
+    )
+    return Transcriber(
+        module=model.module,
+        processor=processor,
+        end_ids=(end_id,),
+        max_new_tokens=model.max_new_tokens,
+        generation=model.generation,
+    )
+
+
+def _rows_for(table: torch.Tensor, kept: list[tuple[int, int]], count: int) -> torch.Tensor:
+    """`count` rows: those of `kept`, pairs of new and old places; the rest around the mean."""
+    spread = table.std(0, keepdim=True)
+    rows = table.mean(0, keepdim=True) + spread * torch.randn(count, table.shape[1]).to(table)
+    if kept:
+        new, old = (torch.tensor(places) for places in zip(*kept))
+        rows[new] = table[old]
+    return rows
+
+
+def load_decoder(name: str) -> torch.nn.Module:
+    """A pretrained text model as a decoder, in float32: causal, with cross-attention, whose weights
+    are fresh where the folder has none.
+
+    name: a hub id or folder of a BERT-like, GPT-2-like, mBART or TrOCR text model.
+    Raises OSError where it cannot be had; ValueError where its class has no cross-attention, or the
+    folder lacks weights of the text model itself.
+    """
+    try:
+        values = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        values.is_decoder, values.add_cross_attention = True, True
+        text, report = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=values,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"text {name!r}: expected a folder or hub id of a text model that can be a decoder "
+            f"({reason})"
+        ) from error
+    text_decoders.require_cross_attention(text)
+    head = {id(p) for p in text_decoders.head_of(text).parameters()}
+    missing = [
+        key
+        for key in report["missing_keys"]
+        if not any(word in key.lower() for word in ("crossattention", "cross_attn", "encoder_attn"))
+        and id(text.get_parameter(key)) not in head
+    ]
+    wrong = [key[0] for key in report["mismatched_keys"]]
+    if missing or wrong:
+        raise ValueError(
+            f"text {name!r}: the folder lacks weights of the text model: {missing}; of other "
+            f"shapes: {wrong}"
+        )
+    return text_decoders.prepared(text)
+
+
+def save(model: Transcriber, folder: Path, merge: bool = True) -> None:
+    """Writes our own layout; see the module's docstring. merge: whether LoRA is merged into the
+    weights that are written, or kept as layers of its own.
+
+    Raises ValueError where the processor's pictures are not the image tokenizer's.
+    """
+    module, processor = model.module, model.processor
+    if processor.pixel_spec != module.tokenizer.pixel_spec:
+        raise ValueError(
+            f"processor.pixel_spec: expected the image tokenizer's, {module.tokenizer.pixel_spec}, "
+            f"found {processor.pixel_spec}; use Transcriber.with_size"
+        )
+    description = Folder(
+        family=module.family,
+        tokenizer=tokenizers.config_to_dict(module.tokenizer),
+        adaptor=adaptors.config_of(module.adaptor),
+        text=text_decoders.plain_config(module.text.config),
+        start_ids=processor.start_ids,
+        end_ids=model.end_ids,
+        pad_id=processor.pad_id,
+        max_tokens=processor.max_tokens,
+        overflow=processor.overflow,
+        prompt_starts=processor.prompt_starts,
+        max_new_tokens=model.max_new_tokens,
+        banned=model.banned,
+        generation=model.generation,
+        reference=None if model.reference is None else model.reference.model_type,
+        lora={} if merge else _kept_lora(module),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(module, folder, merge=merge)
+    if model.reference is not None:
+        model.reference.write(folder / REFERENCE)
+    processor.text_tokenizer.save_pretrained(folder / "text_tokenizer")
+    values = {"format": FORMAT, "version": VERSION, **config.to_dict(description)}
+    (folder / "config.json").write_text(json.dumps(values, indent=2, default=str) + "\n")
+
+
+def load(folder: Path, values: dict[str, Any]) -> Transcriber:
+    """The model in a folder of our own layout; `values` is what its config.json holds.
+
+    Raises ValueError naming the file and what does not fit.
+    """
+    values = dict(values)
+    where = str(folder / "config.json")
+    version = values.pop("version", None)
+    values.pop("format")
+    if version != VERSION:
+        raise ValueError(f"{where}: written as version {version}, this vlm reads {VERSION}")
+    described = config.from_dict(Folder, values, where)
+    with init_empty_weights(include_buffers=False):
+        module = EncoderDecoder(
+            tokenizers.build(described.tokenizer),
+            adaptors.build(described.adaptor),
+            text_decoders.build(AutoConfig.for_model(**described.text)),
+        )
+        if described.lora:
+            from vlm.lora import add_lora_of  # here, since peft is slow to import
+
+            add_lora_of(module, described.lora, f"{where}.lora")
+    module.text.tie_weights()  # making parameters empty has parted tied ones
+    load_weights(module, read_weights(folder), where=str(folder))
+    processor = LineProcessor(
+        open_part(AutoTokenizer, folder / "text_tokenizer"),
+        module.tokenizer.pixel_spec,
+        start_ids=described.start_ids,
+        end_id=described.end_ids[0],
+        pad_id=described.pad_id,
+        max_tokens=described.max_tokens,
+        overflow=described.overflow,
+        prompt_starts=described.prompt_starts,
+    )
+    reference = described.reference
+    return Transcriber(
+        module=module.eval(),
+        processor=processor,
+        end_ids=described.end_ids,
+        max_new_tokens=described.max_new_tokens,
+        banned=described.banned,
+        generation=described.generation,
+        reference=reference and read_reference(folder / REFERENCE, reference),
+    )
+
+
+def _scratch(
+    sizes: DecoderSizes, vocabulary: int, start_id: int, end_id: int, pad_id: int
+) -> TrOCRConfig:
+    return TrOCRConfig(
+        vocab_size=vocabulary,
+        d_model=sizes.width,
+        decoder_layers=sizes.depth,
+        decoder_attention_heads=sizes.heads,
+        decoder_ffn_dim=sizes.mlp_width,
+        max_position_embeddings=sizes.length,
+        dropout=sizes.dropout,
+        decoder_start_token_id=start_id,
+        bos_token_id=start_id,
+        eos_token_id=end_id,
+        pad_token_id=pad_id,
+    )
+
+
+def _kept_lora(module: EncoderDecoder) -> dict[str, dict[str, Any]]:
+    from vlm.lora import lora_of  # here, since peft is slow to import
+
+    return lora_of(module)

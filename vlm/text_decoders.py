@@ -1,0 +1,133 @@
+"""Text decoders with cross-attention: transformers' causal language models that read image tokens
+as a memory.
+
+Taken are all whose `forward` has `encoder_hidden_states` and whose layers attend to it: TrOCR,
+mBART, and BERT-like models that were given cross-attention. Language models without it (LLaMA and
+the like) are refused by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers.models.trocr.modeling_trocr import TrOCRSinusoidalPositionalEmbedding
+
+FROM_PAD = ("roberta", "xlm-roberta", "camembert", "data2vec-text", "roberta-prelayernorm")
+"""`model_type` of classes that count positions from behind their pad id, in one table with it."""
+
+
+class SinusoidalPositions(nn.Module):
+    """TrOCR's sinusoidal positions, counted by place, from `pad_id` + 1; a pad has zeros.
+
+    transformers' module keeps its table as a plain tensor, which stays on the meta device after
+    `from_pretrained` and in the dtype and on the device where it was made; this one's follows the
+    decoder. Rows whose pads lie behind their text get transformers' own positions.
+
+    count: places that the table is made for; it grows where a row is longer.
+    norm: a layer norm of the decoder, in whose dtype positions are given.
+    """
+
+    def __init__(self, count: int, width: int, pad_id: int, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.width = width
+        self.pad_id = pad_id
+        self._norm = (norm,)  # in a tuple, so that it is no sub-module here
+        self.register_buffer("table", self._made(count), persistent=False)
+
+    def forward(self, input_ids: Tensor, past_key_values_length: int = 0) -> Tensor:
+        """input_ids: int64[B, T], behind `past_key_values_length` places. Gives float[B, T, D]."""
+        places = torch.arange(input_ids.shape[1], device=input_ids.device) + past_key_values_length
+        end = past_key_values_length + input_ids.shape[1]
+        if end > len(self.table) - self.pad_id - 1:
+            self.table = self._made(end).to(self.table)
+        rows = (places + self.pad_id + 1).expand_as(input_ids)
+        vectors = self.table[rows.masked_fill(input_ids == self.pad_id, self.pad_id)]
+        return vectors.to(self._norm[0].weight.dtype)
+
+    def _made(self, count: int) -> Tensor:
+        size = count + self.pad_id + 1
+        table = TrOCRSinusoidalPositionalEmbedding.get_embedding(size, self.width, self.pad_id)
+        return table.float()
+
+
+def build(config: PreTrainedConfig) -> nn.Module:
+    """A decoder with random weights from a transformers configuration, which is not changed.
+
+    Raises ValueError where the model has no cross-attention.
+    """
+    config = AutoConfig.for_model(**config.to_dict())  # classes write into theirs
+    text = AutoModelForCausalLM.from_config(config)
+    return prepared(text)
+
+
+def prepared(text: nn.Module) -> nn.Module:
+    """The decoder itself, without habits of writing of its own, its positions made to follow it
+    where they do not (see `SinusoidalPositions`). Raises ValueError where it has no
+    cross-attention."""
+    require_cross_attention(text)
+    text.generation_config = GenerationConfig()
+    decoder = getattr(text.base_model, "decoder", None)
+    if isinstance(getattr(decoder, "embed_positions", None), TrOCRSinusoidalPositionalEmbedding):
+        decoder.embed_positions = SinusoidalPositions(
+            text.config.max_position_embeddings,
+            text.config.hidden_size,
+            text.config.pad_token_id,
+            decoder.layers[0].self_attn_layer_norm,
+        )
+    return text
+
+
+def require_cross_attention(text: nn.Module) -> None:
+    """Raises ValueError naming the class where a language model cannot read image tokens."""
+    name = type(text).__name__
+    if "encoder_hidden_states" not in inspect.signature(text.forward).parameters:
+        raise ValueError(
+            f"text: {name} has no cross-attention, so it cannot read image tokens as a memory; "
+            "expected a decoder such as TrOCR's, mBART's or a BERT-like one"
+        )
+    own = any("encoder_attn" in path for path, _ in text.named_modules())
+    if not (own or getattr(text.config, "add_cross_attention", False)):
+        raise ValueError(
+            f"text: expected {name} with cross-attention, found add_cross_attention=False in its "
+            "configuration"
+        )
+
+
+def head_of(text: nn.Module) -> nn.Module:
+    """The module that turns final states into logits, whatever its class calls it. Raises
+    ValueError where there are several."""
+    heads = [child for child in text.children() if child is not text.base_model]
+    if len(heads) != 1:
+        raise ValueError(
+            f"text: expected one module behind the decoder of {type(text).__name__}, found "
+            f"{[type(head).__name__ for head in heads]}"
+        )
+    return heads[0]
+
+
+def memory_width(config: PreTrainedConfig) -> int:
+    """The width of the image tokens that a decoder's cross-attention takes."""
+    return getattr(config, "cross_attention_hidden_size", None) or config.hidden_size
+
+
+def first_position(text: nn.Module) -> int:
+    """The position of a row's first place where a class is told positions: 0, or behind the pad
+    id."""
+    return text.config.pad_token_id + 1 if text.config.model_type in FROM_PAD else 0
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """The most places of a row; None where the configuration does not say."""
+    count = getattr(config, "max_position_embeddings", None)
+    if count is not None and config.model_type in FROM_PAD:
+        return count - config.pad_token_id - 1
+    return count
+
+
+def plain_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """A decoder's configuration as JSON values; `AutoConfig.for_model(**values)` reads them."""
+    return config.to_dict()
