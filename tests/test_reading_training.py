@@ -13,11 +13,13 @@ from PIL import Image
 
 import vlm
 from recipes.line_reader import stage
+from recipes.trocr import stage as trocr_stage
 from tests import test_line_reader
 from tests.test_synthetic_lines import FOLDER, few_lines  # noqa: F401 - a fixture
-from vlm.systems import line_reader
-from vlm.training.objectives import Transcribe
-from vlm.training.reading import LineReaderSettings, run
+from vlm.systems import line_reader, transcriber
+from vlm.training.objectives import NextToken, Transcribe
+from vlm.training.reading import LineReaderSettings, TranscriberSettings, run
+from vlm.vocabulary import character_tokenizer
 
 LINES = f":fonts={FOLDER}:kind=clean:longest=6"
 
@@ -132,6 +134,71 @@ def test_bad_alphabets_and_starts_are_named(tmp_path):
         settings(tmp_path, alphabet="klingon").characters()
     (tmp_path / "own.txt").write_text("ab\ncé")
     assert settings(tmp_path, alphabet=str(tmp_path / "own.txt")).characters() == " abcé"
+
+
+def transcribed(folder, **changes):
+    values = dict(
+        out=folder,
+        decoder_width=64,
+        decoder_depth=1,
+        length=32,
+        steps=2,
+        batch=4,
+        precision="fp32",
+        workers=0,
+        held_out_rows=4,
+        eval_every=0,
+        save_every=0,
+        threads=1,
+        train=(f"lines:1000:seed=1{LINES}",),
+        held_out=f"lines:4:seed=2{LINES}:split=validation",
+    )
+    settings = TranscriberSettings(**values | changes)
+    objective = lambda model: NextToken(model.processor.pad_id)  # noqa: E731
+    return run(settings, trocr_stage, objective)
+
+
+def test_an_encoder_decoder_reader_is_trained_saved_and_given_another_script(tmp_path):
+    """T8: the ids that a text begins and ends with are the new tokenizer's."""
+    trained_once = transcribed(tmp_path / "english")
+    assert trained_once["lines"] == 4
+    model = vlm.load(tmp_path / "english", device="cpu")
+    assert model.read_lines([Image.new("RGB", (90, 20), "white")])[0].confidence <= 1
+    transcribed(
+        tmp_path / "greek",
+        start=str(tmp_path / "english"),
+        tokenizer="characters",
+        alphabet="greek",
+        train=(f"lines:1000:seed=1{LINES}:alphabet=greek",),
+        held_out=f"lines:4:seed=2{LINES}:alphabet=greek:split=validation",
+    )
+    greek = vlm.load(tmp_path / "greek", device="cpu")
+    tokenizer = greek.processor.text_tokenizer
+    assert greek.processor.start_ids == (tokenizer.bos_token_id,)
+    assert greek.parts.end_ids == (tokenizer.eos_token_id,)
+    assert greek.processor.text_ids("Ωa") == tokenizer.convert_tokens_to_ids(["Ω", "a"])
+    assert greek.module.text.get_input_embeddings().num_embeddings == len(tokenizer)
+
+
+def test_a_line_readers_columns_are_the_image_tokens_of_an_encoder_decoder(tmp_path):
+    trained(tmp_path / "reader", held_out_rows=0)
+    transcribed(tmp_path / "trocr", vision=str(tmp_path / "reader"), steps=1, held_out_rows=0)
+    model = vlm.load(tmp_path / "trocr", device="cpu")
+    assert model.module.tokenizer.config.width == 64
+
+
+def test_another_tokenizer_keeps_the_rows_of_the_tokens_that_both_have():
+    settings = TranscriberSettings(decoder_width=64, decoder_depth=1, length=32)
+    model = settings.build()
+    before = model.processor.text_tokenizer.get_vocab()
+    table = model.module.text.get_input_embeddings().weight.detach().clone()
+    new = character_tokenizer("zaΩ ")
+    swapped = transcriber.with_tokenizer(model, new)
+    rows = swapped.module.text.get_input_embeddings().weight
+    for token in ("a", "z", " ", "</s>", "<pad>"):
+        assert torch.equal(rows[new.get_vocab()[token]], table[before[token]])
+    assert swapped.module.text.config.decoder_start_token_id == new.bos_token_id
+    assert len(rows) == len(new)
 
 
 def test_the_recipe_runs_on_two_processes(tmp_path):

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
 from torch import nn
+from transformers import AutoTokenizer
 
 from vlm.data.augment import LEVELS
 from vlm.data.mixture import Mixture, MixtureDataset, check_weights
@@ -25,7 +27,11 @@ from vlm.inference.ocr import LineModel, Reader
 from vlm.inference.tasks import FACES
 from vlm.metrics.text import Comparison, compare_texts
 from vlm.pixels import open_image
-from vlm.systems import line_reader
+from vlm.systems import line_reader, transcriber
+from vlm.systems.encoder_decoder_parts import Transcriber
+from vlm.systems.reference import open_part
+from vlm.systems.transcriber import DecoderSizes
+from vlm.tokenizers.columns import ColumnsConfig, ColumnsTokenizer, line_spec
 from vlm.training.base_settings import BaseSettings, deciding, require_share
 from vlm.training.fit import Interrupted, Pace, fit
 from vlm.training.held_out import held_out_rows, usable_rows
@@ -33,6 +39,7 @@ from vlm.training.launch import accelerator_for, processes
 from vlm.training.objectives import Objective
 from vlm.training.run import Curves, Run
 from vlm.training.stages import Stage
+from vlm.vocabulary import character_tokenizer
 
 NEW = "new"
 ENDLESS = 1_000_000_000
@@ -115,7 +122,7 @@ class LineReaderSettings(ReadingSettings):
     Characters that it lacks are added to it, and its strokes are kept."""
     height_px: int = 32
     """Rows that a line of a new reader is brought to."""
-    width: int = 256
+    width: int = 192
     """Width of a new reader's tokens, a multiple of 64."""
     depth: int = 6
     """Its layers along the line."""
@@ -142,6 +149,90 @@ class LineReaderSettings(ReadingSettings):
                 f"start {self.start!r}: expected a line reader, found a {parts.module.family} model"
             )
         return line_reader.with_characters(parts, characters, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranscriberSettings(ReadingSettings):
+    """Settings of a run that trains an encoder-decoder reader (TrOCR's way): one to go on from, or
+    one of an image tokenizer and a text decoder."""
+
+    out: Path = Path("runs/trocr")
+    start: str | None = None
+    """A model to go on from: TrOCR's folder or hub id, a run, or a folder of our own layout."""
+    vision: str = NEW
+    """The image tokenizer, where there is none to go on from: new (a small net for lines),
+    "kind:id" of a pretrained one, or the folder of a model or run, such as one of
+    recipes/line_reader.py."""
+    decoder: str = NEW
+    """The text decoder, where there is none to go on from: new, or the hub id or folder of a text
+    model (BERT, RoBERTa, GPT-2 and their like), which gets fresh cross-attention."""
+    tokenizer: str = "own"
+    """own (the decoder's), characters (one token for each character of the alphabet), or the hub id
+    or folder of one. Tokens that the decoder knows already keep what they learned."""
+    line_px: tuple[int, int] | None = None
+    """Rows and most columns that a pretrained encoder of squares sees instead: lines keep their
+    shape, and positions are resized. Such as 64 1024."""
+    decoder_width: int = 256
+    """Width of a new decoder."""
+    decoder_depth: int = 3
+    """Its layers."""
+    length: int = 96
+    """The most tokens of a text of a new decoder."""
+    vision_rate: float = 5e-4
+    """Peak learning rate of the image tokenizer."""
+    decoder_rate: float = 1e-3
+    """Peak learning rate of the decoder and of what joins the two."""
+    steps: int = 2000
+
+    def build(self) -> Transcriber:
+        """The model to train. Raises ValueError for settings that do not go together."""
+        if self.start is not None:
+            parts = self._loaded()
+        else:
+            if self.decoder == NEW and self.tokenizer == "own":
+                tokenizer = character_tokenizer(self.characters())
+            else:
+                tokenizer = self._tokenizer() if self.decoder == NEW else None
+            sizes = DecoderSizes(
+                width=self.decoder_width,
+                depth=self.decoder_depth,
+                heads=max(1, self.decoder_width // 64),
+                mlp_width=4 * self.decoder_width,
+                length=self.length,
+            )
+            parts = transcriber.build(
+                vision=_new_vision(self.seed) if self.vision == NEW else self.vision,
+                text=sizes if self.decoder == NEW else self.decoder,
+                text_tokenizer=tokenizer,
+                prefix="drop" if self.vision == NEW else "keep",
+                seed=self.seed,
+            )
+        if self.tokenizer != "own" and not (self.start is None and self.decoder == NEW):
+            parts = transcriber.with_tokenizer(parts, self._tokenizer(), self.seed)
+        return parts if self.line_px is None else parts.with_size(self.line_px)
+
+    def _loaded(self) -> Transcriber:
+        import vlm
+
+        parts = vlm.load(self.start, device="cpu", dtype="stored").parts
+        if not isinstance(parts, Transcriber):
+            raise ValueError(
+                f"start {self.start!r}: expected an encoder-decoder model, found a "
+                f"{parts.module.family} one"
+            )
+        return parts
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer == "characters":
+            return character_tokenizer(self.characters())
+        return open_part(AutoTokenizer, Path(self.tokenizer))
+
+
+def _new_vision(seed: int) -> ColumnsTokenizer:
+    """A fresh image tokenizer for lines."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ColumnsTokenizer(ColumnsConfig(pixel_spec=line_spec(32)))
 
 
 MakeStage = Callable[[Any, nn.Module, int], Stage]
