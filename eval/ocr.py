@@ -63,7 +63,7 @@ class Settings:
 
     model: str | None = None
     """A packaged reader, a run folder, a model folder or a hub id; None: the peers alone."""
-    data: tuple[str, ...] = ("lines:400:split=validation:fonts=held_out",)
+    data: tuple[str, ...] = ("lines:400:split=validation:fonts=held_out:kind=one",)
     """Pictures of lines, or of pages, with their text: any sources that the recipes take."""
     peer: conf.UseAppendAction[tuple[Literal["tesseract", "rapidocr"], ...]] = ()
     """What else reads the same; may be given several times."""
@@ -115,6 +115,7 @@ def groups_of(lines: Sequence[Seen], sources: Sequence[Source]) -> dict[str, lis
         "data": [sources[line.data].name for line in lines],
         "kind": [kinds[line.hand] for line in lines],
         "font": [line.font or "not said" for line in lines],
+        "wear": [line.wear or "not said" for line in lines],
         "length": [length_group(line.truth) for line in lines],
     }
     return {name: values for name, values in groups.items() if len(set(values)) > 1}
@@ -264,7 +265,7 @@ def write_results(
                 for name, said in line.said.items()
             }
             values = {"row": line.name, "font": line.font, "hand": line.hand,
-                      "text": line.truth, "read": reads}  # fmt: skip
+                      "wear": line.wear, "text": line.truth, "read": reads}  # fmt: skip
             file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
 

@@ -37,7 +37,8 @@ class Seen:
     """A line and what was read of it.
 
     data: which of the sources, row: its row there. hand: whether it is handwriting, None where the
-    source does not say; font "" likewise. said: by reader.
+    source does not say; font, and wear (what the picture suffers from), "" likewise. said: by
+    reader.
     """
 
     data: int
@@ -45,6 +46,7 @@ class Seen:
     name: str
     truth: str
     font: str = ""
+    wear: str = ""
     hand: bool | None = None
     said: dict[str, Said] = field(default_factory=dict)
 
@@ -122,6 +124,8 @@ def look(source: Source, data: int, row: int, page: bool) -> tuple[Seen, Image.I
     seen = Seen(data, row, example.name, truth)
     if hasattr(source, "font_of"):
         seen.font = source.font_of(row)
+    if hasattr(source, "wear_of"):
+        seen.wear = source.wear_of(row)
     if hasattr(source, "hand_of"):
         seen.hand = source.hand_of(row)
     return seen, open_image(only_picture(example))

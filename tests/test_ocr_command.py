@@ -9,6 +9,7 @@ from PIL import Image
 import vlm
 from tests.pages import PARAGRAPH, WidthReader, draw_lines
 from vlm import cli
+from vlm.inference.reading import Line, Reading
 
 
 @pytest.fixture
@@ -118,4 +119,21 @@ def test_model_of_another_family_is_named(page, capsys, monkeypatch):
     monkeypatch.setattr(vlm, "load", lambda *_, **__: Other(), raising=False)
     with pytest.raises(SystemExit):
         cli.main(["ocr", str(page), "--model", "clip"])
-    assert "clip: a contrastive model reads no lines" in capsys.readouterr().err
+    assert "clip: a contrastive model reads no text" in capsys.readouterr().err
+
+
+def test_a_model_of_whole_pictures_is_asked_for_its_reading(page, capsys, monkeypatch):
+    class Whole:
+        class module:
+            family = "prefix_decoder"
+
+        def ocr(self, images, batch_size, **options):
+            line = Line("all of it", 0.5, (), (0, 0, 9, 9), ((0, 0), (9, 0), (9, 9), (0, 9)))
+            return [Reading((line,), (image.height, image.width)) for image in images]
+
+    monkeypatch.setattr(vlm, "load", lambda *_, **__: Whole(), raising=False)
+    cli.main(["ocr", str(page)])
+    assert capsys.readouterr().out == "all of it\n"
+    with pytest.raises(SystemExit):
+        cli.main(["ocr", str(page), "--layout", "line"])
+    assert "reads a picture as a whole" in capsys.readouterr().err

@@ -67,10 +67,14 @@ class Ocr:
         from vlm.pages.read import keep_sure
 
         model = vlm.load(self.model, device=self.device, dtype=self.dtype)
-        if not hasattr(model, "read_lines"):
+        if not (hasattr(model, "read_lines") or hasattr(model, "ocr")):
             raise ValueError(
-                f"{self.model}: a {model.module.family} model reads no lines; expected a model of "
-                "the family encoder_decoder or line_reader"
+                f"{self.model}: a {model.module.family} model reads no text; expected a model of "
+                "the family line_reader, encoder_decoder or prefix_decoder"
+            )
+        if not hasattr(model, "read_lines") and self.layout == "line":
+            raise ValueError(
+                f"--layout line: a {model.module.family} model reads a picture as a whole"
             )
         read: list[list[tuple[str, Reading]]] = [[] for _ in self.files]
         left_out = drawn = 0
@@ -142,14 +146,14 @@ class Ocr:
             def read() -> Iterator[tuple[_Page, Reading]]:
                 with warnings.catch_warnings(record=True) as heard:
                     warnings.simplefilter("always", UserWarning)
-                    readings = read_pages(
-                        model,
-                        [page.picture for page in waiting],
-                        self.layout,
-                        self.batch_size,
-                        names=[page.name for page in waiting],
-                        **options,
-                    )
+                    pictures = [page.picture for page in waiting]
+                    if hasattr(model, "read_lines"):
+                        names = [page.name for page in waiting]
+                        readings = read_pages(
+                            model, pictures, self.layout, self.batch_size, names=names, **options
+                        )
+                    else:
+                        readings = model.ocr(pictures, self.batch_size, **options)
                 for warning in heard:
                     bar.write(f"warning: {warning.message}", file=sys.stderr)
                 yield from zip(waiting, readings)
