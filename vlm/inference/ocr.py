@@ -278,8 +278,8 @@ def _temperature(said: Sequence[tuple[float, bool]]) -> float:
 def warmed(logprob: float, temperature: float) -> float:
     """The probability whose log-odds are those of exp(logprob), divided by `temperature`.
 
-    >>> warmed(math.log(0.9), 1.0), warmed(0.0, 2.0)
-    (0.9, 1.0)
+    >>> round(warmed(math.log(0.9), 2.0), 6), warmed(0.0, 2.0)
+    (0.75, 1.0)
     """
     p = math.exp(min(logprob, 0.0))
     if p <= 0.0 or p >= 1.0:

@@ -29,11 +29,11 @@ configuration is open_clip_config.json is "open_clip"; one of transformers'
 VisionEncoderDecoderModel is "donut" or "trocr", by its encoder."""
 
 NATIVE = {
-    "line_reader": "vlm.systems.line_reader",
     "decoder_only": "vlm.systems.composed",
     "prefix_decoder": "vlm.systems.composed",
     "contrastive": "vlm.systems.pairing",
     "encoder_decoder": "vlm.systems.transcriber",
+    "line_reader": "vlm.systems.line_reader",
 }
 """Family of a model -> the module that reads and writes it in our own layout."""
 
