@@ -14,7 +14,7 @@ from tests import tiny
 from tests import tokenizer_laws as laws
 from vlm.data.example import BadRow
 from vlm.families.line_reader import BLANK
-from vlm.inference import ctc
+from vlm.inference import ctc, ocr
 from vlm.inference.ocr import Reader, warmed
 from vlm.lines import LineProcessor, LineRow, by_width, collate_lines
 from vlm.losses.ctc import ctc_losses, least_columns
@@ -129,7 +129,15 @@ def test_confidences_lie_in_0_to_1_and_a_temperature_moves_them_to_the_middle():
             assert all(0 <= token.confidence <= 1 for token in read.tokens)
     assert warmed(math.log(0.9), 2.0) == pytest.approx(0.75)
     assert warmed(-math.inf, 2.0) == 0
+    assert warmed(-400.0, 0.5) == pytest.approx(0)
     assert warmed(0.0, 3.0) == 1
+
+
+@pytest.mark.parametrize("one", ["line.png", b"bytes"])
+def test_one_picture_in_place_of_a_list_is_refused(one):
+    for read in (Reader(parts()).ocr, Reader(parts()).read_lines):
+        with pytest.raises(ValueError, match="images is a list of pictures"):
+            read(one)
 
 
 def test_lines_come_back_in_their_order_whatever_their_widths():
@@ -137,6 +145,17 @@ def test_lines_come_back_in_their_order_whatever_their_widths():
     pictures = [line(seed=i, width=width).images[0] for i, width in enumerate((300, 30, 90, 31))]
     together = [read.text for read in reader.read_lines(pictures, batch_size=2)]
     assert together == [reader.read_lines([picture])[0].text for picture in pictures]
+
+
+def test_long_lines_are_read_fewer_at_a_time(monkeypatch):
+    pictures = [line(seed=i, width=w).images[0] for i, w in enumerate((300, 90, 300, 90, 300))]
+    reader, sizes = Reader(parts()), []
+    read = [one.text for one in reader.read_lines(pictures)]
+    monkeypatch.setattr(ocr, "LARGEST", 2 * 120**2)  # two of the short ones
+    whole = reader._read
+    monkeypatch.setattr(reader, "_read", lambda rows, n: sizes.append(len(rows)) or whole(rows, n))
+    assert [one.text for one in reader.read_lines(pictures)] == read
+    assert sizes == [2, 1, 1, 1]
 
 
 def test_blank_line_of_a_reader_that_says_nothing_is_empty_and_sure():
@@ -182,7 +201,7 @@ def test_lines_of_several_widths_are_no_batch():
     rows = [LineRow("a", torch.zeros(3, 8, 8), ()), LineRow("b", torch.zeros(3, 8, 16), ())]
     with pytest.raises(ValueError, match=r"one width, found \[8, 16\]"):
         collate_lines(rows)
-    assert by_width([8, 16, 8, 8], most=2) == [[0, 2], [3], [1]]
+    assert by_width([8, 16, 8, 8]) == [[0, 2, 3], [1]]
 
 
 def test_folder_round_trips(tmp_path):

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 import vlm
 from recipes.line_reader import stage
 from recipes.trocr import stage as trocr_stage
+from tests import test_encoder_decoder as law
 from tests import test_line_reader
 from tests.test_synthetic_lines import FOLDER, few_lines  # noqa: F401 - a fixture
 from vlm.systems import line_reader, transcriber
@@ -105,6 +107,8 @@ def test_another_alphabet_keeps_the_strokes_of_the_reader_that_it_starts_from(tm
         tmp_path / "greek", start=str(tmp_path / "english"), alphabet="greek"
     ).build()
     english = vlm.load(tmp_path / "english", device="cpu", dtype="float32").parts
+    before = settings(tmp_path).characters()
+    assert started.processor.characters.startswith(before)  # nothing that it reads is lost
     assert "Ω" in started.processor.characters
     for name, weight in english.module.tokenizer.state_dict().items():
         assert torch.equal(weight, started.module.tokenizer.state_dict()[name])
@@ -132,6 +136,8 @@ def test_characters_outside_the_alphabet_stop_the_run_and_are_named(tmp_path):
 def test_bad_alphabets_and_starts_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"alphabet 'klingon': expected english, latin"):
         settings(tmp_path, alphabet="klingon").characters()
+    with pytest.raises(ValueError, match=r"augment .light.: .* cut letters off a line"):
+        settings(tmp_path, augment="light").data()
     (tmp_path / "own.txt").write_text("ab\ncé")
     assert settings(tmp_path, alphabet=str(tmp_path / "own.txt")).characters() == " abcé"
 
@@ -187,6 +193,30 @@ def test_a_line_readers_columns_are_the_image_tokens_of_an_encoder_decoder(tmp_p
     assert model.module.tokenizer.config.width == 64
 
 
+def test_lines_keep_their_shape_before_an_encoder_of_squares(tmp_path):
+    """T18: views of one height and several widths, in whole patches."""
+    sizes = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2)
+    config = ViTConfig(**sizes, image_size=32, patch_size=8)
+    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    vision = f"transformers:{tmp_path / 'vit'}"
+    asked = dict(decoder_width=64, decoder_depth=1, length=32, line_px=(16, 128))
+    model = TranscriberSettings(vision=vision, **asked).build()
+    processor = model.processor
+    for size, wanted in (((40, 20), (16, 32)), ((300, 30), (16, 128)), ((96, 16), (16, 88))):
+        ((view, _),) = processor.encode_picture(Image.new("RGB", size, "white")).views
+        assert tuple(view.shape[1:]) == wanted
+    assert model.module.tokenizer.pixel_spec == processor.pixel_spec
+
+
+def test_a_decoder_that_counts_from_its_pad_id_refuses_a_tokenizer_with_another():
+    """RoBERTa's positions would all move by what the pad ids differ."""
+    model = TranscriberSettings(decoder_width=64, decoder_depth=1, length=32).build()
+    model.module.text = law.model("roberta").text
+    with pytest.raises(ValueError, match=r"counts positions from its pad id.* 256 too, found 1"):
+        transcriber.with_tokenizer(model, character_tokenizer("ab "))
+
+
 def test_another_tokenizer_keeps_the_rows_of_the_tokens_that_both_have():
     settings = TranscriberSettings(decoder_width=64, decoder_depth=1, length=32)
     model = settings.build()
@@ -199,6 +229,19 @@ def test_another_tokenizer_keeps_the_rows_of_the_tokens_that_both_have():
         assert torch.equal(rows[new.get_vocab()[token]], table[before[token]])
     assert swapped.module.text.config.decoder_start_token_id == new.bos_token_id
     assert len(rows) == len(new)
+
+
+def test_another_tokenizer_keeps_the_biases_of_berts_head():
+    model = TranscriberSettings(decoder_width=64, decoder_depth=1, length=32).build()
+    text = model.module.text = law.model("bert").text
+    before = model.processor.text_tokenizer.get_vocab()
+    with torch.no_grad():
+        text.get_output_embeddings().bias.copy_(torch.arange(300.0))
+    new = character_tokenizer("zaΩ ")
+    biases = transcriber.with_tokenizer(model, new).module.text.get_output_embeddings().bias
+    for token in ("a", "z", " ", "</s>", "<pad>"):
+        assert biases[new.get_vocab()[token]] == before[token]
+    assert len(biases) == len(new)
 
 
 def test_the_recipe_runs_on_two_processes(tmp_path):

@@ -11,7 +11,14 @@ import pytest
 from vlm.data.sources import BadSource, open_source
 from vlm.data.synthetic import degrade, fonts, text
 from vlm.data.synthetic.fonts import BadFont, find_fonts
-from vlm.data.synthetic.lines import ALPHABETS, DrawnLine, Lines, draw
+from vlm.data.synthetic.lines import (
+    ALPHABETS,
+    DrawnLine,
+    Lines,
+    _joins,
+    characters_of,
+    draw,
+)
 from vlm.data.synthetic.text import ASCII, MARKS, BadText, Writer, split_of
 from vlm.pixels import open_image
 
@@ -164,6 +171,35 @@ def test_text_of_a_file_is_drawn_from(tmp_path):
     known = {"жили", "были", "старик", "со", "старухой", "у", "самого", "синего", "моря"}
     words = {word.lower() for row in range(60) for word in source.line(row).text.split()}
     assert len({word.strip("«»\"'()[]“”‘’") for word in words} & known) > 4
+
+
+def test_text_in_other_letters_than_the_alphabet_is_refused(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text("\n".join(f"у самого синего моря {word}" for word in "абвгдежзик"))
+    with pytest.raises(BadText, match=r"found none among .* such as 'у самого"):
+        lines(text=str(path))
+
+
+def test_alphabet_is_a_name_or_what_a_file_holds(tmp_path):
+    path = tmp_path / "own.txt"
+    path.write_text("ba\nce\u0301")
+    assert characters_of(str(path)) == " abc\xe9"
+    spec = f"lines:40:fonts={FOLDER}:alphabet={path}:text=english:made=1"
+    with pytest.raises(BadSource, match="of the letters 'abcé', found none"):
+        open_source(spec)
+    words = tmp_path / "words.txt"
+    words.write_text("\n".join(f"{a}{b}{c}" for a in "abcé" for b in "abcé" for c in "abcé"))
+    source = open_source(spec.replace("english", str(words)))
+    assert {c for row in range(40) for c in source[row].answer} <= set(" abcé")
+    path.write_bytes("caf\xe9".encode("latin1"))
+    with pytest.raises(ValueError, match=r"own\.txt: expected UTF-8, found byte 3"):
+        characters_of(str(path))
+
+
+def test_letters_that_join_are_not_set_apart():
+    """Arabic, and marks upon letters: one by one they would be others."""
+    assert not any(map(_joins, ALPHABETS["latin"] + ALPHABETS["greek"] + ALPHABETS["cyrillic"]))
+    assert all(map(_joins, "\u0634\u05e9\u0301\u093f"))
 
 
 def test_text_files_that_cannot_be_read_are_named(tmp_path):

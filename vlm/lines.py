@@ -110,18 +110,13 @@ def collate_lines(rows: Sequence[LineRow]) -> LineBatch:
     )
 
 
-def by_width(widths: Sequence[int], most: int | None = None) -> list[list[int]]:
+def by_width(widths: Sequence[int]) -> list[list[int]]:
     """Numbers of lines in groups of one width, narrow ones first, each group in order.
-
-    most: the most lines of a group; None: any number.
 
     >>> by_width([100, 300, 100])
     [[0, 2], [1]]
     """
-    groups: dict[int, list[list[int]]] = {}
+    groups: dict[int, list[int]] = {}
     for number, width in enumerate(widths):
-        parts = groups.setdefault(width, [[]])
-        if most is not None and len(parts[-1]) >= most:
-            parts.append([])
-        parts[-1].append(number)
-    return [part for width in sorted(groups) for part in groups[width]]
+        groups.setdefault(width, []).append(number)
+    return [groups[width] for width in sorted(groups)]

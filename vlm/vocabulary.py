@@ -203,15 +203,16 @@ def _split(table: nn.Parameter, rows: Tensor) -> tuple[nn.Parameter, nn.Paramete
 
 def character_tokenizer(characters: str):
     """A fast tokenizer of transformers whose tokens are single characters, behind `<s>`, `<pad>`,
-    `</s>` and `<unk>`: for scripts that no published tokenizer of a decoder knows.
+    `</s>` and `<unk>`: for scripts that no published tokenizer of a decoder knows. Texts are
+    composed (NFC) and runs of white space are one space, as line readers have it.
 
     characters: each once. Raises ValueError naming those that are given twice.
 
     >>> tokenizer = character_tokenizer("abc ")
-    >>> tokenizer("a b", add_special_tokens=False)["input_ids"], tokenizer.decode([4, 7, 5])
+    >>> tokenizer("a\\t b", add_special_tokens=False)["input_ids"], tokenizer.decode([4, 7, 5])
     ([4, 7, 5], 'a b')
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     twice = sorted({c for c in characters if characters.count(c) > 1})
@@ -220,6 +221,8 @@ def character_tokenizer(characters: str):
     names = ["<s>", "<pad>", "</s>", "<unk>"]
     vocabulary = {token: id for id, token in enumerate([*names, *characters])}
     own = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    spaces = normalizers.Replace(Regex(r"\s+"), " ")
+    own.normalizer = normalizers.Sequence([normalizers.NFC(), spaces])
     own.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     own.decoder = decoders.Fuse()
     start, pad, end, unknown = names

@@ -14,6 +14,7 @@ from vlm import systems
 from vlm.data.collate import collate
 from vlm.data.example import caption_example
 from vlm.inference import transcribe
+from vlm.inference.ocr import Writer
 from vlm.pixels import from_transformers
 from vlm.systems import donut
 from vlm.tokenizers.transformers import TransformersConfig, build
@@ -143,6 +144,18 @@ def test_donut_greedy_ids_match_reference(folder):
     for (mine, _), other in zip(found, expected, strict=True):
         assert mine == other[: len(mine)]
         assert set(other[len(mine) :]) <= {1}
+
+
+def test_donut_prompt_takes_places_from_what_is_written(folder):
+    """Where nothing is said of lengths, prompt and text fill the decoder's places together."""
+    model = Writer(load(folder))
+    prompts = ["<s_cord-v2>", "<s_cord-v2><s_menu><s_nm><s_sum>"]
+    for prompt in prompts:
+        (written,) = model.generate(PICTURES[:1], [prompt])
+        room = MBART["max_position_embeddings"] + 1 - len(model.processor.prompt_ids(prompt))
+        assert 1 <= len(written.ids) <= room
+    with pytest.raises(ValueError, match="40 positions, 4 ids to begin with leave 37, found 39"):
+        model.generate(PICTURES[:1], prompts[1:], max_new_tokens=39)
 
 
 @pytest.mark.parametrize("through", ["native", "reference"])

@@ -21,6 +21,7 @@ from vlm.metrics.text import pieces_right
 from vlm.prompts import Row
 from vlm.systems.encoder_decoder_parts import Transcriber
 from vlm.systems.line_reader import ReaderParts, Temperatures
+from vlm.text_decoders import positions_of
 
 TASKS = {
     "caption": "decoder-only models",
@@ -33,6 +34,9 @@ TASKS = {
 }
 WINDOW = 16
 """Batches of lines that are sorted by width together."""
+LARGEST = 2**28
+"""Lines times the square of their columns that are read at once, at most: so attention along the
+line grows. One line of 16,384 columns, 256 of 1,024."""
 
 
 class LineModel:
@@ -70,6 +74,7 @@ class LineModel:
         """
         from vlm.pages.read import read_pages  # which needs OpenCV
 
+        _require_list(images)
         return read_pages(
             self, images, layout, batch_size, min_confidence, num_beams=num_beams, **options
         )
@@ -82,6 +87,7 @@ class LineModel:
         num_beams: 1 takes the likeliest character or token each time; more search among texts.
         A blank picture has the text "", and as confidence that nothing stands there.
         """
+        _require_list(pictures)
         if batch_size < 1 or num_beams < 1:
             raise ValueError(
                 f"batch_size and num_beams must be at least 1, found {batch_size}, {num_beams}"
@@ -92,7 +98,7 @@ class LineModel:
             for first in range(0, len(pictures), WINDOW * batch_size):
                 part = pictures[first : first + WINDOW * batch_size]
                 rows = [self._encode(p, _name(p, first + i)) for i, p in enumerate(part)]
-                for group in by_width([_width(row) for row in rows], batch_size):
+                for group in _groups([_width(row) for row in rows], batch_size):
                     read = self._read([rows[i] for i in group], num_beams, **options)
                     for i, transcript in zip(group, read, strict=True):
                         done[first + i] = transcript
@@ -243,6 +249,9 @@ class Writer(LineModel):
         """Ids and log-probabilities of what is written on each row."""
         batch = collate(rows, self.processor.pad_id).to(self.device, self._dtype)
         parts = self.parts
+        most, positions = parts.max_new_tokens, positions_of(self.module.text.config)
+        if positions is not None:  # a prompt takes some of them
+            most = max(1, min(most, positions + 1 - max(len(row.ids) for row in rows)))
         given = {
             "groups": batch.groups,
             "start_ids": self.processor.start_ids,
@@ -250,7 +259,7 @@ class Writer(LineModel):
             "pad_id": self.processor.pad_id,
             "prompts": [row.ids.tolist() for row in rows],
             "banned": parts.banned,
-            "max_new_tokens": options.pop("max_new_tokens", parts.max_new_tokens),
+            "max_new_tokens": options.pop("max_new_tokens", most),
         }
         if num_beams == 1 and not options:
             return transcribe.greedy(self.module, **given)
@@ -278,13 +287,30 @@ def _temperature(said: Sequence[tuple[float, bool]]) -> float:
 def warmed(logprob: float, temperature: float) -> float:
     """The probability whose log-odds are those of exp(logprob), divided by `temperature`.
 
-    >>> round(warmed(math.log(0.9), 2.0), 6), warmed(0.0, 2.0)
-    (0.75, 1.0)
+    >>> round(warmed(math.log(0.9), 2.0), 4), warmed(0.0, 2.0), warmed(-800.0, 0.5)
+    (0.75, 1.0, 0.0)
     """
-    p = math.exp(min(logprob, 0.0))
-    if p <= 0.0 or p >= 1.0:
-        return min(max(p, 0.0), 1.0)
-    return 1 / (1 + ((1 - p) / p) ** (1 / temperature))
+    if logprob >= 0.0:
+        return 1.0
+    log_odds = logprob - math.log(-math.expm1(logprob))
+    small = math.exp(-abs(log_odds) / temperature)
+    return (1.0 if log_odds >= 0 else small) / (1 + small)
+
+
+def _require_list(pictures) -> None:
+    """Raises ValueError for the path or bytes of one picture, which would be taken letter by
+    letter."""
+    if isinstance(pictures, (str, bytes, Path)):
+        raise ValueError("images is a list of pictures")
+
+
+def _groups(widths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Numbers of lines to be read at once: of one width, at most a batch, and within LARGEST."""
+    groups = []
+    for group in by_width(widths):
+        most = max(1, min(batch_size, LARGEST // widths[group[0]] ** 2))
+        groups += [group[start : start + most] for start in range(0, len(group), most)]
+    return groups
 
 
 def _width(row: LineRow | Row) -> int:

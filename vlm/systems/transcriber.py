@@ -192,9 +192,11 @@ def with_tokenizer(model: Transcriber, text_tokenizer: Any, seed: int = 0) -> Tr
     tokenizer's. The model itself is changed; what it could write before is lost.
 
     text_tokenizer: a fast tokenizer of transformers. seed: of fresh rows.
-    Raises ValueError where it has no token to end with.
+    Raises ValueError where it has no token to end with, and where the decoder counts its positions
+    from the pad id, which is another one then.
     """
     start_id, end_id, pad_id = ids_of(text_tokenizer)
+    _require_pad(model.module.text, pad_id)
     old, new = model.processor.text_tokenizer.get_vocab(), text_tokenizer.get_vocab()
     kept = [(id, old[token]) for token, id in new.items() if token in old]
     text, count = model.module.text, len(text_tokenizer)
@@ -205,12 +207,20 @@ def with_tokenizer(model: Transcriber, text_tokenizer: Any, seed: int = 0) -> Tr
         if output is not None and output.weight is not tables[0]:
             tables.append(output.weight)
         fresh = [_rows_for(table, kept, count) for table in tables]
+        bias = getattr(output, "bias", None)  # BERT's head has one number for each token
+        if bias is not None:
+            bias = _rows_for(bias[:, None], kept, count)[:, 0]
         text.resize_token_embeddings(count, mean_resizing=False)
-        places = [text.get_input_embeddings().weight]
+        table = text.get_input_embeddings()
+        if table.padding_idx is not None:  # the row that gets no gradient
+            table.padding_idx = pad_id
+        places = [table.weight]
         if len(fresh) > 1:
             places.append(text.get_output_embeddings().weight)
         for place, rows in zip(places, fresh, strict=True):
             place.copy_(rows)
+        if bias is not None:
+            text.get_output_embeddings().bias.copy_(bias)
     for name, id in (
         ("decoder_start_token_id", start_id),
         ("bos_token_id", start_id),
@@ -234,6 +244,18 @@ def with_tokenizer(model: Transcriber, text_tokenizer: Any, seed: int = 0) -> Tr
         max_new_tokens=model.max_new_tokens,
         generation=model.generation,
     )
+
+
+def _require_pad(text: torch.nn.Module, pad_id: int) -> None:
+    """Raises ValueError where a decoder with another pad id would give its places other positions,
+    as RoBERTa's and TrOCR's sinusoidal ones are counted from behind it."""
+    own = text.config.pad_token_id
+    sinusoidal = any(isinstance(m, text_decoders.SinusoidalPositions) for m in text.modules())
+    if (text_decoders.first_position(text) or sinusoidal) and pad_id != own:
+        raise ValueError(
+            f"text_tokenizer: {type(text).__name__} counts positions from its pad id, expected a "
+            f"tokenizer that pads with the id {own} too, found {pad_id}"
+        )
 
 
 def _rows_for(table: torch.Tensor, kept: list[tuple[int, int]], count: int) -> torch.Tensor:

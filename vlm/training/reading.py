@@ -17,11 +17,10 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoTokenizer
 
-from vlm.data.augment import LEVELS
 from vlm.data.mixture import Mixture, MixtureDataset, check_weights
 from vlm.data.sources import open_source
 from vlm.data.sources.base import Source
-from vlm.data.synthetic.lines import ALPHABETS
+from vlm.data.synthetic.lines import characters_of
 from vlm.draw import draw_lines
 from vlm.inference.ocr import LineModel, Reader
 from vlm.inference.tasks import FACES
@@ -81,15 +80,7 @@ class ReadingSettings(BaseSettings):
 
         Raises ValueError for an alphabet that is neither a name nor a file.
         """
-        if self.alphabet in ALPHABETS:
-            return ALPHABETS[self.alphabet]
-        path = Path(self.alphabet)
-        if not path.is_file():
-            raise ValueError(
-                f"alphabet {self.alphabet!r}: expected {', '.join(ALPHABETS)}, or a text file"
-            )
-        found = set(path.read_text(encoding="utf-8-sig")) - set("\n\r\t\ufeff")
-        return "".join(sorted(found | {" "}))
+        return characters_of(self.alphabet)
 
     def drawn(self, count: int, seed: int, split: str) -> str:
         """The source of drawn lines in the settings' language."""
@@ -100,12 +91,17 @@ class ReadingSettings(BaseSettings):
 
     def data(self) -> MixtureDataset:
         require_share("warmup", self.warmup)
+        if self.augment != "none":
+            raise ValueError(
+                f"augment {self.augment!r}: expected none, as windows would cut letters off a "
+                "line; drawn lines are worn already"
+            )
         specs = self.train or (self.drawn(ENDLESS, self.seed + 1, "train"),)
         sources = [open_source(spec) for spec in specs]
         if self.weights is not None:
             check_weights(self.weights, [source.name for source in sources])
         mixture = Mixture(sources, self.weights, self.seed)
-        return MixtureDataset(sources, mixture, self.bad_rows, LEVELS[self.augment])
+        return MixtureDataset(sources, mixture, self.bad_rows)
 
     def held_out_source(self) -> Source:
         """What is evaluated on."""
@@ -148,7 +144,9 @@ class LineReaderSettings(ReadingSettings):
             raise ValueError(
                 f"start {self.start!r}: expected a line reader, found a {parts.module.family} model"
             )
-        return line_reader.with_characters(parts, characters, self.seed)
+        known = parts.processor.characters
+        new = "".join(c for c in characters if c not in known)
+        return line_reader.with_characters(parts, known + new, self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +207,13 @@ class TranscriberSettings(ReadingSettings):
             )
         if self.tokenizer != "own" and not (self.start is None and self.decoder == NEW):
             parts = transcriber.with_tokenizer(parts, self._tokenizer(), self.seed)
-        return parts if self.line_px is None else parts.with_size(self.line_px)
+        if self.line_px is None:
+            return parts
+        tokenizer, spec = parts.module.tokenizer, parts.processor.pixel_spec
+        patch_px = spec.patch_px  # None where all views are of one size
+        if patch_px is None:
+            patch_px = spec.size_hw[1] // tokenizer.shapes_for(spec.size_hw)[0].grid_hw[1]
+        return parts.with_size(self.line_px, fit="height", patch_px=patch_px)
 
     def _loaded(self) -> Transcriber:
         import vlm

@@ -6,8 +6,10 @@ that it never saw.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
 import cv2
@@ -100,7 +102,7 @@ class Lines(Source):
 
     @classmethod
     def from_text(cls, text: str) -> Lines:
-        """Lines of "COUNT:KEY=VALUE:..."; keys are seed, fonts, alphabet (a name of `ALPHABETS`),
+        """Lines of "COUNT:KEY=VALUE:..."; keys are seed, fonts, alphabet (see `characters_of`),
         text, split, kind, made and longest. Raises BadSource naming the part that does not fit."""
         count, *parts = text.split(":")
         options = {}
@@ -180,7 +182,7 @@ def write(text: str, font: Font, dice: np.random.Generator) -> np.ndarray:
     size = int(np.clip(dice.lognormal(3.45, 0.28), 18, 72))
     face = font.at(size)
     loose = dice.random()
-    if loose < 0.06:  # letters set apart or together, one by one
+    if loose < 0.06 and not any(map(_joins, text)):  # letters set apart or together, one by one
         mask = _spaced(text, face, dice.uniform(-0.03, 0.14) * size)
     else:
         mask = _mask(text, face)
@@ -188,6 +190,15 @@ def write(text: str, font: Font, dice: np.random.Generator) -> np.ndarray:
         width = max(4, round(mask.shape[1] * dice.uniform(0.8, 1.2)))
         mask = cv2.resize(mask, (width, mask.shape[0]), interpolation=cv2.INTER_AREA)
     return mask
+
+
+def _joins(character: str) -> bool:
+    """Whether a character hangs on its neighbours: a mark on a letter, or of a script that runs
+    from right to left, as Arabic, whose letters change with those beside them."""
+    return unicodedata.category(character)[0] == "M" or unicodedata.bidirectional(character) in (
+        "R",
+        "AL",
+    )
 
 
 def _mask(text: str, face) -> np.ndarray:
@@ -232,14 +243,28 @@ def _sentences(words: Sequence[str], seed: int, count: int = 20000) -> list[str]
     return [" ".join(dice.choices(words, k=dice.randint(1, 7)))[:60] for _ in range(count)]
 
 
-def _alphabet(name: str) -> str:
-    return ALPHABETS[name]
+def characters_of(alphabet: str) -> str:
+    """The characters of an alphabet: those of one of `ALPHABETS`, or all that a text file in UTF-8
+    holds, composed (NFC), each once, in code order, and the space.
+
+    Raises ValueError for an alphabet that is neither a name nor a file.
+    """
+    if alphabet in ALPHABETS:
+        return ALPHABETS[alphabet]
+    path = Path(alphabet)
+    if not path.is_file():
+        raise ValueError(f"alphabet {alphabet!r}: expected {', '.join(ALPHABETS)}, or a text file")
+    try:
+        text = unicodedata.normalize("NFC", path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8, found byte {error.start} that is not") from error
+    return "".join(sorted((set(text) - set("\n\r\t\ufeff")) | {" "}))
 
 
 _OPTIONS: dict[str, tuple[str, Callable]] = {
     "seed": ("seed", int),
     "fonts": ("fonts", str),
-    "alphabet": ("characters", _alphabet),
+    "alphabet": ("characters", characters_of),
     "text": ("text", str),
     "split": ("split", str),
     "kind": ("kind", str),

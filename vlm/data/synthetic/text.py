@@ -147,7 +147,8 @@ class Writer:
     besides is left out of the draw. split: the split that every line belongs to. made: share of
     made lines. words: for made lines; None takes the words of `lines`. longest: the most characters
     of a line, beyond which it is cut.
-    Raises BadText where no line can be written with `characters`.
+    Raises BadText where no line can be written with `characters`, and where these hold letters of
+    which none of `lines` is written.
     """
 
     def __init__(
@@ -172,6 +173,11 @@ class Writer:
         self.letters = [c for c in characters if c.isalpha()]
         self.digits = [c for c in characters if c.isdigit()] or ["0"]
         self.signs = [c for c in characters if not c.isalnum() and not c.isspace()]
+        if lines and not self.lines and self.letters:
+            raise BadText(
+                f"expected lines of the letters {''.join(self.letters)[:40]!r}, found none among "
+                f"{len(lines)}, such as {lines[0]!r}; name the alphabet that they are written in"
+            )
         if not self.lines and not self.words and not self.letters:
             raise BadText("expected lines, words or letters to write, found none")
 
