@@ -18,6 +18,7 @@ from recipes.trocr import stage as trocr_stage
 from tests import test_encoder_decoder as law
 from tests import test_line_reader
 from tests.test_synthetic_lines import FOLDER, few_lines  # noqa: F401 - a fixture
+from vlm.data.example import BadRow
 from vlm.systems import line_reader, transcriber
 from vlm.training.objectives import NextToken, Transcribe
 from vlm.training.reading import LineReaderSettings, TranscriberSettings, run
@@ -261,3 +262,12 @@ def test_the_recipe_runs_on_two_processes(tmp_path):
     reader = vlm.load(tmp_path / "two", device="cpu", dtype="float32")
     assert isinstance(reader.parts, line_reader.ReaderParts)
     assert found["lines"] == 5
+
+
+@pytest.mark.parametrize("mark", ["</s>", "<pad>", "<s>"])
+def test_a_text_that_spells_the_tokenizers_own_marks_is_named(mark):
+    """It would end, or not be learned, in its middle."""
+    model = TranscriberSettings(decoder_width=64, decoder_depth=1, length=32).build()
+    example = test_line_reader.line(f"a{mark}b")
+    with pytest.raises(BadRow, match=rf"line 0.*own start, end and padding marks.*'{mark}'"):
+        model.processor.encode(example)

@@ -81,8 +81,9 @@ class LineProcessor:
 
         What the user's turn says is a literal prompt, which is not scored.
         Raises BadRow or BadImage naming the row where there is no picture, it cannot be read, or
-        the text has characters that the vocabulary lacks. Gives Skipped where the row is longer
-        than `max_tokens` and must not be cut.
+        the text has characters that the vocabulary lacks, or spells one of the tokenizer's own
+        marks, which would end it early. Gives Skipped where the row is longer than `max_tokens`
+        and must not be cut.
         """
         if not any(turn.role == "assistant" for turn in example.turns):
             raise BadRow(f"{example.name}: expected a text to write, found none")
@@ -170,7 +171,14 @@ class LineProcessor:
     def _row(self, name: str, images: Sequence, start: list[int], text: str) -> Row | Skipped:
         if not images:
             raise BadRow(f"{name}: expected a picture of the text, found none")
-        ids = [*start, *self.text_ids(text, name), self.end_id]
+        written = self.text_ids(text, name)
+        if own := {*self.start_ids, self.end_id, self.pad_id}.intersection(written):
+            marks = self.text_tokenizer.convert_ids_to_tokens(sorted(own))
+            raise BadRow(
+                f"{name}: expected a text without the tokenizer's own start, end and padding "
+                f"marks, found {marks} in {text[:60]!r}"
+            )
+        ids = [*start, *written, self.end_id]
         cut = max(0, len(ids) - (self.max_tokens or len(ids)))
         too_long = f"{len(ids)} tokens, the decoder takes {self.max_tokens}"
         if cut and self.overflow == "drop":
