@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from vlm.inference.packed import packed
+from vlm.inference.packed import _weights, packed, packed_layers
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -36,3 +36,34 @@ def test_products_give_gradients_where_they_are_asked_for():
     layer = nn.Linear(8, 4).bfloat16()
     packed([layer], 2)(torch.randn(2, 8).bfloat16()).sum().backward()
     assert layer.weight.grad is not None
+
+
+@torch.no_grad()
+def test_layers_are_packed_while_asked_for_and_see_new_weights():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(48, 32), nn.GELU(), nn.Linear(32, 16)).bfloat16()
+    x = torch.randn(5, 48).bfloat16()
+    for _ in range(2):
+        expected = net(x)
+        with packed_layers(net, rows=5):
+            assert "forward" in vars(net[0])
+            torch.testing.assert_close(net(x), expected, atol=1e-2, rtol=1e-2)
+        assert "forward" not in vars(net[0])
+        net[0].weight.mul_(-2.0)
+
+
+@torch.no_grad()
+def test_weights_are_laid_out_once_until_they_change():
+    layers = [nn.Linear(32, 32).bfloat16() for _ in range(2)]
+    assert _weights(layers, 4) is _weights(layers, 4)
+    before = _weights(layers, 4)
+    layers[1].weight.add_(1.0)
+    assert _weights(layers, 4) is not before
+
+
+def test_layers_that_are_trained_are_left_as_they_are():
+    net = nn.Linear(8, 4).bfloat16()
+    with packed_layers(net, rows=2):
+        assert "forward" not in vars(net)
+        net(torch.randn(2, 8).bfloat16()).sum().backward()
+    assert net.weight.grad is not None

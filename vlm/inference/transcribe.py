@@ -28,7 +28,7 @@ from transformers import (
 from vlm.families.encoder_decoder import EncoderDecoder, Memory
 from vlm.image_tokens import ViewGroup, map_pixels
 from vlm.inference.engine import Written, answer_losses, check_options
-from vlm.inference.packed import packed
+from vlm.inference.packed import packed, packed_layers
 from vlm.placement import Batch
 from vlm.text_decoders import first_position, head_of, positions_of
 
@@ -38,6 +38,8 @@ LEAVE = 8
 
 VIEWS = 4
 """Views that a CPU encodes at a time: what is in work for them still lies in its caches."""
+ROWS = 2048
+"""Tokens for which an encoder's weights are laid out: those of so many views, about."""
 
 
 @torch.no_grad()
@@ -50,7 +52,8 @@ def encode(module: EncoderDecoder, groups: Sequence[ViewGroup]) -> Memory:
             rows = slice(start, start + step)
             pixels = map_pixels(lambda part, rows=rows: part[rows], group.pixels)
             parts.append(ViewGroup(pixels=pixels, owner=group.owner[rows]))
-    return module.encode(parts)
+    with packed_layers(module.tokenizer, ROWS):
+        return module.encode(parts)
 
 
 @torch.no_grad()
@@ -390,7 +393,8 @@ class _Layer:
         self.image_out = packed([image.out_proj], rows)
         self.widen, self.narrow = packed([layer.fc1], rows), packed([layer.fc2], rows)
         self.memory = [
-            self._heads(project(memory)).contiguous() for project in (image.k_proj, image.v_proj)
+            self._heads(packed([layer], ROWS)(memory)).contiguous()
+            for layer in (image.k_proj, image.v_proj)
         ]
         self.written = [self._room(memory, rows) for _ in range(2)]
 
