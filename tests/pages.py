@@ -33,6 +33,20 @@ def draw_lines(lines, px, width=None, left=30, top=30, leading=1.5):
     return picture, boxes
 
 
+def write_pdf(path, *objects, trailer=b""):
+    """A PDF of these objects, numbered from 1, the first its catalogue."""
+    body, places = b"%PDF-1.7\n", []
+    for number, content in enumerate(objects, 1):
+        places.append(len(body))
+        body += b"%d 0 obj\n%s\nendobj\n" % (number, content)
+    count = len(objects) + 1
+    table = b"xref\n0 %d\n0000000000 65535 f \n" % count
+    table += b"".join(b"%010d 00000 n \n" % place for place in places)
+    end = b"trailer\n<< /Size %d /Root 1 0 R %s >>\nstartxref\n%d\n%%%%EOF"
+    path.write_bytes(body + table + end % (count, trailer, len(body)))
+    return path
+
+
 def overlap(a, b):
     """Intersection over union of two boxes."""
     shared = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
@@ -43,6 +57,8 @@ def overlap(a, b):
 class WidthReader:
     """Reads each picture's width and height, as two words over its left and right half; of a
     picture without contrast, nothing."""
+
+    reads = "lines"
 
     def __init__(self, confidences=(0.9,)):
         self.confidences, self.batches, self.pictures = confidences, [], []

@@ -7,9 +7,24 @@ import pytest
 from PIL import Image
 
 import vlm
-from tests.pages import PARAGRAPH, WidthReader, draw_lines
+from tests.pages import PARAGRAPH, WidthReader, draw_lines, write_pdf
 from vlm import cli
-from vlm.inference.reading import Line, Reading
+from vlm.inference.reading import Line, Reading, Token, Transcript
+from vlm.pages import read
+from vlm.pixels import decode
+
+
+@pytest.fixture(autouse=True)
+def _finds_lines_once(monkeypatch):
+    """Many files are of one picture here."""
+    for name in ("find_lines", "runs_sideways"):
+        find, found = getattr(read, name), {}
+
+        def known(picture, find=find, found=found):
+            key = picture.size, picture.tobytes()
+            return found[key] if key in found else found.setdefault(key, find(picture))
+
+        monkeypatch.setattr(read, name, known)
 
 
 @pytest.fixture
@@ -124,16 +139,153 @@ def test_model_of_another_family_is_named(page, capsys, monkeypatch):
 
 def test_a_model_of_whole_pictures_is_asked_for_its_reading(page, capsys, monkeypatch):
     class Whole:
-        class module:
-            family = "prefix_decoder"
+        reads = "pages"
 
         def ocr(self, images, batch_size, **options):
+            asked.append((len(images), batch_size, options))
             line = Line("all of it", 0.5, (), (0, 0, 9, 9), ((0, 0), (9, 0), (9, 9), (0, 9)))
             return [Reading((line,), (image.height, image.width)) for image in images]
 
+    asked = []
     monkeypatch.setattr(vlm, "load", lambda *_, **__: Whole(), raising=False)
-    cli.main(["ocr", str(page)])
-    assert capsys.readouterr().out == "all of it\n"
+    cli.main(["ocr", *[str(page)] * 3, "--batch-size", "2", "--prompt", "<s_x>"])
+    assert capsys.readouterr().out == "all of it\n\fall of it\n\fall of it\n"
+    assert asked == [(2, 2, {"prompt": "<s_x>"}), (1, 2, {"prompt": "<s_x>"})]
     with pytest.raises(SystemExit):
         cli.main(["ocr", str(page), "--layout", "line"])
     assert "reads a picture as a whole" in capsys.readouterr().err
+
+
+def many(folder, count):
+    """Files of five lines each."""
+    picture = draw_lines(PARAGRAPH, px=20)[0]
+    paths = [folder / f"scan-{number}.png" for number in range(count)]
+    for path in paths:
+        picture.save(path)
+    return paths
+
+
+def test_what_was_read_is_written_before_the_next_pages_are_opened(
+    reader, tmp_path, capsys, monkeypatch
+):
+    """Windows of four pages: 20 lines, where 16 batches of one are read together."""
+    paths, out = many(tmp_path, 9), tmp_path / "out"
+    out.mkdir()
+    opened, seen = [], []
+    open_image = decode.open_image
+    monkeypatch.setattr(
+        "vlm.pixels.open_image", lambda path: opened.append(path) or open_image(path)
+    )
+    read_lines = reader.read_lines
+
+    def watched(pictures, **options):
+        seen.append((len(opened), sorted(path.name for path in out.iterdir())))
+        return read_lines(pictures, **options)
+
+    monkeypatch.setattr(reader, "read_lines", watched)
+    arguments = [*map(str, paths), "--batch-size", "1", "--format", "json"]
+    cli.main(["ocr", *arguments, "--out", str(out)])
+    whole = [f"scan-{number}.json" for number in range(9)]
+    # The last file of a window is known to be whole when a page of another comes.
+    assert seen == [
+        (4, []),
+        (8, [*whole[:3], whole[3] + ".new"]),
+        (9, [*whole[:7], whole[7] + ".new"]),
+    ]
+    assert sorted(path.name for path in out.iterdir()) == whole
+
+    def interrupted(pictures, **options):
+        if len(reader.batches) == 5:
+            raise KeyboardInterrupt
+        return read_lines(pictures, **options)
+
+    monkeypatch.setattr(reader, "read_lines", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["ocr", *arguments, "--out", str(tmp_path / "all.json")])
+    kept = json.loads((tmp_path / "all.json").read_text())
+    assert [page["image"] for page in kept] == [str(path) for path in paths[:8]]
+
+
+def test_files_that_cannot_be_read_are_all_named_before_a_model_is_opened(
+    page, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(vlm, "load", lambda *_, **__: pytest.fail("opened"), raising=False)
+    empty = tmp_path / "empty.png"
+    empty.touch()
+    with pytest.raises(SystemExit):
+        cli.main(["ocr", str(tmp_path / "gone.png"), str(page), str(empty)])
+    first, *faults = capsys.readouterr().err.splitlines()
+    assert (
+        first == "error: 2 of 3 files or pages cannot be read; --bad-pages skip reads the others:"
+    )
+    assert [fault.split(": ")[0].rpartition("/")[2] for fault in faults] == [
+        "gone.png",
+        "empty.png",
+    ]
+    with pytest.raises(SystemExit):
+        cli.main(["ocr", str(empty), str(tmp_path / "gone.png"), "--bad-pages", "skip"])
+    assert "2 of 2 files or pages cannot be read:\n" in capsys.readouterr().err
+
+
+def damaged(folder):
+    """A picture whose header is sound, and a PDF whose second page of three is missing."""
+    picture = folder / "cut.png"
+    whole = (folder / "page.png").read_bytes()
+    picture.write_bytes(whole[: len(whole) // 2])
+    pdf = folder / "three.pdf"
+    leaf = b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 300 100] >>"
+    write_pdf(
+        pdf,
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R 9 0 R 4 0 R] /Count 3 >>",
+        leaf,
+        leaf,
+    )
+    return picture, pdf
+
+
+def test_damaged_pages_stop_the_reading_behind_what_is_written(reader, page, tmp_path, capsys):
+    picture, pdf = damaged(tmp_path)
+    out = tmp_path / "all.json"
+    for files, bad in (
+        ((page, picture, page), "cut.png: expected a whole PNG"),
+        ((page, pdf, page), "three.pdf[2]: expected a page, found a broken one"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["ocr", *map(str, files), "--format", "json", "--out", str(out)])
+        err = capsys.readouterr().err
+        assert bad in err
+        assert "(what was read before it is written; --bad-pages skip leaves such pages out)" in err
+        found = [values["image"] for values in json.loads(out.read_text())]
+        assert found == [str(page), *([f"{pdf}[1]"] if pdf in files else [])]
+
+
+def test_damaged_pages_are_left_out_counted_and_named(reader, page, tmp_path, capsys):
+    picture, pdf = damaged(tmp_path)
+    files = [tmp_path / "gone.png", page, picture, pdf, page]
+    cli.main(["ocr", *map(str, files), "--format", "json", "--bad-pages", "skip"])
+    out, err = capsys.readouterr()
+    found = [values["image"] for values in json.loads(out)]
+    assert found == [str(page), f"{pdf}[1]", f"{pdf}[3]", str(page)]
+    first, *faults = err.splitlines()
+    assert first == "3 files or pages left out:"
+    assert [fault.split(": ")[0].rpartition("/")[2] for fault in faults] == [
+        "gone.png", "cut.png", "three.pdf[2]",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        cli.main(["ocr", str(picture), "--bad-pages", "skip"])
+    assert "cut.png: expected a whole PNG" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["مرحبا بالعالم", "שלום עולם"])
+def test_scripts_that_run_to_the_left_are_drawn(page, tmp_path, monkeypatch, capsys, text):
+    class Other:
+        reads = "lines"
+
+        def read_lines(self, pictures, batch_size):
+            return [Transcript((Token(text, 0.5, (0.0, 1.0)),), 0.5) for _ in pictures]
+
+    monkeypatch.setattr(vlm, "load", lambda *_, **__: Other(), raising=False)
+    cli.main(["ocr", str(page), "--draw", str(tmp_path / "drawn.png")])
+    assert capsys.readouterr().out == f"{text}\n" * 5
+    assert Image.open(tmp_path / "drawn.png").width > Image.open(page).width

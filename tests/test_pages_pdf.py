@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.pages import PARAGRAPH, draw_lines
+from tests.pages import PARAGRAPH, draw_lines, write_pdf
 from vlm.pages.find import find_lines
-from vlm.pages.pdf import BadPdf, count_pages, is_pdf, pdf_pages
+from vlm.pages.pdf import BadPdf, Pdf, count_pages, is_pdf, pdf_pages
 
 PADDING = bytes.fromhex("28BF4E5E4E758A4164004E56FFFA01082E2E00B6D0683E802F0CA9FE6453697A")
 
@@ -38,18 +38,10 @@ def encrypted(path, password):
         b"<< /Filter /Standard /V 1 /R 2 /P -4 /O <%s> /U <%s> >>"
         % (owner.hex().encode(), user.hex().encode()),
     ]
-    body, places = b"%PDF-1.4\n", []
-    for number, content in enumerate(objects, 1):
-        places.append(len(body))
-        body += b"%d 0 obj\n%s\nendobj\n" % (number, content)
-    table = b"xref\n0 5\n0000000000 65535 f \n" + b"".join(
-        b"%010d 00000 n \n" % at for at in places
+    identity = identity.hex().encode()
+    return write_pdf(
+        path, *objects, trailer=b"/Encrypt 4 0 R /ID [<%s> <%s>]" % (identity, identity)
     )
-    trailer = (
-        b"trailer\n<< /Size 5 /Root 1 0 R /Encrypt 4 0 R /ID [<%s> <%s>] >>\nstartxref\n%d\n%%%%EOF"
-    )
-    path.write_bytes(body + table + trailer % (*[identity.hex().encode()] * 2, len(body)))
-    return path
 
 
 def rc4(key, data):
@@ -104,6 +96,43 @@ def test_page_of_too_many_pixels_is_refused_before_it_is_drawn(pdf):
         next(pages)
     with pytest.raises(ValueError, match="dpi must be above 0"):
         next(pdf_pages(pdf, dpi=0))
+
+
+def test_what_a_field_of_a_form_holds_is_drawn(tmp_path):
+    """A field without an appearance of its own, as many programs leave it to the reader to draw."""
+    path = write_pdf(
+        tmp_path / "form.pdf",
+        b"<< /Type /Catalog /Pages 2 0 R /AcroForm << /Fields [4 0 R] "
+        b"/DA (/Helv 24 Tf 0 g) /DR << /Font << /Helv 5 0 R >> >> >> >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 300 100] /Annots [4 0 R] >>",
+        b"<< /Type /Annot /Subtype /Widget /FT /Tx /T (name) /V (Filled in) /F 4 "
+        b"/DA (/Helv 24 Tf 0 g) /Rect [20 30 280 70] /P 3 0 R >>",
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    )
+    ((_, page),) = pdf_pages(path, dpi=144)
+    (line,) = find_lines(page)
+    x0, y0, x1, y1 = line.xyxy_px
+    assert 30 <= x0 < x1 <= 570
+    assert 55 <= y0 < y1 <= 145
+    grey = np.asarray(page.convert("L"))
+    assert grey[:50].min() == 255 == grey[10, 10]  # the paper is not tinted
+
+
+def test_pages_behind_a_broken_one_are_drawn(tmp_path):
+    leaf = b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 72 144] >>"
+    path = write_pdf(
+        tmp_path / "three.pdf",
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R 9 0 R 4 0 R] /Count 3 >>",
+        leaf,
+        leaf,
+    )
+    with Pdf(path, dpi=72) as pdf:
+        assert len(pdf) == 3
+        assert pdf.picture(2).size == (72, 144)
+        with pytest.raises(BadPdf, match=r"three\.pdf\[2\]: expected a page, found a broken one"):
+            pdf.picture(1)
 
 
 def test_pictures_are_no_pdfs(tmp_path):

@@ -8,7 +8,9 @@ from PIL import Image
 
 from tests.pages import PARAGRAPH, WidthReader, draw_lines, overlap
 from vlm.inference.reading import Token, Transcript
-from vlm.pages.read import keep_sure, read_pages
+from vlm.pages import read
+from vlm.pages.find import find_lines
+from vlm.pages.read import keep_sure, read_each, read_pages
 from vlm.pixels import BadImage
 
 
@@ -19,6 +21,36 @@ def test_lines_of_all_pages_are_read_in_one_call():
     assert reader.batches == [(7, 3, {"num_beams": 2})]
     assert [len(reading.lines) for reading in readings] == [5, 2]
     assert [reading.size_hw for reading in readings] == [(p.height, p.width) for p in pages]
+
+
+@pytest.mark.parametrize(("name", "value"), [("WINDOW", 3), ("WINDOW_PIXELS", 300_000)])
+def test_pages_are_opened_as_they_are_needed(monkeypatch, name, value):
+    """Two pages at a time: of five lines and about 150,000 pixels each."""
+    monkeypatch.setattr(read, name, value)
+    page = draw_lines(PARAGRAPH, px=20)[0].resize((500, 300))
+    found = find_lines(page)
+    monkeypatch.setattr(read, "find_lines", lambda picture: found)
+    monkeypatch.setattr(read, "runs_sideways", lambda picture: False)
+    reader, opened = WidthReader(), []
+    pages = ((f"page {n}", opened.append(n) or page) for n in range(5))
+    assert [len(opened) for _ in read_each(reader, pages, "page", 3)] == [2, 2, 4, 4, 5]
+    assert [lines for lines, *_ in reader.batches] == [10, 10, 5]
+    whole = read_pages(WidthReader(), [page] * 5, "page", 3)
+    assert [reading.text for reading in whole] == [whole[0].text] * 5
+
+
+def test_missing_file_is_named_before_any_is_read(tmp_path):
+    page = draw_lines(PARAGRAPH, px=20)[0]
+    reader = WidthReader()
+    with pytest.raises(BadImage, match=r"gone\.png"):
+        read_pages(reader, [page, tmp_path / "gone.png"])
+    assert not reader.batches
+
+
+def test_long_picture_given_as_a_line_is_not_looked_for_lines(monkeypatch):
+    monkeypatch.setattr(read, "find_lines", lambda picture: pytest.fail("looked for"))
+    (reading,) = read_pages(WidthReader(), [Image.new("L", (600, 100), 200)], layout="line")
+    assert len(reading.lines) == 1
 
 
 def test_lines_and_words_lie_where_their_ink_is():
@@ -119,6 +151,17 @@ def test_vertical_line_is_read_the_way_it_runs(turn):
     corner = (0, height) if turn == Image.Transpose.ROTATE_90 else (width, 0)
     assert line.corners_px[0] == corner  # where the text begins
     assert line.words[0].xyxy_px == (0, 0, width, height)
+
+
+def test_vertical_line_is_read_where_nothing_is_found_upright():
+    """Slender letters that lie on their sides are no letters to the finder."""
+    picture, _ = draw_lines(["illi lilil il"], px=24, left=20, top=20)
+    turned = picture.transpose(Image.Transpose.ROTATE_90)
+    assert not find_lines(turned)
+    (reading,) = read_pages(WidthReader(), [turned], layout="page")
+    (line,) = reading.lines
+    (x0, y0), (x1, y1) = line.corners_px[:2]
+    assert abs(x0 - x1) < 2 < 60 < abs(y0 - y1)
 
 
 @pytest.mark.parametrize("size", [(300, 5), (20000, 40), (40, 3000), (1, 1)])

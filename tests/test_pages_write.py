@@ -1,5 +1,6 @@
 """Readings as files: what is written is parsed back to the same words and boxes."""
 
+import io
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -10,7 +11,16 @@ from PIL import Image
 
 from vlm.draw import draw_reading
 from vlm.inference.reading import Line, Reading, Word
-from vlm.pages.write import ALTO, FORMATS, XHTML, to_alto, to_hocr, to_json, to_text
+from vlm.pages.write import (
+    ALTO,
+    FORMATS,
+    XHTML,
+    PageWriter,
+    to_alto,
+    to_hocr,
+    to_json,
+    to_text,
+)
 
 LEVEL = ((10.0, 20.0), (90.0, 20.0), (90.0, 40.0), (10.0, 40.0))
 TURNED = ((10.0, 50.0), (90.0, 58.0), (88.0, 78.0), (8.0, 70.0))
@@ -35,6 +45,7 @@ READING = Reading(
 )
 PAGES = [(NAME, READING), ("blank.png", Reading((), (30, 40)))]
 WORDS = READING.words
+WRITE = {"text": to_text, "json": to_json, "hocr": to_hocr, "alto": to_alto}
 
 
 def prop(element, name):
@@ -120,12 +131,45 @@ def box_of(element):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_no_pages_and_blank_pages_are_written(name):
-    write, suffix = FORMATS[name]
-    assert suffix.startswith(".")
+    assert FORMATS[name].suffix.startswith(".")
     for pages in ([], PAGES[1:]):
-        text = write(pages)
+        text = WRITE[name](pages)
         if name in ("hocr", "alto"):
             ET.fromstring(text)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_pages_stand_in_the_stream_before_the_next_are_known(name):
+    stream = io.StringIO()
+    writer = PageWriter(stream, name)
+    said = []
+    for page in PAGES:
+        writer.add(*page)
+        said.append(stream.getvalue())
+    assert READING.lines[0].text.split()[-1].strip('"') in said[0]
+    assert said[1].startswith(said[0])
+    writer.close()
+    assert stream.getvalue() == WRITE[name](PAGES)
+
+
+def test_json_keeps_every_kind_of_line_break_within_a_text():
+    text = "a\u2028b\x85c\x0bd\te"
+    reading = Reading((line([Word(text, 0.5)], LEVEL),), (200, 100), {"nm": ["x\u2029y"]})
+    (page,) = json.loads(to_json([("a.png", reading)]))
+    assert page["lines"][0]["words"][0]["text"] == text
+    assert page["values"] == {"nm": ["x\u2029y"]}
+    assert "values" not in json.loads(to_json(PAGES))[0]
+
+
+@pytest.mark.parametrize("text", ["مرحبا بالعالم 123", "שלום עולם", "a שלום (b)", "\u202bx\u202c"])
+def test_scripts_that_run_to_the_left_keep_logical_order_and_can_be_drawn(text):
+    reading = Reading((line([Word(text, 0.5)], LEVEL),), (200, 100))
+    assert to_text([("a.png", reading)]) == text + "\n"
+    assert json.loads(to_json([("a.png", reading)]))[0]["text"] == text
+    root = ET.fromstring(to_alto([("a.png", reading)]))
+    assert root.find(".//a:String", {"a": ALTO}).get("CONTENT") == text
+    drawn = np.asarray(draw_reading(Image.new("RGB", (100, 200), "white"), reading))
+    assert drawn[:, drawn.shape[1] // 2 + 5 :].min() < 200
 
 
 def test_drawn_reading_outlines_lines_by_confidence():

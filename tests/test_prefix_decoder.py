@@ -223,6 +223,9 @@ def test_composed_prefix_model_returns_from_its_folder(tmp_path, kind):
     assert again.answer(*asked, max_new_tokens=5) == model.answer(*asked, max_new_tokens=5)
     (reading,) = again.ocr([tiny.picture()], max_new_tokens=4)
     assert reading.size_hw == (9, 17)
+    assert again.reads == "pages"
+    again.parts.ocr_prompt = None
+    assert again.ocr([tiny.picture()], prompt="ocr", max_new_tokens=4) == [reading]
     with pytest.raises(ValueError, match="mask is one of causal, prefix, found 'none'"):
         vlm.build(vision=vision, text=text, adaptor="mlp", mask="none")
 

@@ -4,7 +4,7 @@ import torch
 from tests import test_encoder_decoder as law
 from tests.tiny import picture
 from vlm.data.collate import collate
-from vlm.inference import transcribe
+from vlm.inference import stepper, transcribe
 
 KINDS = list(law.SHAPES)
 START, PAD = [257], 256
@@ -89,7 +89,7 @@ def test_rows_that_end_at_once_and_never_share_a_batch():
 
 
 def test_writing_beyond_one_buffer_equals_the_slow_twin(monkeypatch):
-    monkeypatch.setattr(transcribe, "BLOCK", 3)
+    monkeypatch.setattr(stepper, "BLOCK", 3)
     module = law.model("mbart")
     groups = groups_of(module)
     asked = (module, groups, START, [258], PAD, 11)

@@ -14,7 +14,7 @@ from vlm import systems
 from vlm.data.collate import collate
 from vlm.data.example import caption_example
 from vlm.inference import transcribe
-from vlm.inference.ocr import Writer
+from vlm.inference.writer import Writer
 from vlm.pixels import from_transformers
 from vlm.systems import donut
 from vlm.tokenizers.transformers import TransformersConfig, build

@@ -1,14 +1,20 @@
-"""The command of models that read text: ocr."""
+"""The command of models that read text: ocr.
+
+Pages are opened as they are needed and results written as they are there, so that neither the
+number of files nor that of their pages fills the memory, and what was read stays where it stops.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TextIO
 
 import tyro
 
@@ -18,15 +24,16 @@ if TYPE_CHECKING:
     from vlm.inference.reading import Reading
 
 PAGES_AT_ONCE = 8
-"""Pages whose lines are read together: full batches, and few pictures in memory."""
+"""Pages that a model of whole pages is given together, at most."""
 
 
 class _Page(NamedTuple):
-    """file: which of the command's files it is of. name: what messages and results call it."""
+    """file: the one that it is of. name: what messages and results call it. picture: None once it
+    is no longer needed."""
 
-    file: int
+    file: Path
     name: str
-    picture: Image.Image
+    picture: Image.Image | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +45,19 @@ class Ocr:
     model: str = "line-reader"
     """The reader: the one that comes with the package, a run folder, a model folder or a hub id."""
     layout: Literal["auto", "line", "page"] = "auto"
-    """page finds the lines; line takes each picture as one; auto decides by what is on it."""
+    """page finds the lines; line takes each picture as one; auto decides by what is on it. Models
+    of whole pages (Donut, PaliGemma) are shown the page."""
+    prompt: str | None = None
+    """What a model of whole pages is asked, literally; by default what it was trained on."""
     format: Literal["text", "json", "hocr", "alto"] = "text"
-    """json has boxes, confidences and words; hocr and alto are XML."""
+    """json has boxes, confidences and words, and Donut's answers as values; hocr and alto are
+    XML."""
     out: Path | None = None
-    """Where to write instead of the terminal: a file for all, or a folder for one file each."""
+    """Where to write instead of the terminal: a file for all, or a folder for one file each. Both
+    grow as pages are read; in a folder a file ends in .new until it is whole."""
+    bad_pages: Literal["raise", "skip"] = "raise"
+    """Files and pages that cannot be read: stop and name them, those that are missing or neither
+    picture nor PDF before any is read; or leave them out, and name them at the end."""
     draw: Path | None = None
     """Draw lines, their confidences and texts into this PNG file; of several pages into files with
     -1, -2 and so on before .png."""
@@ -51,7 +66,7 @@ class Ocr:
     num_beams: int = 1
     """Beams of the search; 1 is greedy."""
     batch_size: int = 16
-    """Lines read at once."""
+    """Lines, or whole pages, read at once."""
     dpi: int = 200
     """Pixels to the inch at which PDFs are drawn."""
     password: str | None = None
@@ -62,40 +77,51 @@ class Ocr:
     """auto keeps the model's own; else float32, bfloat16 or float16."""
 
     def run(self) -> None:
-        counts = self._check()
+        self._check()
+        left_out: list[str] = []
+        files = self._files(left_out)
+        if left_out and (self.bad_pages == "raise" or not files):
+            raise ValueError(_together(left_out, len(self.files)))
         import vlm
         from vlm.pages.read import keep_sure
 
         model = vlm.load(self.model, device=self.device, dtype=self.dtype)
-        if not (hasattr(model, "read_lines") or hasattr(model, "ocr")):
-            raise ValueError(
-                f"{self.model}: a {model.module.family} model reads no text; expected a model of "
-                "the family line_reader, encoder_decoder or prefix_decoder"
-            )
-        if not hasattr(model, "read_lines") and self.layout == "line":
-            raise ValueError(
-                f"--layout line: a {model.module.family} model reads a picture as a whole"
-            )
-        read: list[list[tuple[str, Reading]]] = [[] for _ in self.files]
-        left_out = drawn = 0
-        for page, reading in self._readings(model, sum(counts)):
-            reading, unsure = keep_sure(reading, self.min_confidence)
-            left_out += unsure
-            read[page.file].append((page.name, reading))
-            if self.draw is not None:
-                from vlm.draw import draw_reading
+        self._check_model(model)
+        results = _Results(self.out, self.format)
+        total = sum(pages for _, pages in files)
+        count, unsure = 0, 0
+        try:
+            for page, reading in self._readings(model, files, total, left_out):
+                reading, dropped = keep_sure(reading, self.min_confidence)
+                count, unsure = count + 1, unsure + dropped
+                results.add(page, reading)
+                if self.draw is not None:
+                    from vlm.draw import draw_reading
 
-                drawn += 1
-                draw_reading(page.picture, reading).save(self._drawing(drawn, sum(counts)))
-        self._write(read)
-        if left_out:
+                    path = self._drawing(count, total)
+                    draw_reading(page.picture, reading).save(path)
+            results.finish()
+        finally:
+            results.stop()
+        if unsure:
             print(
-                f"{left_out} lines of a confidence below {self.min_confidence:g} left out",
+                f"{unsure} lines of a confidence below {self.min_confidence:g} left out",
                 file=sys.stderr,
             )
+        if left_out and self.bad_pages == "raise":
+            raise ValueError(
+                f"{left_out[0]} (what was read before it is written; --bad-pages skip leaves such "
+                "pages out)"
+            )
+        if left_out and not count:
+            raise ValueError(_together(left_out, len(left_out)))
+        if left_out:
+            print(
+                f"{len(left_out)} files or pages left out:", *left_out, sep="\n  ", file=sys.stderr
+            )
 
-    def _check(self) -> list[int]:
-        """The number of pages of each file, once all files and options are known to be sound."""
+    def _check(self) -> None:
+        """Raises ValueError for options that cannot be."""
         if not self.files:
             raise ValueError("name at least one picture or PDF")
         for name in ("num_beams", "batch_size", "dpi"):
@@ -108,94 +134,107 @@ class Ocr:
             self.draw.suffix.lower() != ".png" or not self.draw.absolute().parent.is_dir()
         ):
             raise ValueError(f"--draw: expected a .png file in a folder, found {self.draw}")
-        self._check_out()
-        from vlm.data.example import ImageRef
-        from vlm.pages.pdf import count_pages, is_pdf
-        from vlm.pixels import image_size
-
-        counts = []
-        for path in self.files:
-            if is_pdf(path):
-                counts.append(count_pages(path, self.password))
-            else:
-                image_size(ImageRef(path, str(path)))
-                counts.append(1)
-        return counts
-
-    def _check_out(self) -> None:
         if self.out is None:
             return
         if not self.out.absolute().parent.is_dir():
             raise ValueError(f"--out: expected a place in a folder, found {self.out}")
         if self.out.is_dir():
-            names = [self._name_in(self.out, path) for path in self.files]
-            twice = {str(name) for name in names if names.count(name) > 1}
-            if twice:
-                raise ValueError(f"--out: several files would be written to {min(twice)}")
+            names = Counter(path.stem for path in self.files)
+            name, times = names.most_common(1)[0]
+            if times > 1:
+                raise ValueError(f"--out: several files would be written to {name} in {self.out}")
 
-    def _readings(self, model, pages: int) -> Iterator[tuple[_Page, Reading]]:
+    def _check_model(self, model: Any) -> None:
+        """Raises ValueError for a model that does not read, or not as it is asked to."""
+        reads = getattr(model, "reads", None)
+        if reads is None:
+            raise ValueError(
+                f"{self.model}: a {model.module.family} model reads no text; expected a model of "
+                "the family line_reader, encoder_decoder or prefix_decoder"
+            )
+        if reads == "pages" and self.layout == "line":
+            raise ValueError(f"--layout line: {self.model} reads a picture as a whole")
+        if reads == "lines" and self.prompt is not None:
+            raise ValueError(f"--prompt: {self.model} reads lines, and is asked nothing")
+
+    def _files(self, left_out: list[str]) -> list[tuple[Path, int]]:
+        """The files that can be read, as far as their beginnings tell, with their numbers of pages;
+        of others what is wrong is added to `left_out`."""
+        from vlm.data.example import ImageRef
+        from vlm.pages.pdf import BadPdf, count_pages, is_pdf
+        from vlm.pixels import BadImage, image_size
+
+        files = []
+        for path in self.files:
+            try:
+                if is_pdf(path):
+                    files.append((path, count_pages(path, self.password)))
+                else:
+                    image_size(ImageRef(path, str(path)))
+                    files.append((path, 1))
+            except (BadImage, BadPdf, OSError) as error:
+                left_out.append(str(error))
+        return files
+
+    def _readings(
+        self, model: Any, files: list[tuple[Path, int]], total: int, left_out: list[str]
+    ) -> Iterator[tuple[_Page, Reading]]:
         """Each page with what is read on it, under a progress bar."""
         from tqdm import tqdm
 
-        from vlm.pages.read import read_pages
+        from vlm.pages.read import read_each
 
-        options = {"num_beams": self.num_beams} if self.num_beams > 1 else {}
-        waiting: list[_Page] = []
-        with tqdm(total=pages, unit="page", disable=None if pages > 1 else True) as bar:
+        options: dict[str, Any] = {"num_beams": self.num_beams} if self.num_beams > 1 else {}
+        held: deque[_Page] = deque()
 
-            def read() -> Iterator[tuple[_Page, Reading]]:
+        def opened() -> Iterator[tuple[str, Image.Image]]:
+            for page in self._pages([path for path, _ in files], left_out):
+                held.append(page if self.draw is not None else page._replace(picture=None))
+                yield page.name, page.picture
+
+        if model.reads == "lines":
+            readings = read_each(model, opened(), self.layout, self.batch_size, **options)
+        else:
+            if self.prompt is not None:
+                options["prompt"] = self.prompt
+            readings = _read_whole(model, opened(), self.batch_size, options)
+        # Between texts on a terminal a bar would only stand in the way.
+        seen = self.out is None and sys.stdout.isatty()
+        with tqdm(total=total, unit="page", disable=True if seen or total == 1 else None) as bar:
+            while True:
                 with warnings.catch_warnings(record=True) as heard:
                     warnings.simplefilter("always", UserWarning)
-                    pictures = [page.picture for page in waiting]
-                    if hasattr(model, "read_lines"):
-                        names = [page.name for page in waiting]
-                        readings = read_pages(
-                            model, pictures, self.layout, self.batch_size, names=names, **options
-                        )
-                    else:
-                        readings = model.ocr(pictures, self.batch_size, **options)
+                    reading = next(readings, None)
                 for warning in heard:
                     bar.write(f"warning: {warning.message}", file=sys.stderr)
-                yield from zip(waiting, readings)
-                bar.update(len(waiting))
+                if reading is None:
+                    return
+                yield held.popleft(), reading
+                bar.update()
 
-            for page in self._pages():
-                waiting.append(page)
-                if len(waiting) == PAGES_AT_ONCE:
-                    yield from read()
-                    waiting = []
-            if waiting:
-                yield from read()
+    def _pages(self, files: Iterable[Path], left_out: list[str]) -> Iterator[_Page]:
+        """The pages of files in order. What is wrong with one that cannot be read is added to
+        `left_out`; unless such are skipped, it is the last."""
+        from vlm.pages.pdf import BadPdf, Pdf, is_pdf
+        from vlm.pixels import BadImage, open_image
 
-    def _pages(self) -> Iterator[_Page]:
-        from vlm.pages.pdf import is_pdf, pdf_pages
-        from vlm.pixels import open_image
-
-        for number, path in enumerate(self.files):
-            if is_pdf(path):
-                for name, picture in pdf_pages(path, self.dpi, self.password):
-                    yield _Page(number, name, picture)
-            else:
-                yield _Page(number, str(path), open_image(path))
-
-    def _write(self, read: list[list[tuple[str, Reading]]]) -> None:
-        from vlm.pages.write import FORMATS
-
-        write, _ = FORMATS[self.format]
-        if self.out is not None and self.out.is_dir():
-            for path, pages in zip(self.files, read):
-                _replace(self._name_in(self.out, path), write(pages))
-            return
-        pages = [page for of_file in read for page in of_file]
-        if self.out is not None:
-            _replace(self.out, write(pages))
-        else:
-            sys.stdout.write(write(pages).rstrip("\n") + "\n")
-
-    def _name_in(self, folder: Path, path: Path) -> Path:
-        from vlm.pages.write import FORMATS
-
-        return folder / (path.stem + FORMATS[self.format][1])
+        for path in files:
+            try:
+                if not is_pdf(path):
+                    yield _Page(path, str(path), open_image(path))
+                    continue
+                with Pdf(path, self.dpi, self.password) as pdf:
+                    for index in range(len(pdf)):
+                        try:
+                            yield _Page(path, pdf.name(index), pdf.picture(index))
+                        except BadPdf as error:
+                            left_out.append(str(error))
+                            if self.bad_pages == "raise":
+                                return
+            except (BadImage, BadPdf, OSError) as error:
+                left_out.append(str(error))
+                if self.bad_pages == "raise":
+                    return
 
     def _drawing(self, number: int, pages: int) -> Path:
         if pages == 1:
@@ -203,8 +242,68 @@ class Ocr:
         return self.draw.with_name(f"{self.draw.stem}-{number}{self.draw.suffix}")
 
 
-def _replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
+class _Results:
+    """Where readings go, page after page: the terminal, one file, or for each input a file in a
+    folder, which has its name once it is whole."""
+
+    def __init__(self, out: Path | None, format: str) -> None:
+        self.out, self.format = out, format
+        self.each = out is not None and out.is_dir()
+        self.file: Path | None = None
+        self.stream: TextIO | None = None
+
+    def add(self, page: _Page, reading: Reading) -> None:
+        if self.each and page.file != self.file:
+            self.finish()
+        if self.stream is None:
+            self._begin(page.file)
+        self.pages.add(page.name, reading)
+
+    def finish(self) -> None:
+        """Ends what is being written, which is whole."""
+        if self.stream is not None and self.each:
+            self.stop()
+            os.replace(self.path, self.path.with_suffix(""))
+
+    def stop(self) -> None:
+        """Ends what is being written, however far it has come."""
+        if self.stream is None:
+            return
+        self.pages.close()
+        if self.stream is not sys.stdout:
+            self.stream.close()
+        self.stream = None
+
+    def _begin(self, file: Path) -> None:
+        from vlm.pages.write import FORMATS, PageWriter
+
+        self.file = file
+        if self.out is None:
+            self.stream = sys.stdout
+        else:
+            name = f"{file.stem}{FORMATS[self.format].suffix}.new"
+            self.path = self.out / name if self.each else self.out
+            self.stream = self.path.open("w", encoding="utf-8")
+        self.pages = PageWriter(self.stream, self.format)
+
+
+def _read_whole(
+    model: Any,
+    pages: Iterator[tuple[str, Image.Image]],
+    batch_size: int,
+    options: dict[str, Any],
+) -> Iterator[Reading]:
+    """What a model of whole pages reads, as many at once as it is given together."""
+    most = min(batch_size, PAGES_AT_ONCE)
+    while part := list(islice(pages, most)):
+        yield from model.ocr([picture for _, picture in part], batch_size=most, **options)
+
+
+def _together(faults: list[str], count: int) -> str:
+    """One message of all faults among so many files or pages."""
+    hint = "--bad-pages skip reads the others"
+    if len(faults) == 1:
+        return faults[0] if count == 1 else f"{faults[0]} ({hint})"
+    listed = "\n  ".join(faults)
+    hint = "" if len(faults) == count else f"; {hint}"
+    return f"{len(faults)} of {count} files or pages cannot be read{hint}:\n  {listed}"

@@ -1,33 +1,31 @@
-"""The public model that reads: lines and pages of text in, readings with confidences out."""
+"""The public models that read: lines and pages of text in, readings with confidences out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from vlm import systems
-from vlm.data.collate import collate
 from vlm.image_tokens import pixel_hw
-from vlm.inference import ctc, transcribe
-from vlm.inference.engine import Generation, Written, evaluating
+from vlm.inference import ctc
+from vlm.inference.engine import evaluating
 from vlm.inference.reading import Reading, Token, Transcript
 from vlm.lines import LineRow, by_width, collate_lines
-from vlm.metrics.calibration import fit_scaling
-from vlm.metrics.text import pieces_right
+from vlm.metrics.calibration import UNFITTED, Temperatures, fit_scaling
+from vlm.metrics.text import normalise, pieces_right
 from vlm.prompts import Row
-from vlm.systems.encoder_decoder_parts import Transcriber
-from vlm.systems.line_reader import ReaderParts, Temperatures
-from vlm.text_decoders import positions_of
+from vlm.systems.line_reader import ReaderParts
 
 TASKS = {
-    "caption": "decoder-only models",
-    "answer": "decoder-only models",
-    "chat": "decoder-only models",
-    "ground": "decoder-only models",
+    "caption": "decoder-only and prefix decoder models",
+    "answer": "decoder-only and prefix decoder models",
+    "chat": "decoder-only and prefix decoder models",
+    "ground": "decoder-only and prefix decoder models",
     "embed_images": "contrastive models",
     "embed_texts": "contrastive models",
     "classify": "contrastive models",
@@ -43,7 +41,12 @@ class LineModel:
     """What models of lines share: pages are found out in lines, and lines are read in batches.
 
     A subclass has `parts`, `module` and `processor`, and implements `_encode` and `_read`.
+    reads: whether it is shown "lines", or whole "pages" as models of other families are.
     """
+
+    reads = "lines"
+    options: Collection[str] = ()
+    """Options that reading takes beside those that `ocr` and `read_lines` name."""
 
     def __getattr__(self, name: str):
         if name in TASKS:
@@ -65,7 +68,8 @@ class LineModel:
         min_confidence: float = 0.0,
         **options,
     ) -> list[Reading]:
-        """What is written in each picture, line by line; see `vlm.pages.read.read_pages`.
+        """What is written in each picture, line by line; see `vlm.pages.read.read_pages`. Texts are
+        in logical order (see `vlm.inference.reading`).
 
         images: paths, bytes, PIL images or arrays. layout: "line" takes each picture as one line,
             "page" finds its lines, "auto" decides for each.
@@ -74,7 +78,8 @@ class LineModel:
         """
         from vlm.pages.read import read_pages  # which needs OpenCV
 
-        _require_list(images)
+        require_list(images)
+        self._require_known(options)
         return read_pages(
             self, images, layout, batch_size, min_confidence, num_beams=num_beams, **options
         )
@@ -86,8 +91,10 @@ class LineModel:
 
         num_beams: 1 takes the likeliest character or token each time; more search among texts.
         A blank picture has the text "", and as confidence that nothing stands there.
+        Raises ValueError for an option that reading does not have.
         """
-        _require_list(pictures)
+        require_list(pictures)
+        self._require_known(options)
         if batch_size < 1 or num_beams < 1:
             raise ValueError(
                 f"batch_size and num_beams must be at least 1, found {batch_size}, {num_beams}"
@@ -97,13 +104,44 @@ class LineModel:
         with evaluating(self.module), torch.inference_mode(), bar:
             for first in range(0, len(pictures), WINDOW * batch_size):
                 part = pictures[first : first + WINDOW * batch_size]
-                rows = [self._encode(p, _name(p, first + i)) for i, p in enumerate(part)]
+                rows = [self._encode(p, name_of(p, first + i)) for i, p in enumerate(part)]
                 for group in _groups([_width(row) for row in rows], batch_size):
                     read = self._read([rows[i] for i in group], num_beams, **options)
                     for i, transcript in zip(group, read, strict=True):
                         done[first + i] = transcript
                     bar.update(len(group))
         return done
+
+    def fit_temperatures(self, pictures: Sequence, truths: Sequence[str]) -> Temperatures:
+        """Makes confidences honest, by lines that it has not learned from; they are kept, and saved
+        with the model in our own layout. The order of confidences never changes.
+
+        truths: what stands on each picture; compared in NFC, white space joined. Where all lines,
+        or all tokens, are right (or all wrong), theirs stay as they were.
+        """
+        self.parts.temperatures = UNFITTED
+        read = self.read_lines(pictures)
+        truths = [normalise(truth) for truth in truths]
+        lines = [(r.confidence, normalise(r.text) == truth) for r, truth in zip(read, truths)]
+        tokens = [
+            (token.confidence, right)
+            for r, truth in zip(read, truths)
+            for token, right in zip(r.tokens, pieces_right(truth, [t.text for t in r.tokens]))
+        ]
+        fitted = Temperatures(line=_temperature(lines), token=_temperature(tokens))
+        self.parts.temperatures = fitted
+        return fitted
+
+    def _require_known(self, options: dict[str, Any]) -> None:
+        """Raises ValueError naming options that reading does not have, and those that it has."""
+        unknown = sorted(set(options).difference(self.options))
+        if unknown:
+            known = ["layout", "batch_size", "num_beams", "min_confidence"]
+            more = ", and transformers' names, such as max_new_tokens" if self.options else ""
+            raise ValueError(
+                f"expected options of reading ({', '.join(known)}{more}), found "
+                f"{', '.join(unknown)}"
+            )
 
     def save(self, folder: str | Path, layout: str = "native", merge: bool = True) -> None:
         """Writes weights, configuration and processor files; `vlm.load(folder)` reads them."""
@@ -130,25 +168,6 @@ class Reader(LineModel):
         self.module = parts.module
         self.processor = parts.processor
 
-    def fit_temperatures(self, pictures: Sequence, truths: Sequence[str]) -> Temperatures:
-        """Makes confidences honest, by lines that it has not learned from; they are kept, and saved
-        with the model. The order of confidences never changes.
-
-        Where all lines, or all tokens, are right (or all wrong), theirs stay as they were.
-        """
-        self.parts.temperatures = Temperatures()
-        read = self.read_lines(pictures)
-        truths = [self.processor.normal(truth) for truth in truths]
-        lines = [(r.confidence, r.text == truth) for r, truth in zip(read, truths)]
-        tokens = [
-            (token.confidence, right)
-            for r, truth in zip(read, truths)
-            for token, right in zip(r.tokens, pieces_right(truth, [t.text for t in r.tokens]))
-        ]
-        fitted = Temperatures(line=_temperature(lines), token=_temperature(tokens))
-        self.parts.temperatures = fitted
-        return fitted
-
     def _encode(self, picture, name: str) -> LineRow:
         return self.processor.encode_picture(picture, name)
 
@@ -169,111 +188,6 @@ class Reader(LineModel):
             for id, logprob, (start, end) in zip(line.ids, line.logprobs, line.spans)
         )
         return Transcript(tokens, warmed(line.logprob, temperatures.line))
-
-
-class Writer(LineModel):
-    """An encoder-decoder model with its processor, ready to use.
-
-    parts: what `vlm.systems` opened. module: the plain nn.Module. processor: its preprocessing and
-    texts. Options carry transformers' names and are greedy by default.
-    """
-
-    def __init__(self, parts: Transcriber) -> None:
-        self.parts = parts
-        self.module = parts.module
-        self.processor = parts.processor
-
-    def generate(
-        self,
-        images: Sequence,
-        prompts: Sequence[str | None] | None = None,
-        batch_size: int = 16,
-        num_beams: int = 1,
-        **options,
-    ) -> list[Generation]:
-        """What the model writes on each picture after a literal prompt (None: its start alone)."""
-        prompts = [None] * len(images) if prompts is None else prompts
-        if len(prompts) != len(images):
-            raise ValueError(f"there are {len(images)} images and {len(prompts)} prompts")
-        done: list[Generation | None] = [None] * len(images)
-        with evaluating(self.module), torch.inference_mode():
-            for first in range(0, len(images), batch_size):
-                part = range(first, min(first + batch_size, len(images)))
-                rows = [
-                    self.processor.encode_picture(images[i], prompts[i], _name(images[i], i))
-                    for i in part
-                ]
-                for i, (ids, logprobs) in zip(part, self._write(rows, num_beams, **options)):
-                    text = self.processor.decode(ids)
-                    done[i] = Generation(text, tuple(ids), tuple(logprobs))
-        return done
-
-    def score(
-        self,
-        images: Sequence,
-        prompts: Sequence[str | None] | None,
-        answers: Sequence[str],
-        batch_size: int = 16,
-    ) -> torch.Tensor:
-        """Log-probability of each answer, its end included, on its picture: fp32[N], nats."""
-        prompts = [None] * len(images) if prompts is None else prompts
-        if not len(images) == len(prompts) == len(answers):
-            raise ValueError(
-                f"there are {len(images)} images, {len(prompts)} prompts and {len(answers)} answers"
-            )
-        scores = torch.zeros(len(images))
-        with evaluating(self.module):
-            for first in range(0, len(images), batch_size):
-                part = range(first, min(first + batch_size, len(images)))
-                rows = [
-                    self.processor.encode_literal(
-                        [images[i]], prompts[i], answers[i], _name(images[i], i)
-                    )
-                    for i in part
-                ]
-                batch = collate(rows, self.processor.pad_id).to(self.device, self._dtype)
-                scores[list(part)] = transcribe.score(self.module, batch).cpu()
-        return scores
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.module.tokenizer.parameters()).dtype
-
-    def _encode(self, picture, name: str) -> Row:
-        return self.processor.encode_picture(picture, None, name)
-
-    def _read(self, rows: Sequence[Row], num_beams: int, **options) -> list[Transcript]:
-        return [self._transcript(*pair) for pair in self._write(rows, num_beams, **options)]
-
-    def _write(self, rows: Sequence[Row], num_beams: int, **options) -> list[Written]:
-        """Ids and log-probabilities of what is written on each row."""
-        batch = collate(rows, self.processor.pad_id).to(self.device, self._dtype)
-        parts = self.parts
-        most, positions = parts.max_new_tokens, positions_of(self.module.text.config)
-        if positions is not None:  # a prompt takes some of them
-            most = max(1, min(most, positions + 1 - max(len(row.ids) for row in rows)))
-        given = {
-            "groups": batch.groups,
-            "start_ids": self.processor.start_ids,
-            "end_ids": parts.end_ids,
-            "pad_id": self.processor.pad_id,
-            "prompts": [row.ids.tolist() for row in rows],
-            "banned": parts.banned,
-            "max_new_tokens": options.pop("max_new_tokens", most),
-        }
-        if num_beams == 1 and not options:
-            return transcribe.greedy(self.module, **given)
-        options = {k: v for k, v in parts.generation.items() if k != "num_beams"} | options
-        return transcribe.beam(self.module, **given, num_beams=num_beams, **options)
-
-    def _transcript(self, ids: list[int], logprobs: list[float]) -> Transcript:
-        pieces = self.processor.pieces(ids)
-        tokens = tuple(
-            Token(piece, min(1.0, math.exp(logprob)))
-            for id, piece, logprob in zip(ids, pieces, logprobs)
-            if id not in self.parts.end_ids
-        )
-        return Transcript(tokens, min(1.0, math.exp(sum(logprobs))))
 
 
 def _temperature(said: Sequence[tuple[float, bool]]) -> float:
@@ -297,7 +211,7 @@ def warmed(logprob: float, temperature: float) -> float:
     return (1.0 if log_odds >= 0 else small) / (1 + small)
 
 
-def _require_list(pictures) -> None:
+def require_list(pictures) -> None:
     """Raises ValueError for the path or bytes of one picture, which would be taken letter by
     letter."""
     if isinstance(pictures, (str, bytes, Path)):
@@ -318,5 +232,6 @@ def _width(row: LineRow | Row) -> int:
     return pixel_hw(row.views[0][0])[1]
 
 
-def _name(picture, index: int) -> str:
+def name_of(picture, index: int) -> str:
+    """What messages call a picture."""
     return str(picture) if isinstance(picture, (str, Path)) else f"line {index}"

@@ -3,6 +3,11 @@
 A confidence is the model's estimate, in 0 to 1, that a piece is right as a whole: a token's that it
 stands there, a word's the product of its tokens', a line's that nothing else stands there either.
 Temperatures, fitted on held-out lines, make them honest.
+
+Texts are in logical order, in which they are said and typed: those of Arabic, Hebrew and other
+scripts that run from right to left are not turned round, neither here nor in what is written to
+files; whoever shows them does that. Tokens and words stand in the same order, and their boxes where
+the ink is.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 XyxyPx = tuple[float, float, float, float]
 """x0, y0, x1, y1 in the caller's own picture, origin top left, end exclusive."""
@@ -21,8 +27,8 @@ class Token:
 
     text: "" is possible, where several ids make one character.
     confidence: in 0 to 1.
-    span: where it stands along the line, as shares of the line's width, or None where the model
-        does not say.
+    span: where it stands along the line, as shares of the line's width from its left, or None where
+        the model does not say.
     """
 
     text: str
@@ -63,11 +69,15 @@ class Line:
 class Reading:
     """What was read in one picture.
 
-    lines: in reading order. size_hw: the picture's rows and columns.
+    lines: in reading order, that of columns from left to right. size_hw: the picture's rows and
+    columns.
+    values: what a model that answers with fields (Donut) says, as values of JSON, unsure ones
+        included; None of others.
     """
 
     lines: tuple[Line, ...]
     size_hw: tuple[int, int]
+    values: Any = None
 
     @property
     def text(self) -> str:

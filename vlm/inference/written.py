@@ -20,20 +20,26 @@ def read_written(generation: Generation, text_tokenizer, size_hw: tuple[int, int
     blank. A confidence is the product of the probabilities of the ids that it covers; a line's
     covers the break or end behind it too.
     """
-    height, width = size_hw
-    box = (0.0, 0.0, float(width), float(height))
-    corners = ((0.0, 0.0), (box[2], 0.0), (box[2], box[3]), (0.0, box[3]))
     tokens = tokens_of(generation, text_tokenizer)
     end = 1.0
     if generation.ids and generation.ids[-1] in text_tokenizer.all_special_ids:
         end = tokens.pop().confidence
+    return Reading(lines_of(tokens, end, size_hw), size_hw)
+
+
+def lines_of(tokens: Sequence[Token], end: float, size_hw: tuple[int, int]) -> tuple[Line, ...]:
+    """The lines that tokens make on a picture of size_hw pixels, line breaks in their texts. end:
+    the confidence that the last line ends there."""
+    height, width = size_hw
+    box = (0.0, 0.0, float(width), float(height))
+    corners = ((0.0, 0.0), (box[2], 0.0), (box[2], box[3]), (0.0, box[3]))
     lines = []
     for written, last in _by_line(tokens, end):
         text = "".join(token.text for token in written).strip()
         if text:
             confidence = math.prod((token.confidence for token in written), start=last)
             lines.append(Line(text, confidence, words_of(written, box, corners), box, corners))
-    return Reading(tuple(lines), size_hw)
+    return tuple(lines)
 
 
 def tokens_of(generation: Generation, text_tokenizer) -> list[Token]:

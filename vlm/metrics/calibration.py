@@ -96,6 +96,19 @@ class Scaling:
         return _sigmoid(_logit(log_confidence) / self.temperature + self.offset)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Temperatures:
+    """What log-odds of confidences are divided by, so that they say how often they are right:
+    fitted on held-out lines; 1 leaves the model's own. For lines and for tokens each its own."""
+
+    line: float = 1.0
+    token: float = 1.0
+
+
+UNFITTED = Temperatures()
+"""Confidences as the model says them."""
+
+
 def fit_scaling(log_confidence: ArrayLike, right: ArrayLike, *, offset: bool = False) -> Scaling:
     """The scaling that makes held-out examples most likely, in nats.
 

@@ -21,7 +21,8 @@ SHARED = 0.4
 
 
 def order(found: Sequence[Found]) -> list[Found]:
-    """The lines in reading order: columns from left to right, lines from top to bottom."""
+    """The lines in reading order: lines from top to bottom, columns from left to right, those of
+    scripts that run to the left too."""
     if len(found) < 2:
         return list(found)
     boxes = _level(found)

@@ -25,49 +25,76 @@ def is_pdf(path: Path) -> bool:
         return b"%PDF-" in file.read(1024)
 
 
+class Pdf:
+    """An open PDF, whose pages are drawn when they are asked for; ends as a context.
+
+    dpi: pixels to the inch. max_pixels: the most rows times columns of a page.
+    Raises BadPdf naming the file where it is encrypted or broken, or holds no page.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        dpi: float = 200,
+        password: str | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        if not dpi > 0:
+            raise ValueError(f"dpi must be above 0, found {dpi}")
+        self.path, self.dpi, self.max_pixels = path, dpi, max_pixels
+        self._document = _open(path, password)
+
+    def __enter__(self) -> Pdf:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._document.close()
+
+    def __len__(self) -> int:
+        return len(self._document)
+
+    def name(self, index: int) -> str:
+        """What a page, counted from 0, is called: "a.pdf[3]" for the third."""
+        return f"{self.path}[{index + 1}]"
+
+    def picture(self, index: int) -> Image.Image:
+        """A page, counted from 0: RGB on white, what its form's fields hold included.
+
+        Raises BadPdf naming the page where it is broken, or too large, before it is drawn.
+        """
+        import pypdfium2 as pdfium
+
+        name, scale = self.name(index), self.dpi / POINTS_TO_THE_INCH
+        try:
+            page = self._document[index]
+            width, height = (side * scale for side in page.get_size())
+            if width * height > self.max_pixels:
+                raise BadPdf(
+                    f"{name}: expected at most {self.max_pixels} pixels, found {height:.0f} × "
+                    f"{width:.0f} at {self.dpi:g} dpi; try fewer dots per inch"
+                )
+            bitmap = page.render(scale=scale)
+            picture = bitmap.to_pil().convert("RGB")
+            bitmap.close()
+            page.close()
+        except pdfium.PdfiumError as error:
+            raise BadPdf(f"{name}: expected a page, found a broken one ({error})") from error
+        return picture
+
+
 def count_pages(path: Path, password: str | None = None) -> int:
     """The number of pages. Raises BadPdf where the file does not open."""
-    document = _open(path, password)
-    try:
-        return len(document)
-    finally:
-        document.close()
+    with Pdf(path, password=password) as pdf:
+        return len(pdf)
 
 
 def pdf_pages(
     path: Path, dpi: float = 200, password: str | None = None, max_pixels: int = MAX_PIXELS
 ) -> Iterator[tuple[str, Image.Image]]:
-    """Each page's name, such as "a.pdf[3]" for the third, and its picture, RGB on white.
-
-    dpi: pixels to the inch. max_pixels: the most rows times columns, judged before a page is drawn.
-    Raises BadPdf naming the file where it is encrypted or broken, holds no page, or holds one that
-    is too large.
-    """
-    if not dpi > 0:
-        raise ValueError(f"dpi must be above 0, found {dpi}")
-    import pypdfium2 as pdfium
-
-    document = _open(path, password)
-    try:
-        for number in range(len(document)):
-            name = f"{path}[{number + 1}]"
-            try:
-                page = document[number]
-                width, height = (side * dpi / POINTS_TO_THE_INCH for side in page.get_size())
-                if width * height > max_pixels:
-                    raise BadPdf(
-                        f"{name}: expected at most {max_pixels} pixels, found {height:.0f} × "
-                        f"{width:.0f} at {dpi:g} dpi; try fewer dots per inch"
-                    )
-                bitmap = page.render(scale=dpi / POINTS_TO_THE_INCH, may_draw_forms=False)
-                picture = bitmap.to_pil().convert("RGB")
-                bitmap.close()
-                page.close()
-            except pdfium.PdfiumError as error:
-                raise BadPdf(f"{name}: expected a page, found a broken one ({error})") from error
-            yield name, picture
-    finally:
-        document.close()
+    """Each page's name and picture; see `Pdf`, which the arguments and errors are of."""
+    with Pdf(path, dpi, password, max_pixels) as pdf:
+        for index in range(len(pdf)):
+            yield pdf.name(index), pdf.picture(index)
 
 
 def _open(path: Path, password: str | None):
@@ -76,6 +103,7 @@ def _open(path: Path, password: str | None):
 
     try:
         document = pdfium.PdfDocument(path, password=password)
+        document.init_forms()  # before any page is opened, or what fields hold is not drawn
     except FileNotFoundError as error:
         raise BadPdf(f"{path}: expected a PDF, found nothing at this path") from error
     except pdfium.PdfiumError as error:

@@ -1,13 +1,16 @@
 """Pictures of pages or of single lines in, readings out, by any model that reads lines.
 
-The lines of all pictures are read together, so that batches are full.
+The lines of several pictures are read together, so that batches are full; of how many, so that
+neither the number of pictures nor their size fills the memory, `read_each` decides.
+Columns are read from left to right, whatever way a script runs; texts are in logical order (see
+`vlm.inference.reading`).
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, get_args
@@ -15,10 +18,11 @@ from typing import Literal, NamedTuple, Protocol, get_args
 import numpy as np
 from PIL import Image
 
+from vlm.data.example import ImageRef
 from vlm.inference.reading import Line, Reading, Transcript, XyxyPx, words_of
 from vlm.pages.find import MARGIN, Corners, Found, cut, find_lines, runs_sideways
 from vlm.pages.order import order
-from vlm.pixels import open_image
+from vlm.pixels import image_size, open_image
 
 Layout = Literal["auto", "line", "page"]
 LINE_SHAPE = 2.0
@@ -27,6 +31,13 @@ FILLED = 0.4
 """The share of a picture's height that its one line fills at least for it to be a line's own."""
 BLANK_SPREAD = 6.0
 """Grey levels between the darkest and the lightest pixels (1 in 1,000 left out) of a blank one."""
+SURELY_LINE = 6.0
+"""How many times as wide as high a picture is that holds no page of lines."""
+WINDOW = 16
+"""Batches of lines that are read together, at least, where there are as many."""
+WINDOW_PIXELS = 64_000_000
+"""Pixels of the pictures that are held together, at most, a single larger one left out of account:
+about 16 pages of 200 dots to the inch."""
 
 
 class LineReader(Protocol):
@@ -47,6 +58,14 @@ class _Cut(NamedTuple):
     whole: bool
 
 
+class _Plan(NamedTuple):
+    """A page of (rows, columns), and the ways in which it may be read, each as its lines in
+    order."""
+
+    size_hw: tuple[int, int]
+    ways: list[list[_Cut]]
+
+
 def read_pages(
     reader: LineReader,
     images: Sequence,
@@ -60,9 +79,10 @@ def read_pages(
 
     images: what `vlm.pixels.open_image` takes.
     layout: "page" finds the lines of each picture. "line" takes each picture as one line whatever
-        it shows, and warns where several lines are found on it. "auto" takes a picture as one line
-        where at most one row of text is found on it and it has a line's shape, or where that row
-        fills it; else it reads the lines that are found.
+        it shows, and warns where several lines are found on one that is less than SURELY_LINE times
+        as wide as high. "auto" takes a picture as one line where at most one row of text is found
+        on it and it has a line's shape, or where that row fills it; else it reads the lines that
+        are found.
     min_confidence: lines below it are left out, with a warning that names the picture and says
         how many.
     names: what messages call the pictures; by default their paths, or "picture 1" and so on.
@@ -75,40 +95,61 @@ def read_pages(
     stacked upright on each other are read as lines of one letter.
 
     Raises ValueError for another layout or a confidence outside 0 to 1; BadImage for a picture that
-    cannot be opened.
+    cannot be opened: before any is read where its file is missing, or no picture's.
+    """
+    names = names_of(images) if names is None else names
+    check_images(images, names, min_confidence)
+    pages = ((name, open_image(image, name=name)) for image, name in zip(images, names))
+    return keep_all_sure(
+        list(read_each(reader, pages, layout, batch_size, **options)), names, min_confidence
+    )
+
+
+def read_each(
+    reader: LineReader,
+    pages: Iterable[tuple[str, Image.Image]],
+    layout: Layout = "auto",
+    batch_size: int = 16,
+    **options,
+) -> Iterator[Reading]:
+    """What `reader` reads on each page, page after page; see `read_pages`.
+
+    pages: what messages call a page, and its RGB picture. They are taken as they are needed, until
+    their lines make WINDOW batches or their pixels come to WINDOW_PIXELS; these are read together.
     """
     if layout not in get_args(Layout):
         raise ValueError(f"layout: expected {', '.join(get_args(Layout))}, found {layout!r}")
-    if not 0 <= min_confidence <= 1:
-        raise ValueError(f"min_confidence: expected 0 to 1, found {min_confidence}")
-    names = _names(images) if names is None else names
-    pictures = [open_image(image, name=name) for image, name in zip(images, names, strict=True)]
-    plans = [_plan(picture, layout, name) for picture, name in zip(pictures, names)]
-    cuts = [one for ways in plans for way in ways for one in way]
+    held: list[_Plan] = []
+    for name, picture in pages:
+        held.append(_Plan((picture.height, picture.width), _ways(picture, layout, name)))
+        lines = sum(len(way) for plan in held for way in plan.ways)
+        pixels = sum(math.prod(plan.size_hw) for plan in held)
+        if lines >= WINDOW * batch_size or pixels >= WINDOW_PIXELS:
+            yield from _read(reader, held, batch_size, options)
+            held = []
+    yield from _read(reader, held, batch_size, options)
+
+
+def _read(
+    reader: LineReader, plans: Sequence[_Plan], batch_size: int, options: dict
+) -> list[Reading]:
+    """What is read on pages, their lines read together."""
+    cuts = [one for plan in plans for way in plan.ways for one in way]
     transcripts = iter(
         reader.read_lines([one.picture for one in cuts], batch_size=batch_size, **options)
         if cuts
         else ()
     )
     readings = []
-    for picture, ways in zip(pictures, plans):
+    for size_hw, ways in plans:
         tried = [
             Reading(
                 tuple(line for one in way if (line := _line(one, next(transcripts))) is not None),
-                (picture.height, picture.width),
+                size_hw,
             )
             for way in ways
         ]
         readings.append(max(tried, key=_trust))
-    if min_confidence:
-        kept = [keep_sure(reading, min_confidence) for reading in readings]
-        for name, (_, left_out) in zip(names, kept):
-            if left_out:
-                warnings.warn(
-                    f"{name}: {left_out} lines of a confidence below {min_confidence:g} left out",
-                    stacklevel=2,
-                )
-        readings = [reading for reading, _ in kept]
     return readings
 
 
@@ -118,7 +159,32 @@ def keep_sure(reading: Reading, min_confidence: float) -> tuple[Reading, int]:
     return replace(reading, lines=lines), len(reading.lines) - len(lines)
 
 
-def _names(images: Sequence) -> list[str]:
+def keep_all_sure(
+    readings: Sequence[Reading], names: Sequence[str], min_confidence: float
+) -> list[Reading]:
+    """Readings without their lines below a confidence, with a warning for each that has any."""
+    kept = [keep_sure(reading, min_confidence) for reading in readings]
+    for name, (_, left_out) in zip(names, kept):
+        if left_out:
+            warnings.warn(
+                f"{name}: {left_out} lines of a confidence below {min_confidence:g} left out",
+                stacklevel=3,
+            )
+    return [reading for reading, _ in kept]
+
+
+def check_images(images: Sequence, names: Sequence[str], min_confidence: float) -> None:
+    """Raises, before anything is read, ValueError for a confidence outside 0 to 1, and BadImage for
+    a file that is missing or no picture's; those that are damaged within stay unseen."""
+    if not 0 <= min_confidence <= 1:
+        raise ValueError(f"min_confidence: expected 0 to 1, found {min_confidence}")
+    for image, name in zip(images, names, strict=True):
+        if isinstance(image, (str, Path, bytes)):
+            image_size(ImageRef(image, name))
+
+
+def names_of(images: Sequence) -> list[str]:
+    """What messages call pictures: their paths, or "picture 1" and so on."""
     return [
         str(image) if isinstance(image, (str, Path)) else getattr(image, "name", f"picture {n}")
         for n, image in enumerate(images, 1)
@@ -130,10 +196,11 @@ def _trust(reading: Reading) -> float:
     return reading.confidence if reading.text.strip() else -1.0
 
 
-def _plan(picture: Image.Image, layout: Layout, name: str) -> list[list[_Cut]]:
+def _ways(picture: Image.Image, layout: Layout, name: str) -> list[list[_Cut]]:
     """The ways in which a picture may be read, each as its lines in order; mostly one."""
     if layout == "line":
-        rows = _rows(find_lines(picture))
+        long = picture.width >= SURELY_LINE * picture.height  # and lines need not be looked for
+        rows = 1 if long else _rows(find_lines(picture))
         if rows > 1:
             warnings.warn(
                 f"{name}: {rows} lines of text are found, and it is read as one: a full page given "
@@ -142,7 +209,7 @@ def _plan(picture: Image.Image, layout: Layout, name: str) -> list[list[_Cut]]:
             )
         return [[_whole(picture)]]
     upright = _way(picture, layout)
-    if not upright or not runs_sideways(picture):
+    if (not upright and _is_blank(picture)) or not runs_sideways(picture):
         return [upright]
     ways = [upright]
     for turn in (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270):

@@ -1,7 +1,8 @@
-"""Readings as files: text, JSON, hOCR 1.2 and ALTO 4.
+"""Readings as files: text, JSON, hOCR 1.2 and ALTO 4, written one page after another.
 
-Boxes are in pixels of the pictures. The XML is built as a tree, so that every text is escaped;
-characters that XML 1.0 cannot hold become U+FFFD.
+Boxes are in pixels of the pictures; texts are in logical order, whatever way they run. The XML of a
+page is built as a tree, so that every text is escaped; characters that XML 1.0 cannot hold become
+U+FFFD.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from io import StringIO
+from typing import NamedTuple, TextIO
 
 from vlm.inference.reading import Line, Reading, Word, XyxyPx
 
-Named = Sequence[tuple[str, Reading]]
+Named = Iterable[tuple[str, Reading]]
 """Pages, each with the name of its picture."""
 
 ALTO = "http://www.loc.gov/standards/alto/ns-v4#"
@@ -24,30 +27,39 @@ SIDEWAYS_DEGREES = 45.0
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
+class PageWriter:
+    """Writes pages to a text stream as they come, in one of FORMATS; `close` writes what ends the
+    file, after which it is whole however many pages it has."""
+
+    def __init__(self, stream: TextIO, format: str) -> None:
+        self.stream, self.format, self.pages = stream, FORMATS[format], 0
+
+    def add(self, name: str, reading: Reading) -> None:
+        """Writes a page. name: of its picture."""
+        before = self.format.between if self.pages else self.format.start(name)
+        self.pages += 1
+        self.stream.write(before + self.format.page(self.pages, name, reading))
+        self.stream.flush()
+
+    def close(self) -> None:
+        self.stream.write(("" if self.pages else self.format.start(None)) + self.format.end)
+        self.stream.flush()
+
+
 def to_text(pages: Named) -> str:
     """The lines of all pages, each page ended by a form feed but the last, as tesseract does."""
-    return "\f".join(reading.text + "\n" for _, reading in pages)
+    return _whole(pages, "text")
 
 
-def to_json(pages: Named, indent: int | None = 2) -> str:
+def to_json(pages: Named) -> str:
     """A list of pages with their lines and words.
 
-    Each page: "image", "width", "height", "text", "confidence", "lines"; each line: "text",
-    "confidence", "xyxy_px", "corners_px", "words"; each word: "text", "confidence", "xyxy_px",
-    which is null where the model does not say where a word stands. End exclusive, origin top left.
+    Each page: "image", "width", "height", "text", "confidence", "lines", and of a model that
+    answers with values, "values"; each line: "text", "confidence", "xyxy_px", "corners_px",
+    "words"; each word: "text", "confidence", "xyxy_px", which is null where the model does not say
+    where a word stands. End exclusive, origin top left.
     """
-    values = [
-        {
-            "image": name,
-            "width": reading.size_hw[1],
-            "height": reading.size_hw[0],
-            "text": reading.text,
-            "confidence": _rounded(reading.confidence),
-            "lines": [_line_values(line) for line in reading.lines],
-        }
-        for name, reading in pages
-    ]
-    return json.dumps(values, ensure_ascii=False, indent=indent)
+    return _whole(pages, "json")
 
 
 def to_hocr(pages: Named) -> str:
@@ -56,79 +68,138 @@ def to_hocr(pages: Named) -> str:
     A turned line has its base line, or beyond SIDEWAYS_DEGREES its textangle. Words of unknown
     place have no bbox.
     """
-    ET.register_namespace("", XHTML)
-    html = ET.Element(f"{{{XHTML}}}html", {"xml:lang": "und", "lang": "und"})
-    head = ET.SubElement(html, f"{{{XHTML}}}head")
-    ET.SubElement(head, f"{{{XHTML}}}title").text = "reading"
-    for key, value in (("ocr-system", "vlm"), ("ocr-capabilities", "ocr_page ocr_line ocrx_word")):
-        ET.SubElement(head, f"{{{XHTML}}}meta", {"name": key, "content": value})
-    body = ET.SubElement(html, f"{{{XHTML}}}body")
-    for p, (name, reading) in enumerate(pages, 1):
-        height, width = reading.size_hw
-        image = _clean(name).replace("\\", "\\\\").replace('"', '\\"')
-        title = f'image "{image}"; bbox 0 0 {width} {height}; ppageno {p - 1}'
-        page = _hocr(body, "div", "ocr_page", f"page_{p}", title)
-        for n, line in enumerate(reading.lines, 1):
-            title = f"bbox {_whole_box(line.xyxy_px)}{_hocr_turn(line)}"
-            title += f"; x_wconf {round(100 * line.confidence)}"
-            span = _hocr(page, "span", "ocr_line", f"line_{p}_{n}", title)
-            for w, word in enumerate(line.words, 1):
-                title = f"x_wconf {round(100 * word.confidence)}"
-                if word.xyxy_px is not None:
-                    title = f"bbox {_whole_box(word.xyxy_px)}; {title}"
-                element = _hocr(span, "span", "ocrx_word", f"word_{p}_{n}_{w}", title)
-                element.text = _clean(word.text)
-                element.tail = " " if w < len(line.words) else None
-            span.tail = "\n"
-    return (
-        '<?xml version="1.0" encoding="UTF-8"?>\n<!DOCTYPE html>\n'
-        + ET.tostring(html, encoding="unicode")
-        + "\n"
-    )
+    return _whole(pages, "hocr")
 
 
 def to_alto(pages: Named) -> str:
     """ALTO 4: one TextBlock a page, a TextLine with its outline for each line, a String for each
     word with WC in 0 to 1, and SP between two words."""
-    ET.register_namespace("", ALTO)
-    root = ET.Element(f"{{{ALTO}}}alto", {"SCHEMAVERSION": "4.4"})
-    description = _alto(root, "Description")
-    _alto(description, "MeasurementUnit").text = "pixel"
-    if pages:
-        source = _alto(description, "sourceImageInformation")
-        _alto(source, "fileName").text = _clean(pages[0][0])
-    layout = _alto(root, "Layout")
-    for p, (_, reading) in enumerate(pages, 1):
-        height, width = reading.size_hw
-        size = {"HEIGHT": str(height), "WIDTH": str(width)}
-        page = _alto(layout, "Page", {"ID": f"page_{p}", "PHYSICAL_IMG_NR": str(p), **size})
-        space = _alto(page, "PrintSpace", {"HPOS": "0", "VPOS": "0", **size})
-        if not reading.lines:
-            continue
+    return _whole(pages, "alto")
+
+
+def _whole(pages: Named, format: str) -> str:
+    stream = StringIO()
+    writer = PageWriter(stream, format)
+    for name, reading in pages:
+        writer.add(name, reading)
+    writer.close()
+    return stream.getvalue()
+
+
+def _text_page(number: int, name: str, reading: Reading) -> str:
+    return reading.text + "\n"
+
+
+def _json_page(number: int, name: str, reading: Reading) -> str:
+    values = {
+        "image": name,
+        "width": reading.size_hw[1],
+        "height": reading.size_hw[0],
+        "text": reading.text,
+        "confidence": _rounded(reading.confidence),
+        **({} if reading.values is None else {"values": reading.values}),
+        "lines": [_line_values(line) for line in reading.lines],
+    }
+    text = json.dumps(values, ensure_ascii=False, indent=2)
+    return "  " + text.replace("\n", "\n  ")  # no text has a line break of its own in JSON
+
+
+HOCR_END = "</body></html>\n"
+
+
+def _hocr_start(name: str | None) -> str:
+    html = ET.Element("html", {"xmlns": XHTML, "xml:lang": "und", "lang": "und"})
+    head = ET.SubElement(html, "head")
+    ET.SubElement(head, "title").text = "reading"
+    for key, value in (("ocr-system", "vlm"), ("ocr-capabilities", "ocr_page ocr_line ocrx_word")):
+        ET.SubElement(head, "meta", {"name": key, "content": value})
+    ET.SubElement(html, "body").text = "\n"
+    begun = ET.tostring(html, encoding="unicode").removesuffix(HOCR_END.strip())
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n<!DOCTYPE html>\n{begun}'
+
+
+def _hocr_page(number: int, name: str, reading: Reading) -> str:
+    height, width = reading.size_hw
+    image = _clean(name).replace("\\", "\\\\").replace('"', '\\"')
+    title = f'image "{image}"; bbox 0 0 {width} {height}; ppageno {number - 1}'
+    page = _hocr(None, "div", "ocr_page", f"page_{number}", title)
+    for n, line in enumerate(reading.lines, 1):
+        title = f"bbox {_whole_box(line.xyxy_px)}{_hocr_turn(line)}"
+        title += f"; x_wconf {round(100 * line.confidence)}"
+        span = _hocr(page, "span", "ocr_line", f"line_{number}_{n}", title)
+        for w, word in enumerate(line.words, 1):
+            title = f"x_wconf {round(100 * word.confidence)}"
+            if word.xyxy_px is not None:
+                title = f"bbox {_whole_box(word.xyxy_px)}; {title}"
+            element = _hocr(span, "span", "ocrx_word", f"word_{number}_{n}_{w}", title)
+            element.text = _clean(word.text)
+            element.tail = " " if w < len(line.words) else None
+        span.tail = "\n"
+    return ET.tostring(page, encoding="unicode") + "\n"
+
+
+ALTO_END = "</Layout></alto>\n"
+
+
+def _alto_start(name: str | None) -> str:
+    root = ET.Element("alto", {"xmlns": ALTO, "SCHEMAVERSION": "4.4"})
+    description = ET.SubElement(root, "Description")
+    ET.SubElement(description, "MeasurementUnit").text = "pixel"
+    if name is not None:
+        source = ET.SubElement(description, "sourceImageInformation")
+        ET.SubElement(source, "fileName").text = _clean(name)
+    ET.SubElement(root, "Layout").text = "\n"
+    begun = ET.tostring(root, encoding="unicode").removesuffix(ALTO_END.strip())
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{begun}'
+
+
+def _alto_page(number: int, name: str, reading: Reading) -> str:
+    height, width = reading.size_hw
+    size = {"HEIGHT": str(height), "WIDTH": str(width)}
+    page = ET.Element("Page", {"ID": f"page_{number}", "PHYSICAL_IMG_NR": str(number), **size})
+    space = ET.SubElement(page, "PrintSpace", {"HPOS": "0", "VPOS": "0", **size})
+    if reading.lines:
         place = _alto_box(_around([line.xyxy_px for line in reading.lines]))
-        block = _alto(space, "TextBlock", {"ID": f"block_{p}", **place})
+        block = ET.SubElement(space, "TextBlock", {"ID": f"block_{number}", **place})
         for n, line in enumerate(reading.lines, 1):
-            identity = {"ID": f"line_{p}_{n}", **_alto_box(line.xyxy_px)}
-            text_line = _alto(block, "TextLine", identity)
-            points = " ".join(f"{x:.1f},{y:.1f}" for x, y in line.corners_px)
-            _alto(_alto(text_line, "Shape"), "Polygon", {"POINTS": points})
-            for w, word in enumerate(line.words or (Word("", line.confidence),), 1):
-                if w > 1:
-                    _alto(text_line, "SP")
-                values = {"ID": f"word_{p}_{n}_{w}", "CONTENT": _clean(word.text)}
-                values["WC"] = f"{word.confidence:.4f}"
-                values |= {} if word.xyxy_px is None else _alto_box(word.xyxy_px)
-                _alto(text_line, "String", values)
-    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+            _alto_line(block, f"{number}_{n}", line)
+    return ET.tostring(page, encoding="unicode") + "\n"
+
+
+def _alto_line(block: ET.Element, number: str, line: Line) -> None:
+    text_line = ET.SubElement(
+        block, "TextLine", {"ID": f"line_{number}", **_alto_box(line.xyxy_px)}
+    )
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in line.corners_px)
+    ET.SubElement(ET.SubElement(text_line, "Shape"), "Polygon", {"POINTS": points})
+    for w, word in enumerate(line.words or (Word("", line.confidence),), 1):
+        if w > 1:
+            ET.SubElement(text_line, "SP")
+        values = {"ID": f"word_{number}_{w}", "CONTENT": _clean(word.text)}
+        values["WC"] = f"{word.confidence:.4f}"
+        values |= {} if word.xyxy_px is None else _alto_box(word.xyxy_px)
+        ET.SubElement(text_line, "String", values)
+
+
+class Format(NamedTuple):
+    """suffix: how its files end. start: what stands before the pages, by the name of the first
+    picture, None where there is none. page: a page, by its number from 1. between, end: what stands
+    between two pages and behind the last."""
+
+    suffix: str
+    start: Callable[[str | None], str]
+    page: Callable[[int, str, Reading], str]
+    between: str
+    end: str
 
 
 FORMATS = {
-    "text": (to_text, ".txt"),
-    "json": (to_json, ".json"),
-    "hocr": (to_hocr, ".hocr"),
-    "alto": (to_alto, ".xml"),
+    "text": Format(".txt", lambda name: "", _text_page, "\f", ""),
+    "json": Format(".json", lambda name: "[\n", _json_page, ",\n", "\n]\n"),
+    "hocr": Format(".hocr", _hocr_start, _hocr_page, "", HOCR_END),
+    "alto": Format(".xml", _alto_start, _alto_page, "", ALTO_END),
 }
-"""Name of a format -> what writes it, and how its files end."""
+"""Name of a format -> how it is written."""
 
 
 def _line_values(line: Line) -> dict:
@@ -184,13 +255,9 @@ def _hocr_turn(line: Line) -> str:
     return f"; baseline {slope:.4f} {at_left - line.xyxy_px[3]:.1f}"
 
 
-def _hocr(parent: ET.Element, tag: str, kind: str, identity: str, title: str) -> ET.Element:
+def _hocr(parent: ET.Element | None, tag: str, kind: str, identity: str, title: str) -> ET.Element:
     values = {"class": kind, "id": identity, "title": title}
-    return ET.SubElement(parent, f"{{{XHTML}}}{tag}", values)
-
-
-def _alto(parent: ET.Element, tag: str, values: dict[str, str] | None = None) -> ET.Element:
-    return ET.SubElement(parent, f"{{{ALTO}}}{tag}", values or {})
+    return ET.Element(tag, values) if parent is None else ET.SubElement(parent, tag, values)
 
 
 def _alto_box(box: XyxyPx) -> dict[str, str]:

@@ -33,10 +33,15 @@ KIND = "donut"
 
 PROMPTS = {
     "cord": "<s_cord-v2>",
+    "cord-v1": "<s_cord>",
     "class": "<s_rvlcdip>",
     "answer": "<s_docvqa><s_question>{question}</s_question><s_answer>",
+    "ticket": "<s_zhtrainticket>",
+    "read": "<s_synthdog>",
 }
-"""Task -> prompt of the published fine-tuned models. Source: github.com/clovaai/donut, README."""
+"""Task -> prompt of the published models. All have the token of "read", the text of a page, which
+they were trained on first. Source: github.com/clovaai/donut, README; transformers,
+`convert_donut_to_pytorch.py`."""
 
 SIZES = {
     "base": trocr.Size(
@@ -94,12 +99,42 @@ def load(folder: Path, values: dict[str, Any]) -> Transcriber:
     banned = () if unknown is None else (unknown,)
     return replace(
         model,
+        reads="pages",
+        prompt=page_prompt(model.processor),
         banned=tuple(dict.fromkeys((*model.banned, *banned))),
         reference=read_reference(folder, KIND),
     )
 
 
 save = trocr.save
+
+
+def page_prompt(processor: LineProcessor) -> str | None:
+    """The prompt of PROMPTS that a folder's model was trained on: the one that begins with its
+    start id, else the first that begins with a token of its vocabulary. None where its start id is
+    the prompt of another task, or nothing tells."""
+    tokenizer = processor.text_tokenizer
+    start = tokenizer.convert_ids_to_tokens(processor.start_ids[0])
+    known = {start} if TAG.fullmatch(start) else tokenizer.get_vocab()
+    return next((p for p in PROMPTS.values() if TAG.match(p)[0] in known), None)
+
+
+def pieces(processor: LineProcessor, ids: Sequence[int]) -> list[str]:
+    """What each written id adds to the text of the fields, each on lines of its own: a tag adds a
+    line break, a category its name."""
+    tokenizer = processor.text_tokenizer
+    added = tokenizer.get_added_vocab()
+    said: list[str] = []
+    field: list[int] = []
+    for id, token in zip(ids, tokenizer.convert_ids_to_tokens(list(ids))):
+        if token not in added:
+            field.append(id)
+            continue
+        said += processor.pieces(field)
+        field = []
+        mark = token == SEPARATOR or TAG.fullmatch(token.replace("/", "", 1))
+        said.append("\n" if mark else token[1:-2] if token.endswith("/>") else "")
+    return [*said, *processor.pieces(field)]
 
 
 def read_json(processor: LineProcessor, ids: Sequence[int]) -> Any:

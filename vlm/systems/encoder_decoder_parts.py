@@ -16,11 +16,14 @@ import torch
 from vlm.data.example import BadRow, Example, Skipped
 from vlm.families.encoder_decoder import EncoderDecoder
 from vlm.image_tokens import Pixels
+from vlm.metrics.calibration import UNFITTED, Temperatures
 from vlm.pixels import BadImage, PixelSpec, open_image
 from vlm.prompts import Row
 from vlm.systems.reference import Reference
 
 OVERFLOWS = ("drop", "shrink")
+READS = ("lines", "pages")
+"""What a model is shown at once: the picture of a line (TrOCR), or a whole page (Donut)."""
 GENERATION = (
     "num_beams",
     "length_penalty",
@@ -215,6 +218,8 @@ class Transcriber:
     end_ids: ids that end a text. banned: ids that are never written.
     generation: how the folder says that texts are written, in transformers' names; greedy where it
         says nothing. max_new_tokens: the longest text, its end included.
+    reads: one of READS. prompt: what asks for the text of a page; None: the start ids alone.
+    temperatures: of confidences. They, `reads` and `prompt` are kept in our own layout alone.
     reference: the published layout that it came from, which it can be saved in; None for others.
     """
 
@@ -224,6 +229,9 @@ class Transcriber:
     max_new_tokens: int
     banned: tuple[int, ...] = ()
     generation: dict[str, Any] = field(default_factory=dict)
+    reads: str = "lines"
+    prompt: str | None = None
+    temperatures: Temperatures = UNFITTED
     reference: Reference | None = None
 
     def with_size(self, size_hw: tuple[int, int], **changes: Any) -> Transcriber:

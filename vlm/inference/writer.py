@@ -1,0 +1,199 @@
+"""The public encoder-decoder model: lines, or whole pages, in; readings, or any text, out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import GenerationConfig
+
+from vlm.data.collate import collate
+from vlm.inference import transcribe
+from vlm.inference.engine import Generation, Written, evaluating
+from vlm.inference.ocr import LineModel, name_of, require_list, warmed
+from vlm.inference.reading import Reading, Token, Transcript
+from vlm.inference.written import lines_of
+from vlm.pixels import open_image
+from vlm.prompts import Row
+from vlm.systems import donut
+from vlm.systems.encoder_decoder_parts import Transcriber
+from vlm.text_decoders import positions_of
+
+
+class Writer(LineModel):
+    """An encoder-decoder model with its processor, ready to use.
+
+    parts: what `vlm.systems` opened. module: the plain nn.Module. processor: its preprocessing and
+    texts. Options carry transformers' names and are greedy by default.
+    """
+
+    options = frozenset(GenerationConfig().to_dict())
+
+    def __init__(self, parts: Transcriber) -> None:
+        self.parts = parts
+        self.module = parts.module
+        self.processor = parts.processor
+
+    @property
+    def reads(self) -> str:
+        return self.parts.reads
+
+    def ocr(
+        self,
+        images: Sequence,
+        layout: str = "auto",
+        batch_size: int = 16,
+        num_beams: int = 1,
+        min_confidence: float = 0.0,
+        prompt: str | None = None,
+        **options,
+    ) -> list[Reading]:
+        """What is written in each picture. A model of lines is shown these, see `LineModel.ocr`.
+
+        A model of whole pages (Donut) is shown the picture as it is, with layout "auto" or "page".
+        Its reading has a line for each field, whose box is the whole picture, and `values`, its
+        answer as values of JSON.
+        prompt: what a model of pages is asked, literally; None: what it was trained on.
+        batch_size: lines, or pages, that are read at once.
+        Raises ValueError for a page as a line, a prompt to a model of lines, and where the prompt
+        that a model was trained on asks a question.
+        """
+        if self.reads == "lines":
+            if prompt is not None:
+                raise ValueError("prompt: expected None, as this model reads lines without one")
+            return super().ocr(images, layout, batch_size, num_beams, min_confidence, **options)
+        from vlm.pages.read import check_images, keep_all_sure, names_of  # which needs OpenCV
+
+        require_list(images)
+        self._require_known(options)
+        if layout not in ("auto", "page"):
+            raise ValueError(
+                f"layout: expected auto or page, as this model reads whole pages, found {layout!r}"
+            )
+        prompt = self.parts.prompt if prompt is None else prompt
+        if prompt is not None and "{question}" in prompt:
+            raise ValueError(
+                "prompt: this model was trained to answer questions; expected one in its words, "
+                f"{prompt}, found none"
+            )
+        names = names_of(images)
+        check_images(images, names, min_confidence)
+        readings: list[Reading] = []
+        for first in range(0, len(images), batch_size):
+            part = slice(first, first + batch_size)
+            pictures = [
+                open_image(image, name=name) for image, name in zip(images[part], names[part])
+            ]
+            asked = [prompt] * len(pictures)
+            written = self.generate(pictures, asked, batch_size, num_beams, **options)
+            readings += [
+                self._page(one, prompt, (picture.height, picture.width))
+                for one, picture in zip(written, pictures)
+            ]
+        return keep_all_sure(readings, names, min_confidence)
+
+    def generate(
+        self,
+        images: Sequence,
+        prompts: Sequence[str | None] | None = None,
+        batch_size: int = 16,
+        num_beams: int = 1,
+        **options,
+    ) -> list[Generation]:
+        """What the model writes on each picture after a literal prompt (None: its start alone)."""
+        self._require_known(options)
+        prompts = [None] * len(images) if prompts is None else prompts
+        if len(prompts) != len(images):
+            raise ValueError(f"there are {len(images)} images and {len(prompts)} prompts")
+        done: list[Generation | None] = [None] * len(images)
+        with evaluating(self.module), torch.inference_mode():
+            for first in range(0, len(images), batch_size):
+                part = range(first, min(first + batch_size, len(images)))
+                rows = [
+                    self.processor.encode_picture(images[i], prompts[i], name_of(images[i], i))
+                    for i in part
+                ]
+                for i, (ids, logprobs) in zip(part, self._write(rows, num_beams, **options)):
+                    text = self.processor.decode(ids)
+                    done[i] = Generation(text, tuple(ids), tuple(logprobs))
+        return done
+
+    def score(
+        self,
+        images: Sequence,
+        prompts: Sequence[str | None] | None,
+        answers: Sequence[str],
+        batch_size: int = 16,
+    ) -> torch.Tensor:
+        """Log-probability of each answer, its end included, on its picture: fp32[N], nats."""
+        prompts = [None] * len(images) if prompts is None else prompts
+        if not len(images) == len(prompts) == len(answers):
+            raise ValueError(
+                f"there are {len(images)} images, {len(prompts)} prompts and {len(answers)} answers"
+            )
+        scores = torch.zeros(len(images))
+        with evaluating(self.module):
+            for first in range(0, len(images), batch_size):
+                part = range(first, min(first + batch_size, len(images)))
+                rows = [
+                    self.processor.encode_literal(
+                        [images[i]], prompts[i], answers[i], name_of(images[i], i)
+                    )
+                    for i in part
+                ]
+                batch = collate(rows, self.processor.pad_id).to(self.device, self._dtype)
+                scores[list(part)] = transcribe.score(self.module, batch).cpu()
+        return scores
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.module.tokenizer.parameters()).dtype
+
+    def _encode(self, picture, name: str) -> Row:
+        return self.processor.encode_picture(picture, None, name)
+
+    def _read(self, rows: Sequence[Row], num_beams: int, **options) -> list[Transcript]:
+        return [self._transcript(*pair) for pair in self._write(rows, num_beams, **options)]
+
+    def _write(self, rows: Sequence[Row], num_beams: int, **options) -> list[Written]:
+        """Ids and log-probabilities of what is written on each row."""
+        batch = collate(rows, self.processor.pad_id).to(self.device, self._dtype)
+        parts = self.parts
+        most, positions = parts.max_new_tokens, positions_of(self.module.text.config)
+        if positions is not None:  # a prompt takes some of them
+            most = max(1, min(most, positions + 1 - max(len(row.ids) for row in rows)))
+        given = {
+            "groups": batch.groups,
+            "start_ids": self.processor.start_ids,
+            "end_ids": parts.end_ids,
+            "pad_id": self.processor.pad_id,
+            "prompts": [row.ids.tolist() for row in rows],
+            "banned": parts.banned,
+            "max_new_tokens": options.pop("max_new_tokens", most),
+        }
+        if num_beams == 1 and not options:
+            return transcribe.greedy(self.module, **given)
+        options = {k: v for k, v in parts.generation.items() if k != "num_beams"} | options
+        return transcribe.beam(self.module, **given, num_beams=num_beams, **options)
+
+    def _transcript(self, ids: list[int], logprobs: list[float]) -> Transcript:
+        tokens, _ = self._tokens(ids, logprobs, self.processor.pieces(ids))
+        return Transcript(tuple(tokens), warmed(sum(logprobs), self.parts.temperatures.line))
+
+    def _page(self, written: Generation, prompt: str | None, size_hw: tuple[int, int]) -> Reading:
+        """What was written on a page of size_hw pixels. Fields that the prompt begins, behind its
+        first token, which names the task, are part of the answer."""
+        pieces = donut.pieces(self.processor, written.ids)
+        tokens, end = self._tokens(written.ids, written.logprobs, pieces)
+        begun = self.processor.prompt_ids(prompt)[1:]
+        values = donut.read_json(self.processor, [*begun, *written.ids])
+        return Reading(lines_of(tokens, end, size_hw), size_hw, values)
+
+    def _tokens(
+        self, ids: Sequence[int], logprobs: Sequence[float], pieces: Sequence[str]
+    ) -> tuple[list[Token], float]:
+        """The tokens of a text, and the confidence of its end; 1 where it has none."""
+        warmth = self.parts.temperatures.token
+        tokens = [Token(piece, warmed(p, warmth)) for piece, p in zip(pieces, logprobs)]
+        ended = bool(ids) and ids[-1] in self.parts.end_ids
+        return (tokens[:-1], tokens[-1].confidence) if ended else (tokens, 1.0)
