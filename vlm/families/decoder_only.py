@@ -59,9 +59,13 @@ class DecoderOnly(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits float[N, Z] at the scored places only, row by row, each from the place before."""
+        return self.logits(self.states(batch))
+
+    def states(self, batch: Batch) -> Tensor:
+        """The final states float[N, D] that `forward` makes logits of, for losses that have no room
+        for all logits at once (`vlm.losses.token`)."""
         vectors = self.embed(batch.ids, self.encode(batch.groups), batch.names)
-        hidden = self.read(vectors, batch)
-        return self.logits(hidden[:, :-1][batch.scored[:, 1:]])
+        return self.read(vectors, batch)[:, :-1][batch.scored[:, 1:]]
 
     def encode(self, groups: Sequence[ViewGroup]) -> tuple[Tensor, Tensor] | None:
         """The image tokens of all views in stream order: (float[P, D], int64[P] example of each);

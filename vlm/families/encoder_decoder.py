@@ -67,11 +67,16 @@ class EncoderDecoder(nn.Module):
 
         Raises ValueError naming the rows that have no picture, and for padding on the left.
         """
+        return self.logits(self.states(batch))
+
+    def states(self, batch: Batch) -> Tensor:
+        """The final states float[N, D] that `forward` makes logits of, for losses that have no room
+        for all logits at once (`vlm.losses.token`). Raises ValueError as `forward` does."""
         if batch.padding == "left" and not bool(batch.valid.all()):
             raise ValueError("a decoder's rows are padded on the right, found padding on the left")
         require_pictures(batch.groups, batch.names)
         hidden = self.read(batch.ids, self.encode(batch.groups))
-        return self.logits(hidden[:, :-1][batch.scored[:, 1:]])
+        return hidden[:, :-1][batch.scored[:, 1:]]
 
     def encode(self, groups: Sequence[ViewGroup]) -> Memory:
         """The image tokens of each example, views in order; encoded once, they serve any number of

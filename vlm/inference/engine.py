@@ -23,7 +23,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from vlm.families.decoder_only import DecoderOnly
-from vlm.losses.token import sum_by_row, token_losses
+from vlm.losses.token import state_losses, sum_by_row
 from vlm.placement import Batch
 
 GREEDY = {"do_sample": False, "num_beams": 1, "max_new_tokens": 64}
@@ -192,7 +192,7 @@ class _Once(StoppingCriteria):
 @torch.no_grad()
 def answer_losses(module: DecoderOnly, batch: Batch) -> Tensor:
     """Negative log-probability of each row's scored tokens in nats, fp32[B]."""
-    losses = token_losses(module(batch), batch.targets)
+    losses = state_losses(module.logits, module.states(batch), batch.targets)
     return sum_by_row(losses, batch.target_rows, len(batch.names))
 
 
@@ -224,5 +224,6 @@ def image_gain(module: DecoderOnly, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def _losses(module: DecoderOnly, batch: Batch, encoded) -> Tensor:
     hidden = module.read(module.embed(batch.ids, encoded, batch.names), batch)
-    logits = module.logits(hidden[:, :-1][batch.scored[:, 1:]])
-    return sum_by_row(token_losses(logits, batch.targets), batch.target_rows, len(batch.names))
+    states = hidden[:, :-1][batch.scored[:, 1:]]
+    losses = state_losses(module.logits, states, batch.targets)
+    return sum_by_row(losses, batch.target_rows, len(batch.names))

@@ -20,7 +20,7 @@ from vlm.families.line_reader import LineBatch, LineReader
 from vlm.lines import LineRow, by_width, collate_lines
 from vlm.losses.contrastive import RefusedRows, sigmoid_loss, softmax_loss
 from vlm.losses.ctc import ctc_losses, least_columns
-from vlm.losses.token import token_losses
+from vlm.losses.token import backward_state_losses
 from vlm.pairs import Pair, PairBatch, collate_pairs
 from vlm.placement import Batch
 from vlm.prompts import Row
@@ -114,11 +114,10 @@ class NextToken:
     def _backward(self, module: nn.Module, batch: Batch, scored: int, autocast: Autocast) -> float:
         batch = batch.to(_device(module))
         with autocast():
-            logits = module(batch)
-        loss = token_losses(logits, batch.targets).sum() / max(scored, 1)
-        if loss.requires_grad:
-            loss.backward()
-        return float(loss.detach())
+            states = module.states(batch)
+        share = 1 / max(scored, 1)
+        losses = backward_state_losses(module.logits, states, batch.targets, share, autocast)
+        return float(losses.sum()) * share
 
 
 class Transcribe:
