@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Literal
 
 import tyro
@@ -15,7 +13,9 @@ import tyro
 from vlm import assets
 from vlm.commands.decoding import Answer, Caption, Chat, Ground
 from vlm.commands.embedding import Classify, Embed, MakeIndex, Retrieve
+from vlm.commands.export import Export
 from vlm.commands.ocr import Ocr
+from vlm.commands.plan import MakePlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +77,13 @@ class InspectBatch:
 
         from vlm.data.collate import Encoded
         from vlm.inspect import draw_rows, show_rows
-        from vlm.training.launch import read_settings
+        from vlm.training.launch import read_settings, recipe_in
 
         if self.rows < 1:
             raise ValueError(f"--rows must be at least 1, found {self.rows}")
         if self.draw is not None and self.draw.suffix.lower() != ".png":
             raise ValueError(f"--draw: expected a .png file, found {self.draw}")
-        module = _recipe(self.recipe)
+        module = recipe_in(self.recipe)
         prog = f"vlm inspect-batch {self.recipe}"
         settings = read_settings(module.Settings, rest, module.__doc__, prog)
         data = settings.data()
@@ -106,28 +106,19 @@ Command = (
     | Annotated[Embed, tyro.conf.subcommand("embed")]
     | Annotated[MakeIndex, tyro.conf.subcommand("index")]
     | Annotated[Retrieve, tyro.conf.subcommand("retrieve")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[InspectBatch, tyro.conf.subcommand("inspect-batch")]
+    | Annotated[MakePlan, tyro.conf.subcommand("plan")]
     | Annotated[Systems, tyro.conf.subcommand("systems")]
 )
 
 
-def recipe_help(path: Path) -> None:
+def recipe_help(command: str, path: Path) -> None:
     """Prints what a recipe's own settings mean, ahead of the command's help."""
+    from vlm.training.launch import recipe_in
+
     with contextlib.suppress(SystemExit):  # help ends a program
-        tyro.cli(_recipe(path).Settings, args=["--help"], prog=f"vlm inspect-batch {path}")
-
-
-def _recipe(path: Path) -> ModuleType:
-    """The recipe in a file, imported without running it."""
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a recipe file, such as recipes/stage1_adaptor.py")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    if not hasattr(module, "Settings"):
-        raise ValueError(f"{path}: a recipe defines `Settings`, found none")
-    return module
+        tyro.cli(recipe_in(path).Settings, args=["--help"], prog=f"vlm {command} {path}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -135,9 +126,9 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = {"args": arguments, "prog": "vlm", "description": __doc__.partition(":")[2]}
     try:
-        if arguments[:1] == ["inspect-batch"]:
+        if arguments[:1] in (["inspect-batch"], ["plan"]):  # a recipe's settings come with theirs
             if {"-h", "--help"} & set(arguments) and Path(arguments[1]).is_file():
-                recipe_help(Path(arguments[1]))
+                recipe_help(arguments[0], Path(arguments[1]))
             command, rest = tyro.cli(Command, return_unknown_args=True, **options)
             command.run(rest)
         else:

@@ -1,0 +1,208 @@
+"""What `vlm plan` says of a step's memory, beside what steps really take on this machine's CPU.
+
+    python eval/plan_memory.py
+
+For each case, of every family that trains here, a step is rehearsed without data (see
+`vlm.training.rehearsal`), and two steps are carried out in a fresh process by the same objective,
+working weights and optimizer as `fit`'s. Measured is the process's peak resident memory during the
+second step, above what it held before the model was built, when a small model of the same kind had
+already run once, so that libraries and their compiled kernels are not counted. glibc is told to
+give back what is freed at once: so the figure is what is held, not what the allocator kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from speed_training import llava, ours_from, peak_mb, reset_peak
+from torch import nn
+
+from vlm.lines import LineRow
+from vlm.pairs import Pair
+from vlm.placement import IMAGE
+from vlm.prompts import Row
+from vlm.systems import line_reader, scratch
+from vlm.training.objectives import Contrast, NextToken, Objective, Transcribe
+from vlm.training.rehearsal import Rehearsal
+from vlm.training.stages import FROZEN, Stage, optimizer_for, prepare
+from vlm.training.working import WorkingWeights
+
+CHARACTERS = "".join(map(chr, range(33, 127)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model, its rows and how it is trained. small: the same, far smaller, to warm up with."""
+
+    make: Callable[[bool], tuple[nn.Module, list[Any], Objective]]
+    rates: tuple[tuple[str, float | None], ...] = (("*", 1e-4),)
+    micro_batches: int = 1
+    precision: torch.dtype = torch.bfloat16
+
+    @property
+    def stage(self) -> Stage:
+        return Stage(name="plan", rates=self.rates, steps=2, batch=8, micro_batch=8, warmup=0)
+
+
+def decoder_only(small: bool, vocabulary: int = 16384, answer: int = 96) -> tuple:
+    """A SigLIP and a Llama of a fifth of the demo's size, rows of a picture and text."""
+    width, layers = (64, 1) if small else (384, 8)
+    vocabulary = 512 if small else vocabulary
+    vision = dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+                  num_attention_heads=width // 64, image_size=224, patch_size=16)  # fmt: skip
+    text = dict(vocab_size=vocabulary, hidden_size=width, intermediate_size=3 * width,
+                num_hidden_layers=layers, num_attention_heads=width // 64, pad_token_id=2,
+                num_key_value_heads=width // 64, tie_word_embeddings=True)  # fmt: skip
+    module = ours_from(llava(vision, text, image_id=vocabulary - 1))
+    count, places = (1, 196) if small else (8, 196)
+    rows = []
+    for number in range(count):
+        length = 20 + answer - number  # unequal, as captions are
+        ids = torch.full((places + length,), IMAGE)
+        ids[places:] = torch.randint(3, vocabulary - 1, (length,))
+        scored = torch.zeros(len(ids), dtype=torch.bool)
+        scored[places + 20 :] = True
+        views = ((torch.randn(3, 224, 224), (0, 0)),)
+        rows.append(
+            Row(name=f"row {number}", ids=ids, scored=scored, views=views, places=(places,))
+        )
+    return module, rows, NextToken(2)
+
+
+def contrastive(small: bool) -> tuple:
+    """A SigLIP from scratch, pictures with captions."""
+    width, depth, count = (64, 1, 2) if small else (384, 6, 32)
+    sizes = scratch.ScratchConfig(
+        image_px=128, patch_px=8, width=width, depth=depth, text_width=width, text_depth=depth,
+        length=32, embed_width=width,
+    )  # fmt: skip
+    module = scratch.build(sizes, "sigmoid", 0).module
+    rows = [
+        Pair(
+            name=f"row {number}",
+            ids=torch.randint(3, 1000, (8 + number % 16,)),
+            views=[(torch.randn(3, 128, 128), (0, 0))],
+        )
+        for number in range(count)
+    ]
+    return module, rows, Contrast("sigmoid")
+
+
+def lines(small: bool) -> tuple:
+    """A line reader, lines of two widths."""
+    width, layers, count = (64, 1, 2) if small else (384, 8, 24)
+    module = line_reader.build(CHARACTERS, width=width, layers=layers).module
+    rows = [
+        LineRow(
+            name=f"row {number}",
+            pixels=torch.randn(3, 32, 512 + 256 * (number % 2)),
+            ids=(1, 2, 3) * 8,
+        )
+        for number in range(count)
+    ]
+    return module, rows, Transcribe()
+
+
+ADAPTOR = (("adaptor.*", 1e-3), ("*", FROZEN))
+CASES = {
+    "decoder-only, adaptor": Case(make=decoder_only, rates=ADAPTOR),
+    "decoder-only, all": Case(make=decoder_only),
+    "decoder-only, all, fp32": Case(make=decoder_only, precision=torch.float32),
+    "decoder-only, all, 2 micro-batches": Case(make=decoder_only, micro_batches=2),
+    "decoder-only, vocabulary of 128k": Case(
+        make=lambda small: decoder_only(small, 131072), rates=ADAPTOR
+    ),
+    "contrastive, all": Case(make=contrastive),
+    "contrastive, all, 2 micro-batches": Case(make=contrastive, micro_batches=2),
+    "line reader, all": Case(make=lines),
+    "line reader, all, fp32": Case(make=lines, precision=torch.float32),
+}
+
+
+def parts(rows: Sequence[Any], count: int) -> list[Sequence[Any]]:
+    """The rows in `count` equal micro-batches."""
+    size = len(rows) // count
+    return [rows[number * size : (number + 1) * size] for number in range(count)]
+
+
+def planned_mb(case: Case) -> float:
+    """The peak of a rehearsed step in MB."""
+    module, rows, objective = case.make(False)
+    rehearsal = Rehearsal(module, case.stage, objective, case.precision, gpu=False)
+    return rehearsal.step(parts(rows, case.micro_batches)).peak.total / 2**20
+
+
+def resident_mb() -> float:
+    """The process's resident memory in MB, what the allocator can give back given back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    (line,) = (t for t in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in t)
+    return int(line.split()[1]) / 1024
+
+
+def learn(case: Case, small: bool, before_last: Callable[[], None]) -> None:
+    """Two steps as `fit` makes them; calls `before_last` between them."""
+    module, rows, objective = case.make(small)
+    prepare(module, case.stage, case.precision)
+    optimizer = optimizer_for(module, case.stage)
+    working = WorkingWeights(module, case.precision)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    low = case.precision == torch.bfloat16
+    count = 1 if small else case.micro_batches
+    batches = [batch for part in parts(rows, count) for batch in objective.collate(part)]
+    del rows
+    for last in (False, True):
+        if last:
+            before_last()
+        with working.in_use():
+            objective.backward(
+                module, batches, 100, lambda: torch.autocast("cpu", torch.bfloat16, enabled=low)
+            )
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def measured_mb(name: str) -> float:
+    """The peak of a real step in this process, in MB above what it held before the model."""
+    learn(CASES[name], True, lambda: None)
+    before = resident_mb()
+    learn(CASES[name], False, lambda: (resident_mb(), reset_peak()))
+    return peak_mb() - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--only", choices=list(CASES), help=argparse.SUPPRESS)
+    settings = parser.parse_args()
+    if settings.only:
+        print(json.dumps(measured_mb(settings.only)))
+        return
+    give_back = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_ARENA_MAX": "1"}
+    print(f"{'case':36} {'planned MB':>11} {'measured MB':>12} {'difference':>11}")
+    for name in settings.cases:
+        planned = planned_mb(CASES[name])
+        command = [sys.executable, __file__, "--only", name]
+        out = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | give_back
+        ).stdout
+        found = json.loads(out.strip().splitlines()[-1])
+        print(f"{name:36} {planned:11.0f} {found:12.0f} {planned / found - 1:+11.1%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

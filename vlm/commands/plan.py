@@ -1,0 +1,176 @@
+"""`vlm plan`: what a recipe's run takes of a machine, before it is rented."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+if TYPE_CHECKING:
+    from vlm.training.plan import Estimate, Machine, Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakePlan:
+    """Say what a recipe's run takes of a machine: memory by part, the largest micro-batch, time.
+
+    Nothing is trained: steps are carried out on tensors without values, by the run's own code. The
+    model is built as the recipe builds it; its weights are read, and given up. All other options
+    are the recipe's own settings.
+    """
+
+    recipe: Annotated[Path, tyro.conf.Positional]
+    """A recipe's file, such as recipes/stage1_adaptor.py."""
+    machine: str
+    """[[NODESx]DEVICESx]NAME[-MEMORYG]: 8xH100-80G, 4x8xH200, A100-40G, 4090, cpu-16G."""
+    mfu: float = 0.4
+    """Share of the machine's peak that training reaches."""
+    price: float | None = None
+    """Of one device for an hour, in any currency."""
+    reserve: float = 0.08
+    """Share of memory that is left free, for what no rehearsal sees."""
+    shard: bool = False
+    """Divide weights, gradients and moments over all devices."""
+    hybrid: bool = False
+    """With --shard: divide them over the devices of a node, alike on every node."""
+    rows: int = 16
+    """How many of the recipe's first rows are looked at."""
+    tokens: int | None = None
+    """Text places of each row, in place of its own text."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def run(self, rest: list[str]) -> None:
+        from vlm.training.launch import read_settings, recipe_in
+        from vlm.training.plan import machine_of, make_plan, split_of
+
+        if self.rows < 1:
+            raise ValueError(f"--rows must be at least 1, found {self.rows}")
+        if self.hybrid and not self.shard:
+            raise ValueError("--hybrid says how --shard divides; give both")
+        machine = machine_of(self.machine)
+        recipe = recipe_in(self.recipe)
+        settings = read_settings(recipe.Settings, rest, recipe.__doc__, f"vlm plan {self.recipe}")
+        split_of(settings.batch, settings.micro_batch, machine.ranks)
+        estimate, name = self._estimate(recipe, settings, machine)
+        peak, source = _peak(machine, settings.precision)
+        plan = make_plan(
+            estimate,
+            machine,
+            batch=settings.batch,
+            steps=settings.steps,
+            micro_batch=settings.micro_batch,
+            peak_flops=peak,
+            mfu=self.mfu,
+            price=self.price,
+            reserve=self.reserve,
+        )
+        if self.json:
+            values = asdict(plan) | {"held": plan.held._asdict(), "total": plan.held.total}
+            print(json.dumps(values | {"fits": plan.fits, "peak": source}, indent=2))
+        else:
+            self._show(plan, machine, settings, name, source)
+        if not plan.fits:
+            raise ValueError(plan.refusal())
+
+    def _estimate(self, recipe: Any, settings: Any, machine: Machine) -> tuple[Estimate, str]:
+        """Rehearsed steps of a recipe, and the name of its stage."""
+        from vlm.data.collate import Encoded
+        from vlm.data.example import Skipped
+        from vlm.training.fit import DTYPES
+        from vlm.training.memory import checkpoint_activations
+        from vlm.training.plan import Estimate, kept_parts, objective_for, with_text_places
+        from vlm.training.rehearsal import Rehearsal
+
+        data = settings.data()
+        model = settings.build()
+        encoded = Encoded(data, model.processor, settings.bad_rows)
+        found = [encoded[number] for number in range(self.rows)]
+        rows = [row for row in found if not isinstance(row, Skipped)]
+        if not rows:
+            raise ValueError(f"none of the first {self.rows} rows can be used: {found[0].reason}")
+        if self.tokens is not None:
+            rows = [with_text_places(row, self.tokens) for row in rows]
+        module, processor = model.module, model.processor
+        stage = recipe.stage(settings, module, settings.micro_batch or 1)
+        if settings.checkpoint_activations:
+            checkpoint_activations(module, kept_parts(module, stage))
+        objective = objective_for(module, processor, settings)
+        gpu = machine.tflops is not None
+        rehearsal = Rehearsal(module, stage, objective, DTYPES[settings.precision], gpu)
+        group = (machine.devices if self.hybrid else machine.ranks) if self.shard else 1
+        return Estimate(rehearsal, rows, machine.ranks, group), stage.name
+
+    def _show(self, plan: Plan, machine: Machine, settings: Any, name: str, peak: str) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        from vlm.training.plan import GIB, MOST
+
+        console = Console(soft_wrap=True, highlight=False)
+        spread = f"{plan.ranks} x {machine.name}, {machine.gib:g} GiB each"
+        if plan.ranks > 1:
+            spread += ", all alike" if plan.shard_group == 1 else f", sharded by {plan.shard_group}"
+        console.print(f"{name}: {spread}", style="bold")
+        table = Table("on each device, at the fullest moment of a step", "GiB")
+        table.columns[1].justify = "right"
+        for part, held in plan.held._asdict().items():
+            table.add_row(part, f"{held / GIB:.2f}")
+        table.add_row("together", f"{plan.held.total / GIB:.2f}", style="bold", end_section=True)
+        table.add_row(f"room, {self.reserve:.0%} left free", f"{plan.budget / GIB:.2f}")
+        console.print(table)
+        if plan.gathered:
+            console.print(f"of the weights {plan.gathered / GIB:.2f} GiB are whole blocks at work")
+        devices = f"{plan.ranks} devices x " if plan.ranks > 1 else ""
+        passes = f" x {plan.accumulation} passes" if plan.accumulation > 1 else ""
+        more = " or more" if plan.largest == MOST else ""
+        console.print(
+            f"a batch of {settings.batch} is {devices}a micro-batch of {plan.micro_batch}{passes}; "
+            f"the largest micro-batch that fits is {plan.largest}{more}"
+        )
+        if plan.step_s is None:
+            console.print(f"{plan.step_flops:.3g} operations a step; no time: {peak}")
+            return
+        cost = "" if plan.cost is None else f", {plan.cost:,.2f} at {self.price:g} an hour each"
+        console.print(
+            f"a step takes {_duration(plan.step_s)} at an MFU of {self.mfu:.0%} of {peak}: "
+            f"{plan.step_flops:.3g} operations, {settings.batch / plan.step_s:,.1f} samples/s, "
+            f"{plan.tokens_per_s:,.0f} tokens/s"
+        )
+        console.print(
+            f"{settings.steps:,} steps take {_duration(plan.hours * 3600)}, "
+            f"{plan.hours * plan.ranks:,.2f} device hours{cost}"
+        )
+        console.print(
+            f"memory by the longest and time by all of the first {self.rows} rows; reading data, "
+            "evaluations and checkpoints left out",
+            style="dim",
+        )
+
+
+def _peak(machine: Machine, precision: str) -> tuple[float | None, str]:
+    """Operations a second of one device, and where the figure comes from."""
+    import torch
+
+    from vlm.training.fit import DTYPES
+    from vlm.training.meter import peak_flops
+
+    if machine.tflops is None:
+        peak, source = peak_flops(torch.device("cpu"), DTYPES[precision])
+        return peak, f"{peak / 1e9:,.0f} GFLOP/s ({source} on this machine)"
+    if precision != "bf16":
+        return None, f"{machine.name}'s data sheet is known for bf16, found {precision}"
+    return machine.tflops * 1e12, f"{machine.tflops:g} TFLOP/s ({machine.name} data sheet)"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.3g} minutes"
+    return f"{seconds / 3600:,.1f} hours"
