@@ -3,6 +3,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from torch import nn
 from tests import tiny, training
 from vlm.data.example import BadRow, Example, ImageRef, Turn
 from vlm.pixels import BadImage
-from vlm.training import objectives, stages
+from vlm.training import checkpoint_format, objectives, stages
 from vlm.training.checkpoint import CheckpointError, list_checkpoints
 from vlm.training.fit import Interrupted
 from vlm.training.loading import _leave_stopping_to_the_loop
@@ -152,6 +153,18 @@ def test_stop_request_saves_and_says_how_to_go_on(tmp_path, monkeypatch, kind, w
     _, progress, history = training.train(tmp_path / "run", resume=True)
     assert [line["step"] for line in history] == [1, 2, 3, 4, 5, 6]
     assert progress.samples == 24
+
+
+@pytest.mark.parametrize("ranks", [[1], [0, 1]], ids=["one rank", "all ranks"])
+def test_stop_request_to_any_rank_saves_once_and_ends_all(tmp_path, ranks):
+    stop = {"step": 3, "ranks": ranks}
+    done = launch(tmp_path, 2, stage={"micro_batch": 2}, save_every=4, stop=stop)
+    assert done.returncode
+    assert done.stderr.count("Interrupted: stopped after step 4, saved in") == 2
+    names = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step_00000004"]
+    _, progress, history = training.train(tmp_path, resume=True)
+    assert progress.step == len(history) == 6
 
 
 def test_loss_that_is_no_number_stops_the_run_and_changes_nothing(tmp_path):
@@ -378,9 +391,9 @@ def test_run_folder_is_never_overwritten_and_resumes_only_itself(tmp_path):
         training.train(run)
     with pytest.raises(CheckpointError, match="steps: 6 then, 8 now"):
         training.train(run, dataclasses.replace(training.STAGE, steps=8), resume=True)
-    with pytest.raises(CheckpointError, match=r"stage: .*'clip': 1\.0.* then, .*'clip': 5\.0"):
+    with pytest.raises(CheckpointError, match=r"stage\.clip: 1\.0 then, 5\.0 now.*--change stage"):
         training.train(run, dataclasses.replace(training.STAGE, clip=5.0), resume=True)
-    with pytest.raises(CheckpointError, match=r"rows: \['tiny: 13, .* now"):
+    with pytest.raises(CheckpointError, match=r"data\.0 tiny: '13 rows, .* then, '7 rows, .* now"):
         training.train(run, rows=training.examples()[:7], resume=True)
     with pytest.raises(CheckpointError, match="frozen weights are not those of this model"):
         training.train(run, resume=True, chosen=training.model(seed=5))
@@ -389,24 +402,69 @@ def test_run_folder_is_never_overwritten_and_resumes_only_itself(tmp_path):
     assert (run / "settings.json").read_text() == settings
 
 
-def test_checkpoint_that_is_broken_is_named(tmp_path):
-    training.train(tmp_path / "run")
-    (path,) = list_checkpoints(tmp_path / "run/checkpoints")
-    state = path / "state.pt"
-    state.write_bytes(state.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"state\.pt: broken checkpoint"):
-        training.train(tmp_path / "run", resume=True)
+def test_run_goes_on_with_the_changes_that_are_named(tmp_path, capsys):
+    run, longer = tmp_path / "run", dataclasses.replace(training.STAGE, steps=8)
+    training.train(run)
+    with pytest.raises(CheckpointError, match=r"\['speed'\] name no setting .* any of \['"):
+        training.train(run, longer, resume=True, change=("speed",))
+    with pytest.raises(ValueError, match=r"change \['steps'\] goes with resume"):
+        training.train(tmp_path / "new", change=("steps",))
+    _, progress, history = training.train(run, longer, resume=True, change=("steps",))
+    assert (progress.step, progress.samples, len(history)) == (8, 32, 8)
+    said = capsys.readouterr().err
+    assert "changed since step_00000006: steps: 6 then, 8 now" in said
+    assert "changed since step_00000006: stage.steps: 6 then, 8 now" in said
+
+
+def test_run_goes_on_from_the_checkpoint_before_a_broken_one(tmp_path, capsys):
+    whole, _, expected = training.train(tmp_path / "run", save_every=2)
+    _, newest = list_checkpoints(tmp_path / "run/checkpoints")
+    (file,) = newest.glob("*.distcp")
+    file.write_bytes(file.read_bytes()[:-100])
+    chosen, _, found = training.train(tmp_path / "run", resume=True, save_every=2)
+    assert re.search(
+        r"broken checkpoint: .*distcp: expected \d+ bytes, found \d+; set aside as "
+        r"broken_step_00000006, going on from step_00000004",
+        capsys.readouterr().err,
+    )
+    assert learned(expected) == learned(found)
+    assert same_bits(training.weights(chosen), training.weights(whole))
+
+
+def test_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
+    write = checkpoint_format.write
+
+    def fill_the_disk(final, *rest):
+        if final.name == "step_00000004":
+            raise OSError(28, "No space left on device")
+        write(final, *rest)
+
+    monkeypatch.setattr(checkpoint_format, "write", fill_the_disk)
+    message = r"step_00000004 could not be written: .*No space left.*whole one is step_00000002"
+    with pytest.raises(CheckpointError, match=message):
+        training.train(tmp_path, save_every=2)
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_00000002"]
+
+
+def test_evaluation_that_a_kill_prevented_is_made_up_for(tmp_path, monkeypatch):
+    counts = iter(range(100))
+    options = dict(evaluate=lambda: {"wrong": next(counts)}, eval_every=2, save_every=2)
+    training.train(tmp_path / "run", **options)
+    metrics = tmp_path / "run/metrics.jsonl"
+    shutil.rmtree(tmp_path / "run/checkpoints/step_00000006")
+    kept = [line for line in lines(tmp_path / "run") if line["step"] < 4 or "eval" not in line]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    _, _, history = training.train(tmp_path / "run", resume=True, **options)
+    assert [line["step"] for line in history if "eval" in line] == [2, 4]
 
 
 def test_small_disk_stops_a_run_before_its_first_step(tmp_path, monkeypatch):
     """Room for one checkpoint is too little for a run that keeps two and its model."""
     usage = shutil.disk_usage(tmp_path)
-    _, _, history = training.train(tmp_path / "before", save_every=1)
-    one = sum(path.stat().st_size for path in (tmp_path / "before/checkpoints").glob("*/state.pt"))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=one // 2 + 2**20))
+    one = 12 * sum(p.numel() for p in training.model().module.adaptor.parameters())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=one + 2**20))
     with pytest.raises(OSError, match=r"needs \d+ MB, its disk has \d+ MB free"):
         training.train(tmp_path / "run", save_every=1)
-    assert history
     assert not (tmp_path / "run").exists()
 
 
@@ -414,7 +472,7 @@ def test_disk_that_fills_during_a_run_stops_it_before_writing(tmp_path, monkeypa
     usage = shutil.disk_usage(tmp_path)
     free = iter([usage.free, 1000])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=next(free)))
-    with pytest.raises(OSError, match=r"needs \d+ MB, its disk has 0 MB free"):
+    with pytest.raises(CheckpointError, match=r"needs \d+ MB, its disk has 0 MB free.* no other"):
         training.train(tmp_path / "run")
     assert list_checkpoints(tmp_path / "run/checkpoints") == []
 

@@ -101,7 +101,7 @@ def split_by_kind():
 
 
 def train(out, stage=STAGE, rows=None, chosen=None, seed=0, resume=False, precision="fp32",
-          on_bad_row="raise", dropout=0.0, data=None, loss=None, evaluate=None,
+          on_bad_row="raise", dropout=0.0, data=None, loss=None, evaluate=None, change=(),
           **pace):  # fmt: skip
     """Trains and gives (model, progress, lines of metrics.jsonl). loss: of a contrastive model;
     None trains a decoder-only one."""
@@ -118,7 +118,7 @@ def train(out, stage=STAGE, rows=None, chosen=None, seed=0, resume=False, precis
         chosen, stage, data or dataset(rows, seed, on_bad_row), run, accelerator,
         objective=Contrast(loss) if loss else None,
         precision=precision, pace=Pace(**{"workers": 0, "save_every": 0, **pace}), resume=resume,
-        evaluate=evaluate,
+        change=change, evaluate=evaluate,
     )  # fmt: skip
     return chosen, progress, run.history()
 
@@ -147,6 +147,16 @@ if __name__ == "__main__":
                 os.kill(os.getpid(), signal.SIGKILL)
 
         Run.log = log_and_die
+    stop = options.pop("stop", None)
+    if stop is not None:
+        log = Run.log
+
+        def log_and_stop(self, step, figures):
+            log(self, step, figures)
+            if step == stop["step"] and int(os.environ["RANK"]) in stop["ranks"]:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        Run.log = log_and_stop
     chosen, _, _ = train(sys.argv[1], stage, **options)
     if "loss" in options:  # 7 rows, which two ranks do not share evenly
         held_out = retrieval_on(

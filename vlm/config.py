@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from dataclasses import MISSING, asdict, fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -54,6 +55,8 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
             return None
         options = [option for option in typing.get_args(hint) if option is not type(None)]
         return _typed(options[0], value, where) if len(options) == 1 else value
+    if hint is Path and isinstance(value, str):
+        return Path(value)
     if is_dataclass(hint) and isinstance(value, dict):
         return from_dict(hint, value, where)
     if origin is tuple and isinstance(value, (list, tuple)):

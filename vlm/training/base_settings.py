@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from vlm.data.mixture import MixtureDataset
+from vlm.training.checkpoint import KEEP
 from vlm.training.stages import Stage
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 Augmentation = Literal["none", "light", "strong"]
 
@@ -20,7 +24,10 @@ class BaseSettings:
     out: Path
     """The run's folder: settings, metrics, plots, checkpoints and the model."""
     resume: bool = False
-    """Go on from the newest checkpoint in `out`, with the same settings."""
+    """Go on from the newest whole checkpoint in `out`, with the same settings."""
+    change: tuple[str, ...] = ()
+    """Settings that may differ when going on, by name, such as: rate steps; "data" allows that
+    files were changed. Whatever differs without being named is listed and refused."""
 
     train: tuple[str, ...] = ("sample:train",)
     """Training data, any number of: sample:train, PATH.jsonl, PATH-{0000..0009}.tar, FOLDER,
@@ -68,6 +75,8 @@ class BaseSettings:
     """Steps between evaluations on a quarter of the held-out rows; 0 evaluates at the end only."""
     save_every: int = 50
     """Steps between checkpoints; 0 saves at the end only."""
+    keep: int = KEEP
+    """How many checkpoints are kept, the newest."""
 
     def build(self) -> Any:
         """The model to train, or its parts: its `module` and its `processor`."""
@@ -94,8 +103,8 @@ class BaseSettings:
         )
 
 
-FREE = ("out", "resume", "threads", "workers", "eval_every", "save_every", "micro_batch",
-        "held_out", "held_out_rows", "text_held_out", "text_held_out_rows",
+FREE = ("out", "resume", "change", "keep", "threads", "workers", "eval_every", "save_every",
+        "micro_batch", "held_out", "held_out_rows", "text_held_out", "text_held_out_rows",
         "checkpoint_activations", "merge")  # fmt: skip
 """Settings that may change when a run is resumed: they decide nothing that is learned."""
 
@@ -104,6 +113,18 @@ def deciding(settings: BaseSettings) -> dict[str, Any]:
     """The settings that decide what is learned, as plain values."""
     values = dataclasses.asdict(settings)
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in FREE}
+
+
+def recorded(settings: BaseSettings) -> dict[str, Any]:
+    """What settings.json holds: every setting, and under "recipe" where their class is: FILE:CLASS,
+    of our own recipes recipes/NAME.py:CLASS, or MODULE:CLASS inside this package."""
+    cls = type(settings)
+    if cls.__module__.partition(".")[0] == "vlm":
+        place = cls.__module__
+    else:
+        file = Path(getattr(sys.modules[cls.__module__], "__file__", None) or "").resolve()
+        place = f"recipes/{file.name}" if file.parent == RECIPES else str(file)
+    return {"recipe": f"{place}:{cls.__qualname__}", **dataclasses.asdict(settings)}
 
 
 def require_share(name: str, value: float) -> None:

@@ -1,8 +1,15 @@
 """Checkpoints: the trainable weights, the optimizer and the position, written all or not at all.
 
-A checkpoint is a folder `checkpoints/step_00000120` that appears by one rename when it is whole.
-Frozen weights are not in it: the run's settings rebuild them, and a fingerprint proves that they
-are the same ones.
+A checkpoint is a folder `checkpoints/step_00000120`, as `vlm.training.checkpoint_format` describes
+it. Frozen weights are not in it: the run's settings rebuild them, and a fingerprint proves that
+they are the same ones.
+
+Saving copies the state to host memory (for each trainable weight 12 bytes, fp32 and AdamW's two
+moments: replicas share them out, so that it is 12 bytes once for all processes, and a sharded
+process copies its own shards); a thread writes the copy while training goes on, and the copy is
+freed when it is written. The next save, the end of the run and a stop wait for it. A scheduler or
+launcher that stops a run must leave it that time: torchrun gives 30 seconds, then kills. A run that
+is killed meanwhile goes on from the checkpoint before.
 """
 
 from __future__ import annotations
@@ -10,21 +17,26 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from vlm.training import checkpoint_format as disk
+from vlm.training.checkpoint_format import CheckpointError, Together
+from vlm.training.decided import differences
+from vlm.training.run import versions
 from vlm.weights import need_room
 
 NAME = re.compile(r"step_(\d{8})")
+WRITING = re.compile(r"\.step_(\d{8})\.part")
 KEEP = 2
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or belongs to another run; the message names the file."""
 
 
 @dataclass
@@ -44,111 +56,277 @@ class Progress:
     unscored: int = 0
 
 
-def fingerprint(module: nn.Module) -> str:
-    """Names, shapes and a sample of the frozen weights, as a short hash: it tells whether a
-    checkpoint's frozen parts are these."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.requires_grad}".encode())
-        if not parameter.requires_grad and parameter.numel():
-            flat = parameter.detach().flatten()
-            stride = max(1, len(flat) // 64)
-            digest.update(flat[::stride][:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+class Checkpoints:
+    """The checkpoints of one run: written beside training, the last of them kept.
 
+    Every process makes one and calls each method at the same step. As a context it waits, when it
+    is left, for the checkpoint that is being written.
 
-def save(
-    folder: Path,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    settings: dict[str, Any],
-) -> Path:
-    """Writes a checkpoint and removes all but the last KEEP. One process calls this.
-
-    Raises OSError naming the disk where there is no room; older checkpoints stay whole.
+    folder: where they lie, on a disk that all processes share.
+    module, optimizer: whose state is saved, as `prepare` and `optimizer_for` left them.
+    decided: what decides what is learned, see `vlm.training.decided`; the first process's counts.
+    keep: how many are kept, the newest. say: shows a line to people.
     """
-    trainable = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
-    need_room(folder, _size(module))
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step_{progress.step:08d}"
-    scratch = folder / f".{final.name}.part"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    torch.save(
-        {
-            "trainable": trainable,
-            "optimizer": optimizer.state_dict(),
-            "progress": vars(progress),
-            "fingerprint": fingerprint(module),
-            "settings": settings,
-        },
-        scratch / "state.pt",
-    )
-    shutil.rmtree(final, ignore_errors=True)
-    scratch.rename(final)
-    for old in list_checkpoints(folder)[:-KEEP]:
-        shutil.rmtree(old)
-    return final
+
+    def __init__(
+        self,
+        folder: Path,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        decided: dict[str, Any],
+        *,
+        keep: int = KEEP,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        if keep < 1:
+            raise ValueError(f"keep: expected at least one checkpoint, found {keep}")
+        self.folder, self.module, self.optimizer = folder, module, optimizer
+        self.decided, self.keep, self.say = decided, keep, say
+        shared = dist.is_initialized() and dist.get_world_size() > 1
+        self.all = Together(dist.new_group(backend="gloo") if shared else None)
+        self.fingerprint = fingerprint(module)
+        self._writer: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind, value, trace) -> None:
+        if kind is None:
+            self.wait()
+        elif issubclass(kind, Exception):  # not at a second request to stop, which stops at once
+            self._join()
+            if self._error is not None and self._error is not value:
+                self.say(str(self._error))
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last one could not be written; `wait` says why."""
+        return self._error is not None
+
+    def need_room(self, saves: int) -> None:
+        """Raises OSError where the disk cannot hold what a run will leave: its checkpoints, and the
+        model beside them.
+
+        saves: how many checkpoints are still to be written; one more than are kept lie there for a
+            moment.
+        """
+        there = min(self.keep, len(list_checkpoints(self.folder)))
+        coming = min(saves, self.keep + 1 - there)
+        weights = sum(p.numel() * p.element_size() for p in self.module.parameters())
+        need_room(self.folder, coming * _size(self.module) + weights)
+
+    def save(self, progress: Progress) -> None:
+        """Takes a copy of the state and has it written; returns when it is copied.
+
+        Raises CheckpointError, on every process, where the one before could not be written.
+        """
+        self.wait()
+        own = share_of(state_of(self.module, self.optimizer), self.all.rank, self.all.ranks)
+        copy = {name: tensor.detach().to("cpu", copy=True) for name, tensor in own.items()}
+        final = self.folder / f"step_{progress.step:08d}"
+        about = {
+            "progress": asdict(progress),
+            "decided": self.decided,
+            "fingerprint": self.fingerprint,
+            "versions": versions(),
+        }
+        self._writer = threading.Thread(
+            target=self._write, args=(final, copy, about), name=final.name, daemon=True
+        )
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Waits for the one that is being written.
+
+        Raises CheckpointError, on every process, where it could not be.
+        """
+        self._join()
+        if self._error is not None:
+            raise self._error
+
+    def _join(self) -> None:
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+
+    def _write(self, final: Path, copy: dict[str, Tensor], about: dict[str, Any]) -> None:
+        try:
+            disk.write(final, copy, about, _size(self.module), self.all)
+            self.all.first(self._drop_old)
+        except Exception as error:  # of whatever kind: it is raised in the loop
+            whole = [path.name for path in list_checkpoints(self.folder)]
+            left = f"the newest whole one is {whole[-1]}" if whole else "there is no other"
+            self._error = CheckpointError(f"{final} could not be written: {error}; {left}")
+            self._error.__cause__ = error
+
+    def _drop_old(self) -> None:
+        for old in list_checkpoints(self.folder)[: -self.keep]:
+            disk.remove(old)
+
+    def restore(self, change: Sequence[str] = ()) -> Progress:
+        """Puts the newest whole checkpoint into module and optimizer.
+
+        Broken ones are named, and set aside; what a killed run was writing is removed, and said.
+        Random numbers need no saving: the loop seeds them for each step.
+        change: names of settings that may differ from the checkpoint's, see `differences`.
+        Gives a fresh Progress where the run was stopped before its first checkpoint.
+        Raises CheckpointError naming the file, where none is whole, and every setting, source or
+        weight that differs.
+        """
+        path, broken, about = self.all.first(lambda: self._choose(tuple(change)))
+        if path is not None:
+            if about["fingerprint"] != self.fingerprint:
+                raise CheckpointError(f"{path}: its frozen weights are not those of this model")
+            read_state(path, self.module, self.optimizer)
+        self.all.first(lambda: self._tidy(broken))
+        return Progress(**about["progress"]) if about else Progress()
+
+    def _choose(
+        self, change: tuple[str, ...]
+    ) -> tuple[Path | None, list[Path], dict[str, Any] | None]:
+        """The checkpoint to go on from, the broken ones that are newer, and what it says of its
+        run."""
+        path, broken = newest_whole(self.folder)
+        for old, said in broken.items():
+            again = int(NAME.fullmatch(old.name)[1]) - int(NAME.fullmatch(path.name)[1])
+            self.say(
+                f"broken checkpoint: {'; '.join(said)}; set aside as {_aside(old).name}, going on "
+                f"from {path.name}, so that {again} steps are done again"
+            )
+        if path is None:
+            return None, [], None
+        about = disk.read_about(path)
+        for line in differences(about["decided"], self.decided, change, path):
+            self.say(f"changed since {path.name}: {line}")
+        now = versions()
+        for name in sorted(about["versions"].keys() | now.keys()):
+            before, after = about["versions"].get(name), now.get(name)
+            if before != after:
+                self.say(f"{path.name} was written with {name} {before}, this is {after}")
+        return path, list(broken), about
+
+    def _tidy(self, broken: list[Path]) -> None:
+        for path in broken:
+            shutil.rmtree(_aside(path), ignore_errors=True)
+            path.rename(_aside(path))
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if WRITING.fullmatch(path.name):
+                self.say(f"{path}: was being written when the run ended; removed")
+                shutil.rmtree(path)
+            elif path.name.startswith(".step_"):
+                shutil.rmtree(path)
 
 
-def need_room_for_run(folder: Path, module: nn.Module, saves: int) -> None:
-    """Raises OSError where the disk cannot hold what a run will leave: its checkpoints, and the
-    model beside them.
+def _aside(path: Path) -> Path:
+    return path.with_name(f"broken_{path.name}")
 
-    saves: how many checkpoints are still to be written; one more than KEEP lie there for a moment.
+
+def newest_whole(
+    folder: Path, step: int | None = None
+) -> tuple[Path | None, dict[Path, list[str]]]:
+    """The newest whole checkpoint in `folder`, or that of a step, and what is wrong with each newer
+    one; (None, {}) where there is none at all.
+
+    Raises CheckpointError where there are some and none is whole, naming what is wrong with each,
+    and for a step that is not there.
     """
-    coming = min(saves, KEEP + 1 - min(KEEP, len(list_checkpoints(folder))))
-    weights = sum(p.numel() * p.element_size() for p in module.parameters())
-    need_room(folder, coming * _size(module) + weights)
-
-
-def _size(module: nn.Module) -> int:
-    """Bytes of one checkpoint: each trainable weight and AdamW's two moments."""
-    return 3 * sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    there = list_checkpoints(folder)
+    if step is not None:
+        names = [path.name for path in there]
+        there = [path for path in there if path.name == f"step_{step:08d}"]
+        if not there:
+            raise CheckpointError(f"{folder}: expected a checkpoint of step {step}, found {names}")
+    broken: dict[Path, list[str]] = {}
+    for path in reversed(there):
+        said = disk.faults(path)
+        if not said:
+            return path, broken
+        broken[path] = said
+    if broken:
+        said = "; ".join(line for lines in broken.values() for line in lines)
+        raise CheckpointError(f"{folder}: no checkpoint is whole: {said}")
+    return None, {}
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints in `folder`, oldest first."""
+    """Checkpoints in `folder` that were written whole, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if NAME.fullmatch(path.name))
 
 
-def restore(
-    folder: Path,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    settings: dict[str, Any],
-) -> Progress:
-    """Puts the newest checkpoint of `folder` into module and optimizer.
+def fingerprint(module: nn.Module) -> str:
+    """Names, shapes and a sample of the frozen weights, as a short hash: it tells whether a
+    checkpoint's frozen parts are these, in whatever precision they compute."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.requires_grad}".encode())
+        if not parameter.requires_grad and parameter.numel():
+            whole = parameter.detach()
+            flat = (whole.full_tensor() if isinstance(whole, DTensor) else whole).flatten()
+            stride = max(1, len(flat) // 64)
+            sample = flat[::stride][:64].to(torch.bfloat16).float()
+            digest.update(sample.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
-    settings: those that decide what is learned; a run goes on with the same ones only.
-    Random numbers need no saving: the loop seeds them for each step.
-    Gives a fresh Progress where the run was stopped before its first checkpoint.
-    Raises CheckpointError naming the file, and every setting or weight that differs.
+
+def state_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: `weights.NAME` of every trainable parameter, and
+    `optimizer.NAME.KEY` of what the optimizer keeps of it. Rates and decays are the stage's."""
+    state = {}
+    for name, parameter in _trainable(module):
+        state[f"weights.{name}"] = parameter.detach()
+        for key, value in optimizer.state[parameter].items():
+            state[f"optimizer.{name}.{key}"] = value
+    return state
+
+
+def read_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Puts a checkpoint into the trainable parameters and an optimizer that has done no step.
+
+    Raises CheckpointError naming what one has and the other lacks.
     """
-    found = list_checkpoints(folder)
-    if not found:
-        return Progress()
-    path = found[-1] / "state.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a broken file
-        raise CheckpointError(f"{path}: broken checkpoint ({error})") from error
-    old = state["settings"]
-    changed = [
-        f"{key}: {old.get(key)!r} then, {settings.get(key)!r} now"
-        for key in sorted(old.keys() | settings.keys())
-        if old.get(key) != settings.get(key)
-    ]
-    if changed:
-        raise CheckpointError(f"{path} is of another run: {'; '.join(changed)}")
-    if state["fingerprint"] != fingerprint(module):
-        raise CheckpointError(f"{path}: its frozen weights are not those of this model")
-    own = dict(module.named_parameters())
-    with torch.no_grad():
-        for name, tensor in state["trainable"].items():
-            own[name].copy_(tensor)
-    optimizer.load_state_dict(state["optimizer"])
-    return Progress(**state["progress"])
+    there = disk.stored(path)
+    known = dict(_trainable(module))
+    weights = {name for name in there if name.startswith("weights.")}
+    strange = sorted(weights - {f"weights.{name}" for name in known})
+    if strange:
+        raise CheckpointError(f"{path} holds weights that do not learn here: {strange[:20]}")
+    for name, parameter in known.items():
+        before = f"optimizer.{name}."
+        keys = [key for key in there if key.startswith(before) and "." not in key[len(before) :]]
+        optimizer.state[parameter] = {
+            key[len(before) :]: _room_for(parameter, *there[key]) for key in sorted(keys)
+        }
+    disk.read(path, state_of(module, optimizer))
+
+
+def _room_for(parameter: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """An empty tensor of the optimizer: sharded as its parameter is, where it has its shape."""
+    if shape == parameter.shape:
+        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.zeros(shape, dtype=dtype, device=parameter.device)
+
+
+def share_of(state: dict[str, Tensor], rank: int, ranks: int) -> dict[str, Tensor]:
+    """What one process writes: its shards, and of what all have alike about as many bytes as the
+    others."""
+    sharded = {name: tensor for name, tensor in state.items() if isinstance(tensor, DTensor)}
+    alike = sorted(state.keys() - sharded.keys(), key=lambda n: (-state[n].nbytes, n))
+    filled, own = [0] * ranks, dict(sharded)
+    for name in alike:
+        least = min(range(ranks), key=lambda r: filled[r])
+        filled[least] += state[name].nbytes
+        if least == rank:
+            own[name] = state[name]
+    return own
+
+
+def _trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+
+
+def _size(module: nn.Module) -> int:
+    """Bytes of one checkpoint: each trainable weight and AdamW's two moments."""
+    return 3 * sum(p.numel() * p.element_size() for _, p in _trainable(module))

@@ -13,9 +13,9 @@ import hashlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from vlm.data.example import BadRow
 from vlm.data.mixture import MixtureDataset, StepSampler
-from vlm.training import checkpoint
-from vlm.training.checkpoint import Progress
+from vlm.training.checkpoint import KEEP, Checkpoints, Progress
+from vlm.training.decided import decided_by
 from vlm.training.loading import MicroBatch, batches_of, micro_batch_loader
 from vlm.training.meter import Meter, peak_flops
 from vlm.training.objectives import Count, NextToken, Objective
@@ -58,16 +58,22 @@ class Pace:
 
     workers: processes that read and decode, on each rank; 0 reads in the loop itself.
     eval_every, save_every: in steps; 0 is never between (a checkpoint is saved at the end anyway).
+    keep: how many checkpoints are kept, the newest.
     """
 
     workers: int = 1
     eval_every: int = 0
     save_every: int = 50
+    keep: int = KEEP
 
     def saves(self, step: int, steps: int) -> bool:
         """Whether a checkpoint is saved after step `step` (from 0) of `steps`."""
         done = step + 1
         return done == steps or bool(self.save_every and done % self.save_every == 0)
+
+    def evaluates(self, done: int, steps: int) -> bool:
+        """Whether there is an evaluation between steps, after `done` of `steps` steps."""
+        return bool(self.eval_every and 0 < done < steps and done % self.eval_every == 0)
 
 
 def fit(
@@ -81,6 +87,7 @@ def fit(
     precision: str = "bf16",
     pace: Pace | None = None,
     resume: bool = False,
+    change: Sequence[str] = (),
     evaluate: Callable[[], dict[str, float]] | None = None,
 ) -> Progress:
     """Trains `model` in place by `stage`; what it logs and saves lies in `run`.
@@ -88,11 +95,16 @@ def fit(
     model: what `vlm.load` gives: its `module` learns, its `processor` reads the rows.
     objective: what is minimised; None is the cross-entropy of the scored tokens.
     precision: "bf16" (fp32 masters of what is trained, bf16 for all else) or "fp32".
+    resume: go on from the newest whole checkpoint. change: names of settings that may differ from
+        the checkpoint's, see `vlm.training.decided.differences`.
     evaluate: figures to log between steps, called on every rank; the end is the caller's.
     Raises StageError, BadRow, BadImage naming what does not fit; Interrupted after SIGINT or
-    SIGTERM, when all is saved; OSError before the first step where the disk has too little room.
+    SIGTERM, when all is saved; OSError before the first step where the disk has too little room;
+    CheckpointError, within a step or two, where a checkpoint could not be written.
     """
     pace = pace or Pace()
+    if change and not resume:
+        raise ValueError(f"change {list(change)} goes with resume, found a new run")
     if precision not in DTYPES:
         raise ValueError(f"precision is one of {', '.join(DTYPES)}, found {precision!r}")
     objective = objective or NextToken(model.processor.pad_id)
@@ -101,13 +113,14 @@ def fit(
     prepare(module, stage, DTYPES[precision])
     optimizer = optimizer_for(module, stage)
     run.table(describe(module, optimizer))
-    deciding = run.deciding | _decided_by(stage, data)
-    progress = Progress()
-    if resume:
-        progress = checkpoint.restore(run.checkpoints, module, optimizer, deciding)
-    if accelerator.is_main_process:
-        saves = len([s for s in range(progress.step, stage.steps) if pace.saves(s, stage.steps)])
-        checkpoint.need_room_for_run(run.checkpoints, module, saves)
+    main = accelerator.is_main_process
+    decided = decided_by(run.deciding, stage, data) if main else {}
+    checkpoints = Checkpoints(
+        run.checkpoints, module, optimizer, decided, keep=pace.keep, say=run.say
+    )
+    progress = checkpoints.restore(change) if resume else Progress()
+    saves = len([s for s in range(progress.step, stage.steps) if pace.saves(s, stage.steps)])
+    checkpoints.need_room(saves)
     run.open(progress.step)
     sampler = StepSampler(
         batch=stage.batch,
@@ -127,38 +140,41 @@ def fit(
         initial=progress.step,
         desc=stage.name,
         unit="step",
-        disable=not accelerator.is_main_process,
+        disable=not main,
         dynamic_ncols=True,
     )
+    due = evaluate and pace.evaluates(progress.step, stage.steps)
+    if due and checkpoints.all.first(lambda: not run.evaluated(progress.step)):
+        run.log(progress.step, {"eval": evaluate()})  # a kill came between it and its step
     audited = False
-    with bar, _stop_requests() as requests, batches_of(loader) as micro_batches:
+    with bar, _stop_requests() as requests, checkpoints, batches_of(loader) as micro_batches:
         for step in range(progress.step, stage.steps):
             torch.manual_seed(_step_seed(data.mixture.seed, step, accelerator.process_index))
             waiting = time.perf_counter()
             micros = [next(micro_batches) for _ in range(sampler.micro_batches_per_step)]
             waited = time.perf_counter() - waiting
-            figures = step_of(step, micros, waited, bool(requests))
+            figures = step_of(step, micros, waited, bool(requests), checkpoints.failed)
             _account(progress, micros, figures.pop("left_out"), accelerator)
-            progress.step, progress.samples = step + 1, (step + 1) * stage.batch
+            progress.step, progress.samples = step + 1, progress.samples + stage.batch
             if not audited and figures.pop("images"):
                 audit_gradients(module, step_of.reached)
                 audited = True
             figures.pop("images", None)
-            stop = figures.pop("stop")
+            stop, unsaved = figures.pop("stop"), figures.pop("unsaved")
             run.log(step + 1, {**figures, "batch": _digest(data, step, stage.batch)})
             bar.update()
             bar.set_postfix_str(
                 f"loss {figures['loss']:.3f}, {figures['samples_per_s']:.1f} samples/s, "
                 f"{figures['tokens_per_s']:.0f} tok/s, MFU {figures['mfu']:.0%}"
             )
-            last = step + 1 == stage.steps
+            if unsaved:
+                checkpoints.wait()  # which says on every rank what went wrong on one
             if stop or pace.saves(step, stage.steps):
-                if accelerator.is_main_process:
-                    checkpoint.save(run.checkpoints, module, optimizer, progress, deciding)
-                accelerator.wait_for_everyone()
-            if stop and not last:
+                checkpoints.save(progress)
+            if stop and step + 1 < stage.steps:
+                checkpoints.wait()
                 raise Interrupted(step + 1, run.checkpoints)
-            if evaluate and not last and pace.eval_every and (step + 1) % pace.eval_every == 0:
+            if evaluate and pace.evaluates(step + 1, stage.steps):
                 run.log(step + 1, {"eval": evaluate()})
                 step_of.meter.read()  # evaluation is no training time
     return progress
@@ -183,7 +199,7 @@ class _Step:
         self.reached: torch.Tensor | None = None
 
     def __call__(
-        self, step: int, micros: list[MicroBatch], waited: float, stop: bool
+        self, step: int, micros: list[MicroBatch], waited: float, stop: bool, unsaved: bool
     ) -> dict[str, float]:
         batches = [batch for micro in micros for batch in micro.batches]
         counts = [self.objective.count(batch) for batch in batches]
@@ -197,13 +213,15 @@ class _Step:
                 sum(count.work for count in counts),
                 sum(count.pictured for count in counts),
                 stop,
+                unsaved,
                 failed is not None,
                 sum(len(micro.skipped) + micro.cut + micro.unscored for micro in micros),
                 not batches,
             ]
         )
         (
-            scored, samples, tokens, positions, work, images, stops, failures, left_out, idle,
+            scored, samples, tokens, positions, work, images, stops, unsaved, failures, left_out,
+            idle,
         ) = map(int, totals)  # fmt: skip
         if failures:
             raise failed or BadRow("another rank found a row that cannot be used; see its message")
@@ -249,6 +267,7 @@ class _Step:
             **self.meter.read(),
             "images": images,
             "stop": stops > 0,
+            "unsaved": unsaved > 0,
             "left_out": left_out,
         }
 
@@ -354,21 +373,6 @@ def _digest(data: MixtureDataset, step: int, batch: int) -> str:
         draw = data.mixture[number]
         names.append(f"{draw.source} {data.sources[draw.source].row_name(draw.row)}")
     return hashlib.sha1("\n".join(names).encode()).hexdigest()[:12]
-
-
-def _decided_by(stage: Stage, data: MixtureDataset) -> dict[str, object]:
-    """What decides, besides the settings, what a run learns: the stage, and the rows drawn. How a
-    step is split does not."""
-    values = asdict(stage)
-    del values["micro_batch"]
-    mixture = data.mixture
-    changed = {"augment": data.augment, "warmup": mixture.warmup}
-    return {
-        "stage": repr(values),
-        "rows": [f"{s.name}: {len(s)}, {s.row_name(len(s) - 1)}" for s in data.sources],
-        "mixture": f"weights {mixture.weights}, seed {mixture.seed}",
-        **{key: repr(value) for key, value in changed.items() if value is not None},
-    }
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

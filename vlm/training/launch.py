@@ -5,10 +5,12 @@ one clear line where something is wrong.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -109,6 +111,19 @@ def _option(key: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
     return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+
+
+def recipe_in(path: Path) -> ModuleType:
+    """The recipe in a file, imported without running it."""
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a recipe file, such as recipes/stage1_adaptor.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    if not hasattr(module, "Settings"):
+        raise ValueError(f"{path}: a recipe defines `Settings`, found none")
+    return module
 
 
 def accelerator_for(settings: BaseSettings) -> tuple[Accelerator, int]:

@@ -86,7 +86,8 @@ class Run:
     def open(self, step: int) -> None:
         """Begins to write, after `step` steps: settings and versions, and metrics.jsonl without
         the lines after that step (what a killed run logged beyond its checkpoint, the closing
-        figures, and a last line that was cut)."""
+        figures, and a last line that was cut). Files are replaced whole, as a run may be killed at
+        any moment."""
         self._first_step = step + 1
         if not self.main:
             return
@@ -103,7 +104,7 @@ class Run:
                 break
             if values["step"] <= step and "final" not in values:
                 kept.append(line)
-        self.metrics.write_text("".join(f"{line}\n" for line in kept))
+        replace(self.metrics, "".join(f"{line}\n" for line in kept))
 
     @property
     def checkpoints(self) -> Path:
@@ -130,6 +131,10 @@ class Run:
             if isinstance(value, (int, float)):
                 self._board.add_scalar(name, value, step)
 
+    def evaluated(self, step: int) -> bool:
+        """Whether metrics.jsonl holds the figures of an evaluation after step `step`."""
+        return any(line["step"] == step and "eval" in line for line in self.history())
+
     def history(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
         if not self.metrics.exists():
@@ -145,6 +150,12 @@ class Run:
             table.add_row(*row)
         Console(file=sys.stderr).print(table)
 
+    def say(self, line: str) -> None:
+        """Shows a line that people should see."""
+        if self.main:
+            console = Console(file=sys.stderr, soft_wrap=True)
+            console.print(line, style="yellow", highlight=False, markup=False)
+
     def write_result(self, result: dict[str, Any]) -> None:
         """The run's closing figures, as result.json."""
         if self.main:
@@ -159,7 +170,14 @@ class Run:
         plot_loss(self.history(), self.folder / "loss.png", self.curves)
 
     def _write(self, name: str, values: dict[str, Any]) -> None:
-        (self.folder / name).write_text(json.dumps(values, indent=2, default=str) + "\n")
+        replace(self.folder / name, json.dumps(values, indent=2, default=str) + "\n")
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file that holds what it held before until it holds all of `text`."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def versions() -> dict[str, str]:

@@ -106,8 +106,7 @@ def prepare(module: nn.Module, stage: Stage, compute_dtype: torch.dtype) -> None
     decided = assign_rates(module, stage.rates)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(decided[name][1] is not FROZEN)
-    cast_parameters(module, torch.float32, lambda parameter: parameter.requires_grad)
-    cast_parameters(module, compute_dtype, lambda parameter: not parameter.requires_grad)
+    hold_in(module, compute_dtype)
     if not any(p.requires_grad for p in module.parameters()):
         raise StageError(f"stage {stage.name!r} trains no parameter")
     for part in module.children():
@@ -115,6 +114,12 @@ def prepare(module: nn.Module, stage: Stage, compute_dtype: torch.dtype) -> None
     for m in module.modules():
         if isinstance(m, _BatchNorm):
             m.eval()
+
+
+def hold_in(module: nn.Module, compute_dtype: torch.dtype) -> None:
+    """Gives trainable parameters fp32 and frozen ones `compute_dtype`, in place."""
+    cast_parameters(module, torch.float32, lambda parameter: parameter.requires_grad)
+    cast_parameters(module, compute_dtype, lambda parameter: not parameter.requires_grad)
 
 
 def optimizer_for(module: nn.Module, stage: Stage) -> torch.optim.AdamW:

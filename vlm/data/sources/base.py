@@ -30,6 +30,8 @@ class Source(ABC):
     name: str
     classes: tuple[str, ...] | None = None
     """The names that captions are chosen from, in the source's own order, where it lists them."""
+    files: tuple[str | Path, ...] = ()
+    """The files whose rows it reads, where it knows them; none of a source that draws."""
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -49,6 +49,7 @@ class CocoSource(Source):
 
     def __init__(self, path: str | Path, image_root: str | Path | None = None) -> None:
         self._path = Path(path)
+        self.files = (self._path,)
         self.name = self._path.name
         records = _read(self._path)
         self._images = image_root_at(self._path.parent if image_root is None else image_root)

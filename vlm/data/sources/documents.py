@@ -40,7 +40,9 @@ class Documents(Source):
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise BadSource(f"{path}: expected a text file in UTF-8 ({error})") from error
-        return cls(sized(re.split(r"\n\s*\n", text)), str(path))
+        source = cls(sized(re.split(r"\n\s*\n", text)), str(path))
+        source.files = (path,)
+        return source
 
     @classmethod
     def from_manual(cls, split: str) -> Documents:
@@ -72,7 +74,7 @@ class TextOnly(Source):
     """Another source, whose rows must have no picture: reading one that has raises BadRow."""
 
     def __init__(self, source: Source) -> None:
-        self.name, self.source = source.name, source
+        self.name, self.source, self.files = source.name, source, source.files
 
     def __len__(self) -> int:
         return len(self.source)

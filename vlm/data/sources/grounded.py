@@ -14,7 +14,7 @@ class Grounded(Source):
     """
 
     def __init__(self, source: Source) -> None:
-        self.name, self.source = source.name, source
+        self.name, self.source, self.files = source.name, source, source.files
 
     def __len__(self) -> int:
         return len(self.source)

@@ -53,6 +53,7 @@ class RowsSource(Source):
         name: str | None = None,
     ) -> None:
         self._path = Path(path)
+        self.files = (self._path,)
         self.name = name or self._path.name
         self._form = form or RowFormat()
         if not self._path.is_file():

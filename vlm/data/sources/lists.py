@@ -41,6 +41,7 @@ class TsvSource(Source):
         image_root: str | Path | None = None,
     ) -> None:
         self._path = Path(path)
+        self.files = (self._path,)
         self.name = self._path.name
         form = form or RowFormat()
         self._prompt = form.prompt

@@ -54,6 +54,7 @@ class ShardSource(Source):
         name: str | None = None,
     ) -> None:
         self._paths = find_shards(shards)
+        self.files = tuple(self._paths)
         self._form = form or RowFormat()
         folder = os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in self._paths])
         self._names = [os.path.relpath(path, folder) for path in self._paths]

@@ -25,7 +25,8 @@ class Prompted(Source):
 
     def __init__(self, source: Source, prompt: str) -> None:
         _require_fields(prompt, ("question",))
-        self.name, self.source, self.prompt = source.name, source, prompt
+        self.name, self.source, self.files = source.name, source, source.files
+        self.prompt = prompt
 
     def __len__(self) -> int:
         return len(self.source)
@@ -59,7 +60,7 @@ class Detect(Source):
     def __init__(self, source: Source, prompt: str, seed: int = 0) -> None:
         if _require_fields(prompt, ("phrase",)) != {"phrase"}:
             raise BadSource(f"prompt: expected {{phrase}} where labels go, found {prompt!r}")
-        self.name, self.source = source.name, source
+        self.name, self.source, self.files = source.name, source, source.files
         self.prompt, self.seed = prompt, seed
 
     def __len__(self) -> int:

@@ -1,0 +1,86 @@
+"""What decides what a run learns: data that changed are noticed, changes are named or refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import tiny, training
+from vlm.data.mixture import Mixture, MixtureDataset
+from vlm.data.sources import ListSource, open_source
+from vlm.training.checkpoint_format import CheckpointError
+from vlm.training.decided import decided_by, differences, fingerprint
+
+ROW = {"image": "a.png", "caption": "a cat"}
+
+
+def rows(path, count=40, **changes):
+    tiny.picture().save(path.parent / "a.png")
+    values = [ROW | {"caption": f"cat {i:03}"} for i in range(count)]
+    for at, caption in changes.items():
+        values[int(at[1:])]["caption"] = caption
+    path.write_text("".join(json.dumps(row) + "\n" for row in values))
+    return open_source(str(path))
+
+
+def test_fingerprint_changes_with_the_data_and_not_with_time(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    before = fingerprint(rows(path))
+    assert before.startswith("40 rows, rows.jsonl:1 to rows.jsonl:40, ")
+    assert fingerprint(rows(path)) == before
+    assert fingerprint(rows(path, count=41)) != before
+    assert fingerprint(rows(path, r0="dog 000")) != before  # a row that is read
+    assert fingerprint(rows(path, r1="a longer text")) != before  # seen by the file's size
+    (tmp_path / "a.png").write_bytes(b"cut")
+    source = open_source(str(path))
+    other = fingerprint(source)
+    rows(path)
+    assert fingerprint(source) != other
+
+
+def test_fingerprint_of_rows_that_are_made_reads_what_they_say():
+    assert fingerprint(open_source("scenes:9:seed=1")) == fingerprint(
+        open_source("scenes:9:seed=1")
+    )
+    drawn = fingerprint(open_source("scenes:9:seed=1")).rpartition(", ")[2]
+    assert drawn != fingerprint(open_source("scenes:9:seed=2")).rpartition(", ")[2]
+    texts = [fingerprint(open_source(f"python:{split}")) for split in ("train", "val")]
+    assert texts[0] != texts[1]
+
+
+def test_rows_that_cannot_be_read_do_not_stop_it(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows(path)
+    path.write_text(path.read_text().replace('"caption": "cat 000"', '"caption": ["cat",7]'))
+    assert fingerprint(open_source(str(path))).startswith("40 rows")
+
+
+def decided(rate=1e-3, steps=6, names=("r0", "r1")):
+    import dataclasses
+
+    source = ListSource([tiny.example(name) for name in names], "tiny")
+    data = MixtureDataset([source], Mixture([source], seed=0))
+    stage = dataclasses.replace(training.STAGE, steps=steps)
+    return decided_by({"rate": rate, "steps": steps, "out": Path("x")}, stage, data)
+
+
+def test_same_run_differs_in_nothing():
+    old = json.loads(json.dumps(decided()))
+    assert differences(old, decided(), (), Path("step")) == []
+
+
+def test_all_that_differs_is_listed_and_refused_unless_named():
+    old, new = decided(), decided(rate=1.0, steps=8, names=("r0", "r2"))
+    with pytest.raises(CheckpointError) as error:
+        differences(old, new, (), Path("step_1"))
+    said = str(error.value)
+    assert "rate: 0.001 then, 1.0 now; steps: 6 then, 8 now; stage.steps: 6 then, 8 now" in said
+    assert "data.0 tiny: '2 rows, r0 to r1, " in said
+    assert said.endswith("name what may differ: --change rate steps data")
+    with pytest.raises(
+        CheckpointError, match=r"of another run: data\.0 tiny.*--change rate steps da"
+    ):
+        differences(old, new, ("rate", "steps"), Path("step_1"))
+    assert len(differences(old, new, ("rate", "steps", "data"), Path("step_1"))) == 4
+    with pytest.raises(CheckpointError, match=r"\['lr'\] name no setting"):
+        differences(old, new, ("lr",), Path("step_1"))

@@ -1,0 +1,76 @@
+"""The model of a run's checkpoint: the same bits as the run's own, found by its settings."""
+
+import json
+import shutil
+
+import pytest
+
+import vlm
+from recipes.line_reader import stage
+from tests.test_reading_training import settings
+from vlm import cli
+from vlm.training.checkpoint import CheckpointError
+from vlm.training.export import export, settings_of
+from vlm.training.objectives import Transcribe
+from vlm.training.reading import LineReaderSettings, run
+from vlm.training.run import RunError
+from vlm.weights import read_weights, same_bits
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "run"
+    chosen = settings(folder, steps=2, save_every=1, held_out_rows=0, precision="bf16")
+    run(chosen, stage, lambda model: Transcribe())
+    return folder
+
+
+def test_newest_checkpoint_is_the_model_that_the_run_left(trained, tmp_path, capsys):
+    cli.main(["export", str(trained), "--out", str(tmp_path / "model")])
+    assert "step_00000002" in capsys.readouterr().out
+    expected = read_weights(trained / "model")
+    assert same_bits(read_weights(tmp_path / "model"), expected)
+    export(trained, tmp_path / "first", step=1)
+    assert not same_bits(read_weights(tmp_path / "first"), expected)
+    assert vlm.load(tmp_path / "first", device="cpu").module.family == "line_reader"
+
+
+def test_what_does_not_fit_is_named(trained, tmp_path, capsys):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint of step 7, found \['step_00000001', 'st"
+    ):
+        export(trained, tmp_path / "model", step=7)
+    with pytest.raises(RunError, match="expected a new or an empty folder"):
+        export(trained, trained)
+    with pytest.raises(RunError, match=r"expected a run's folder, with settings\.json in it"):
+        export(tmp_path / "none", tmp_path / "model")
+    with pytest.raises(ValueError, match="came from no published system"):
+        export(trained, tmp_path / "model", layout="reference")
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    values = json.loads((copy / "settings.json").read_text())
+    (copy / "settings.json").write_text(json.dumps(values | {"width": 128}))
+    with pytest.raises(CheckpointError, match=r"is of another model|are not those"):
+        export(copy, tmp_path / "model")
+    (copy / "settings.json").write_text(json.dumps(values | {"breadth": 128}))
+    cli_fault = pytest.raises(SystemExit)
+    with cli_fault:
+        cli.main(["export", str(copy), "--out", str(tmp_path / "model")])
+    assert "unknown keys ['breadth']" in capsys.readouterr().err
+
+
+def test_no_file_is_run_because_a_run_names_it(trained, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    recipe = copy / "mine.py"
+    recipe.write_text("from vlm.training.reading import LineReaderSettings as Settings\n")
+    values = json.loads((copy / "settings.json").read_text())
+    assert values["recipe"] == "vlm.training.reading:LineReaderSettings"
+    for place in (f"{recipe}:Settings", "recipes/../mine.py:Settings", "os:path"):
+        (copy / "settings.json").write_text(json.dumps(values | {"recipe": place}))
+        with pytest.raises(RunError, match="name it with --recipe"):
+            settings_of(copy)
+    found = settings_of(copy, recipe)
+    assert found == settings_of(trained)
+    assert isinstance(found, LineReaderSettings)
+    assert found.train == settings(tmp_path).train
