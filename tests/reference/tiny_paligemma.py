@@ -1,0 +1,101 @@
+"""Tiny random PaliGemma 1 and 2 folders, written by transformers' own classes."""
+
+import torch
+import transformers
+
+from tests.tiny import picture
+from vlm.data.collate import collate
+from vlm.data.example import Example, Turn
+from vlm.placement import IMAGE
+
+SIDE_PX, PLACES = 32, 16
+SIGLIP = dict(model_type="siglip_vision_model", hidden_size=16, intermediate_size=24,
+              num_hidden_layers=2, num_attention_heads=2, image_size=SIDE_PX, patch_size=8,
+              hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-3,
+              vision_use_head=False)  # fmt: skip
+TEXT = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3,
+            num_key_value_heads=1, head_dim=8, max_position_embeddings=512)  # fmt: skip
+TEXTS = {
+    "gemma": TEXT | {"model_type": "gemma"},
+    "gemma2": TEXT | {"model_type": "gemma2", "sliding_window": 12, "query_pre_attn_scalar": 11},
+}
+"""The sliding window is shorter than a prompt."""
+MERGES = [("c", "a"), ("ca", "t"), ("▁", "a"), ("\n", "\n"), ("e", "n"), ("\n", "c"), ("d", "o")]
+"""One of them would join a prompt's line break with an answer's first letter."""
+
+
+def text_tokenizer():
+    """Gemma's own kind, of single characters and a few merges."""
+    vocab = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    vocab += [f"<0x{byte:02X}>" for byte in range(256)]
+    vocab += ["▁", "\n", *map(chr, range(33, 127)), *("".join(pair) for pair in MERGES)]
+    return transformers.GemmaTokenizer(
+        vocab={token: id for id, token in enumerate(vocab)},
+        merges=MERGES,
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+def write_folder(folder, kind, seed=0, **more):
+    """A tiny random folder, written by transformers' own classes; returns its model in fp32."""
+    image_processor = transformers.SiglipImageProcessor(
+        size={"height": SIDE_PX, "width": SIDE_PX}, resample=3, image_seq_length=PLACES,
+        image_mean=[0.5] * 3, image_std=[0.5] * 3, **more.pop("image_processor", {}),
+    )  # fmt: skip
+    processor = transformers.PaliGemmaProcessor(image_processor, text_tokenizer())
+    config = transformers.PaliGemmaConfig(
+        vision_config=SIGLIP | more.pop("vision", {}),
+        text_config=TEXTS[kind] | {"vocab_size": len(processor.tokenizer) + more.pop("spare", 7)},
+        image_token_index=processor.image_token_id,
+        projection_dim=TEXT["hidden_size"],
+    )
+    torch.manual_seed(seed)
+    model = transformers.PaliGemmaForConditionalGeneration(config).float().eval()
+    with torch.no_grad():  # biases and norms start at 0 and 1: move them
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model
+
+
+ROWS = [
+    (picture(1, (20, 45)), "caption en", "cat on a dog"),
+    (picture(2, (50, 30)), "answer en where is the cat? it is\nlate", "<loc0001><seg007> do"),
+    (picture(3, (64, 9)), "ocr", "c"),
+]
+"""Pictures that are not square, prompts and answers of unequal length."""
+
+
+def examples(answers=True):
+    return [
+        Example(
+            f"r{i}",
+            (Turn("user", (None, prompt)), *([Turn("assistant", (answer,))] * answers)),
+            (image,),
+        )
+        for i, (image, prompt, answer) in enumerate(ROWS)
+    ]
+
+
+def their_inputs(processor, rows=ROWS, answers=True):
+    images, prompts, suffixes = zip(*rows)
+    return processor(
+        images=list(images),
+        text=[f"<image>{prompt}" for prompt in prompts],
+        suffix=list(suffixes) if answers else None,
+        return_tensors="pt",
+        padding="longest",
+    )
+
+
+def with_marks(ids, model):
+    """Our ids with the reference's image id at image places."""
+    mark = model.processor.text_tokenizer.convert_tokens_to_ids("<image>")
+    return torch.where(ids == IMAGE, mark, ids)
+
+
+def our_batch(model, answers=True, padding="left"):
+    encode = model.processor.encode if answers else model.processor.encode_prompt
+    rows = [encode(example) for example in examples(answers)]
+    return collate(rows, model.processor.pad_id, padding)
