@@ -50,7 +50,7 @@ from vlm.inference.tasks import Model
 from vlm.metrics.caption import Pair, caption_figures, cider_d, exact_matches
 from vlm.pixels import BadImage, open_image
 from vlm.prompts import Row
-from vlm.systems.composed import load_vision
+from vlm.systems.pretrained import load_vision
 from vlm.training.launch import share_cores
 from vlm.training.recipe import held_out_rows
 from vlm.training.run import draw_captions, versions

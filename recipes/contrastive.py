@@ -17,7 +17,8 @@ import fnmatch
 from torch import nn
 
 from vlm.training import launch
-from vlm.training.contrastive import Settings, layer_rates, run
+from vlm.training.contrastive import Settings, run
+from vlm.training.layer_rates import layer_rates
 from vlm.training.stages import FROZEN, Stage
 
 

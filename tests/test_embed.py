@@ -16,8 +16,8 @@ from vlm.lora import Lora, add_lora
 from vlm.pairs import PairProcessor
 from vlm.pixels import BadImage
 from vlm.systems import pairing
-from vlm.systems.composed import load_vision
 from vlm.systems.pairing import Pairing
+from vlm.systems.pretrained import load_vision
 from vlm.weights import WeightsError, same_bits
 
 PICTURES = [tiny.picture(i, size) for i, size in enumerate([(40, 71), (90, 33), (20, 21)])]

@@ -105,6 +105,30 @@ def test_loss_equals_cross_entropy_on_the_unshifted_labels(kind):
 
 
 @pytest.mark.parametrize("kind", SHAPES)
+def test_gradients_are_the_same_for_every_split(kind):
+    """T9: texts and pictures of unequal lengths, whole, in twos, one by one, dealt to two ranks,
+    beside autograd on the plain mean over all scored tokens."""
+    module = model(kind)
+    normal, broad = processor(module), wide(module, (8, 40))
+    examples = [*rows(normal, "ab", "a longer one than the others"), *rows(broad, "third", "c")]
+    names = [name for name, _ in module.named_parameters()]
+    batch = collate(examples, 256)
+    expected = token_losses(module(batch), batch.targets).mean()
+    grads = torch.autograd.grad(expected, list(module.parameters()), materialize_grads=True)
+    objective = NextToken(256)
+    for numbers in ([[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 2], [1, 3]]):
+        module.zero_grad()
+        parts = [objective.collate([examples[i] for i in part]) for part in numbers]
+        scored = sum(objective.count(batch).scored for part in parts for batch in part)
+        loss = sum(objective.backward(module, part, scored, nullcontext) for part in parts)
+        assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+        for name, grad in zip(names, grads, strict=True):
+            found = module.get_parameter(name).grad
+            found = torch.zeros_like(grad) if found is None else found
+            torch.testing.assert_close(found, grad, atol=2e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
 @torch.no_grad()
 def test_padding_and_batch_change_no_logit_of_a_row(kind):
     """T3, T4: right pads, of texts and of memories, change nothing; each row alone is the same."""

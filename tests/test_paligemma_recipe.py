@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 
 import vlm
 from tests import tiny
-from tests.reference.test_paligemma import write_folder
+from tests.reference.tiny_paligemma import write_folder
 from tests.test_composed import write_parts
 from tests.test_stages_chain import stage_of
 from vlm.data.example import BadRow, Box, Example, Turn, caption_example

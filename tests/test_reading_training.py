@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,13 @@ from recipes.line_reader import stage
 from recipes.trocr import stage as trocr_stage
 from tests import test_encoder_decoder as law
 from tests import test_line_reader
+from tests.contrastive_runs import assert_close, assert_follows
+from tests.test_fit import lines
 from tests.test_synthetic_lines import FOLDER, few_lines  # noqa: F401 - a fixture
 from vlm.data.example import BadRow
-from vlm.systems import line_reader, transcriber
+from vlm.inference.writer import Writer
+from vlm.systems import line_reader, swap, transcriber
+from vlm.systems.transcriber import DecoderSizes
 from vlm.training.objectives import NextToken, Transcribe
 from vlm.training.reading import LineReaderSettings, TranscriberSettings, run
 from vlm.vocabulary import character_tokenizer
@@ -115,21 +120,24 @@ def test_another_alphabet_keeps_the_strokes_of_the_reader_that_it_starts_from(tm
         assert torch.equal(weight, started.module.tokenizer.state_dict()[name])
 
 
-def test_a_table_of_lines_is_trained_on(tmp_path):
+def line_table(folder, texts):
+    """A table of blank pictures of unequal widths with texts."""
     rows = ["image\ttext"]
-    for i in range(6):
-        Image.new("RGB", (60 + i, 20), "white").save(tmp_path / f"{i}.png")
-        rows.append(f"{i}.png\tline {i}")
-    (tmp_path / "lines.tsv").write_text("\n".join(rows) + "\n")
-    table = str(tmp_path / "lines.tsv")
+    for i, text in enumerate(texts):
+        Image.new("RGB", (60 + i, 20), "white").save(folder / f"{i}.png")
+        rows.append(f"{i}.png\t{text}")
+    (folder / "lines.tsv").write_text("\n".join(rows) + "\n")
+    return str(folder / "lines.tsv")
+
+
+def test_a_table_of_lines_is_trained_on(tmp_path):
+    table = line_table(tmp_path, [f"line {i}" for i in range(6)])
     result = trained(tmp_path / "run", train=(table,), held_out=table, held_out_rows=6)
     assert result["held_out"].endswith("lines.tsv")
 
 
 def test_characters_outside_the_alphabet_stop_the_run_and_are_named(tmp_path):
-    Image.new("RGB", (60, 20), "white").save(tmp_path / "0.png")
-    (tmp_path / "lines.tsv").write_text("image\ttext\n0.png\tжук\n")
-    table = str(tmp_path / "lines.tsv")
+    table = line_table(tmp_path, ["жук"])
     with pytest.raises(ValueError, match=r"lines\.tsv:2.*'ж' \(U\+0436, 1 times\)"):
         trained(tmp_path / "run", train=(table,), held_out_rows=0)
 
@@ -170,6 +178,7 @@ def test_an_encoder_decoder_reader_is_trained_saved_and_given_another_script(tmp
     trained_once = transcribed(tmp_path / "english")
     assert trained_once["lines"] == 4
     model = vlm.load(tmp_path / "english", device="cpu")
+    assert asdict(model.parts.temperatures) == trained_once["temperatures"]
     assert model.read_lines([Image.new("RGB", (90, 20), "white")])[0].confidence <= 1
     transcribed(
         tmp_path / "greek",
@@ -215,7 +224,7 @@ def test_a_decoder_that_counts_from_its_pad_id_refuses_a_tokenizer_with_another(
     model = TranscriberSettings(decoder_width=64, decoder_depth=1, length=32).build()
     model.module.text = law.model("roberta").text
     with pytest.raises(ValueError, match=r"counts positions from its pad id.* 256 too, found 1"):
-        transcriber.with_tokenizer(model, character_tokenizer("ab "))
+        swap.with_tokenizer(model, character_tokenizer("ab "))
 
 
 def test_another_tokenizer_keeps_the_rows_of_the_tokens_that_both_have():
@@ -224,7 +233,7 @@ def test_another_tokenizer_keeps_the_rows_of_the_tokens_that_both_have():
     before = model.processor.text_tokenizer.get_vocab()
     table = model.module.text.get_input_embeddings().weight.detach().clone()
     new = character_tokenizer("zaΩ ")
-    swapped = transcriber.with_tokenizer(model, new)
+    swapped = swap.with_tokenizer(model, new)
     rows = swapped.module.text.get_input_embeddings().weight
     for token in ("a", "z", " ", "</s>", "<pad>"):
         assert torch.equal(rows[new.get_vocab()[token]], table[before[token]])
@@ -239,7 +248,7 @@ def test_another_tokenizer_keeps_the_biases_of_berts_head():
     with torch.no_grad():
         text.get_output_embeddings().bias.copy_(torch.arange(300.0))
     new = character_tokenizer("zaΩ ")
-    biases = transcriber.with_tokenizer(model, new).module.text.get_output_embeddings().bias
+    biases = swap.with_tokenizer(model, new).module.text.get_output_embeddings().bias
     for token in ("a", "z", " ", "</s>", "<pad>"):
         assert biases[new.get_vocab()[token]] == before[token]
     assert len(biases) == len(new)
@@ -262,6 +271,36 @@ def test_the_recipe_runs_on_two_processes(tmp_path):
     reader = vlm.load(tmp_path / "two", device="cpu", dtype="float32")
     assert isinstance(reader.parts, line_reader.ReaderParts)
     assert found["lines"] == 5
+
+
+def test_two_processes_train_an_encoder_decoder_as_one_does(tmp_path):
+    """T9: recipes/trocr.py's loop by gloo, on lines of unequal lengths; without dropout, which each
+    process draws for itself."""
+    sizes = DecoderSizes(width=64, depth=1, heads=2, mlp_width=64, length=32, dropout=0.0)
+    started = transcriber.build(
+        vision=test_line_reader.parts().module.tokenizer,
+        text=sizes,
+        text_tokenizer=character_tokenizer(LineReaderSettings().characters()),
+    )
+    Writer(started).save(tmp_path / "start")
+    table = line_table(tmp_path, [f"line {10**i}" for i in range(6)])
+    transcribed(tmp_path / "one", start=str(tmp_path / "start"), train=(table,), held_out_rows=0)
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
+        *("--num_processes", "2", "--main_process_port", "0"),
+        *("recipes/trocr.py", "--out", str(tmp_path / "two"), "--start", str(tmp_path / "start")),
+        *("--steps", "2", "--batch", "4", "--precision", "fp32", "--workers", "0"),
+        *("--threads", "1", "--held-out-rows", "0", "--eval-every", "0", "--save-every", "0"),
+        *("--train", table),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 processes" in done.stderr
+    one, two = (lines(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == 2
+    assert_follows(two, one)
+    one, two = (vlm.load(tmp_path / name, "cpu", "float32") for name in ("one", "two"))
+    assert_close(two.module.state_dict(), one.module.state_dict())
 
 
 @pytest.mark.parametrize("mark", ["</s>", "<pad>", "<s>"])

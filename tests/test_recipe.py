@@ -43,7 +43,7 @@ def test_demo_backbone_knows_a_cat(demo):
     import torch
     from safetensors.torch import load_file
 
-    from vlm.systems.composed import load_vision
+    from vlm.systems.pretrained import load_vision
 
     tokenizer = load_vision("demo", (192, 192))
     weights = load_file(assets.fetch("efficientnet-lite0") / "model.safetensors")

@@ -25,13 +25,13 @@ from vlm.systems.pairing import Pairing
 WINDOW = 8
 """Batches of texts that are sorted by length together."""
 TASKS = {
-    "ocr": "encoder-decoder models",
-    "caption": "decoder-only models",
-    "answer": "decoder-only models",
-    "chat": "decoder-only models",
-    "ground": "decoder-only models",
-    "generate": "decoder-only models",
-    "score": "decoder-only models",
+    "ocr": "encoder-decoder models, line readers and prefix decoders that were trained to read",
+    "caption": "decoder-only and prefix decoder models",
+    "answer": "decoder-only and prefix decoder models",
+    "chat": "decoder-only and prefix decoder models",
+    "ground": "decoder-only and prefix decoder models",
+    "generate": "decoder-only, prefix decoder and encoder-decoder models",
+    "score": "decoder-only, prefix decoder and encoder-decoder models",
 }
 
 

@@ -18,8 +18,9 @@ from vlm.inference.chat import Chat, read_messages
 from vlm.inference.embed import ContrastiveModel
 from vlm.inference.engine import Generation
 from vlm.inference.ground import find
-from vlm.inference.ocr import Reader, Writer
+from vlm.inference.ocr import Reader
 from vlm.inference.reading import Reading
+from vlm.inference.writer import Writer
 from vlm.inference.written import read_written
 from vlm.pixels import open_image
 from vlm.placement import Batch
@@ -32,7 +33,7 @@ WINDOW = 8
 OCR_TOKENS = 512
 """Longest reading where nothing else is asked: as long as PaliGemma was trained on."""
 TASKS = {
-    "ocr": "encoder-decoder models",
+    "ocr": "encoder-decoder models, line readers and prefix decoders that were trained to read",
     "embed_images": "contrastive models",
     "embed_texts": "contrastive models",
     "classify": "contrastive models",
@@ -245,14 +246,20 @@ class Model:
 class PrefixModel(Model):
     """A model of the prefix family, which may read text too."""
 
-    def ocr(self, images: Sequence, batch_size: int = 16, **options) -> list[Reading]:
+    reads = "pages"
+    """See `vlm.inference.ocr.LineModel`."""
+
+    def ocr(
+        self, images: Sequence, batch_size: int = 16, prompt: str | None = None, **options
+    ) -> list[Reading]:
         """The text in each picture, by the lines of the answer; the model says no places (see
         `vlm.inference.written`).
 
+        prompt: what asks for it; None: what the model was trained on.
         options: transformers' names, greedy by default, at most OCR_TOKENS tokens.
         Raises ValueError for a model that was trained on no prompt for it.
         """
-        prompt = self.parts.ocr_prompt
+        prompt = self.parts.ocr_prompt if prompt is None else prompt
         if prompt is None:
             raise ValueError(
                 "ocr: this model was trained on no prompt for reading; such as were trained with "

@@ -60,7 +60,7 @@ def load(
     folder = _folder(source)
     path = _config(folder)
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     kind = _kind(values, path, folder)

@@ -6,43 +6,26 @@ model that came from a published system, also that folder's small files, in `ref
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from vlm import adaptors, assets, config, tokenizers
+from vlm import adaptors, tokenizers
 from vlm.data.grounding import GROUND_PROMPT
 from vlm.families.decoder_only import DecoderOnly, Places
 from vlm.families.prefix_decoder import PrefixDecoder
 from vlm.geometry import LocTokens
-from vlm.image_tokens import ImageTokenizer
-from vlm.merge import Made, plain_state
 from vlm.prompts import MARK, Processor
-from vlm.systems.reference import Reference, read_reference
+from vlm.systems import native_layout
+from vlm.systems.pretrained import DEMO, load_text, load_text_tokenizer, load_vision
+from vlm.systems.reference import Reference
 from vlm.vocabulary import grow
-from vlm.weights import load_weights, read_weights, save_weights
+from vlm.weights import load_weights, read_weights
 
 SOURCE = "our own"
-FORMAT = "vlm"
-VERSION = 1
-REFERENCE = "reference"
-"""Sub-folder for the files of the published folder that a model came from."""
-DEMO = "demo"
-LAYER_OPTION = {
-    "timm": "level",
-    "transformers": "layer",
-    "open_clip": "layer",
-    "naflex": "layer",
-}
-"""Kinds of image tokenizer with pretrained weights -> what each calls its layer."""
-
-
 MASKS = {"causal": DecoderOnly, "prefix": PrefixDecoder}
 """What a place of the stream sees -> the family whose mask it is."""
 
@@ -74,20 +57,14 @@ class Composition:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Folder:
-    """What config.json says, besides `format` and `version`.
+class Folder(native_layout.Folder):
+    """What config.json says of a decoder-only or prefix model.
 
-    tokenizer, adaptor: configurations with their `kind`. text: the language model's own
-    configuration. stop_ids: ids that end an answer. loc: how boxes are written; None: not at all.
-    reference: the published system that the model came from, whose files lie in `reference/`.
-    lora: for each component with LoRA layers of its own what they are, see `vlm.lora`.
-    The rest is the prompts'.
+    adaptor: a configuration with its `kind`. stop_ids: ids that end an answer. loc: how boxes are
+    written; None: not at all. The rest is the prompts'.
     """
 
-    family: str
-    tokenizer: dict[str, Any]
     adaptor: dict[str, Any]
-    text: dict[str, Any]
     stop_ids: tuple[int, ...]
     caption_prompt: str
     system: str | None
@@ -99,8 +76,6 @@ class Folder:
     loc: LocTokens | None = None
     image_mark: str = MARK
     framed: bool = False
-    reference: str | None = None
-    lora: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def build(
@@ -237,157 +212,6 @@ def adaptor_config(
     return known[kind]
 
 
-def load_vision(
-    name: str,
-    size_hw: tuple[int, int] | None = None,
-    layer: int = -1,
-    *,
-    prefix: str = "drop",
-    pooled: bool = False,
-) -> ImageTokenizer:
-    """A pretrained image tokenizer: "demo", "kind:id", or the folder of a model or run of any
-    family, whose image tokenizer is taken as it was trained.
-
-    size_hw: pixels that pictures are brought to; None keeps the backbone's own.
-    layer: -1 the backbone's final features, its closing norm included, and of a folder those that
-        it was trained for; other numbers an earlier block or level as it is (-2 is what LLaVA takes
-        of CLIP).
-    prefix: "drop" or "keep" tokens before the grid; pooled: whether it pools a vector too. The
-        demo has neither; decoder families want patch tokens alone.
-    Raises OSError or FetchError where weights cannot be had, ValueError for what a folder's image
-    tokenizer cannot do.
-    """
-    if name == DEMO:
-        return _demo_vision(size_hw, layer)
-    if Path(name).is_dir():
-        return _vision_of(name, size_hw, layer, prefix, pooled)
-    kind = name.partition(":")[0]
-    if kind not in LAYER_OPTION:
-        raise ValueError(
-            f"vision {name!r}: expected 'demo', the folder of a model or run, or 'kind:id' with a "
-            f"kind of {', '.join(LAYER_OPTION)}"
-        )
-    options: dict[str, Any] = {"prefix": prefix, "pooled": pooled, "norm": layer == -1}
-    options[LAYER_OPTION[kind]] = layer
-    if size_hw is not None:
-        options["size_hw"] = size_hw
-    return tokenizers.load(name, **options)
-
-
-def _vision_of(
-    folder: str, size_hw: tuple[int, int] | None, layer: int, prefix: str, pooled: bool
-) -> ImageTokenizer:
-    """The image tokenizer, weights and all, of a model of any family; what is not asked of it, such
-    as the pooling of a contrastive one, is left behind."""
-    from vlm import systems  # which knows this file
-
-    trained = systems.load(folder, device="cpu", dtype="stored").module.tokenizer
-    values = tokenizers.config_to_dict(trained)
-    kind = values["kind"]
-    if pooled and not values.get("pooled"):
-        raise ValueError(
-            f"vision {folder!r}: a pooled vector is asked of an image tokenizer that was saved "
-            "without one"
-        )
-    asked = {"prefix": prefix, "pooled": pooled}
-    changes: dict[str, Any] = {key: value for key, value in asked.items() if key in values}
-    if layer != -1:
-        if kind not in LAYER_OPTION:
-            raise ValueError(
-                f"vision {folder!r}: expected the last layer of a {kind} tokenizer, found layer "
-                f"{layer}"
-            )
-        changes |= {LAYER_OPTION[kind]: layer, "norm": False}
-    if size_hw is not None and size_hw != trained.pixel_spec.size_hw:
-        changes |= _resized(trained, values, size_hw, folder)
-    with init_empty_weights(include_buffers=False):
-        tokenizer = tokenizers.build(values | changes)
-    state = plain_state(trained)
-    kept = {key: state[key] for key in tokenizer.state_dict() if key in state}
-    made = {key: t.make() if isinstance(t, Made) else t for key, t in kept.items()}
-    load_weights(tokenizer, made, where=folder)
-    return tokenizer.eval()
-
-
-def _resized(
-    trained: ImageTokenizer, values: dict[str, Any], size_hw: tuple[int, int], folder: str
-) -> dict[str, Any]:
-    """What changes in a tokenizer's configuration `values` for pixels of another size; positions
-    that timm's backbones make for one size are resized in `trained`, in place."""
-    if values["kind"] not in ("timm", "transformers", "naflex"):
-        raise ValueError(
-            f"vision {folder!r}: a {values['kind']} tokenizer keeps its size, expected "
-            f"{trained.pixel_spec.size_hw} pixels, found {size_hw}"
-        )
-    changes = {"pixel_spec": config.to_dict(trained.pixel_spec.with_size(size_hw))}
-    if values["kind"] == "timm" and hasattr(trained.backbone, "set_input_size"):
-        trained.backbone.set_input_size(img_size=size_hw)
-        changes["model_args"] = values["model_args"] | {"img_size": size_hw}
-    return changes
-
-
-def _demo_vision(size_hw: tuple[int, int] | None, layer: int) -> ImageTokenizer:
-    """tf_efficientnet_lite0 with ImageNet weights, at 128 pixels: a grid of 4 x 4, which pixel
-    shuffle halves. Statistics as its authors trained it (mean 127, standard deviation 128 of
-    255)."""
-    from vlm.pixels import PixelSpec
-    from vlm.tokenizers import timm
-
-    folder = assets.fetch("efficientnet-lite0")
-    spec = PixelSpec(
-        size_hw=size_hw or (128, 128),
-        fit="stretch",
-        resample="bicubic",
-        backend="pil",
-        mean=(127 / 255,) * 3,
-        std=(128 / 255,) * 3,
-    )
-    tokenizer = timm.build(
-        timm.TimmConfig(
-            name="tf_efficientnet_lite0",
-            model_args={},
-            level=layer,
-            prefix="drop",
-            norm=layer == -1,
-            pooled=False,
-            pixel_spec=spec,
-        )
-    )
-    weights = load_file(folder / "model.safetensors")
-    own = tokenizer.state_dict()
-    taken = {k: weights[k.removeprefix("backbone.")] for k in own if "batches_tracked" not in k}
-    counters = {k: t for k, t in own.items() if "batches_tracked" in k}
-    load_weights(tokenizer, taken | counters, where=str(folder))
-    return tokenizer.eval()
-
-
-def load_text(name: str) -> torch.nn.Module:
-    """A causal language model with its weights in their stored dtype: "demo", a hub id or folder.
-
-    Raises OSError naming the id where it cannot be had. Remote code is never run.
-    """
-    source = assets.fetch("smollm2-135m-instruct") if name == DEMO else name
-    return _from_pretrained(AutoModelForCausalLM, source, dtype="auto")
-
-
-def load_text_tokenizer(name: str):
-    """The tokenizer that belongs to `load_text(name)`."""
-    source = assets.fetch("smollm2-135m-instruct") if name == DEMO else name
-    return _from_pretrained(AutoTokenizer, source)
-
-
-def _from_pretrained(loader, source: str | Path, **options):
-    try:
-        return loader.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OSError(
-            f"text {str(source)!r}: {loader.__name__} finds no causal language model in a "
-            f"folder of this name, and the hub did not give one ({reason}); without a network "
-            "name a folder, or 'demo'"
-        ) from error
-
-
 def stop_ids(processor: Processor, language: torch.nn.Module) -> tuple[int, ...]:
     """Ids that end an answer: the template's end token and the language model's own."""
     own = getattr(language, "generation_config", None)
@@ -399,8 +223,6 @@ def stop_ids(processor: Processor, language: torch.nn.Module) -> tuple[int, ...]
 def save(model: Composition, folder: Path, merge: bool = True) -> None:
     """Writes our own layout; see the module's docstring. merge: whether LoRA is merged into the
     weights that are written, or kept as layers of its own."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_weights(model.module, folder, merge=merge)
     description = Folder(
         family=model.module.family,
         tokenizer=tokenizers.config_to_dict(model.module.tokenizer),
@@ -417,20 +239,8 @@ def save(model: Composition, folder: Path, merge: bool = True) -> None:
         loc=model.processor.loc,
         image_mark=model.processor.image_mark,
         framed=model.processor.framed,
-        reference=None if model.reference is None else model.reference.model_type,
-        lora={} if merge else _kept_lora(model.module),
     )
-    if model.reference is not None:
-        model.reference.write(folder / REFERENCE)
-    model.processor.text_tokenizer.save_pretrained(folder / "text_tokenizer")
-    values = {"format": FORMAT, "version": VERSION, **config.to_dict(description)}
-    (folder / "config.json").write_text(json.dumps(values, indent=2, default=str) + "\n")
-
-
-def _kept_lora(module: DecoderOnly) -> dict[str, dict[str, Any]]:
-    from vlm.lora import lora_of  # here, since peft is slow to import
-
-    return lora_of(module)
+    native_layout.write(model, description, folder, merge)
 
 
 def load(folder: Path, values: dict[str, Any]) -> Composition:
@@ -438,52 +248,43 @@ def load(folder: Path, values: dict[str, Any]) -> Composition:
 
     Raises ValueError naming the file and what does not fit.
     """
-    values = dict(values)
-    where = str(folder / "config.json")
-    version = values.pop("version", None)
-    values.pop("format")
-    if version != VERSION:
-        raise ValueError(f"{where}: written as version {version}, this vlm reads {VERSION}")
-    described = config.from_dict(Folder, values, where)
+    said = native_layout.read_description(Folder, folder, values)
     families = {family.family: family for family in MASKS.values()}
-    if described.family not in families:
+    if said.family not in families:
         raise ValueError(
-            f"{where}: family {described.family!r} is not one of {', '.join(families)}"
+            f"{folder / 'config.json'}: family {said.family!r} is not one of {', '.join(families)}"
         )
-    with init_empty_weights(include_buffers=False):
-        text_config = AutoConfig.for_model(**described.text)
-        module = families[described.family](
-            tokenizers.build(described.tokenizer),
-            adaptors.build(described.adaptor),
-            AutoModelForCausalLM.from_config(text_config),
-        )
-        if described.lora:
-            from vlm.lora import add_lora_of  # here, since peft is slow to import
 
-            add_lora_of(module, described.lora, f"{where}.lora")
-    module.text.tie_weights()  # making parameters empty has parted tied ones
+    def make() -> DecoderOnly:
+        return families[said.family](
+            tokenizers.build(said.tokenizer),
+            adaptors.build(said.adaptor),
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(**said.text)),
+        )
+
+    module = native_layout.empty(make, folder, said.lora)
+    module.text.tie_weights()
     load_weights(module, read_weights(folder), where=str(folder))
     module.text.generation_config = GenerationConfig()
     processor = Processor(
-        _from_pretrained(AutoTokenizer, folder / "text_tokenizer"),
+        native_layout.read_text_tokenizer(folder),
         module.tokenizer.pixel_spec,
         Places(module.tokenizer, module.adaptor),
-        system=described.system,
-        max_tokens=described.max_tokens,
-        loc=described.loc,
-        image_mark=described.image_mark,
-        prefix=described.family == PrefixDecoder.family,
-        framed=described.framed,
+        system=said.system,
+        max_tokens=said.max_tokens,
+        loc=said.loc,
+        image_mark=said.image_mark,
+        prefix=said.family == PrefixDecoder.family,
+        framed=said.framed,
     )
-    reference = described.reference
     return Composition(
         module=module.eval(),
         processor=processor,
-        stop_ids=described.stop_ids,
-        caption_prompt=described.caption_prompt,
-        ground_prompt=described.ground_prompt,
-        labelled_boxes=described.labelled_boxes,
-        answer_prompt=described.answer_prompt,
-        ocr_prompt=described.ocr_prompt,
-        reference=reference and read_reference(folder / REFERENCE, reference),
+        stop_ids=said.stop_ids,
+        caption_prompt=said.caption_prompt,
+        ground_prompt=said.ground_prompt,
+        labelled_boxes=said.labelled_boxes,
+        answer_prompt=said.answer_prompt,
+        ocr_prompt=said.ocr_prompt,
+        reference=native_layout.read_origin(folder, said.reference),
     )

@@ -7,19 +7,18 @@ the package, with a card of what it was trained on.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 
-from vlm import config, tokenizers
+from vlm import tokenizers
 from vlm.families.line_reader import LineReader
 from vlm.lines import LineProcessor
-from vlm.systems.composed import FORMAT
+from vlm.metrics.calibration import UNFITTED, Temperatures
+from vlm.systems import native_layout
 from vlm.tokenizers.columns import ColumnsConfig, ColumnsTokenizer, line_spec
 from vlm.weights import load_weights, read_weights, save_weights
 
@@ -27,16 +26,6 @@ SOURCE = "our own"
 NAME = "line-reader"
 """What `vlm.load` calls the reader that is shipped."""
 SHIPPED = Path(__file__).resolve().parent.parent / "data" / "line_reader"
-VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Temperatures:
-    """What log-odds of confidences are divided by, so that they say how often they are right:
-    fitted on held-out lines; 1 leaves the model's own. For lines and for tokens each its own."""
-
-    line: float = 1.0
-    token: float = 1.0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,7 +37,7 @@ class ReaderParts:
 
     module: LineReader
     processor: LineProcessor
-    temperatures: Temperatures = Temperatures()
+    temperatures: Temperatures = UNFITTED
     reference: None = None
 
 
@@ -59,7 +48,7 @@ class Folder:
     family: str
     tokenizer: dict[str, Any]
     characters: str
-    temperatures: Temperatures = Temperatures()
+    temperatures: Temperatures = UNFITTED
 
 
 def build(
@@ -120,10 +109,8 @@ def save(model: ReaderParts, folder: Path, merge: bool = True) -> None:
         characters=model.processor.characters,
         temperatures=model.temperatures,
     )
-    folder.mkdir(parents=True, exist_ok=True)
     save_weights(model.module, folder)
-    values = {"format": FORMAT, "version": VERSION, **config.to_dict(description)}
-    (folder / "config.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    native_layout.write_description(description, folder)
 
 
 def load(folder: Path, values: dict[str, Any]) -> ReaderParts:
@@ -131,19 +118,16 @@ def load(folder: Path, values: dict[str, Any]) -> ReaderParts:
 
     Raises ValueError naming the file and what does not fit.
     """
-    values = dict(values)
-    where = str(folder / "config.json")
-    version = values.pop("version", None)
-    values.pop("format")
-    if version != VERSION:
-        raise ValueError(f"{where}: written as version {version}, this vlm reads {VERSION}")
-    described = config.from_dict(Folder, values, where)
-    with init_empty_weights(include_buffers=False):
-        tokenizer = tokenizers.build(described.tokenizer)
-        module = LineReader(tokenizer, nn.Linear(tokenizer.dim, len(described.characters) + 1))
+    said = native_layout.read_description(Folder, folder, values)
+
+    def make() -> LineReader:
+        tokenizer = tokenizers.build(said.tokenizer)
+        return LineReader(tokenizer, nn.Linear(tokenizer.dim, len(said.characters) + 1))
+
+    module = native_layout.empty(make, folder, lora={})
     load_weights(module, read_weights(folder), where=str(folder))
     return ReaderParts(
         module=module.eval(),
-        processor=LineProcessor(tokenizer.pixel_spec, described.characters),
-        temperatures=described.temperatures,
+        processor=LineProcessor(module.tokenizer.pixel_spec, said.characters),
+        temperatures=said.temperatures,
     )

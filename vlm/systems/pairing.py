@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoProcessor
 
 from vlm import assets, config, pooling, text_encoders, tokenizers
 from vlm.families.contrastive import SIGMOID_BIAS, SIGMOID_SCALE, SOFTMAX_SCALE, Contrastive
@@ -25,7 +25,8 @@ from vlm.image_tokens import ImageTokenizer
 from vlm.merge import plain_state
 from vlm.pairs import PairProcessor
 from vlm.pixels import PixelSpec, from_transformers
-from vlm.systems.composed import DEMO, FORMAT, REFERENCE, VERSION, load_vision
+from vlm.systems import native_layout
+from vlm.systems.pretrained import DEMO, load_vision
 from vlm.systems.reference import (
     KeyMap,
     Reference,
@@ -65,30 +66,23 @@ class Head:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Folder:
-    """What config.json says, besides `format` and `version`.
+class Folder(native_layout.Folder):
+    """What config.json says of a contrastive model.
 
-    tokenizer, pool, text: configurations of the parts; the tokenizer's has the preprocessing of
-    pictures. image_head, text_head: None where the tower's vector has the shared width already.
+    The tokenizer's has the preprocessing of pictures. pool: a configuration with its `kind`.
+    image_head, text_head: None where the tower's vector has the shared width already.
     bias: whether cosines get a bias (sigmoid loss).
     length, pad_to_length, lower_case, end_id: the text side of `PairProcessor`.
-    reference: the published system that the model came from, whose files lie in `reference/`.
-    lora: for each component with LoRA layers of its own what they are, see `vlm.lora`.
     """
 
-    family: str
-    tokenizer: dict[str, Any]
     pool: dict[str, Any]
     image_head: Head | None
-    text: dict[str, Any]
     text_head: Head | None
     bias: bool
     length: int
     pad_to_length: bool
     lower_case: bool = False
     end_id: int | None = None
-    reference: str | None = None
-    lora: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def build(
@@ -182,16 +176,8 @@ def save(model: Pairing, folder: Path, merge: bool = True) -> None:
         pad_to_length=processor.pad_to_length,
         lower_case=processor.lower_case,
         end_id=processor.end_id,
-        reference=None if model.reference is None else model.reference.model_type,
-        lora={} if merge else _kept_lora(module),
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    save_weights(module, folder, merge=merge)
-    if model.reference is not None:
-        model.reference.write(folder / REFERENCE)
-    processor.text_tokenizer.save_pretrained(folder / "text_tokenizer")
-    values = {"format": FORMAT, "version": VERSION, **config.to_dict(description)}
-    (folder / "config.json").write_text(json.dumps(values, indent=2, default=str) + "\n")
+    native_layout.write(model, description, folder, merge)
 
 
 def load(folder: Path, values: dict[str, Any]) -> Pairing:
@@ -199,41 +185,33 @@ def load(folder: Path, values: dict[str, Any]) -> Pairing:
 
     Raises ValueError naming the file and what does not fit.
     """
-    values = dict(values)
-    where = str(folder / "config.json")
-    version = values.pop("version", None)
-    values.pop("format")
-    if version != VERSION:
-        raise ValueError(f"{where}: written as version {version}, this vlm reads {VERSION}")
-    described = config.from_dict(Folder, values, where)
-    with init_empty_weights(include_buffers=False):
-        module = Contrastive(
-            tokenizers.build(described.tokenizer),
-            pooling.build(described.pool),
-            _head(described.image_head),
-            text_encoders.build(described.text),
-            _head(described.text_head),
-            scale=1.0,
-            bias=0.0 if described.bias else None,
-        )
-        if described.lora:
-            from vlm.lora import add_lora_of  # here, since peft is slow to import
+    said = native_layout.read_description(Folder, folder, values)
 
-            add_lora_of(module, described.lora, f"{where}.lora")
+    def make() -> Contrastive:
+        return Contrastive(
+            tokenizers.build(said.tokenizer),
+            pooling.build(said.pool),
+            _head(said.image_head),
+            text_encoders.build(said.text),
+            _head(said.text_head),
+            scale=1.0,
+            bias=0.0 if said.bias else None,
+        )
+
+    module = native_layout.empty(make, folder, said.lora)
     load_weights(module, in_float32(read_weights(folder), OWN_SCALARS), where=str(folder))
     processor = PairProcessor(
-        open_part(AutoTokenizer, folder / "text_tokenizer"),
+        native_layout.read_text_tokenizer(folder),
         module.tokenizer.pixel_spec,
-        length=described.length,
-        pad_to_length=described.pad_to_length,
-        lower_case=described.lower_case,
-        end_id=described.end_id,
+        length=said.length,
+        pad_to_length=said.pad_to_length,
+        lower_case=said.lower_case,
+        end_id=said.end_id,
     )
-    reference = described.reference
     return Pairing(
         module=module.eval(),
         processor=processor,
-        reference=reference and read_reference(folder / REFERENCE, reference),
+        reference=native_layout.read_origin(folder, said.reference),
     )
 
 
@@ -371,9 +349,3 @@ def _missing_end(text_tokenizer) -> int | None:
     ids = text_tokenizer("a")["input_ids"]
     special = text_tokenizer.all_special_ids
     return None if ids[-1] in special else text_tokenizer.eos_token_id
-
-
-def _kept_lora(module: Contrastive) -> dict[str, dict[str, Any]]:
-    from vlm.lora import lora_of  # here, since peft is slow to import
-
-    return lora_of(module)

@@ -7,13 +7,11 @@ model that came from a published system, also that folder's small files, in `ref
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,34 +19,26 @@ from transformers import (
     TrOCRConfig,
 )
 
-from vlm import adaptors, config, text_decoders, tokenizers
+from vlm import adaptors, text_decoders, tokenizers
 from vlm.families.encoder_decoder import EncoderDecoder
 from vlm.image_tokens import ImageTokenizer
-from vlm.systems.composed import adaptor_config, load_vision
+from vlm.metrics.calibration import UNFITTED, Temperatures
+from vlm.systems import native_layout
+from vlm.systems.composed import adaptor_config
 from vlm.systems.encoder_decoder_parts import LineProcessor, Transcriber
-from vlm.systems.reference import open_part, read_reference
-from vlm.weights import load_weights, read_weights, save_weights
-
-FORMAT = "vlm"
-VERSION = 1
-REFERENCE = "reference"
-"""Sub-folder for the files of the published folder that a model came from."""
+from vlm.systems.pretrained import load_vision
+from vlm.systems.reference import open_part
+from vlm.weights import load_weights, read_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Folder:
-    """What config.json says, besides `format` and `version`.
+class Folder(native_layout.Folder):
+    """What config.json says of an encoder-decoder model.
 
-    tokenizer, adaptor: configurations with their `kind`. text: the decoder's own configuration.
-    reference: the published system that the model came from, whose files lie in `reference/`.
-    lora: for each component with LoRA layers of its own what they are, see `vlm.lora`.
-    The rest is `LineProcessor`'s and `Transcriber`'s.
+    adaptor: a configuration with its `kind`. The rest is `LineProcessor`'s and `Transcriber`'s.
     """
 
-    family: str
-    tokenizer: dict[str, Any]
     adaptor: dict[str, Any]
-    text: dict[str, Any]
     start_ids: tuple[int, ...]
     end_ids: tuple[int, ...]
     pad_id: int
@@ -58,8 +48,9 @@ class Folder:
     max_new_tokens: int
     banned: tuple[int, ...] = ()
     generation: dict[str, Any] = field(default_factory=dict)
-    reference: str | None = None
-    lora: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reads: str = "lines"
+    prompt: str | None = None
+    temperatures: Temperatures = UNFITTED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +92,7 @@ def build(
 ) -> Transcriber:
     """An encoder-decoder model from a pretrained image tokenizer and a text decoder.
 
-    vision: an image tokenizer, or its name as `vlm.systems.composed.load_vision` takes it:
+    vision: an image tokenizer, or its name as `vlm.systems.pretrained.load_vision` takes it:
         "kind:id", a model's folder, "demo".
     text: a hub id or folder of a pretrained text model, to which cross-attention is added with
         fresh weights, as TrOCR's decoder began from RoBERTa's; or the sizes of one from scratch.
@@ -186,88 +177,6 @@ def ids_of(text_tokenizer) -> tuple[int, int, int]:
     return end if start is None else start, end, end if pad is None else pad
 
 
-def with_tokenizer(model: Transcriber, text_tokenizer: Any, seed: int = 0) -> Transcriber:
-    """The same model for another text tokenizer, such as one for another script: rows of tokens
-    that both have keep what they learned, the others are fresh; start, end and pad ids are the new
-    tokenizer's. The model itself is changed; what it could write before is lost.
-
-    text_tokenizer: a fast tokenizer of transformers. seed: of fresh rows.
-    Raises ValueError where it has no token to end with, and where the decoder counts its positions
-    from the pad id, which is another one then.
-    """
-    start_id, end_id, pad_id = ids_of(text_tokenizer)
-    _require_pad(model.module.text, pad_id)
-    old, new = model.processor.text_tokenizer.get_vocab(), text_tokenizer.get_vocab()
-    kept = [(id, old[token]) for token, id in new.items() if token in old]
-    text, count = model.module.text, len(text_tokenizer)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        tables = [text.get_input_embeddings().weight]
-        output = text.get_output_embeddings()
-        if output is not None and output.weight is not tables[0]:
-            tables.append(output.weight)
-        fresh = [_rows_for(table, kept, count) for table in tables]
-        bias = getattr(output, "bias", None)  # BERT's head has one number for each token
-        if bias is not None:
-            bias = _rows_for(bias[:, None], kept, count)[:, 0]
-        text.resize_token_embeddings(count, mean_resizing=False)
-        table = text.get_input_embeddings()
-        if table.padding_idx is not None:  # the row that gets no gradient
-            table.padding_idx = pad_id
-        places = [table.weight]
-        if len(fresh) > 1:
-            places.append(text.get_output_embeddings().weight)
-        for place, rows in zip(places, fresh, strict=True):
-            place.copy_(rows)
-        if bias is not None:
-            text.get_output_embeddings().bias.copy_(bias)
-    for name, id in (
-        ("decoder_start_token_id", start_id),
-        ("bos_token_id", start_id),
-        ("eos_token_id", end_id),
-        ("pad_token_id", pad_id),
-    ):
-        setattr(text.config, name, id)
-    processor = LineProcessor(
-        text_tokenizer,
-        model.processor.pixel_spec,
-        start_ids=(start_id,),
-        end_id=end_id,
-        pad_id=pad_id,
-        max_tokens=model.processor.max_tokens,
-        overflow=model.processor.overflow,
-    )
-    return Transcriber(
-        module=model.module,
-        processor=processor,
-        end_ids=(end_id,),
-        max_new_tokens=model.max_new_tokens,
-        generation=model.generation,
-    )
-
-
-def _require_pad(text: torch.nn.Module, pad_id: int) -> None:
-    """Raises ValueError where a decoder with another pad id would give its places other positions,
-    as RoBERTa's and TrOCR's sinusoidal ones are counted from behind it."""
-    own = text.config.pad_token_id
-    sinusoidal = any(isinstance(m, text_decoders.SinusoidalPositions) for m in text.modules())
-    if (text_decoders.first_position(text) or sinusoidal) and pad_id != own:
-        raise ValueError(
-            f"text_tokenizer: {type(text).__name__} counts positions from its pad id, expected a "
-            f"tokenizer that pads with the id {own} too, found {pad_id}"
-        )
-
-
-def _rows_for(table: torch.Tensor, kept: list[tuple[int, int]], count: int) -> torch.Tensor:
-    """`count` rows: those of `kept`, pairs of new and old places; the rest around the mean."""
-    spread = table.std(0, keepdim=True)
-    rows = table.mean(0, keepdim=True) + spread * torch.randn(count, table.shape[1]).to(table)
-    if kept:
-        new, old = (torch.tensor(places) for places in zip(*kept))
-        rows[new] = table[old]
-    return rows
-
-
 def load_decoder(name: str) -> torch.nn.Module:
     """A pretrained text model as a decoder, in float32: causal, with cross-attention, whose weights
     are fresh where the folder has none.
@@ -335,16 +244,11 @@ def save(model: Transcriber, folder: Path, merge: bool = True) -> None:
         max_new_tokens=model.max_new_tokens,
         banned=model.banned,
         generation=model.generation,
-        reference=None if model.reference is None else model.reference.model_type,
-        lora={} if merge else _kept_lora(module),
+        reads=model.reads,
+        prompt=model.prompt,
+        temperatures=model.temperatures,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    save_weights(module, folder, merge=merge)
-    if model.reference is not None:
-        model.reference.write(folder / REFERENCE)
-    processor.text_tokenizer.save_pretrained(folder / "text_tokenizer")
-    values = {"format": FORMAT, "version": VERSION, **config.to_dict(description)}
-    (folder / "config.json").write_text(json.dumps(values, indent=2, default=str) + "\n")
+    native_layout.write(model, description, folder, merge)
 
 
 def load(folder: Path, values: dict[str, Any]) -> Transcriber:
@@ -352,44 +256,39 @@ def load(folder: Path, values: dict[str, Any]) -> Transcriber:
 
     Raises ValueError naming the file and what does not fit.
     """
-    values = dict(values)
-    where = str(folder / "config.json")
-    version = values.pop("version", None)
-    values.pop("format")
-    if version != VERSION:
-        raise ValueError(f"{where}: written as version {version}, this vlm reads {VERSION}")
-    described = config.from_dict(Folder, values, where)
-    with init_empty_weights(include_buffers=False):
-        module = EncoderDecoder(
-            tokenizers.build(described.tokenizer),
-            adaptors.build(described.adaptor),
-            text_decoders.build(AutoConfig.for_model(**described.text)),
-        )
-        if described.lora:
-            from vlm.lora import add_lora_of  # here, since peft is slow to import
+    said = native_layout.read_description(Folder, folder, values)
 
-            add_lora_of(module, described.lora, f"{where}.lora")
-    module.text.tie_weights()  # making parameters empty has parted tied ones
+    def make() -> EncoderDecoder:
+        return EncoderDecoder(
+            tokenizers.build(said.tokenizer),
+            adaptors.build(said.adaptor),
+            text_decoders.build(AutoConfig.for_model(**said.text)),
+        )
+
+    module = native_layout.empty(make, folder, said.lora)
+    module.text.tie_weights()
     load_weights(module, read_weights(folder), where=str(folder))
     processor = LineProcessor(
-        open_part(AutoTokenizer, folder / "text_tokenizer"),
+        native_layout.read_text_tokenizer(folder),
         module.tokenizer.pixel_spec,
-        start_ids=described.start_ids,
-        end_id=described.end_ids[0],
-        pad_id=described.pad_id,
-        max_tokens=described.max_tokens,
-        overflow=described.overflow,
-        prompt_starts=described.prompt_starts,
+        start_ids=said.start_ids,
+        end_id=said.end_ids[0],
+        pad_id=said.pad_id,
+        max_tokens=said.max_tokens,
+        overflow=said.overflow,
+        prompt_starts=said.prompt_starts,
     )
-    reference = described.reference
     return Transcriber(
         module=module.eval(),
         processor=processor,
-        end_ids=described.end_ids,
-        max_new_tokens=described.max_new_tokens,
-        banned=described.banned,
-        generation=described.generation,
-        reference=reference and read_reference(folder / REFERENCE, reference),
+        end_ids=said.end_ids,
+        max_new_tokens=said.max_new_tokens,
+        banned=said.banned,
+        generation=said.generation,
+        reads=said.reads,
+        prompt=said.prompt,
+        temperatures=said.temperatures,
+        reference=native_layout.read_origin(folder, said.reference),
     )
 
 
@@ -409,9 +308,3 @@ def _scratch(
         eos_token_id=end_id,
         pad_token_id=pad_id,
     )
-
-
-def _kept_lora(module: EncoderDecoder) -> dict[str, dict[str, Any]]:
-    from vlm.lora import lora_of  # here, since peft is slow to import
-
-    return lora_of(module)

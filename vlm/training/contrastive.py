@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,28 +11,22 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
-from torch import nn
 from tqdm import tqdm
 
 from vlm.data.augment import LEVELS
 from vlm.data.mixture import Mixture, MixtureDataset, check_weights
 from vlm.data.sources import open_source
 from vlm.data.sources.base import Source
-from vlm.image_tokens import ImageTokenizer
 from vlm.inference.embed import ContrastiveModel
 from vlm.inference.engine import evaluating
 from vlm.metrics.retrieval import retrieval
 from vlm.pairs import collate_pairs
 from vlm.systems import pairing, scratch
-from vlm.training.base_settings import Augmentation, BaseSettings, deciding, require_share
-from vlm.training.fit import Interrupted, Pace, fit
-from vlm.training.held_out import held_out_rows, usable_rows
-from vlm.training.launch import accelerator_for, processes
+from vlm.training.base_settings import Augmentation, BaseSettings, require_share
+from vlm.training.course import Course, MakeStage
 from vlm.training.memory import checkpoint_activations
 from vlm.training.objectives import Contrast
-from vlm.training.run import Curves, Run
-from vlm.training.stages import Stage, StageError
+from vlm.training.run import Curves
 
 NEW = "new"
 SIZES = tuple(field.name for field in dataclasses.fields(scratch.ScratchConfig))
@@ -189,75 +181,6 @@ class Settings(BaseSettings):
                 raise ValueError(f"{way} does not read {given}; leave them out")
 
 
-def layer_rates(
-    module: nn.Module, tower: str, rate: float, decay: float
-) -> list[tuple[str, float]]:
-    """Patterns and rates of one tower: `rate` for what lies behind its layers and for the last of
-    them, `decay` times that of the layer above for each one below, and once more for all before
-    the first.
-
-    tower: path of an image tokenizer or a text encoder. Its layers are the row of modules, in no
-    other row, that holds most parameters: the blocks of a transformer, the stages of a net that
-    shrinks its maps. Raises StageError where the rates are to fall and there is no such row, or
-    several of weight (ResNet's).
-    """
-    if not 0 < decay <= 1:
-        raise StageError(f"layer_decay must be above 0 and at most 1, found {decay}")
-    if decay == 1:
-        return [(f"{tower}.*", rate)]
-    rows = _rows_of_layers(module, tower)
-    if not rows:
-        raise StageError(
-            f"layer_decay {decay}: expected a row of two layers or more in {tower}, found none"
-        )
-    path, *others = sorted(rows, key=lambda path: -_size(module, path))
-    heavy = [other for other in others if _size(module, other) > 0.1 * _size(module, path)]
-    if heavy:
-        raise StageError(
-            f"layer_decay {decay}: expected one row of layers in {tower}, found {[path, *heavy]}; "
-            "their order is not known, so give one rate to all of it (--layer-decay 1)"
-        )
-    layers = rows[path]
-    names = _in_order(module, tower)
-    first = next(i for i, name in enumerate(names) if name.startswith(layers[0]))
-    rates = [(name, rate * decay ** len(layers)) for name in names[:first]]
-    rates += [(f"{layer}*", rate * decay**i) for i, layer in enumerate(reversed(layers))]
-    if not all(name.startswith(tuple(layers)) for name in names[first:]):
-        rates.append((f"{tower}.*", rate))
-    return rates
-
-
-def _rows_of_layers(module: nn.Module, tower: str) -> dict[str, list[str]]:
-    """Prefixes of the layers of each row of two or more in a tower that lies in no other row, by
-    the row's path."""
-    rows: dict[str, list[str]] = {}
-    for path, row in module.get_submodule(tower).named_modules(prefix=tower):
-        if isinstance(row, nn.ModuleList | nn.Sequential):
-            layers = [f"{path}.{name}." for name, layer in row.named_children() if _learns(layer)]
-            if len(layers) > 1 and not any(path.startswith(f"{other}.") for other in rows):
-                rows[path] = layers
-    return rows
-
-
-def _size(module: nn.Module, path: str) -> int:
-    return sum(parameter.numel() for parameter in module.get_submodule(path).parameters())
-
-
-def _learns(layer: nn.Module) -> bool:
-    """Whether it has parameters: the place of a layer that was removed has none."""
-    return next(layer.parameters(), None) is not None
-
-
-def _in_order(module: nn.Module, tower: str) -> list[str]:
-    """The names of a tower's parameters in the order of computation, where it knows that; else as
-    they are registered."""
-    root = module.get_submodule(tower)
-    names = {id(parameter): name for name, parameter in root.named_parameters(prefix=tower)}
-    if not isinstance(root, ImageTokenizer):
-        return list(names.values())
-    return [names[id(p)] for part in root.parts().values() for p in part.parameters()]
-
-
 def training_data(settings: Settings) -> MixtureDataset:
     """The mixture of the settings' sources."""
     require_share("warmup", settings.warmup)
@@ -269,80 +192,34 @@ def training_data(settings: Settings) -> MixtureDataset:
     return MixtureDataset(sources, mixture, settings.bad_rows, LEVELS[settings.augment])
 
 
-MakeStage = Callable[[Settings, nn.Module, int], Stage]
-"""From the settings, the module and the examples of one forward pass to the stage."""
-
-
 def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
     """One run from settings to result: trains, evaluates retrieval on held-out rows, saves."""
-    started = time.monotonic()
-    accelerator, share = accelerator_for(settings)
-    say = Console(file=sys.stderr, quiet=not accelerator.is_main_process, soft_wrap=True).print
-    run_folder = Run(
-        settings.out,
-        {"stage": "contrastive", **dataclasses.asdict(settings)},
-        deciding(settings),
-        main=accelerator.is_main_process,
-        resume=settings.resume,
-        curves=RECALL,
-    )
+    course = Course(settings, RECALL)
     data = settings.data()
     held_out = open_source(settings.held_out) if settings.held_out_rows else None
-    with accelerator.main_process_first():
+    with course.accelerator.main_process_first():
         model = ContrastiveModel(settings.build())
-    plan = make_stage(settings, model.module, settings.micro_batch or share)
+    plan = course.stage(make_stage, model.module)
     if settings.checkpoint_activations:
         towers = {"tokenizer": settings.lock_image, "text": settings.lock_text}
         checkpoint_activations(
             model.module, [name for name, locked in towers.items() if not locked]
         )
-    say(f"{plan.name}: {processes(accelerator, share)}")
     there = sum(map(len, data.sources))
     if there < settings.batch:
-        say(
+        course.say(
             f"a batch of {settings.batch} holds rows more than once, as the data have {there}: the "
             "loss tells a caption apart from its own picture's other copies"
         )
-    asked = held_out_rows(held_out, settings.held_out_rows) if held_out else []
-    rows, cut = usable_rows(model, held_out, asked, settings.bad_rows, say) if asked else ([], 0)
-    evaluate = partial(retrieval_on, model, held_out, rows, accelerator) if rows else None
-    try:
-        progress = fit(
-            model,
-            plan,
-            data,
-            run_folder,
-            accelerator,
-            objective=Contrast(settings.loss),
-            precision=settings.precision,
-            pace=Pace(
-                workers=settings.workers,
-                eval_every=settings.eval_every,
-                save_every=settings.save_every,
-            ),
-            resume=settings.resume,
-            evaluate=evaluate,
-        )
-    except Interrupted:
-        run_folder.close()
-        raise
-    if accelerator.is_main_process:
-        model.save(settings.out / "model")
-    result: dict[str, Any] = vars(progress) | {"scale": model.module.log_scale.exp().item()}
+    rows, left_out, cut = course.held_out(model, held_out)
+    evaluate = partial(retrieval_on, model, held_out, rows, course.accelerator) if rows else None
+    progress = course.train(model, plan, data, Contrast(settings.loss), evaluate)
+    more: dict[str, Any] = {"scale": model.module.log_scale.exp().item()}
     if evaluate:
-        figures = evaluate()
-        run_folder.log(progress.step, {"eval": figures, "final": True})
-        left_out = len(asked) - len(rows)
-        result |= {"held_out": held_out.name, "held_out_skipped": left_out}
-        result |= {"held_out_cut_tokens": cut, **figures}
-    if accelerator.is_main_process:
-        result["minutes"] = (time.monotonic() - started) / 60
-        run_folder.write_result(result)
-        run_folder.close()
-        _report(say, settings.out, model.processor.length, result)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return result
+        more |= {"held_out": held_out.name, "held_out_skipped": left_out}
+        more |= {"held_out_cut_tokens": cut}
+    figures = evaluate() if evaluate else {}
+    return course.end(progress, figures, more, partial(_report, course, model.processor.length))
 
 
 def retrieval_on(
@@ -388,16 +265,11 @@ def retrieval_on(
     return figures
 
 
-def _report(say, out: Path, length: int, result: dict[str, Any]) -> None:
+def _report(course: Course, length: int, result: dict[str, Any]) -> None:
     """The run's result, for people. length: the most tokens of a text."""
-    lines = []
-    if result["skipped"]:
-        lines.append(f"{result['skipped']} rows skipped, such as:")
-        lines += [f"  {line}" for line in result["examples_skipped"][:5]]
-    if result["cut_tokens"]:
-        lines.append(f"{result['cut_tokens']} text tokens cut to fit {length}")
-    say("\n".join(lines or ["no training row was left out"]), highlight=False, markup=False)
-    say(f"{out}: loss.png, metrics.jsonl, model/", highlight=False)
+    say = course.say
+    course.say_left_out(result, str(length))
+    say(f"{course.settings.out}: loss.png, metrics.jsonl, model/", highlight=False)
     if "pairs" not in result:
         return
     directions = []

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from rich.console import Console
-from torch import nn
 from transformers import AutoTokenizer
 
 from vlm.data.mixture import Mixture, MixtureDataset, check_weights
@@ -22,22 +18,19 @@ from vlm.data.sources import open_source
 from vlm.data.sources.base import Source
 from vlm.data.synthetic.lines import characters_of
 from vlm.draw import draw_lines
-from vlm.inference.ocr import LineModel, Reader
+from vlm.inference.ocr import LineModel
 from vlm.inference.tasks import FACES
 from vlm.metrics.text import Comparison, compare_texts
 from vlm.pixels import open_image
-from vlm.systems import line_reader, transcriber
+from vlm.systems import line_reader, swap, transcriber
 from vlm.systems.encoder_decoder_parts import Transcriber
 from vlm.systems.reference import open_part
 from vlm.systems.transcriber import DecoderSizes
 from vlm.tokenizers.columns import ColumnsConfig, ColumnsTokenizer, line_spec
-from vlm.training.base_settings import BaseSettings, deciding, require_share
-from vlm.training.fit import Interrupted, Pace, fit
-from vlm.training.held_out import held_out_rows, usable_rows
-from vlm.training.launch import accelerator_for, processes
+from vlm.training.base_settings import BaseSettings, require_share
+from vlm.training.course import Course, MakeStage
 from vlm.training.objectives import Objective
-from vlm.training.run import Curves, Run
-from vlm.training.stages import Stage
+from vlm.training.run import Curves
 from vlm.vocabulary import character_tokenizer
 
 NEW = "new"
@@ -206,7 +199,7 @@ class TranscriberSettings(ReadingSettings):
                 seed=self.seed,
             )
         if self.tokenizer != "own" and not (self.start is None and self.decoder == NEW):
-            parts = transcriber.with_tokenizer(parts, self._tokenizer(), self.seed)
+            parts = swap.with_tokenizer(parts, self._tokenizer(), self.seed)
         if self.line_px is None:
             return parts
         tokenizer, spec = parts.module.tokenizer, parts.processor.pixel_spec
@@ -239,89 +232,48 @@ def _new_vision(seed: int) -> ColumnsTokenizer:
         return ColumnsTokenizer(ColumnsConfig(pixel_spec=line_spec(32)))
 
 
-MakeStage = Callable[[Any, nn.Module, int], Stage]
-"""From the settings, the module and the examples of one forward pass to the stage."""
-
-
 def run(
     settings: ReadingSettings,
     make_stage: MakeStage,
     make_objective: Callable[[LineModel], Objective],
 ) -> dict[str, Any]:
     """One run from settings to result: trains, evaluates on held-out lines, saves."""
-    started = time.monotonic()
-    accelerator, share = accelerator_for(settings)
-    say = Console(file=sys.stderr, quiet=not accelerator.is_main_process, soft_wrap=True).print
-    run_folder = Run(
-        settings.out,
-        {"stage": "reading", **dataclasses.asdict(settings)},
-        deciding(settings),
-        main=accelerator.is_main_process,
-        resume=settings.resume,
-        curves=ERRORS,
-    )
+    course = Course(settings, ERRORS)
+    accelerator = course.accelerator
     data = settings.data()
     held_out = settings.held_out_source() if settings.held_out_rows else None
     with accelerator.main_process_first():
         parts = settings.build()
         model = FACES[parts.module.family](parts)
-    plan = make_stage(settings, model.module, settings.micro_batch or share)
-    say(f"{plan.name}: {processes(accelerator, share)}")
-    asked = held_out_rows(held_out, settings.held_out_rows) if held_out else []
-    rows, _ = usable_rows(model, held_out, asked, settings.bad_rows, say) if asked else ([], 0)
+    plan = course.stage(make_stage, model.module)
+    rows, left_out, _ = course.held_out(model, held_out)
     quarter = rows[::4]
 
     def evaluate() -> dict[str, float]:
         return errors_on(model, held_out, quarter, accelerator).result().figures()
 
-    try:
-        progress = fit(
-            model,
-            plan,
-            data,
-            run_folder,
-            accelerator,
-            objective=make_objective(model),
-            precision=settings.precision,
-            pace=Pace(
-                workers=settings.workers,
-                eval_every=settings.eval_every,
-                save_every=settings.save_every,
-            ),
-            resume=settings.resume,
-            evaluate=evaluate if rows else None,
-        )
-    except Interrupted:
-        run_folder.close()
-        raise
-    if accelerator.is_main_process:
-        model.save(settings.out / "model")  # before what may fail
-    result: dict[str, Any] = vars(progress)
-    if rows and isinstance(model, Reader):
+    progress = course.train(model, plan, data, make_objective(model), evaluate if rows else None)
+    more: dict[str, Any] = {}
+    if rows:
         examples = [held_out[row] for row in rows]
         with accelerator.autocast():
             temperatures = model.fit_temperatures(
                 [open_image(example.images[0]) for example in examples],
                 [example.answer for example in examples],
             )
-        result["temperatures"] = dataclasses.asdict(temperatures)
-        if accelerator.is_main_process:
+        more["temperatures"] = dataclasses.asdict(temperatures)
+        if course.main:
             model.save(settings.out / "model")
-    if rows:
-        found = errors_on(model, held_out, rows, accelerator)
-        figures = found.result().figures()
-        run_folder.log(progress.step, {"eval": figures, "final": True})
-        result |= {"held_out": held_out.name, "held_out_skipped": len(asked) - len(rows), **figures}
-    if accelerator.is_main_process:
-        result["minutes"] = (time.monotonic() - started) / 60
-        run_folder.write_result(result)
-        if rows:
+    found = errors_on(model, held_out, rows, accelerator) if rows else None
+    if found:
+        more |= {"held_out": held_out.name, "held_out_skipped": left_out}
+
+    def show(result: dict[str, Any]) -> None:
+        if found:
             _draw_worst(found, held_out, rows, settings.out / "worst_lines.png")
-        run_folder.close()
-        _report(say, settings.out, result, found if rows else None)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return result
+        _report(course, result, found)
+
+    return course.end(progress, found.result().figures() if found else {}, more, show)
 
 
 def errors_on(
@@ -351,12 +303,10 @@ def _draw_worst(found: Comparison, source: Source, rows: Sequence[int], path: Pa
     )
 
 
-def _report(say, out: Path, result: dict[str, Any], found: Comparison | None) -> None:
+def _report(course: Course, result: dict[str, Any], found: Comparison | None) -> None:
     """The run's result, for people."""
-    if result["skipped"]:
-        say(f"{result['skipped']} rows skipped, such as:", *result["examples_skipped"][:5])
-    if result.get("unscored"):
-        say(f"{result['unscored']} lines were too narrow for their text")
+    out, say = course.settings.out, course.say
+    course.say_left_out(result)
     say(f"{out}: loss.png, worst_lines.png, metrics.jsonl, model/", highlight=False)
     if found is None:
         return

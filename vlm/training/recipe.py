@@ -6,18 +6,13 @@ A recipe file states its stage as a value and its own defaults; what can be set 
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import sys
 import textwrap
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
 
 from vlm.data.example import BadRow, Skipped
 from vlm.data.mixture import MixtureDataset
@@ -26,13 +21,11 @@ from vlm.data.sources.base import Source
 from vlm.inference.tasks import Model
 from vlm.pixels import open_image
 from vlm.training import launch
-from vlm.training.base_settings import deciding
+from vlm.training.course import Course, MakeStage
 from vlm.training.evaluate import image_gain_on, text_loss_on
-from vlm.training.fit import Interrupted, Pace, fit
-from vlm.training.held_out import held_out_rows, usable_rows
-from vlm.training.launch import accelerator_for, processes
+from vlm.training.held_out import held_out_rows
 from vlm.training.memory import checkpoint_activations
-from vlm.training.run import Run, draw_captions
+from vlm.training.run import draw_captions
 from vlm.training.settings import Settings, training_data
 from vlm.training.stages import FROZEN, Stage, assign_rates
 
@@ -54,10 +47,6 @@ def usable_documents(model: Model, source: Source, count: int) -> list[int]:
     return usable
 
 
-MakeStage = Callable[[Settings, torch.nn.Module, int], Stage]
-"""From the settings, the model's module and the examples of one forward pass to the stage."""
-
-
 def start(settings_class: type[Settings], make_stage: MakeStage) -> None:
     """A recipe's main."""
     launch.start(settings_class, lambda settings: run(settings, make_stage))
@@ -65,56 +54,24 @@ def start(settings_class: type[Settings], make_stage: MakeStage) -> None:
 
 def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
     """One run from settings to result: trains, evaluates, captions, saves."""
-    started = time.monotonic()
-    accelerator, share = accelerator_for(settings)
-    say = Console(file=sys.stderr, quiet=not accelerator.is_main_process, soft_wrap=True).print
-    values = {"stage": None, **dataclasses.asdict(settings)}
-    run_folder = Run(
-        settings.out,
-        values,
-        deciding(settings),
-        main=accelerator.is_main_process,
-        resume=settings.resume,
-    )
+    course = Course(settings)
     data = training_data(settings)
     source = settings.source(settings.held_out)
     documents = open_source(settings.text_held_out) if settings.text_held_out_rows else None
-    with accelerator.main_process_first():
+    with course.accelerator.main_process_first():
         model = settings.build()
     require_loc_tokens(data, model, settings.bad_rows)
-    plan = make_stage(settings, model.module, settings.micro_batch or share)
-    values["stage"] = plan.name
+    plan = course.stage(make_stage, model.module)
     if settings.checkpoint_activations:
         checkpoint_activations(model.module, kept_parts(model.module, plan))
-    say(f"{plan.name}: {processes(accelerator, share)}")
-    rows = held_out_rows(source, settings.held_out_rows) if settings.held_out_rows else []
-    rows, cut = usable_rows(model, source, rows, settings.bad_rows, say)
+    rows, _, cut = course.held_out(model, source if settings.held_out_rows else None)
     texts = usable_documents(model, documents, settings.text_held_out_rows) if documents else []
-    evaluate = _Evaluate(model, accelerator, source, rows, documents, texts)
-    model.module.to(accelerator.device)
+    evaluate = _Evaluate(model, course.accelerator, source, rows, documents, texts)
+    model.module.to(course.accelerator.device)
     before = evaluate.text_loss()
-    try:
-        progress = fit(
-            model,
-            plan,
-            data,
-            run_folder,
-            accelerator,
-            precision=settings.precision,
-            pace=Pace(
-                workers=settings.workers,
-                eval_every=settings.eval_every,
-                save_every=settings.save_every,
-            ),
-            resume=settings.resume,
-            evaluate=evaluate if rows else None,
-        )
-    except Interrupted:
-        run_folder.close()
-        raise
-    if accelerator.is_main_process:
-        model.save(settings.out / "model", merge=settings.merge)
-    result = vars(progress) | {"held_out": source.name, "held_out_cut_tokens": cut}
+    progress = course.train(
+        model, plan, data, evaluate=evaluate if rows else None, merge=settings.merge
+    )
     figures = evaluate(full=True) if rows else {}
     if texts:
         figures |= {
@@ -122,19 +79,14 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
             "text_loss_before": before,
             "text_loss_first": first_text_loss(settings, before),
         }
-    if figures:
-        run_folder.log(progress.step, {"eval": figures, "final": True})
-        result |= figures
-    if accelerator.is_main_process:
+
+    def show(result: dict[str, Any]) -> None:
         if rows:
-            show_some(model, source, rows, accelerator, settings.out, say)
-        result["minutes"] = (time.monotonic() - started) / 60
-        run_folder.write_result(result)
-        run_folder.close()
-        report(say, settings, result)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return result
+            show_some(model, source, rows, course)
+        report(course, result)
+
+    more = {"held_out": source.name, "held_out_cut_tokens": cut}
+    return course.end(progress, figures, more, show)
 
 
 def require_loc_tokens(data: MixtureDataset, model: Model, bad_rows: str) -> None:
@@ -205,12 +157,13 @@ class _Evaluate:
         return text_loss_on(self.model, self.documents, self.texts, self.accelerator)
 
 
-def show_some(model: Model, source: Source, rows: list[int], accelerator, out: Path, say) -> None:
+def show_some(model: Model, source: Source, rows: list[int], course: Course) -> None:
     """Writes samples.png: some held-out pictures with their true and generated answers, and a few
     of the pictures themselves, named after their row, to try the model on."""
+    out, say = course.settings.out, course.say
     examples = [source[row] for row in rows[:: max(1, len(rows) // PICTURES)][:PICTURES]]
     pictures = [open_image(example.images[0]) for example in examples]
-    with accelerator.autocast():
+    with course.accelerator.autocast():
         written = model.answer_examples(examples, max_new_tokens=32)
     true = [example.answer for example in examples]
     draw_captions(pictures, true, written, out / "samples.png")
@@ -224,17 +177,10 @@ def show_some(model: Model, source: Source, rows: list[int], accelerator, out: P
     say(f"\nnext: vlm caption {paths[0]} --model {out}", highlight=False)
 
 
-def report(say, settings: Settings, result: dict[str, Any]) -> None:
+def report(course: Course, result: dict[str, Any]) -> None:
     """The run's result, for people."""
-    left_out = []
-    if result["skipped"]:
-        left_out.append(f"{result['skipped']} rows skipped, such as:")
-        left_out += [f"  {line}" for line in result["examples_skipped"][:5]]
-    if result["cut_tokens"]:
-        left_out.append(f"{result['cut_tokens']} text tokens cut to fit the context")
-    if result["unscored"]:
-        left_out.append(f"{result['unscored']} rows had no scored token")
-    say("\n".join(left_out or ["no training row was left out"]), highlight=False, markup=False)
+    settings, say = course.settings, course.say
+    course.say_left_out(result)
     say(f"{settings.out}: loss.png, samples.png, metrics.jsonl, model/", highlight=False)
     if "text_loss" in result:
         loss, before, first = (result[f"text_loss{w}"] for w in ("", "_before", "_first"))

@@ -7,7 +7,7 @@ that it never saw.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -20,6 +20,7 @@ from vlm.data.example import Example, ImageRef, caption_example
 from vlm.data.sources.base import BadSource, Source
 from vlm.data.synthetic import degrade
 from vlm.data.synthetic.fonts import BadFont, Font, find_fonts, holding
+from vlm.data.synthetic.options import Options, read_options
 from vlm.data.synthetic.text import (
     ASCII,
     LONGEST,
@@ -104,22 +105,13 @@ class Lines(Source):
     def from_text(cls, text: str) -> Lines:
         """Lines of "COUNT:KEY=VALUE:..."; keys are seed, fonts, alphabet (see `characters_of`),
         text, split, kind, made and longest. Raises BadSource naming the part that does not fit."""
-        count, *parts = text.split(":")
-        options = {}
+        usage = (
+            f":seed=3 :fonts=any :alphabet={'|'.join(ALPHABETS)} :text=english :split=train "
+            f":kind={'|'.join(degrade.KINDS)} :made=0.3 :longest=60"
+        )
+        count, given = read_options(text, _OPTIONS, "lines", usage)
         try:
-            number = int(count)
-            for part in parts:
-                key, _, value = part.partition("=")
-                option, parse = _OPTIONS[key]
-                options[option] = parse(value)
-        except (KeyError, ValueError) as error:
-            raise BadSource(
-                f"lines:{text}: expected lines:COUNT, then any of :seed=3 :fonts=any "
-                f":alphabet={'|'.join(ALPHABETS)} :text=english :split=train "
-                f":kind={'|'.join(degrade.KINDS)} :made=0.3 :longest=60"
-            ) from error
-        try:
-            return cls(number, **options, name=f"lines:{text}")
+            return cls(count, **given, name=f"lines:{text}")
         except (BadFont, BadText) as error:
             raise BadSource(f"lines:{text}: {error}") from error
 
@@ -261,7 +253,7 @@ def characters_of(alphabet: str) -> str:
     return "".join(sorted((set(text) - set("\n\r\t\ufeff")) | {" "}))
 
 
-_OPTIONS: dict[str, tuple[str, Callable]] = {
+_OPTIONS: Options = {
     "seed": ("seed", int),
     "fonts": ("fonts", str),
     "alphabet": ("characters", characters_of),

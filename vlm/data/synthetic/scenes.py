@@ -7,11 +7,11 @@ against the scene that made it. A scene follows from (seed, row) alone.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 
 from vlm.data.example import Box, Example, ImageRef, Turn, caption_example
 from vlm.data.grounding import ground
 from vlm.data.sources.base import BadSource, Source
+from vlm.data.synthetic.options import Options, read_options
 from vlm.data.synthetic.scene import (
     BACKGROUNDS,
     HELD_BACK,
@@ -68,20 +68,11 @@ class Scenes(Source):
     def from_text(cls, text: str, prompt: str = "") -> Scenes:
         """Scenes of "COUNT:KEY=VALUE:..."; keys are seed, task, size (HxW, or "mixed"), shapes
         (FEWEST-MOST) and background. Raises BadSource naming the part that does not fit."""
-        count, *parts = text.split(":")
-        options = {}
-        try:
-            number = int(count)
-            for part in parts:
-                key, _, value = part.partition("=")
-                option, parse = _OPTIONS[key]
-                options[option] = parse(value)
-        except (KeyError, ValueError) as error:
-            raise BadSource(
-                f"scenes:{text}: expected scenes:COUNT, then any of :seed=3 "
-                f":task={'|'.join(TASKS)} :size=HxW or :size=mixed :shapes=1-4 :background=KIND"
-            ) from error
-        return cls(number, **options, prompt=prompt, name=f"scenes:{text}")
+        usage = (
+            f":seed=3 :task={'|'.join(TASKS)} :size=HxW or :size=mixed :shapes=1-4 :background=KIND"
+        )
+        count, given = read_options(text, _OPTIONS, "scenes", usage)
+        return cls(count, **given, prompt=prompt, name=f"scenes:{text}")
 
     def __len__(self) -> int:
         return self._count
@@ -121,7 +112,7 @@ def _range(text: str) -> tuple[int, int]:
     return int(fewest), int(most)
 
 
-_OPTIONS: dict[str, tuple[str, Callable]] = {
+_OPTIONS: Options = {
     "seed": ("seed", int),
     "task": ("task", str),
     "size": ("size_hw", _size),

@@ -1,0 +1,59 @@
+"""Reading in 16 bits beside fp32: the same weights, read twice."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+
+from tests import test_encoder_decoder, test_line_reader
+from tests.test_line_reader import line
+from tests.tiny import picture
+from vlm.inference.ocr import Reader
+from vlm.inference.writer import Writer
+from vlm.systems.encoder_decoder_parts import Transcriber
+from vlm.training.objectives import NextToken, Transcribe
+from vlm.weights import cast_parameters
+
+TEXTS = ("ab", "cab a")
+
+
+def line_reader():
+    parts = test_line_reader.parts()
+    rows = [parts.processor.encode(line(text, seed=i)) for i, text in enumerate(TEXTS)]
+    pictures = [line(text, seed=i).images[0] for i, text in enumerate(TEXTS)]
+    return Reader(parts), Transcribe(), rows, pictures
+
+
+def encoder_decoder():
+    module = test_encoder_decoder.model(noise=0.0)
+    processor = test_encoder_decoder.processor(module)
+    parts = Transcriber(module=module, processor=processor, end_ids=(258,), max_new_tokens=8)
+    rows = test_encoder_decoder.rows(processor, *TEXTS)
+    return Writer(parts), NextToken(256), rows, [picture(i) for i in range(len(TEXTS))]
+
+
+@pytest.mark.parametrize("make", [line_reader, encoder_decoder])
+def test_reading_in_bf16_is_close_to_fp32(make):
+    """Lines that a model has half learned are read alike, and as surely to a few hundredths."""
+    torch.manual_seed(0)
+    model, objective, rows, pictures = make()
+    batches = objective.collate(rows)
+    scored = sum(objective.count(batch).scored for batch in batches)
+    optimizer = torch.optim.AdamW(model.module.parameters(), 3e-3)
+    for _ in range(100):
+        objective.backward(model.module, batches, scored, contextlib.nullcontext)
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = model.read_lines(pictures)
+    assert tuple(read.text for read in expected) == TEXTS
+    assert min(read.confidence for read in expected) > 0.1
+    short = copy.deepcopy(model.parts)
+    cast_parameters(short.module, torch.bfloat16)
+    found = type(model)(short).read_lines(pictures)
+    for half, whole in zip(found, expected, strict=True):
+        assert half.text == whole.text
+        assert half.confidence == pytest.approx(whole.confidence, abs=0.05)
+        for a, b in zip(half.tokens, whole.tokens, strict=True):
+            assert a.text == b.text
+            assert a.confidence == pytest.approx(b.confidence, abs=0.05)

@@ -1,0 +1,157 @@
+"""What every run does alike from settings to result: how it begins, trains and ends."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from torch import nn
+
+from vlm.data.mixture import MixtureDataset
+from vlm.data.sources.base import Source
+from vlm.training.base_settings import BaseSettings, deciding, recorded
+from vlm.training.checkpoint import Progress
+from vlm.training.fit import Interrupted, Pace, fit
+from vlm.training.held_out import held_out_rows, usable_rows
+from vlm.training.launch import accelerator_for, processes
+from vlm.training.objectives import Objective
+from vlm.training.run import CAPTIONS, Curves, Run
+from vlm.training.stages import Stage
+
+MakeStage = Callable[[Any, nn.Module, int], Stage]
+"""From the settings, the model's module and the examples of one forward pass to the stage."""
+
+
+class HeldOut(NamedTuple):
+    """Rows to evaluate on. left_out: how many more were asked for; cut: text tokens that do not fit
+    the model."""
+
+    rows: list[int]
+    left_out: int
+    cut: int
+
+
+class Course:
+    """One run of a recipe, on each of its processes.
+
+    accelerator: this process among the others. main: whether it is the one that writes and speaks.
+    share: its examples of a step. folder: what the run leaves. say: prints a text for people, as
+    rich's `Console.print` does, on the main process alone.
+    Raises RunError for a folder that cannot be used, ValueError for settings that the processes
+    cannot follow.
+    """
+
+    def __init__(self, settings: BaseSettings, curves: Curves = CAPTIONS) -> None:
+        self._started = time.monotonic()
+        self.settings = settings
+        self.accelerator, self.share = accelerator_for(settings)
+        self.main = self.accelerator.is_main_process
+        self.say = Console(file=sys.stderr, quiet=not self.main, soft_wrap=True).print
+        self.folder = Run(
+            settings.out,
+            {"stage": None, **recorded(settings)},
+            deciding(settings),
+            main=self.main,
+            resume=settings.resume,
+            curves=curves,
+        )
+
+    def stage(self, make: MakeStage, module: nn.Module) -> Stage:
+        """The stage of the settings, and what it is called, said and noted down."""
+        stage = make(self.settings, module, self.settings.micro_batch or self.share)
+        self.folder.settings["stage"] = stage.name
+        self.say(f"{stage.name}: {processes(self.accelerator, self.share)}")
+        return stage
+
+    def held_out(self, model: Any, source: Source | None) -> HeldOut:
+        """The rows of a source that the settings evaluate, without those that cannot be, which are
+        said; none of no source. Raises as `usable_rows` does."""
+        if source is None:
+            return HeldOut([], 0, 0)
+        asked = held_out_rows(source, self.settings.held_out_rows)
+        rows, cut = usable_rows(model, source, asked, self.settings.bad_rows, self.say)
+        return HeldOut(rows, len(asked) - len(rows), cut)
+
+    def train(
+        self,
+        model: Any,
+        stage: Stage,
+        data: MixtureDataset,
+        objective: Objective | None = None,
+        evaluate: Callable[[], dict[str, Any]] | None = None,
+        merge: bool = True,
+    ) -> Progress:
+        """Trains the model and saves it, before anything that may fail.
+
+        merge: whether LoRA is merged into the saved weights; the others are those of `fit`.
+        """
+        settings = self.settings
+        try:
+            progress = fit(
+                model,
+                stage,
+                data,
+                self.folder,
+                self.accelerator,
+                objective=objective,
+                precision=settings.precision,
+                pace=Pace(
+                    workers=settings.workers,
+                    eval_every=settings.eval_every,
+                    save_every=settings.save_every,
+                    keep=settings.keep,
+                ),
+                resume=settings.resume,
+                change=settings.change,
+                evaluate=evaluate,
+            )
+        except Interrupted:
+            self.folder.close()
+            raise
+        if self.main:
+            model.save(settings.out / "model", merge=merge)
+        return progress
+
+    def end(
+        self,
+        progress: Progress,
+        figures: dict[str, Any],
+        more: dict[str, Any],
+        show: Callable[[dict[str, Any]], None],
+    ) -> dict[str, Any]:
+        """The run's result, written, shown by the main process, and waited for by the others.
+
+        figures: the closing evaluation's, for the metrics; none where nothing was evaluated. more:
+        what else the result states. show: draws and says it.
+        """
+        result = vars(progress) | more | figures
+        if figures:
+            self.folder.log(progress.step, {"eval": figures, "final": True})
+        if self.main:
+            result["minutes"] = (time.monotonic() - self._started) / 60
+            self.folder.write_result(result)
+            self.folder.close()
+            show(result)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return result
+
+    def say_left_out(self, result: dict[str, Any], room: str = "the context") -> None:
+        """Says what the training left out of its rows. room: what cut texts had to fit."""
+        lines = []
+        if result["skipped"]:
+            lines.append(f"{result['skipped']} rows skipped, such as:")
+            lines += [f"  {line}" for line in result["examples_skipped"][:5]]
+        if result["cut_tokens"]:
+            lines.append(f"{result['cut_tokens']} text tokens cut to fit {room}")
+        if result["unscored"]:
+            lines.append(
+                f"{result['unscored']} rows had nothing to score: no text to write, or a line too "
+                "narrow for it"
+            )
+        self.say(
+            "\n".join(lines or ["no training row was left out"]), highlight=False, markup=False
+        )
