@@ -101,7 +101,7 @@ def test_plan_divides_a_batch_and_finds_the_largest_micro_batch():
     assert plan.largest_even == 16
     assert not plan.fits
     assert plan.refusal() == (
-        "a micro-batch of 32 needs 74.0 GiB on each device, which has 73.6; the largest that fits "
+        "a micro-batch of 32 needs 74 GiB on each device, which has 73.6; the largest that fits "
         "is 31: take --micro-batch 16, 2 of which make a device's share of a step"
     )
     assert planned(micro_batch=16).fits
@@ -242,7 +242,7 @@ def test_plan_command_refuses_what_cannot_be(capsys):
         ([*SMALL, "--machine", "3xH100"], "batch 128 does not divide over 3 devices"),
         ([*SMALL, "--machine", "H100", "--hybrid"], "--hybrid says how --shard divides"),
         ([*SMALL[:-2], "--machine", "H100", "--rows", "0"], "--rows must be at least 1"),
-        ([*SMALL, "--machine", "H100-0.03G"], "the largest that fits is"),
+        ([*SMALL, "--machine", "H100-0.08G"], "the largest that fits is"),
         (["none.py", "--machine", "H100"], "none.py: expected a recipe"),
     ):
         with pytest.raises(SystemExit) as stopped:

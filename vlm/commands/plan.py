@@ -110,20 +110,24 @@ class MakePlan:
 
         from vlm.training.plan import GIB, MOST
 
+        unit, size = ("GiB", GIB) if plan.held.total >= GIB else ("MiB", GIB / 1024)
+
         console = Console(soft_wrap=True, highlight=False)
         spread = f"{plan.ranks} x {machine.name}, {machine.gib:g} GiB each"
         if plan.ranks > 1:
             spread += ", all alike" if plan.shard_group == 1 else f", sharded by {plan.shard_group}"
         console.print(f"{name}: {spread}", style="bold")
-        table = Table("on each device, at the fullest moment of a step", "GiB")
+        table = Table("on each device, at the fullest moment of a step", unit)
         table.columns[1].justify = "right"
         for part, held in plan.held._asdict().items():
-            table.add_row(part, f"{held / GIB:.2f}")
-        table.add_row("together", f"{plan.held.total / GIB:.2f}", style="bold", end_section=True)
-        table.add_row(f"room, {self.reserve:.0%} left free", f"{plan.budget / GIB:.2f}")
+            table.add_row(part, f"{held / size:,.2f}")
+        table.add_row("together", f"{plan.held.total / size:,.2f}", style="bold", end_section=True)
+        table.add_row(f"room, {self.reserve:.0%} left free", f"{plan.budget / size:,.2f}")
         console.print(table)
         if plan.gathered:
-            console.print(f"of the weights {plan.gathered / GIB:.2f} GiB are whole blocks at work")
+            console.print(
+                f"of the weights {plan.gathered / size:,.2f} {unit} are whole blocks at work"
+            )
         devices = f"{plan.ranks} devices x " if plan.ranks > 1 else ""
         passes = f" x {plan.accumulation} passes" if plan.accumulation > 1 else ""
         more = " or more" if plan.largest == MOST else ""

@@ -112,8 +112,8 @@ class Plan:
     def refusal(self) -> str:
         """What to say of a micro-batch that does not fit."""
         needs = (
-            f"a micro-batch of {self.micro_batch} needs {self.held.total / GIB:.1f} GiB on each "
-            f"device, which has {self.budget / GIB:.1f}"
+            f"a micro-batch of {self.micro_batch} needs {self.held.total / GIB:.3g} GiB on each "
+            f"device, which has {self.budget / GIB:.3g}"
         )
         if not self.largest_even:
             part = max(self.held._fields, key=lambda name: getattr(self.held, name))
