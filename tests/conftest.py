@@ -1,4 +1,5 @@
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports a hub client
 
@@ -13,3 +14,11 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps one state for a process; no test leaves its own to the next."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)

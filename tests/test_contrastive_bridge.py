@@ -15,14 +15,6 @@ from vlm.training.contrastive import Settings
 from vlm.weights import same_bits
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps one state for a process, whichever test made it."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
     """A run from scratch: its folder and what it gave."""

@@ -29,14 +29,6 @@ from vlm.pixels import BadImage
 from vlm.training.contrastive import Settings
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps one state for a process, whichever test made it."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

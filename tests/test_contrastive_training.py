@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from tests import tiny, training
 from tests.contrastive_runs import assert_close, assert_follows
@@ -20,14 +19,6 @@ from vlm.training.run import Run
 from vlm.weights import same_bits
 
 LOSSES = ("softmax", "sigmoid")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps one state for a process, whichever test made it."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def train(out, loss, **options):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 import vlm
 from tests import tiny
@@ -29,14 +28,6 @@ ROOT = Path(__file__).parent.parent
 SCENES = "scenes:6:seed=1:size=mixed:shapes=2-3"
 SHORT = dict(batch=2, steps=2, held_out_rows=2, workers=0, eval_every=0, save_every=0, threads=1,
              precision="fp32")  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps one state for a process, whichever test made it."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def settings_of(**values):

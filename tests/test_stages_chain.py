@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 import vlm
 from tests import tiny
@@ -20,14 +19,6 @@ from vlm.weights import same_bits
 SCENES = "scenes:40:seed=1:size=64x96:task=mixed"
 SHORT = dict(batch=2, steps=2, held_out="scenes:4:seed=9", held_out_rows=2, workers=0, eval_every=0,
              save_every=0, threads=1, precision="fp32")  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps one state for a process, whichever test made it."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 RECIPES = str(Path(__file__).parent.parent / "recipes")
