@@ -160,7 +160,8 @@ def make_plan(
     held = {micro_batch: estimate.held(micro_batch, share // micro_batch)}
 
     def total(count: int) -> int:
-        held.setdefault(count, estimate.held(count, max(1, share // count)))
+        if count not in held:
+            held[count] = estimate.held(count, max(1, share // count))
         return held[count].total
 
     largest = largest_within(total, budget)
@@ -206,8 +207,8 @@ def split_of(batch: int, micro_batch: int | None, ranks: int) -> tuple[int, int]
 
 
 def largest_within(total: Callable[[int], int], budget: int, most: int = MOST) -> int:
-    """The largest count, up to `most`, whose `total` is within a budget; 0 where none is. total
-    rises, almost evenly: so few are tried.
+    """The largest count, up to `most`, whose `total` is within a budget, to 2 %; 0 where none is.
+    total rises, almost evenly: so few are tried.
 
     >>> largest_within(lambda count: 100 + 7 * count, 1000)
     128
@@ -216,7 +217,7 @@ def largest_within(total: Callable[[int], int], budget: int, most: int = MOST) -
         return 0
     low, high = 1, most + 1  # the first fits, the second does not or is not asked for
     slope = total(2) - total(1)
-    while high - low > 1:
+    while high - low > max(1, low // 50):
         more = (budget - total(low)) // slope if slope > 0 else most
         guess = min(max(low + more, low + 1), high - 1)
         slope = (total(guess) - total(low)) // (guess - low)
