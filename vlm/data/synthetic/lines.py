@@ -21,6 +21,7 @@ from vlm.data.sources.base import BadSource, Source
 from vlm.data.synthetic import degrade
 from vlm.data.synthetic.fonts import BadFont, Font, find_fonts, holding
 from vlm.data.synthetic.options import Options, read_options
+from vlm.data.synthetic.pen import Hand
 from vlm.data.synthetic.text import (
     ASCII,
     LONGEST,
@@ -47,11 +48,20 @@ HAND_SHARE = 0.22
 @dataclass(frozen=True, slots=True)
 class DrawnLine:
     """What a row shows: the text, the font, and the kind of wear (of `degrade.KINDS` or
-    `degrade.WEARS`)."""
+    `degrade.WEARS`).
+
+    made_up: whether a made-up hand writes it, from all fonts (see `pen.Hand`), not the font.
+    """
 
     text: str
     font: Font
     kind: str
+    made_up: bool = False
+
+    @property
+    def hand(self) -> bool:
+        """Whether it looks written by hand."""
+        return self.made_up or self.font.hand
 
 
 class Lines(Source):
@@ -62,7 +72,7 @@ class Lines(Source):
         (Python's documentation), a text file, or faker's name of a language, such as "ru_RU".
     split: which lines are drawn, by what they say: "train" or "validation".
     kind: one of `degrade.KINDS`. made: share of made lines (numbers, codes, names). longest: the
-        most characters of a line.
+        most characters of a line. hands: share of lines in made-up hands (see `pen.Hand`).
     Pictures are uncompressed bytes, drawn when a row is read. Rows are named NAME[ROW].
     Raises BadSource, BadFont or BadText naming what does not fit.
     """
@@ -78,12 +88,15 @@ class Lines(Source):
         kind: str = "mixed",
         made: float = 0.3,
         longest: int = LONGEST,
+        hands: float = 0.0,
         name: str | None = None,
     ) -> None:
         if kind not in degrade.KINDS:
             raise BadSource(f"lines: expected a kind of {', '.join(degrade.KINDS)}, found {kind!r}")
         self.name = name or f"lines:{count}:seed={seed}"
-        self._count, self._seed, self._kind = count, seed, kind
+        if not 0 <= hands <= 1:
+            raise BadSource(f"lines: expected hands from 0 to 1, found {hands}")
+        self._count, self._seed, self._kind, self._hands = count, seed, kind, hands
         self.characters = characters
         if text == "english":
             self._writer = Writer(documentation(split), characters, split, made, longest=longest)
@@ -97,6 +110,7 @@ class Lines(Source):
         self.fonts = holding(fonts, "".join(c for c in characters if c.isalpha()))
         names = sorted({font.family for font in self.fonts})
         families = [[font for font in self.fonts if font.family == name] for name in names]
+        self._families = families
         self._print = [family for family in families if not family[0].hand]
         self._hand = [family for family in families if family[0].hand]
         self.require_rows()
@@ -104,10 +118,10 @@ class Lines(Source):
     @classmethod
     def from_text(cls, text: str) -> Lines:
         """Lines of "COUNT:KEY=VALUE:..."; keys are seed, fonts, alphabet (see `characters_of`),
-        text, split, kind, made and longest. Raises BadSource naming the part that does not fit."""
+        text, split, kind, made, longest and hands. Raises BadSource naming the part that does not fit."""
         usage = (
             f":seed=3 :fonts=any :alphabet={'|'.join(ALPHABETS)} :text=english :split=train "
-            f":kind={'|'.join(degrade.KINDS)} :made=0.3 :longest=60"
+            f":kind={'|'.join(degrade.KINDS)} :made=0.3 :longest=60 :hands=0"
         )
         count, given = read_options(text, _OPTIONS, "lines", usage)
         try:
@@ -135,15 +149,17 @@ class Lines(Source):
         else:
             text = "".join(c for c in text if ord(c) in font.characters).strip() or "0"
         rng = np.random.default_rng([self._seed % 2**32, row])
-        return DrawnLine(text, font, degrade.draw_kind(rng, self._kind))
+        kind = degrade.draw_kind(rng, self._kind)
+        return DrawnLine(text, font, kind, self._hands > 0 and rng.random() < self._hands)
 
     def font_of(self, row: int) -> str:
-        """The family of a row's font."""
-        return self.line(row).font.family
+        """The family of a row's font; "made-up" where a made-up hand writes it."""
+        line = self.line(row)
+        return "made-up" if line.made_up else line.font.family
 
     def hand_of(self, row: int) -> bool:
         """Whether a row is handwriting."""
-        return self.line(row).font.hand
+        return self.line(row).hand
 
     def wear_of(self, row: int) -> str:
         """What a row's picture suffers from."""
@@ -151,22 +167,38 @@ class Lines(Source):
 
     def picture(self, row: int) -> np.ndarray:
         """A row's picture: uint8[H, W, 3]."""
-        return draw(self.line(row), np.random.default_rng([self._seed % 2**32, row, 1]))
+        return self._drawn(self.line(row), row)
 
     def read(self, row: int) -> Example:
         line, name = self.line(row), self.row_name(row)
-        pixels = draw(line, np.random.default_rng([self._seed % 2**32, row, 1]))
+        pixels = self._drawn(line, row)
         return caption_example(name, ImageRef(ppm(pixels), name), line.text, "")
 
+    def _drawn(self, line: DrawnLine, row: int) -> np.ndarray:
+        dice = np.random.default_rng([self._seed % 2**32, row, 1])
+        return draw(line, dice, self._families)
 
-def draw(line: DrawnLine, dice: np.random.Generator) -> np.ndarray:
-    """The picture of a line: uint8[H, W, 3]."""
-    mask = write(line.text, line.font, dice)
+
+def draw(
+    line: DrawnLine, dice: np.random.Generator, families: Sequence[Sequence[Font]] = ()
+) -> np.ndarray:
+    """The picture of a line: uint8[H, W, 3].
+
+    families: the fonts, by family, that a made-up hand takes its letters from.
+    """
+    mask = _by_hand(line, dice, families) if line.made_up else write(line.text, line.font, dice)
     if line.kind in degrade.WEARS:
         return degrade.worn(_framed(mask, dice, line.kind), dice, line.kind)
-    mask = degrade.bend(mask, dice, line.kind, line.font.hand)
+    mask = degrade.bend(mask, dice, line.kind, line.hand)
     mask = degrade.ink(_framed(mask, dice, line.kind), dice, line.kind)
     return degrade.see(degrade.paint(mask, dice, line.kind), dice, line.kind)
+
+
+def _by_hand(line: DrawnLine, dice: np.random.Generator, families) -> np.ndarray:
+    hand = Hand(families, dice)
+    if not hand.holds(line.text):
+        hand = Hand([[line.font]], dice)
+    return hand.write(line.text, float(np.clip(dice.lognormal(2.75, 0.28), 9, 36)))
 
 
 def write(text: str, font: Font, dice: np.random.Generator) -> np.ndarray:
@@ -262,4 +294,5 @@ _OPTIONS: Options = {
     "kind": ("kind", str),
     "made": ("made", float),
     "longest": ("longest", int),
+    "hands": ("hands", float),
 }
