@@ -19,6 +19,7 @@ from vlm.data.synthetic.lines import (
     characters_of,
     draw,
 )
+from vlm.data.synthetic.pen import Hand, _middles
 from vlm.data.synthetic.text import ASCII, MARKS, BadText, Writer, split_of
 from vlm.pixels import open_image
 
@@ -83,6 +84,51 @@ def test_lines_with_one_fault_differ_from_clean_ones_and_stay_visible(wear):
         assert pixels.std() > 5
         assert not ((pixels < 3) | (pixels > 252)).all()
     assert {lines(60, kind="one").wear_of(row) for row in range(60)} == set(degrade.WEARS)
+
+
+def test_made_up_hands_write_alike_each_time_and_differently_from_each_other():
+    families = [find_fonts(FOLDER), find_fonts(SERIF)]
+    text = "Shape of {3} things"
+    drawn = [Hand(families, np.random.default_rng(seed)).write(text, 16) for seed in range(12)]
+    again = [Hand(families, np.random.default_rng(seed)).write(text, 16) for seed in range(12)]
+    for mask, same in zip(drawn, again):
+        assert np.array_equal(mask, same)
+        assert mask.max() > 128
+        assert 16 < mask.shape[0] < 70
+        assert mask.shape[1] > 6 * mask.shape[0] / 2
+    assert len({mask.tobytes() for mask in drawn}) == 12
+
+
+def test_a_pen_draws_the_middles_of_strokes():
+    bar = np.zeros((60, 40), np.uint8)
+    bar[10:50, 12:24] = 255
+    thin = _middles(bar)
+    assert set(np.unique(thin)) == {0, 255}
+    assert (thin.sum(1) // 255 <= 3).all()
+    assert (thin[20:40].sum(1) == 255).all()  # one pixel wide, unbroken
+    assert 14 <= np.flatnonzero(thin[30])[0] <= 21
+
+
+def test_hands_refuse_what_their_fonts_lack():
+    hand = Hand([find_fonts(LATIN_ONLY)], np.random.default_rng(0))
+    assert hand.holds("abc")
+    assert not hand.holds("Ω")
+    with pytest.raises(ValueError, match="found 'Ω'"):
+        hand.write("Ω", 16)
+
+
+def test_a_share_of_lines_is_in_made_up_hands_and_the_others_stay():
+    plain, mixed = lines(60, seed=5), lines(60, seed=5, hands=0.5)
+    made_up = [row for row in range(60) if mixed.hand_of(row)]
+    assert 15 < len(made_up) < 45
+    for row in range(60):
+        assert mixed.line(row).text == plain.line(row).text
+        assert (mixed.font_of(row) == "made-up") == (row in made_up)
+        if row not in made_up:
+            assert np.array_equal(mixed.picture(row), plain.picture(row))
+    with pytest.raises(BadSource, match="hands from 0 to 1, found 2"):
+        lines(hands=2)
+    assert open_source(f"lines:3:fonts={FOLDER}:hands=1").hand_of(0)
 
 
 def test_clean_lines_are_black_on_white():

@@ -118,7 +118,8 @@ class Lines(Source):
     @classmethod
     def from_text(cls, text: str) -> Lines:
         """Lines of "COUNT:KEY=VALUE:..."; keys are seed, fonts, alphabet (see `characters_of`),
-        text, split, kind, made, longest and hands. Raises BadSource naming the part that does not fit."""
+        text, split, kind, made, longest and hands. Raises BadSource naming the part that does not
+        fit."""
         usage = (
             f":seed=3 :fonts=any :alphabet={'|'.join(ALPHABETS)} :text=english :split=train "
             f":kind={'|'.join(degrade.KINDS)} :made=0.3 :longest=60 :hands=0"

@@ -140,7 +140,7 @@ def _glyph(font: Font, character: str, pen: bool) -> _Glyph:
     """A character at the size where the font's x is `HEIGHT` high, or its strokes' middles."""
     size = _size(font)
     face = font.at(size)
-    left, top, right, bottom = face.getbbox(character, anchor="ls")
+    left, _, right, _ = face.getbbox(character, anchor="ls")
     image = Image.new("L", (max(1, right - left) + 8, RISE + FALL))
     ImageDraw.Draw(image).text((4 - left, RISE), character, fill=255, font=face, anchor="ls")
     mask = np.asarray(image)
