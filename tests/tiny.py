@@ -60,7 +60,7 @@ def text_model(kind="llama", seed=0, width=32, vocab=300, **more):
         pad_token_id=256,
         bos_token_id=257,
         eos_token_id=258,
-        **{**TEXT_SHAPES[kind], **more},
+        **{**TEXT_SHAPES.get(kind, {}), **more},
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -1,18 +1,24 @@
 """A tiny run for laws of training: `python -m tests.training OUT [options as JSON]` is one process
-of it, so that it can be launched on several, killed and resumed."""
+of it, so that it can be launched on several, killed and resumed; with {"runs": {NAME: options}} of
+several, one after another, in OUT/NAME."""
 
 import dataclasses
 import json
 import os
 import signal
 import sys
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from tests import test_contrastive, test_pairs, tiny
+from tests import test_contrastive, test_encoder_decoder, test_pairs, tiny
+from vlm.data.collate import collate
+from vlm.data.example import caption_example
 from vlm.data.mixture import Draw, Mixture, MixtureDataset
 from vlm.data.sources import ListSource
 from vlm.inference.embed import ContrastiveModel
@@ -21,9 +27,10 @@ from vlm.pairs import PairProcessor
 from vlm.systems.composed import Composition
 from vlm.systems.pairing import Pairing
 from vlm.training.contrastive import retrieval_on
-from vlm.training.fit import Pace, fit
-from vlm.training.objectives import Contrast
+from vlm.training.fit import Interrupted, Pace, _Step, fit
+from vlm.training.objectives import Contrast, NextToken
 from vlm.training.run import Run
+from vlm.training.sharding import gathered
 from vlm.training.stages import FROZEN, Stage
 
 STAGE = Stage(
@@ -59,6 +66,20 @@ def pairs(count=11, unread=()):
     return [
         tiny.example(f"p{i}", (None, "what?"), caption, images=(tiny.picture(i),))
         for i, caption in enumerate(captions)
+    ]
+
+
+def encoder_decoder_model():
+    """A tiny TrOCR-like model without dropout."""
+    module = test_encoder_decoder.model(dropout=0.0)
+    return SimpleNamespace(module=module, processor=test_encoder_decoder.processor(module))
+
+
+def pictures_alone():
+    """Pictures with texts of unequal lengths."""
+    return [
+        caption_example(f"r{i}", tiny.picture(i), "word " * (1 + i % 5) + str(i), "")
+        for i in range(11)
     ]
 
 
@@ -102,73 +123,127 @@ def split_by_kind():
 
 def train(out, stage=STAGE, rows=None, chosen=None, seed=0, resume=False, precision="fp32",
           on_bad_row="raise", dropout=0.0, data=None, loss=None, evaluate=None, change=(),
-          **pace):  # fmt: skip
+          shard="no", pack=None, **pace):  # fmt: skip
     """Trains and gives (model, progress, lines of metrics.jsonl). loss: of a contrastive model;
-    None trains a decoder-only one."""
+    None trains a decoder-only one, with rows padded or packed."""
     if loss:
         chosen, rows = chosen or contrastive_model(loss), rows or pairs()
     chosen = chosen or model()
     if dropout:
         chosen.module.adaptor.layers.append(torch.nn.Dropout(dropout))
-    AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if precision == "bf16" else "no")
     deciding = {"steps": stage.steps, "batch": stage.batch, "seed": seed}
     run = Run(Path(out), deciding, deciding, main=accelerator.is_main_process, resume=resume)
     progress = fit(
         chosen, stage, data or dataset(rows, seed, on_bad_row), run, accelerator,
-        objective=Contrast(loss) if loss else None,
-        precision=precision, pace=Pace(**{"workers": 0, "save_every": 0, **pace}), resume=resume,
-        change=change, evaluate=evaluate,
+        objective=Contrast(loss) if loss else NextToken(chosen.processor.pad_id, pack),
+        precision=precision, shard=shard, pace=Pace(**{"workers": 0, "save_every": 0, **pace}),
+        resume=resume, change=change, evaluate=evaluate,
     )  # fmt: skip
     return chosen, progress, run.history()
 
 
+@torch.no_grad()
+def states_on_first(chosen):
+    """An evaluation that the first rank alone makes."""
+    if int(os.environ.get("RANK", 0)):
+        return {"rows": 0.0}
+    rows = [chosen.processor.encode(example) for example in examples()[:2]]
+    states = chosen.module.states(collate(rows, chosen.processor.pad_id))
+    return {"rows": float(len(rows)), "finite": float(states.isfinite().all())}
+
+
+@contextmanager
+def keep_gradients(out):
+    """Within, the first process writes each step's whole gradients to OUT/gradients_NUMBER.pt."""
+    norm_of = _Step._gradient_norm
+
+    def norm_and_keep(self):
+        norm = norm_of(self)
+        found = {}
+        for name, parameter in self.module.named_parameters():
+            if parameter.grad is not None:
+                grad = parameter.grad
+                whole = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+                found[name] = whole.cpu().clone()
+        if int(os.environ.get("RANK", 0)) == 0:
+            number = sum(1 for _ in Path(out).glob("gradients_*.pt"))
+            torch.save(found, Path(out) / f"gradients_{number}.pt")
+        return norm
+
+    _Step._gradient_norm = norm_and_keep
+    try:
+        yield
+    finally:
+        _Step._gradient_norm = norm_of
+
+
 def weights(chosen):
-    return {n: p.detach().clone() for n, p in chosen.module.named_parameters()}
+    whole = {}
+    for name, parameter in chosen.module.named_parameters():
+        tensor = parameter.detach()
+        whole[name] = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+    return whole
+
+
+def run_one(out, options):
+    """One run of a process, from its options as JSON has them."""
+    log = Run.log
+    data = None
+    if "machine_of" in options:
+        os.environ["LOCAL_WORLD_SIZE"] = str(options.pop("machine_of"))
+    if options.pop("split_by_kind", False):
+        data = in_order(split_by_kind())
+    if "unread" in options:
+        data = in_order(pairs(8, options.pop("unread")))
+        data.on_bad_row = "skip"
+    kill_at, stop = options.pop("kill_at", None), options.pop("stop", None)
+    stage = CONTRAST if "loss" in options else STAGE
+    stage = dataclasses.replace(stage, **options.pop("stage", {}))
+
+    def log_and_end(self, step, figures):
+        log(self, step, figures)
+        if step == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if stop and step == stop["step"] and int(os.environ.get("RANK", 0)) in stop["ranks"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    family = options.pop("family", None)
+    if family == "encoder_decoder":
+        options["chosen"], data = encoder_decoder_model(), dataset(pictures_alone())
+    gradients = keep_gradients(out) if options.pop("gradients", False) else nullcontext()
+    if options.pop("evaluate_on_first", False):
+        options["chosen"] = model()
+        options["evaluate"] = partial(states_on_first, options["chosen"])
+    try:
+        Run.log = log_and_end
+        with gradients:
+            chosen, _, _ = train(out, stage, data=data, **options)
+    finally:
+        Run.log = log
+    if "loss" in options:  # 7 rows, which two ranks do not share evenly
+        with gathered(chosen.module):
+            held_out = retrieval_on(
+                chosen, ListSource(pairs(7), "held out"), range(7), Accelerator(), 2
+            )
+        Path(out, f"held_out{os.environ.get('RANK', 0)}.json").write_text(json.dumps(held_out))
+    whole = weights(chosen)  # of sharded ones, by all ranks together
+    if int(os.environ.get("RANK", 0)) == 0:
+        torch.save(whole, Path(out) / "weights.pt")
 
 
 if __name__ == "__main__":
-    options = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
     torch.set_num_threads(1)
-    if options.pop("split_by_kind", False):
-        options["data"] = in_order(split_by_kind())
-    if "unread" in options:
-        options["data"] = in_order(pairs(8, options.pop("unread")))
-        options["data"].on_bad_row = "skip"
-    kill_at = options.pop("kill_at", None)
-    stage = CONTRAST if "loss" in options else STAGE
-    stage = dataclasses.replace(stage, **options.pop("stage", {}))
-    if kill_at is not None:
-        log = Run.log
-
-        def log_and_die(self, step, figures):
-            log(self, step, figures)
-            if step == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        Run.log = log_and_die
-    stop = options.pop("stop", None)
-    if stop is not None:
-        log = Run.log
-
-        def log_and_stop(self, step, figures):
-            log(self, step, figures)
-            if step == stop["step"] and int(os.environ["RANK"]) in stop["ranks"]:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        Run.log = log_and_stop
-    chosen, _, _ = train(sys.argv[1], stage, **options)
-    if "loss" in options:  # 7 rows, which two ranks do not share evenly
-        held_out = retrieval_on(
-            chosen, ListSource(pairs(7), "held out"), range(7), Accelerator(), 2
-        )
-        Path(sys.argv[1], f"held_out{os.environ.get('RANK', 0)}.json").write_text(
-            json.dumps(held_out)
-        )
+    options = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
+    for name, given in options.pop("runs", {"": options}).items():
+        try:
+            run_one(Path(sys.argv[1], name), given)
+        except Interrupted:
+            if not name:
+                raise
     if int(os.environ.get("RANK", 0)) == 0:
-        torch.save(weights(chosen), Path(sys.argv[1]) / "weights.pt")
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        (Path(sys.argv[1]) / "world").write_text(str(world))
+        Path(sys.argv[1], "world").write_text(os.environ.get("WORLD_SIZE", "1"))
     if torch.distributed.is_initialized():  # leave together: gloo aborts a rank whose peer is gone
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

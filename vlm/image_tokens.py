@@ -221,6 +221,14 @@ def meta_twin(module: nn.Module) -> nn.Module:
 
 def meta_pixels(view_hw: tuple, dtype: torch.dtype) -> Pixels:
     """Pixels of one view on the meta device; nested sizes, one for each tower, give a tuple."""
+    return blank_pixels(view_hw, device="meta", dtype=dtype)
+
+
+def blank_pixels(view_hw: tuple, **options) -> Pixels:
+    """Pixels of one view that are all zero; nested sizes, one for each tower, give a tuple.
+
+    options: of `torch.zeros`.
+    """
     if isinstance(view_hw[0], tuple):
-        return tuple(meta_pixels(part, dtype) for part in view_hw)
-    return torch.empty(1, 3, *view_hw, device="meta", dtype=dtype)
+        return tuple(blank_pixels(part, **options) for part in view_hw)
+    return torch.zeros(1, 3, *view_hw, **options)

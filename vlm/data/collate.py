@@ -1,4 +1,4 @@
-"""Rows become a padded batch; views of equal pixel size are stacked."""
+"""Rows become a batch, padded or packed end to end; views of equal pixel size are stacked."""
 
 from __future__ import annotations
 
@@ -41,6 +41,44 @@ def collate(rows: Sequence[Row], pad_id: int, padding: str = "right") -> Batch:
         names=tuple(row.name for row in rows),
         padding=padding,
     )
+
+
+def collate_packed(rows: Sequence[Row]) -> Batch:
+    """A batch of rows, at least one, as one packed row: end to end in their order, no padding.
+
+    The first place of each is no target, since nothing of its own stands before it.
+    """
+    lengths = torch.tensor([len(row.ids) for row in rows])
+    bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    scored = torch.cat([row.scored for row in rows])
+    scored[bounds[:-1]] = False
+    return Batch(
+        ids=torch.cat([row.ids for row in rows])[None],
+        valid=torch.ones(1, len(scored), dtype=torch.bool),
+        scored=scored[None],
+        groups=group_views(rows),
+        names=tuple(row.name for row in rows),
+        bounds=bounds.int(),
+    )
+
+
+def pack_rows(rows: Sequence[Row], most: int) -> list[list[Row]]:
+    """The rows in few parts of at most `most` places each, every part in the rows' own order. A
+    longer row is a part of its own: none is left out or cut.
+
+    First fit decreasing: the longest row first, each into the first part that has room for it.
+    """
+    parts: list[list[int]] = []
+    room: list[int] = []
+    for number in sorted(range(len(rows)), key=lambda number: -len(rows[number].ids)):
+        length = len(rows[number].ids)
+        part = next((part for part, left in enumerate(room) if left >= length), len(parts))
+        if part == len(parts):
+            parts.append([])
+            room.append(most)
+        parts[part].append(number)
+        room[part] -= length
+    return [[rows[number] for number in sorted(part)] for part in parts]
 
 
 def group_views(rows: Sequence[Row]) -> tuple[ViewGroup, ...]:

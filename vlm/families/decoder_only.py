@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from vlm.families.segment_attention import read_segments
 from vlm.image_tokens import ImageTokenizer, ViewGroup, meta_twin, pack
-from vlm.placement import IMAGE, Batch, place, positions
+from vlm.placement import IMAGE, Batch, place
 
 
 class Places:
@@ -64,7 +65,9 @@ class DecoderOnly(nn.Module):
     def states(self, batch: Batch) -> Tensor:
         """The final states float[N, D] that `forward` makes logits of, for losses that have no room
         for all logits at once (`vlm.losses.token`)."""
-        vectors = self.embed(batch.ids, self.encode(batch.groups), batch.names)
+        vectors = self.embed(batch.ids, self.encode(batch.groups), batch.names, batch.bounds)
+        if batch.ghosts:
+            vectors = vectors + self.encode(batch.ghosts)[0][:0].sum()
         return self.read(vectors, batch)[:, :-1][batch.scored[:, 1:]]
 
     def encode(self, groups: Sequence[ViewGroup]) -> tuple[Tensor, Tensor] | None:
@@ -79,28 +82,35 @@ class DecoderOnly(nn.Module):
         return pack(encoded)
 
     def embed(
-        self, ids: Tensor, images: tuple[Tensor, Tensor] | None, names: Sequence[str]
+        self,
+        ids: Tensor,
+        images: tuple[Tensor, Tensor] | None,
+        names: Sequence[str],
+        bounds: Tensor | None = None,
     ) -> Tensor:
-        """The stream float[B, T, D] that the language model reads.
+        """The stream float[B, T, D] that the language model reads; arguments as in `Batch`.
 
-        Raises ValueError where image places and image tokens of a row differ in number.
+        Raises ValueError where image places and image tokens of an example differ in number.
         """
         is_image = ids == IMAGE
         vectors = self.text.get_input_embeddings()(ids.masked_fill(is_image, 0))
         if images is None:
             nothing = vectors.new_zeros(0, vectors.shape[-1]), ids.new_zeros(0)
-            return place(vectors, is_image, *nothing, names)
-        return place(vectors, is_image, *images, names)
+            return place(vectors, is_image, *nothing, names, bounds)
+        return place(vectors, is_image, *images, names, bounds)
 
     def read(self, vectors: Tensor, batch: Batch) -> Tensor:
         """The language model's final states float[B, T, D].
 
         Right padding needs no mask: under causal attention no real place sees a later one.
+        Raises ValueError for a packed row where the language model cannot keep examples apart.
         """
+        if batch.bounds is not None:
+            return read_segments(self.text, vectors, batch.positions, batch.bounds)
         if batch.padding == "right":
             where = {}
         else:
-            where = {"attention_mask": batch.valid, "position_ids": positions(batch.valid)}
+            where = {"attention_mask": batch.valid, "position_ids": batch.positions}
         out = self.text.get_decoder()(inputs_embeds=vectors, use_cache=False, **where)
         return out.last_hidden_state
 

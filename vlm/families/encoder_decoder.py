@@ -72,10 +72,19 @@ class EncoderDecoder(nn.Module):
     def states(self, batch: Batch) -> Tensor:
         """The final states float[N, D] that `forward` makes logits of, for losses that have no room
         for all logits at once (`vlm.losses.token`). Raises ValueError as `forward` does."""
+        if batch.bounds is not None:
+            raise ValueError("encoder-decoders read rows of their own, found one packed row")
         if batch.padding == "left" and not bool(batch.valid.all()):
             raise ValueError("a decoder's rows are padded on the right, found padding on the left")
-        require_pictures(batch.groups, batch.names)
-        hidden = self.read(batch.ids, self.encode(batch.groups))
+        groups, ghosts = batch.groups, batch.ghosts
+        if not batch.scored.any() and not groups:  # nothing is asked of such rows
+            groups, ghosts = ghosts[:1], ghosts[1:]
+        require_pictures(groups, batch.names)
+        memory = self.encode(groups)
+        if ghosts:
+            nothing = self.encode(ghosts).tokens[:0].sum()
+            memory = memory._replace(tokens=memory.tokens + nothing)
+        hidden = self.read(batch.ids, memory)
         return hidden[:, :-1][batch.scored[:, 1:]]
 
     def encode(self, groups: Sequence[ViewGroup]) -> Memory:

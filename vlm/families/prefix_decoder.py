@@ -17,8 +17,9 @@ from transformers import PreTrainedConfig
 from transformers.masking_utils import create_masks_for_generate
 
 from vlm.families.decoder_only import DecoderOnly
+from vlm.families.segment_attention import read_segments
 from vlm.image_tokens import ImageTokenizer
-from vlm.placement import Batch, positions
+from vlm.placement import Batch
 
 
 class PrefixDecoder(DecoderOnly):
@@ -37,12 +38,16 @@ class PrefixDecoder(DecoderOnly):
         text.get_decoder().register_forward_pre_hook(_read_prompt, with_kwargs=True)
 
     def read(self, vectors: Tensor, batch: Batch) -> Tensor:
-        """The language model's final states float[B, T, D]; `batch.prefix` is read at once."""
+        """The language model's final states float[B, T, D]; `batch.prefix` is read at once. Raises
+        ValueError as `DecoderOnly.read` does."""
+        if batch.bounds is not None:
+            prefix = batch.example[batch.prefix].bincount(minlength=len(batch.names))
+            return read_segments(self.text, vectors, batch.positions, batch.bounds, prefix)
         decoder = self.text.get_decoder()
         out = decoder(
             inputs_embeds=vectors,
             attention_mask=prefix_masks(decoder.config, vectors, batch.valid, batch.prefix),
-            position_ids=positions(batch.valid),
+            position_ids=batch.positions,
             use_cache=False,
         )
         return out.last_hidden_state
@@ -71,6 +76,8 @@ def _read_prompt(
     decoder: nn.Module, arguments: tuple, options: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]] | None:
     """Gives a decoder the masks of a prompt where it is called with one."""
+    if "cu_seq_lens_q" in options:  # a packed row has masks of its own
+        return None
     vectors, mask = options.get("inputs_embeds"), options.get("attention_mask")
     if vectors is None or isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
         return None

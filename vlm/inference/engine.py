@@ -57,7 +57,7 @@ def generate(
     Raises ValueError for a batch padded on the right, or an option that is refused.
     """
     check_options(options)
-    if batch.padding != "left" and not bool(batch.valid.all()):
+    if batch.bounds is not None or (batch.padding != "left" and not bool(batch.valid.all())):
         raise ValueError("generation continues at the end of rows: pad the batch on the left")
     vectors = module.embed(batch.ids, module.encode(batch.groups), batch.names)
     return write(module, vectors, batch.valid, stop_ids, pad_id, **options)
@@ -223,7 +223,7 @@ def image_gain(module: DecoderOnly, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _losses(module: DecoderOnly, batch: Batch, encoded) -> Tensor:
-    hidden = module.read(module.embed(batch.ids, encoded, batch.names), batch)
+    hidden = module.read(module.embed(batch.ids, encoded, batch.names, batch.bounds), batch)
     states = hidden[:, :-1][batch.scored[:, 1:]]
     losses = state_losses(module.logits, states, batch.targets)
     return sum_by_row(losses, batch.target_rows, len(batch.names))

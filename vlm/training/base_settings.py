@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from vlm.data.mixture import MixtureDataset
 from vlm.training.checkpoint import KEEP
+from vlm.training.sharding import Shard
 from vlm.training.stages import Stage
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -44,6 +45,12 @@ class BaseSettings:
     0 evaluates nothing."""
     bad_rows: Literal["raise", "skip"] = "raise"
     """Rows that cannot be read: stop and name the row, or leave them out and count them."""
+    shard: Shard = "no"
+    """Part every weight, gradient and optimizer state over all processes ("all"), or over those of
+    one machine with a copy on each machine ("node"): for models that do not fit one GPU. An
+    accelerate configuration that asks for FSDP turns it on. What is learned stays the same."""
+    offload: bool = False
+    """Keep the sharded weights in the host's memory: less of the GPU's, more time."""
     checkpoint_activations: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more
     time, the same gradients."""
@@ -104,8 +111,8 @@ class BaseSettings:
 
 
 FREE = ("out", "resume", "change", "keep", "threads", "workers", "eval_every", "save_every",
-        "micro_batch", "held_out", "held_out_rows", "text_held_out", "text_held_out_rows",
-        "checkpoint_activations", "merge")  # fmt: skip
+        "micro_batch", "pack", "shard", "offload", "held_out", "held_out_rows", "text_held_out",
+        "text_held_out_rows", "checkpoint_activations", "merge")  # fmt: skip
 """Settings that may change when a run is resumed: they decide nothing that is learned."""
 
 

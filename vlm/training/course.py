@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -16,11 +17,17 @@ from vlm.training.base_settings import BaseSettings, deciding, recorded
 from vlm.training.checkpoint import Progress
 from vlm.training.fit import Interrupted, Pace, fit
 from vlm.training.held_out import held_out_rows, usable_rows
-from vlm.training.launch import accelerator_for, processes
+from vlm.training.launch import accelerator_for, processes, sharding_of
 from vlm.training.objectives import Objective
 from vlm.training.run import CAPTIONS, Curves, Run
+from vlm.training.sharding import gathered, whole_on_first
 from vlm.training.stages import Stage
 
+SAID = {
+    "no": "",
+    "all": ", weights sharded over all",
+    "node": ", weights sharded over each machine's",
+}
 MakeStage = Callable[[Any, nn.Module, int], Stage]
 """From the settings, the model's module and the examples of one forward pass to the stage."""
 
@@ -48,6 +55,8 @@ class Course:
         self._started = time.monotonic()
         self.settings = settings
         self.accelerator, self.share = accelerator_for(settings)
+        self.shard = sharding_of(settings, self.accelerator)
+        self._gathered = ExitStack()
         self.main = self.accelerator.is_main_process
         self.say = Console(file=sys.stderr, quiet=not self.main, soft_wrap=True).print
         self.folder = Run(
@@ -63,7 +72,9 @@ class Course:
         """The stage of the settings, and what it is called, said and noted down."""
         stage = make(self.settings, module, self.settings.micro_batch or self.share)
         self.folder.settings["stage"] = stage.name
-        self.say(f"{stage.name}: {processes(self.accelerator, self.share)}")
+        self.say(f"{stage.name}: {processes(self.accelerator, self.share)}{SAID[self.shard]}")
+        if self.settings.shard != self.shard == "no":
+            self.say(f"shard {self.settings.shard}: one process holds all there is")
         return stage
 
     def held_out(self, model: Any, source: Source | None) -> HeldOut:
@@ -98,6 +109,8 @@ class Course:
                 self.accelerator,
                 objective=objective,
                 precision=settings.precision,
+                shard=self.shard,
+                offload=settings.offload,
                 pace=Pace(
                     workers=settings.workers,
                     eval_every=settings.eval_every,
@@ -111,8 +124,10 @@ class Course:
         except Interrupted:
             self.folder.close()
             raise
-        if self.main:
-            model.save(settings.out / "model", merge=merge)
+        with whole_on_first(model.module):
+            if self.main:
+                model.save(settings.out / "model", merge=merge)
+        self._gathered.enter_context(gathered(model.module))  # for what follows, on any process
         return progress
 
     def end(
@@ -135,6 +150,7 @@ class Course:
             self.folder.write_result(result)
             self.folder.close()
             show(result)
+        self._gathered.close()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return result

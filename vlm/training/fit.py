@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,15 @@ from vlm.training.loading import MicroBatch, batches_of, micro_batch_loader
 from vlm.training.meter import Meter, peak_flops
 from vlm.training.objectives import Count, NextToken, Objective
 from vlm.training.run import Run
+from vlm.training.sharding import (
+    Shard,
+    clip_gradients,
+    gathered,
+    is_sharded,
+    mesh_for,
+    shard_module,
+    sum_unsharded,
+)
 from vlm.training.stages import (
     Stage,
     StageError,
@@ -85,6 +95,8 @@ def fit(
     *,
     objective: Objective | None = None,
     precision: str = "bf16",
+    shard: Shard = "no",
+    offload: bool = False,
     pace: Pace | None = None,
     resume: bool = False,
     change: Sequence[str] = (),
@@ -95,6 +107,8 @@ def fit(
     model: what `vlm.load` gives: its `module` learns, its `processor` reads the rows.
     objective: what is minimised; None is the cross-entropy of the scored tokens.
     precision: "bf16" (fp32 masters of what is trained, bf16 for all else) or "fp32".
+    shard, offload: whether and how weights are parted over processes, see
+        `vlm.training.sharding`; the module stays sharded when the run is over.
     resume: go on from the newest whole checkpoint. change: names of settings that may differ from
         the checkpoint's, see `vlm.training.decided.differences`.
     evaluate: figures to log between steps, called on every rank; the end is the caller's.
@@ -109,8 +123,12 @@ def fit(
         raise ValueError(f"precision is one of {', '.join(DTYPES)}, found {precision!r}")
     objective = objective or NextToken(model.processor.pad_id)
     module, device = model.module, accelerator.device
-    module.to(device)
+    if shard == "no":
+        module.to(device)
     prepare(module, stage, DTYPES[precision])
+    if shard != "no":
+        mesh = mesh_for(shard, device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        shard_module(module, mesh, DTYPES[precision], offload=offload)
     optimizer = optimizer_for(module, stage)
     run.table(describe(module, optimizer))
     main = accelerator.is_main_process
@@ -133,7 +151,7 @@ def fit(
     loader = micro_batch_loader(data, model.processor, sampler, objective, pace.workers)
     peak, _ = peak_flops(device, DTYPES[precision])
     meter = Meter(peak, accelerator.num_processes)
-    working = WorkingWeights(module, DTYPES[precision])
+    working = WorkingWeights(module, DTYPES[precision if shard == "no" else "fp32"])
     step_of = _Step(module, stage, objective, optimizer, accelerator, meter, working)
     bar = tqdm(
         total=stage.steps,
@@ -145,7 +163,8 @@ def fit(
     )
     due = evaluate and pace.evaluates(progress.step, stage.steps)
     if due and checkpoints.all.first(lambda: not run.evaluated(progress.step)):
-        run.log(progress.step, {"eval": evaluate()})  # a kill came between it and its step
+        with gathered(module):
+            run.log(progress.step, {"eval": evaluate()})  # a kill came between it and its step
     audited = False
     with bar, _stop_requests() as requests, checkpoints, batches_of(loader) as micro_batches:
         for step in range(progress.step, stage.steps):
@@ -175,7 +194,8 @@ def fit(
                 checkpoints.wait()
                 raise Interrupted(step + 1, run.checkpoints)
             if evaluate and pace.evaluates(step + 1, stage.steps):
-                run.log(step + 1, {"eval": evaluate()})
+                with gathered(module):
+                    run.log(step + 1, {"eval": evaluate()})
                 step_of.meter.read()  # evaluation is no training time
     return progress
 
@@ -196,6 +216,7 @@ class _Step:
         self.module, self.stage, self.objective, self.working = module, stage, objective, working
         self.optimizer, self.accelerator, self.meter = optimizer, accelerator, meter
         self.trainable = [p for p in module.parameters() if p.requires_grad]
+        self.sharded = is_sharded(module)
         self.reached: torch.Tensor | None = None
 
     def __call__(
@@ -238,14 +259,10 @@ class _Step:
                 f"here for example: {reasons[:1]}"
             )
         set_rates(self.optimizer, self.stage.factor(step))
+        if self.sharded:
+            batches = self.objective.level(self.module, batches)
         if self.meter.flops_per_work is None:
-            fit_to_count = [
-                (batch, count)
-                for batch, count in zip(batches, counts)
-                if count.pictured or not images
-            ]
-            if fit_to_count:
-                self._count_flops(*fit_to_count[0])
+            self._first_flops(batches, images > 0)
         with self.working.in_use():
             share = self.objective.backward(self.module, batches, scored, self.accelerator.autocast)
         loss = float(self._sum([share])[0])
@@ -278,6 +295,21 @@ class _Step:
             return {"lr": next(iter(rates.values()))}
         return {f"lr {pattern}": rate for pattern, rate in rates.items()}
 
+    def _first_flops(self, batches: list, pictured: bool) -> None:
+        """Counts the first batch that has a picture, where any has. Sharded ranks pass through
+        their first batches together, and take the count of all for their own."""
+        if self.sharded:
+            count = self.objective.count(batches[0])
+            self._count_flops(batches[0], count)
+            flops, work = self._sum([self.meter.flops_per_work * max(count.work, 1), count.work])
+            self.meter.flops_per_work = flops / max(work, 1)
+            return
+        for batch in batches:
+            count = self.objective.count(batch)
+            if count.pictured or not pictured:
+                self._count_flops(batch, count)
+                return
+
     def _count_flops(self, batch, count: Count) -> None:
         """Counts a pass whose gradients are thrown away: under the counter torch computes by other
         kernels, with other roundings, which must not depend on where a run was resumed."""
@@ -301,6 +333,9 @@ class _Step:
         for parameter in self.trainable:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        if self.sharded:
+            sum_unsharded(self.trainable)
+            return clip_gradients(self.trainable, self.stage.clip)
         if self.accelerator.num_processes > 1:
             self._sum_gradients()
         return float(nn.utils.clip_grad_norm_(self.trainable, self.stage.clip))

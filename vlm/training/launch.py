@@ -9,6 +9,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 import tyro
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 
 from vlm.data.example import BadRow
 from vlm.data.sources import BadSource
@@ -26,10 +27,11 @@ from vlm.training.base_settings import BaseSettings
 from vlm.training.checkpoint import CheckpointError
 from vlm.training.fit import Interrupted
 from vlm.training.run import RunError
+from vlm.training.sharding import Shard
 from vlm.training.stages import StageError
 from vlm.weights import WeightsError
 
-UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+REPLICAS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 ERRORS = (BadRow, BadImage, BadSource, CheckpointError, RunError, StageError, WeightsError,
           ImportError, OSError, ValueError, RuntimeError)  # fmt: skip
 
@@ -44,10 +46,29 @@ def start(settings_class: type[BaseSettings], run: Callable[[Any], Any]) -> None
         print(stopped, file=sys.stderr)
         sys.exit(130)
     except ERRORS as error:
+        if _of_another(error):
+            print(
+                f"error: a process of this run ended or was silent for {PATIENCE.seconds // 60} "
+                f"minutes, so this one ends too; see what the others said, then go on with "
+                f"--resume ({' '.join(str(error).split())[:200]})",
+                file=sys.stderr,
+            )
+            os._exit(1)  # what waits for the lost one would wait for ever
         if isinstance(error, RuntimeError) and type(error).__module__ == "builtins":
             raise  # a fault of the program or the machine: show where
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _of_another(error: BaseException) -> bool:
+    """Whether an error says that another process is gone: gloo's and NCCL's are told by words."""
+    said = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL")
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, RuntimeError) and any(words in str(seen) for words in said):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def read_settings(
@@ -126,6 +147,10 @@ def recipe_in(path: Path) -> ModuleType:
     return module
 
 
+PATIENCE = timedelta(minutes=10)
+"""How long a process waits for the others before it takes one for dead."""
+
+
 def accelerator_for(settings: BaseSettings) -> tuple[Accelerator, int]:
     """This process among the others that run the recipe, its share of the cores taken, and its
     share of the examples of a step.
@@ -136,12 +161,14 @@ def accelerator_for(settings: BaseSettings) -> tuple[Accelerator, int]:
     accelerator = Accelerator(
         mixed_precision="bf16" if settings.precision == "bf16" else "no",
         cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
-    if accelerator.distributed_type not in UNSHARDED:
+    if accelerator.distributed_type not in (*REPLICAS, DistributedType.FSDP):
         raise ValueError(
             f"this accelerate configuration asks for {accelerator.distributed_type.value}; the "
-            "recipes run on one process or on replicas (MULTI_GPU, MULTI_CPU)"
+            "recipes run on one process, on replicas (MULTI_GPU, MULTI_CPU) or sharded (FSDP)"
         )
+    _require_alike(settings, accelerator)
     share_cores(accelerator, settings.threads)
     share, rest = divmod(settings.batch, accelerator.num_processes)
     if rest:
@@ -149,6 +176,31 @@ def accelerator_for(settings: BaseSettings) -> tuple[Accelerator, int]:
             f"batch {settings.batch} does not divide over {accelerator.num_processes} processes"
         )
     return accelerator, share
+
+
+def sharding_of(settings: BaseSettings, accelerator: Accelerator) -> Shard:
+    """How weights are parted: as the settings say, or as an accelerate configuration that asks for
+    FSDP does; not at all on one process."""
+    if accelerator.num_processes == 1:
+        return "no"
+    # What `accelerate launch` tells its processes; on CPUs accelerate makes replicas of it.
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+    return "all" if asked and settings.shard == "no" else settings.shard
+
+
+def _require_alike(settings: BaseSettings, accelerator: Accelerator) -> None:
+    """Raises ValueError naming the settings that differ between the processes of a run."""
+    if accelerator.num_processes == 1:
+        return
+    everyone = gather_object([dataclasses.asdict(settings)])
+    differ = {
+        name: sorted({repr(values.get(name)) for values in everyone})
+        for name in everyone[0]
+        if any(values.get(name) != everyone[0][name] for values in everyone)
+    }
+    if differ:
+        said = "; ".join(f"{name}: {' and '.join(found)}" for name, found in differ.items())
+        raise ValueError(f"expected the same settings on every process, found {said}")
 
 
 def share_cores(accelerator: Accelerator, threads: int | None) -> None:

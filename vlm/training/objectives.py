@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from vlm.data.collate import collate
+from vlm.data.collate import collate, collate_packed, pack_rows
 from vlm.families.contrastive import Contrastive, Embedded
 from vlm.families.line_reader import LineBatch, LineReader
 from vlm.lines import LineRow, by_width, collate_lines
@@ -25,6 +25,7 @@ from vlm.pairs import Pair, PairBatch, collate_pairs
 from vlm.placement import Batch
 from vlm.prompts import Row
 from vlm.tokenizers.columns import STRIDE
+from vlm.training.sharding import level, most_passes
 from vlm.training.stages import StageError
 
 Autocast = Callable[[], AbstractContextManager]
@@ -59,6 +60,10 @@ class Objective(Protocol):
     def count(self, batch: Any) -> Count:
         """What a batch holds."""
 
+    def level(self, module: nn.Module, batches: Sequence[Any]) -> Sequence[Any]:
+        """The batches with blank ones beside them, so that every rank makes the same calls on a
+        sharded module; called on all ranks together."""
+
     def backward(
         self, module: nn.Module, batches: Sequence[Any], scored: int, autocast: Autocast
     ) -> float:
@@ -78,15 +83,23 @@ class Objective(Protocol):
 
 
 class NextToken:
-    """Cross-entropy of the scored tokens: their sum over the number of them in the whole step."""
+    """Cross-entropy of the scored tokens: their sum over the number of them in the whole step.
+
+    pack: the most places of a packed row; None pads rows side by side. Raises ValueError below 1.
+    """
 
     every_rank = False
 
-    def __init__(self, pad_id: int) -> None:
+    def __init__(self, pad_id: int, pack: int | None = None) -> None:
+        if pack is not None and pack < 1:
+            raise ValueError(f"pack must be at least 1 place, found {pack}")
         self.pad_id = pad_id
+        self.pack = pack
 
     def collate(self, rows: Sequence[Row]) -> tuple[Batch, ...]:
-        """Rows of like length together."""
+        """Rows packed end to end; or those of like length together, padded."""
+        if self.pack is not None:
+            return tuple(collate_packed(part) for part in pack_rows(rows, self.pack))
         return tuple(collate(part, self.pad_id) for part in _of_like_length(rows))
 
     def count(self, batch: Batch) -> Count:
@@ -97,8 +110,11 @@ class NextToken:
             positions=batch.valid.numel(),
             work=batch.valid.numel(),
             pictured=sum(len(group.owner) for group in batch.groups),
-            unscored=int((~batch.scored.any(1)).sum()),
+            unscored=len(batch.names) - len(batch.target_rows.unique()),
         )
+
+    def level(self, module: nn.Module, batches: Sequence[Batch]) -> Sequence[Batch]:
+        return level(module, batches)
 
     def backward(
         self, module: nn.Module, batches: Sequence[Batch], scored: int, autocast: Autocast
@@ -144,6 +160,9 @@ class Transcribe:
             unscored=int((~fits).sum()),
         )
 
+    def level(self, module: LineReader, batches: Sequence[LineBatch]) -> Sequence[LineBatch]:
+        return [*batches, *[blank_lines(module)] * (most_passes(len(batches)) - len(batches))]
+
     def backward(
         self, module: LineReader, batches: Sequence[LineBatch], scored: int, autocast: Autocast
     ) -> float:
@@ -167,6 +186,17 @@ class Transcribe:
         if loss.requires_grad:
             loss.backward()
         return float(loss.detach())
+
+
+def blank_lines(module: LineReader) -> LineBatch:
+    """A blank line with a text that does not fit it, so that it has no term in the loss."""
+    rows = module.tokenizer.pixel_spec.size_hw[0]
+    return LineBatch(
+        pixels=torch.zeros(1, 3, rows, STRIDE),
+        ids=torch.ones(2, dtype=torch.long),
+        lengths=torch.tensor([2]),
+        names=("blank",),
+    )
 
 
 def _fit(batch: LineBatch) -> torch.Tensor:
@@ -208,6 +238,17 @@ class Contrast:
             pictured=pairs,
             unscored=0,
         )
+
+    def level(self, module: Contrastive, batches: Sequence[PairBatch]) -> Sequence[PairBatch]:
+        """Raises StageError where ranks differ in their batches: each enters the loss."""
+        most = most_passes(len(batches))
+        if len(batches) != most:
+            raise StageError(
+                f"{len(batches)} micro-batches on this rank, {most} on another, since rows were "
+                "left out; a sharded contrastive run needs as many on each: mend the rows, or "
+                "take a larger --micro-batch"
+            )
+        return batches
 
     def backward(
         self, module: Contrastive, batches: Sequence[PairBatch], scored: int, autocast: Autocast

@@ -330,7 +330,7 @@ def objective_for(module: nn.Module, processor: Any, settings: Any) -> Objective
         return Contrast(settings.loss)
     if module.family == "line_reader":
         return Transcribe()
-    return NextToken(processor.pad_id)
+    return NextToken(processor.pad_id, getattr(settings, "pack", None))
 
 
 def kept_parts(module: nn.Module, stage: Stage) -> list[str]:

@@ -18,6 +18,7 @@ from vlm.data.example import BadRow, Skipped
 from vlm.data.mixture import MixtureDataset
 from vlm.data.sources import open_source
 from vlm.data.sources.base import Source
+from vlm.families.segment_attention import require_segments
 from vlm.inference.tasks import Model
 from vlm.pixels import open_image
 from vlm.training import launch
@@ -25,6 +26,7 @@ from vlm.training.course import Course, MakeStage
 from vlm.training.evaluate import image_gain_on, text_loss_on
 from vlm.training.held_out import held_out_rows
 from vlm.training.memory import checkpoint_activations
+from vlm.training.objectives import NextToken
 from vlm.training.run import draw_captions
 from vlm.training.settings import Settings, training_data
 from vlm.training.stages import FROZEN, Stage, assign_rates
@@ -61,16 +63,24 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
     with course.accelerator.main_process_first():
         model = settings.build()
     require_loc_tokens(data, model, settings.bad_rows)
+    if settings.pack is not None:
+        require_segments(model.module.text)
     plan = course.stage(make_stage, model.module)
     if settings.checkpoint_activations:
         checkpoint_activations(model.module, kept_parts(model.module, plan))
     rows, _, cut = course.held_out(model, source if settings.held_out_rows else None)
     texts = usable_documents(model, documents, settings.text_held_out_rows) if documents else []
     evaluate = _Evaluate(model, course.accelerator, source, rows, documents, texts)
-    model.module.to(course.accelerator.device)
+    if course.shard == "no" or texts:  # else each process moves its own parts alone
+        model.module.to(course.accelerator.device)
     before = evaluate.text_loss()
     progress = course.train(
-        model, plan, data, evaluate=evaluate if rows else None, merge=settings.merge
+        model,
+        plan,
+        data,
+        objective=NextToken(model.processor.pad_id, settings.pack),
+        evaluate=evaluate if rows else None,
+        merge=settings.merge,
     )
     figures = evaluate(full=True) if rows else {}
     if texts:

@@ -48,6 +48,10 @@ class Settings(BaseSettings):
     overflow: Literal["drop", "shrink"] = "drop"
     """Rows that are longer than the context: left out, or their text cut from the end; both are
     counted."""
+    pack: int | None = None
+    """Most places of a packed row: examples go through the language model end to end, without
+    padding, and none sees another; a longer one goes alone. Losses and gradients stay, rows of
+    unequal length take less time. None pads rows of like length side by side."""
     loc_bins: int = 0
     """Bins of the <loc> tokens that boxes are written with, four a box; 0 adds none. 1024 is
     PaliGemma's; fewer are learned from fewer boxes. Their rows learn in every stage."""
@@ -317,6 +321,8 @@ def training_data(settings: Settings) -> MixtureDataset:
     """The mixture of the settings' sources."""
     for name in ("modality_warmup", "warmup"):
         require_share(name, getattr(settings, name))
+    if settings.pack is not None and settings.pack < 1:
+        raise ValueError(f"pack must be at least 1 place, found {settings.pack}")
     if not 0 <= settings.text_share < 1:
         raise ValueError(f"text_share must be in 0 to 1, 1 excluded, found {settings.text_share}")
     if bool(settings.text_train) != bool(settings.text_share):
