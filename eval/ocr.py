@@ -65,7 +65,7 @@ class Settings:
     """A packaged reader, a run folder, a model folder or a hub id; None: the peers alone."""
     data: tuple[str, ...] = ("lines:400:split=validation:fonts=held_out:kind=one",)
     """Pictures of lines, or of pages, with their text: any sources that the recipes take."""
-    peer: conf.UseAppendAction[tuple[Literal["tesseract", "rapidocr"], ...]] = ()
+    peer: conf.UseAppendAction[tuple[Literal["tesseract", "rapidocr", "rapidocr-lines"], ...]] = ()
     """What else reads the same; may be given several times."""
     rows: int | None = None
     """How many rows of each source, spread evenly over it; None takes all."""

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -155,14 +156,16 @@ class RapidOcr:
 
     cores: how many threads it may use. page: whole pages, whose lines are parted by line breaks in
     its own order; else the texts of a line's boxes are joined from left to right by a space.
+    detects: whether its detector looks for text first; where not, a picture is read as one line.
     Raises ValueError where the package, or what it computes with, or its models are not there;
     nothing is fetched.
     """
 
-    name = "rapidocr"
     ways = ("one by one",)
 
-    def __init__(self, cores: int, page: bool = False) -> None:
+    def __init__(self, cores: int, page: bool = False, detects: bool = True) -> None:
+        if page and not detects:
+            raise ValueError("--peer rapidocr-lines: expected lines, found --page")
         missing = [name for name in ("rapidocr", "onnxruntime") if find_spec(name) is None]
         if missing:
             raise ValueError(
@@ -180,7 +183,8 @@ class RapidOcr:
         from rapidocr import RapidOCR
 
         cv2.setNumThreads(cores)
-        self.cores, self.page = cores, page
+        self.name = "rapidocr" if detects else "rapidocr-lines"
+        self.cores, self.page, self.detects = cores, page, detects
         paths = {f"{part}.model_path": str(folder / name) for part, name in RAPIDOCR_MODELS.items()}
         threads = {"EngineConfig.onnxruntime.intra_op_num_threads": cores}
         self._engine = RapidOCR(params={"Global.log_level": "critical", **paths, **threads})
@@ -189,7 +193,7 @@ class RapidOcr:
         return {
             "version": version("rapidocr"),
             "onnxruntime": version("onnxruntime"),
-            "models": list(RAPIDOCR_MODELS.values()),
+            "models": [m for k, m in RAPIDOCR_MODELS.items() if self.detects or k == "Rec"],
             "cores": self.cores,
         }
 
@@ -200,13 +204,18 @@ class RapidOcr:
         return [self._one(picture) for picture in prepared]
 
     def _one(self, picture: Image.Image) -> Said:
-        found = self._engine(picture)
+        steps = {} if self.detects else {"use_det": False, "use_cls": False}
+        found = self._engine(picture, **steps)
         if not found.txts:
             return Said("")
-        if self.page:
+        if self.page or not self.detects:
             return Said("\n".join(found.txts))
         placed = sorted(zip((box[:, 0].min() for box in found.boxes), found.txts))
         return Said(" ".join(text for _, text in placed))
 
 
-PEERS: dict[str, Callable[..., Reader]] = {"tesseract": Tesseract, "rapidocr": RapidOcr}
+PEERS: dict[str, Callable[..., Reader]] = {
+    "tesseract": Tesseract,
+    "rapidocr": RapidOcr,
+    "rapidocr-lines": partial(RapidOcr, detects=False),
+}

@@ -1,14 +1,16 @@
-"""Adaptor training beside transformers' Llava class: same weights, same batch, one run.
+"""Training steps beside transformers' Llava class: same weights, same examples, one run.
 
-    python eval/speed_training.py
+    OMP_NUM_THREADS=2 python eval/speed_training.py --stages 1 2 3
 
-Sizes are SigLIP-B/16-224 and SmolLM2-135M with random weights, batch 8, captions of unequal
-lengths; only the adaptor learns. First both give their loss in fp32, which must agree to 1e-4.
-Then each variant trains in a process of its own, in turn, for several rounds: ours with the
-preparation and optimizer of `fit` (bf16 frozen parts, fp32 masters), Llava under autocast with
-fp32 weights (what a Trainer does with bf16=True), and Llava with frozen parts in bf16 under
-autocast (its best). Reported are the medians of samples/s and of the process's peak memory while
-it trains (building the model left out), and the ratios, which alone carry over to other machines.
+Sizes are SigLIP-B/16-224 and SmolLM2-135M with random weights, batch 8, answers of unequal lengths.
+Stage 1 trains the adaptor, stage 2 the language model too, stage 3 all. First both give their loss
+in fp32, which must agree to 1e-4. Then each variant trains in a process of its own, in turn, for
+several rounds: ours with the step of `fit` (packed rows, working weights in bf16, fp32 masters, the
+loss in chunks), Llava under autocast with fp32 weights (what a Trainer does with bf16=True), and
+Llava in pure bf16, trained weights too. Reported are the medians of samples/s and of the process's
+peak memory while it trains (building the model left out), and the ratios, which alone carry over to
+other machines; the share of a bf16 matrix product's speed that our steps reach; and, with
+--profile, which operations their time goes to.
 """
 
 from __future__ import annotations
@@ -22,10 +24,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -40,10 +45,25 @@ from vlm.image_tokens import ViewGroup
 from vlm.losses.token import token_losses
 from vlm.pixels import HALF, PixelSpec
 from vlm.placement import IMAGE, Batch
+from vlm.prompts import Row
 from vlm.tokenizers.transformers import TransformersTokenizer
+from vlm.training.meter import peak_flops
+from vlm.training.objectives import NextToken
 from vlm.training.stages import FROZEN, Stage, optimizer_for, prepare
+from vlm.training.working import WorkingWeights
+
+Step = Callable[[], float]
+FlopsOf = Callable[[], int]
 
 VARIANTS = ("ours", "llava-autocast", "llava-bf16")
+RATES = {
+    1: (("adaptor.*", 1e-3), ("*", FROZEN)),
+    2: (("adaptor.*", 1e-4), ("text.*", 1e-4), ("*", FROZEN)),
+    3: (("*", 1e-4),),
+}
+"""Stage -> what learns, at which rate."""
+BATCH = 8
+PACK = 2048
 VISION = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
               num_attention_heads=12, image_size=224, patch_size=16)  # fmt: skip
 TEXT = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
@@ -155,81 +175,161 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def train(variant: str, steps: int) -> dict[str, float]:
-    """Trains the adaptor; samples/s (median step), peak memory of the process in MB, last loss."""
-    peer = llava()
-    ours, theirs = batch_for(peer)
-    if variant == "ours":
-        module = ours_from(peer)
-        del peer
-        stage = Stage(
-            name="speed", rates=(("adaptor.*", 1e-3), ("*", FROZEN)), steps=steps, batch=8,
-            micro_batch=8, warmup=0,
-        )  # fmt: skip
-        prepare(module, stage, torch.bfloat16)
-        optimizer = optimizer_for(module, stage)
-        trained = [p for p in module.parameters() if p.requires_grad]
+def rows_of(batch: Batch) -> list[Row]:
+    """The rows of a padded batch with one picture each, as a loader gives them."""
+    (group,) = batch.groups
+    return [
+        Row(
+            name=name,
+            ids=batch.ids[row, batch.valid[row]],
+            scored=batch.scored[row, batch.valid[row]],
+            views=((group.pixels[row], (0, 0)),),
+            places=(int((batch.ids[row] == IMAGE).sum()),),
+        )
+        for row, name in enumerate(batch.names)
+    ]
 
-        def loss() -> Tensor:
-            return token_losses(module(ours), ours.targets).mean()
-    else:
-        peer.requires_grad_(False)
-        if variant == "llava-bf16":
-            peer.to(torch.bfloat16)
-        projector = peer.model.multi_modal_projector.float().requires_grad_(True).train()
-        trained = list(projector.parameters())
-        optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
 
-        def loss() -> Tensor:
-            return peer(**theirs).loss
+def step_of_ours(peer: LlavaForConditionalGeneration, stage: int) -> tuple[Step, FlopsOf]:
+    """A step as `vlm.training.fit` makes it, and one whose operations are to be counted."""
+    batch, _ = batch_for(peer, BATCH)
+    module = ours_from(peer)
+    rates = Stage(
+        name="speed", rates=RATES[stage], steps=1, batch=BATCH, micro_batch=BATCH, warmup=0
+    )
+    prepare(module, rates, torch.bfloat16)
+    optimizer = optimizer_for(module, rates)
+    working = WorkingWeights(module, torch.bfloat16)
+    objective = NextToken(pad_id=2, pack=PACK)
+    batches = objective.collate(rows_of(batch))
+    scored = sum(objective.count(part).scored for part in batches)
+    trained = [p for p in module.parameters() if p.requires_grad]
 
-    gc.collect()
-    reset_peak()
-    seconds, last = [], 0.0
-    for _ in range(steps):
-        start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
-            value = loss()
-        value.backward()
+    def autocast() -> contextlib.AbstractContextManager:
+        return torch.autocast("cpu", torch.bfloat16)
+
+    def step() -> float:
+        with working.in_use():
+            loss = objective.backward(module, batches, scored, autocast)
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        last = float(value.detach())
+        return loss
+
+    def counted() -> int:
+        with FlopCounterMode(display=False) as counter, working.in_use():
+            objective.backward(module, batches, scored, autocast)
+        optimizer.zero_grad(set_to_none=True)
+        return counter.get_total_flops()
+
+    return step, counted
+
+
+def step_of_llava(peer: LlavaForConditionalGeneration, stage: int, variant: str) -> Step:
+    """A step as a training loop over transformers' own class makes it."""
+    _, theirs = batch_for(peer, BATCH)
+    parts = {1: ["multi_modal_projector"], 2: ["multi_modal_projector", "language_model"]}
+    peer.requires_grad_(stage == 3)
+    for name in parts.get(stage, []):
+        getattr(peer.model, name).requires_grad_(True)
+    if variant == "llava-bf16":
+        peer.to(torch.bfloat16)
+    peer.train()
+    trained = [p for p in peer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def step() -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=variant == "llava-autocast"):
+            given = theirs
+            if variant == "llava-bf16":
+                given = theirs | {"pixel_values": theirs["pixel_values"].bfloat16()}
+            loss = peer(**given).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
+
+
+def train(variant: str, stage: int, steps: int, profiled: bool) -> dict[str, Any]:
+    """Trains; samples/s (median step), peak memory in MB, the first loss, and of ours the share of
+    a matrix product's speed and, where asked for, a table of operations."""
+    peer = llava()
+    counted = None
+    if variant == "ours":
+        step, counted = step_of_ours(peer, stage)
+    else:
+        step = step_of_llava(peer, stage, variant)
+    del peer
+    gc.collect()
+    reset_peak()
+    seconds, first = [], None
+    for _ in range(steps):
+        start = time.perf_counter()
+        loss = step()
+        first = loss if first is None else first
         seconds.append(time.perf_counter() - start)
-    return {
-        "samples_per_s": 8 / statistics.median(seconds[1:]),
+    found = {
+        "samples_per_s": BATCH / statistics.median(seconds[1:]),
         "peak_mb": peak_mb(),
-        "loss": last,
+        "loss": first,
     }
+    if counted is not None:
+        peak, _ = peak_flops(torch.device("cpu"), torch.bfloat16)
+        found["mfu"] = counted() / statistics.median(seconds[1:]) / peak
+    if profiled:
+        with torch.profiler.profile() as profile:
+            step()
+        table = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=14)
+        found["profile"] = table
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--stages", type=int, nargs="+", default=[1], choices=sorted(RATES))
     parser.add_argument("--rounds", type=int, default=3, help="processes of each variant")
     parser.add_argument(
         "--steps", type=int, default=6, help="steps in each; the first is not timed"
     )
+    parser.add_argument("--profile", action="store_true", help="where the time of ours goes")
     parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.only:
-        print(json.dumps(train(settings.only, settings.steps)))
+        (stage,) = settings.stages
+        print(json.dumps(train(settings.only, stage, settings.steps, settings.profile)))
         return
     mine, theirs = losses(llava())
     print(f"fp32 loss: ours {mine:.6f}, Llava {theirs:.6f}, difference {abs(mine - theirs):.1e}")
     if abs(mine - theirs) > 1e-4:
         sys.exit("the losses differ: speeds would mean nothing")
-    found = {variant: [] for variant in VARIANTS}
+    for stage in settings.stages:
+        compare(stage, settings)
+    print("speed: ours / variant, higher is better; memory: ours / variant, lower is better")
+
+
+def compare(stage: int, settings: argparse.Namespace) -> None:
+    """Prints one stage's table."""
+    found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
     for _ in range(settings.rounds):
         for variant in VARIANTS:
             command = [sys.executable, __file__, "--only", variant, "--steps", str(settings.steps)]
+            command += ["--stages", str(stage)]
+            if settings.profile and variant == "ours" and not found[variant]:
+                command.append("--profile")
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found[variant].append(json.loads(out.strip().splitlines()[-1]))
+    keys = ("samples_per_s", "peak_mb", "loss")
     medians = {
-        variant: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        variant: {key: statistics.median(run[key] for run in runs) for key in keys}
         for variant, runs in found.items()
     }
+    mfu = statistics.median(run["mfu"] for run in found["ours"])
+    print(f"\nstage {stage}; ours at {mfu:.0%} of a bf16 matrix product's speed")
     print(f"{'variant':16} {'samples/s':>10} {'peak MB':>9} {'loss':>8} {'speed':>7} {'memory':>7}")
     for variant, figures in medians.items():
         print(
@@ -238,7 +338,8 @@ def main() -> None:
             f"{medians['ours']['samples_per_s'] / figures['samples_per_s']:6.2f}x "
             f"{medians['ours']['peak_mb'] / figures['peak_mb']:6.2f}x"
         )
-    print("speed: ours / variant, higher is better; memory: ours / variant, lower is better")
+    if "profile" in found["ours"][0]:
+        print(found["ours"][0]["profile"])
 
 
 if __name__ == "__main__":

@@ -429,3 +429,9 @@ def test_rapidocr_reads_a_drawn_line_with_the_models_in_its_package(monkeypatch)
     said = peer.read(peer.prepare([line_picture("Hello world"), blank]), "one by one")
     assert [" ".join(one.text.split()) for one in said] == ["Hello world", ""]
     assert len(peer.about()["models"]) == 3
+    alone = ocr_peers.PEERS["rapidocr-lines"](1)
+    said = alone.read(alone.prepare([line_picture("Hello world")]), "one by one")
+    assert " ".join(said[0].text.split()) == "Hello world"
+    assert (alone.name, alone.about()["models"]) == ("rapidocr-lines", ["PP-OCRv6_rec_small.onnx"])
+    with pytest.raises(ValueError, match="rapidocr-lines: expected lines, found --page"):
+        ocr_peers.PEERS["rapidocr-lines"](1, page=True)

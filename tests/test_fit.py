@@ -40,7 +40,7 @@ def launch(out, processes=1, **options):
         command += ["--main_process_port", "0", "--module", "tests.training"]
     command += [str(out), json.dumps(options)]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     if done.returncode == 0:
