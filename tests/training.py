@@ -123,7 +123,7 @@ def split_by_kind():
 
 def train(out, stage=STAGE, rows=None, chosen=None, seed=0, resume=False, precision="fp32",
           on_bad_row="raise", dropout=0.0, data=None, loss=None, evaluate=None, change=(),
-          shard="no", pack=None, **pace):  # fmt: skip
+          shard="no", token_cache=None, pack=None, **pace):  # fmt: skip
     """Trains and gives (model, progress, lines of metrics.jsonl). loss: of a contrastive model;
     None trains a decoder-only one, with rows padded or packed."""
     if loss:
@@ -138,7 +138,8 @@ def train(out, stage=STAGE, rows=None, chosen=None, seed=0, resume=False, precis
     progress = fit(
         chosen, stage, data or dataset(rows, seed, on_bad_row), run, accelerator,
         objective=Contrast(loss) if loss else NextToken(chosen.processor.pad_id, pack),
-        precision=precision, shard=shard, pace=Pace(**{"workers": 0, "save_every": 0, **pace}),
+        precision=precision, shard=shard, token_cache=token_cache,
+        pace=Pace(**{"workers": 0, "save_every": 0, **pace}),
         resume=resume, change=change, evaluate=evaluate,
     )  # fmt: skip
     return chosen, progress, run.history()

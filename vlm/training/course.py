@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -94,6 +95,7 @@ class Course:
         objective: Objective | None = None,
         evaluate: Callable[[], dict[str, Any]] | None = None,
         merge: bool = True,
+        token_cache: Path | None = None,
     ) -> Progress:
         """Trains the model and saves it, before anything that may fail.
 
@@ -111,6 +113,7 @@ class Course:
                 precision=settings.precision,
                 shard=self.shard,
                 offload=settings.offload,
+                token_cache=token_cache,
                 pace=Pace(
                     workers=settings.workers,
                     eval_every=settings.eval_every,

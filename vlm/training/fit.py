@@ -15,7 +15,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,7 @@ from vlm.training.stages import (
     prepare,
     set_rates,
 )
+from vlm.training.token_cache import cached_tokens
 from vlm.training.working import WorkingWeights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -97,6 +98,7 @@ def fit(
     precision: str = "bf16",
     shard: Shard = "no",
     offload: bool = False,
+    token_cache: Path | None = None,
     pace: Pace | None = None,
     resume: bool = False,
     change: Sequence[str] = (),
@@ -109,6 +111,8 @@ def fit(
     precision: "bf16" (fp32 masters of what is trained, bf16 for all else) or "fp32".
     shard, offload: whether and how weights are parted over processes, see
         `vlm.training.sharding`; the module stays sharded when the run is over.
+    token_cache: where tokens of a frozen image tokenizer are kept, see
+        `vlm.training.token_cache`; not with sharding.
     resume: go on from the newest whole checkpoint. change: names of settings that may differ from
         the checkpoint's, see `vlm.training.decided.differences`.
     evaluate: figures to log between steps, called on every rank; the end is the caller's.
@@ -119,6 +123,11 @@ def fit(
     pace = pace or Pace()
     if change and not resume:
         raise ValueError(f"change {list(change)} goes with resume, found a new run")
+    if token_cache is not None and shard != "no":
+        raise ValueError(
+            f"token_cache {token_cache}: sharded processes compute tokens together, so that none "
+            "may read them instead; leave it out, or --shard"
+        )
     if precision not in DTYPES:
         raise ValueError(f"precision is one of {', '.join(DTYPES)}, found {precision!r}")
     objective = objective or NextToken(model.processor.pad_id)
@@ -166,7 +175,15 @@ def fit(
         with gathered(module):
             run.log(progress.step, {"eval": evaluate()})  # a kill came between it and its step
     audited = False
-    with bar, _stop_requests() as requests, checkpoints, batches_of(loader) as micro_batches:
+    keeping = cached_tokens(module.tokenizer, token_cache) if token_cache else nullcontext()
+    step_of.keeping = token_cache is not None
+    with (
+        keeping,
+        bar,
+        _stop_requests() as requests,
+        checkpoints,
+        batches_of(loader) as micro_batches,
+    ):
         for step in range(progress.step, stage.steps):
             torch.manual_seed(_step_seed(data.mixture.seed, step, accelerator.process_index))
             waiting = time.perf_counter()
@@ -217,6 +234,7 @@ class _Step:
         self.optimizer, self.accelerator, self.meter = optimizer, accelerator, meter
         self.trainable = [p for p in module.parameters() if p.requires_grad]
         self.sharded = is_sharded(module)
+        self.keeping = False
         self.reached: torch.Tensor | None = None
 
     def __call__(
@@ -316,6 +334,8 @@ class _Step:
         before = [p.grad for p in self.trainable]
         for parameter in self.trainable:
             parameter.grad = None
+        if self.keeping:  # most steps will read the tokens of pictures, so they count for nothing
+            self.module.encode(batch.to(self.accelerator.device).groups)
         with torch.random.fork_rng(), self.working.in_use():
             self.meter.count_flops(
                 lambda: self.objective.trial(self.module, batch, self.accelerator.autocast),

@@ -81,6 +81,7 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
         objective=NextToken(model.processor.pad_id, settings.pack),
         evaluate=evaluate if rows else None,
         merge=settings.merge,
+        token_cache=settings.token_cache,
     )
     figures = evaluate(full=True) if rows else {}
     if texts:

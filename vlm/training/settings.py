@@ -52,6 +52,10 @@ class Settings(BaseSettings):
     """Most places of a packed row: examples go through the language model end to end, without
     padding, and none sees another; a longer one goes alone. Losses and gradients stay, rows of
     unequal length take less time. None pads rows of like length side by side."""
+    token_cache: Path | None = None
+    """A folder where tokens of a frozen image tokenizer are kept, so that a picture is encoded in
+    the first epoch alone, of this run or of any other with the same weights; pictures must not
+    change, so it goes with --augment none. Nothing that is learned changes."""
     loc_bins: int = 0
     """Bins of the <loc> tokens that boxes are written with, four a box; 0 adds none. 1024 is
     PaliGemma's; fewer are learned from fewer boxes. Their rows learn in every stage."""
@@ -323,6 +327,11 @@ def training_data(settings: Settings) -> MixtureDataset:
         require_share(name, getattr(settings, name))
     if settings.pack is not None and settings.pack < 1:
         raise ValueError(f"pack must be at least 1 place, found {settings.pack}")
+    if settings.token_cache is not None and settings.augment != "none":
+        raise ValueError(
+            f"token_cache {settings.token_cache}: expected pictures that stay the same (augment "
+            f"none), found augment {settings.augment}"
+        )
     if not 0 <= settings.text_share < 1:
         raise ValueError(f"text_share must be in 0 to 1, 1 excluded, found {settings.text_share}")
     if bool(settings.text_train) != bool(settings.text_share):

@@ -1,0 +1,87 @@
+"""Kept image tokens: the same numbers as computed ones, and never those of anything else."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests import tiny, training
+from vlm.training.token_cache import cached_tokens, fingerprint
+
+PIXELS = torch.randn(3, 3, 8, 12, generator=torch.Generator().manual_seed(0))
+
+
+def tokenizer(seed=0):
+    return tiny.decoder_only(seed=seed).tokenizer.requires_grad_(False)
+
+
+def files(folder):
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def test_kept_tokens_are_the_computed_ones_to_the_bit(tmp_path):
+    chosen = tokenizer()
+    expected = chosen(PIXELS)
+    with cached_tokens(chosen, tmp_path) as uses:
+        first, again = chosen(PIXELS), chosen(PIXELS.flip(0))
+    assert (uses.read, uses.kept) == (3, 3)
+    assert torch.equal(first.tokens, expected.tokens)
+    assert torch.equal(again.tokens, expected.tokens.flip(0))
+    assert first.grid_hw == again.grid_hw == expected.grid_hw
+    assert len(files(tmp_path)) == 3
+    assert torch.equal(chosen(PIXELS).tokens, expected.tokens)  # afterwards it computes again
+
+
+def test_another_picture_or_other_weights_are_never_read_from_the_cache(tmp_path):
+    for chosen in (tokenizer(0), tokenizer(1)):
+        expected = chosen(PIXELS).tokens
+        with cached_tokens(chosen, tmp_path) as uses:
+            assert torch.equal(chosen(PIXELS).tokens, expected)
+            changed = PIXELS.clone()
+            changed[1, 0, 0, 0] += 1e-6
+            assert torch.equal(chosen(changed).tokens, chosen(changed).tokens)
+        assert uses.kept == 4
+    a, b = tokenizer(0), tokenizer(0)
+    assert fingerprint(a) == fingerprint(b)
+    next(iter(b.parameters())).data.flatten()[0] += 1e-6
+    assert fingerprint(a) != fingerprint(b)
+    with cached_tokens(a, tmp_path) as uses, torch.autocast("cpu", torch.bfloat16):
+        a(PIXELS)
+    assert uses.kept == 3  # of another precision
+
+
+def test_a_file_that_was_cut_is_computed_anew(tmp_path):
+    chosen = tokenizer()
+    with cached_tokens(chosen, tmp_path):
+        expected = chosen(PIXELS).tokens
+    victim = files(tmp_path)[0]
+    victim.write_bytes(victim.read_bytes()[:40])
+    with cached_tokens(chosen, tmp_path) as uses:
+        assert torch.equal(chosen(PIXELS).tokens, expected)
+    assert (uses.read, uses.kept) == (2, 1)
+    with cached_tokens(chosen, tmp_path) as uses:
+        chosen(PIXELS)
+    assert uses.read == 3
+
+
+def test_a_tokenizer_that_learns_is_refused(tmp_path):
+    with (
+        pytest.raises(ValueError, match=r"found \d+ of its weights learning"),
+        cached_tokens(tokenizer().requires_grad_(True), tmp_path),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="found training mode"),
+        cached_tokens(tokenizer().train(), tmp_path),
+    ):
+        pass
+
+
+def test_training_with_kept_tokens_is_the_same_training(tmp_path):
+    stage = dataclasses.replace(training.STAGE, steps=8)
+    plain, _, expected = training.train(tmp_path / "plain", stage)
+    kept, _, found = training.train(tmp_path / "kept", stage, token_cache=tmp_path / "tokens")
+    assert [line["loss"] for line in found] == [line["loss"] for line in expected]
+    for name, weight in training.weights(plain).items():
+        assert torch.equal(training.weights(kept)[name], weight)
+    assert 0 < len(files(tmp_path / "tokens")) <= 10  # one of each picture, whatever the epochs
