@@ -278,6 +278,8 @@ def draw(
     reader: str,
 ) -> None:
     """The worst lines of a reader, and its confidence against what is right."""
+    for old in settings.out.glob("reliability-*.png"):
+        old.unlink()
     for what, one in calibrations.items():
         path = settings.out / f"reliability-{what}.png"
         draw_reliability(one, f"{reader}: {what}", path, "confidence", what)

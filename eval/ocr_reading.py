@@ -179,7 +179,8 @@ def read_all(
     everyone = sorted(from_all(accelerator, seen), key=lambda item: item[0])
     left_out = sorted(from_all(accelerator, skipped), key=lambda item: item[0])
     clocks = from_all(accelerator, [clock])
-    return [s for _, s in everyone], [s for _, s in left_out], _slowest(clocks, readers)
+    speeds = _slowest(clocks, readers) if everyone else {}
+    return [s for _, s in everyone], [s for _, s in left_out], speeds
 
 
 def _timed(
@@ -220,6 +221,8 @@ def _slowest(
                 other = sum(timing.other for timing in timings)
                 ways[way] = {"seconds": seconds, "lines_per_second": lines / seconds,
                              "lines_of_other_text": other}  # fmt: skip
+        if not ways:
+            raise ValueError(f"{reader.name}: none of its ways could read the rows")
         best = max(ways, key=lambda way: ways[way]["lines_per_second"])
         speeds[reader.name] = {"way": best, **ways[best], "ways": ways}
     return speeds

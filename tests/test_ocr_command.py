@@ -260,6 +260,18 @@ def test_damaged_pages_stop_the_reading_behind_what_is_written(reader, page, tmp
         assert found == [str(page), *([f"{pdf}[1]"] if pdf in files else [])]
 
 
+def test_a_file_cut_short_by_a_damaged_page_replaces_no_whole_one(reader, page, tmp_path, capsys):
+    _, pdf = damaged(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "three.txt").write_text("of an earlier reading")
+    with pytest.raises(SystemExit):
+        cli.main(["ocr", str(page), str(pdf), "--out", str(out)])
+    assert (out / "three.txt").read_text() == "of an earlier reading"
+    found = {path.name for path in out.iterdir()}
+    assert found == {f"{page.stem}.txt", "three.txt", "three.txt.new"}
+
+
 def test_damaged_pages_are_left_out_counted_and_named(reader, page, tmp_path, capsys):
     picture, pdf = damaged(tmp_path)
     files = [tmp_path / "gone.png", page, picture, pdf, page]

@@ -1,6 +1,7 @@
 """Sharded training: the same run as on one process, in parts (T9, T10, T14)."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -32,15 +33,22 @@ def one(tmp_path_factory):
 def two(tmp_path_factory, one):
     """The folder of runs on two processes, one after another in one launch."""
     out = tmp_path_factory.mktemp("two")
-    resumed = out / "resumed"
-    resumed.mkdir()
-    (one[0] / "checkpoints/step_00000004").rename(_checkpoints(resumed) / "step_00000004")
+    due = out / "due"
+    for folder in (out / "resumed", due):
+        shutil.copytree(one[0] / "checkpoints/step_00000004", folder / "checkpoints/step_00000004")
     runs = {
         "whole": {"stage": TWO, **SHARDED},
         "split": {"stage": FOUR, **SHARDED},
         "stopped": {"stage": TWO, **SHARDED, "stop": BOTH},
         "resumed": {"stage": TWO, **SHARDED, "resume": True},
         "evaluated": {"stage": TWO, **SHARDED, "evaluate_on_first": True, "eval_every": 2},
+        "due": {
+            "stage": TWO,
+            **SHARDED,
+            "resume": True,
+            "evaluate_on_first": True,
+            "eval_every": 4,
+        },
         "partly": {
             "stage": {"rates": PARTLY, "micro_batch": 2},
             "shard": "all",
@@ -52,12 +60,6 @@ def two(tmp_path_factory, one):
     done = launch(out, 2, runs=runs)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
-
-
-def _checkpoints(folder):
-    found = folder / "checkpoints"
-    found.mkdir(exist_ok=True)
-    return found
 
 
 def require_same(out, weights, history, norms=1e-4):
@@ -99,6 +101,13 @@ def test_evaluations_between_steps_need_no_company(two, one):
     found = [line["eval"] for line in lines(two / "evaluated") if "eval" in line]
     assert found == [{"rows": 2.0, "finite": 1.0}] * 2
     require_same(two / "evaluated", *one[1:])
+
+
+def test_an_evaluation_may_come_before_the_first_step(two, one):
+    """A kill between a step and its evaluation leaves it to the run that goes on."""
+    found = [(line["step"], line["eval"]) for line in lines(two / "due") if "eval" in line]
+    assert found == [(4, {"rows": 2.0, "finite": 1.0})]
+    require_same(two / "due", *one[1:])
 
 
 def test_frozen_parts_are_sharded_beside_trained_ones(tmp_path, two):

@@ -131,6 +131,15 @@ def test_a_share_of_lines_is_in_made_up_hands_and_the_others_stay():
     assert open_source(f"lines:3:fonts={FOLDER}:hands=1").hand_of(0)
 
 
+def test_hands_leave_joining_scripts_to_their_fonts(tmp_path):
+    alphabet = tmp_path / "arabic.txt"
+    alphabet.write_text("ابتثجح", encoding="utf-8")
+    text_file = tmp_path / "text.txt"
+    text_file.write_text("\n".join(["اب تث", "جح اب", "ثت با", "حج اب"] * 8), encoding="utf-8")
+    source = lines(8, characters=characters_of(str(alphabet)), text=str(text_file), hands=1, made=0)
+    assert not any(source.hand_of(row) for row in range(8))
+
+
 def test_clean_lines_are_black_on_white():
     pixels = draw(DrawnLine("H", find_fonts(FOLDER)[0], "clean"), np.random.default_rng(0))
     assert pixels.max() == 255

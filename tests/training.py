@@ -27,11 +27,12 @@ from vlm.pairs import PairProcessor
 from vlm.systems.composed import Composition
 from vlm.systems.pairing import Pairing
 from vlm.training.contrastive import retrieval_on
-from vlm.training.fit import Interrupted, Pace, _Step, fit
+from vlm.training.fit import Interrupted, Pace, fit
 from vlm.training.objectives import Contrast, NextToken
 from vlm.training.run import Run
 from vlm.training.sharding import gathered
 from vlm.training.stages import FROZEN, Stage
+from vlm.training.step import Step
 
 STAGE = Stage(
     name="tiny",
@@ -151,14 +152,16 @@ def states_on_first(chosen):
     if int(os.environ.get("RANK", 0)):
         return {"rows": 0.0}
     rows = [chosen.processor.encode(example) for example in examples()[:2]]
-    states = chosen.module.states(collate(rows, chosen.processor.pad_id))
+    batch = collate(rows, chosen.processor.pad_id)
+    tokens = chosen.module.encode(batch.groups)  # the parts one by one, as evaluations call them
+    states = chosen.module.read(chosen.module.embed(batch.ids, tokens, batch.names), batch)
     return {"rows": float(len(rows)), "finite": float(states.isfinite().all())}
 
 
 @contextmanager
 def keep_gradients(out):
     """Within, the first process writes each step's whole gradients to OUT/gradients_NUMBER.pt."""
-    norm_of = _Step._gradient_norm
+    norm_of = Step._gradient_norm
 
     def norm_and_keep(self):
         norm = norm_of(self)
@@ -173,11 +176,11 @@ def keep_gradients(out):
             torch.save(found, Path(out) / f"gradients_{number}.pt")
         return norm
 
-    _Step._gradient_norm = norm_and_keep
+    Step._gradient_norm = norm_and_keep
     try:
         yield
     finally:
-        _Step._gradient_norm = norm_of
+        Step._gradient_norm = norm_of
 
 
 def weights(chosen):

@@ -100,7 +100,9 @@ class Ocr:
 
                     path = self._drawing(count, total)
                     draw_reading(page.picture, reading).save(path)
-            results.finish()
+            cut = left_out and left_out[-1].startswith(f"{results.file}[")  # at a page of this file
+            if not cut or self.bad_pages == "skip":
+                results.finish()
         finally:
             results.stop()
         if unsure:

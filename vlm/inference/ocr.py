@@ -118,9 +118,19 @@ class LineModel:
 
         truths: what stands on each picture; compared in NFC, white space joined. Where all lines,
         or all tokens, are right (or all wrong), theirs stay as they were.
+        Raises ValueError where there are more of one than of the other.
         """
-        self.parts.temperatures = UNFITTED
-        read = self.read_lines(pictures)
+        if len(pictures) != len(truths):
+            raise ValueError(
+                f"expected a truth for each picture, found {len(pictures)} pictures and "
+                f"{len(truths)} truths"
+            )
+        before, self.parts.temperatures = self.parts.temperatures, UNFITTED
+        try:
+            read = self.read_lines(pictures)
+        except BaseException:
+            self.parts.temperatures = before
+            raise
         truths = [normalise(truth) for truth in truths]
         lines = [(r.confidence, normalise(r.text) == truth) for r, truth in zip(read, truths)]
         tokens = [

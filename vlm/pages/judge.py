@@ -130,14 +130,15 @@ def _without_doubles(lines: list[Judged]) -> list[Judged]:
     by_shade = {light: [one for one in kept if one.light == light] for light in (False, True)}
     sums = {light: sum(one.weight for one in some) for light, some in by_shade.items()}
     common = by_shade[sums[True] > sums[False]]
+    rarer = []
     usual = weighted_median([one.contrast for one in common], np.ones(len(common)))
     for one in by_shade[sums[True] <= sums[False]]:
         out = 0.25 * one.height
         wide = one.line.box + np.array([-out, -out, out, out])
         touches = any(_shared(wide, other.line.box) > 0.02 for other in common)
         if one.contrast >= 0.5 * usual and not touches:
-            common.append(one)
-    return common
+            rarer.append(one)
+    return common + rarer
 
 
 def _allowed(one: Judged, other: Judged) -> float:

@@ -48,9 +48,9 @@ class BaseSettings:
     shard: Shard = "no"
     """Part every weight, gradient and optimizer state over all processes ("all"), or over those of
     one machine with a copy on each machine ("node"): for models that do not fit one GPU. An
-    accelerate configuration that asks for FSDP turns it on. What is learned stays the same."""
-    offload: bool = False
-    """Keep the sharded weights in the host's memory: less of the GPU's, more time."""
+    accelerate configuration that asks for FSDP turns it on. What is learned stays the same.
+    Evaluations hold the whole model, in 16 bits, on every process: where it does not fit, set
+    held_out_rows to 0 (and text_held_out_rows, where there is one)."""
     checkpoint_activations: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more
     time, the same gradients."""
@@ -111,7 +111,7 @@ class BaseSettings:
 
 
 FREE = ("out", "resume", "change", "keep", "threads", "workers", "eval_every", "save_every",
-        "micro_batch", "pack", "token_cache", "shard", "offload", "held_out", "held_out_rows",
+        "micro_batch", "pack", "token_cache", "shard", "held_out", "held_out_rows",
         "text_held_out", "text_held_out_rows", "checkpoint_activations", "merge")  # fmt: skip
 """Settings that may change when a run is resumed: they decide nothing that is learned."""
 

@@ -18,7 +18,7 @@ from vlm.training.base_settings import BaseSettings, deciding, recorded
 from vlm.training.checkpoint import Progress
 from vlm.training.fit import Interrupted, Pace, fit
 from vlm.training.held_out import held_out_rows, usable_rows
-from vlm.training.launch import accelerator_for, processes, sharding_of
+from vlm.training.launch import accelerator_for, processes, sharding_of, wait_for_main
 from vlm.training.objectives import Objective
 from vlm.training.run import CAPTIONS, Curves, Run
 from vlm.training.sharding import gathered, whole_on_first
@@ -57,7 +57,7 @@ class Course:
         self.settings = settings
         self.accelerator, self.share = accelerator_for(settings)
         self.shard = sharding_of(settings, self.accelerator)
-        self._gathered = ExitStack()
+        self._gathered, self._evaluates = ExitStack(), True
         self.main = self.accelerator.is_main_process
         self.say = Console(file=sys.stderr, quiet=not self.main, soft_wrap=True).print
         self.folder = Run(
@@ -96,10 +96,12 @@ class Course:
         evaluate: Callable[[], dict[str, Any]] | None = None,
         merge: bool = True,
         token_cache: Path | None = None,
+        evaluated: bool = True,
     ) -> Progress:
         """Trains the model and saves it, before anything that may fail.
 
-        merge: whether LoRA is merged into the saved weights; the others are those of `fit`.
+        merge: whether LoRA is merged into the saved weights. evaluated: whether the model is called
+            afterwards, by any process as it likes; the others are those of `fit`.
         """
         settings = self.settings
         try:
@@ -112,7 +114,6 @@ class Course:
                 objective=objective,
                 precision=settings.precision,
                 shard=self.shard,
-                offload=settings.offload,
                 token_cache=token_cache,
                 pace=Pace(
                     workers=settings.workers,
@@ -127,11 +128,19 @@ class Course:
         except Interrupted:
             self.folder.close()
             raise
+        self._evaluates = evaluated
+        self.save(model, merge)
+        return progress
+
+    def save(self, model: Any, merge: bool = True) -> None:
+        """Saves the model; all processes wait for the main one, however long it takes."""
+        self._gathered.close()
         with whole_on_first(model.module):
             if self.main:
-                model.save(settings.out / "model", merge=merge)
-        self._gathered.enter_context(gathered(model.module))  # for what follows, on any process
-        return progress
+                model.save(self.settings.out / "model", merge=merge)
+            wait_for_main(self.accelerator)
+        if self._evaluates:
+            self._gathered.enter_context(gathered(model.module))
 
     def end(
         self,

@@ -10,8 +10,6 @@ Position in the data is the step number alone, so that resuming is exact.
 from __future__ import annotations
 
 import hashlib
-import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,34 +19,29 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 from tqdm import tqdm
 
-from vlm.data.example import BadRow
 from vlm.data.mixture import MixtureDataset, StepSampler
 from vlm.training.checkpoint import KEEP, Checkpoints, Progress
 from vlm.training.decided import decided_by
 from vlm.training.loading import MicroBatch, batches_of, micro_batch_loader
 from vlm.training.meter import Meter, peak_flops
-from vlm.training.objectives import Count, NextToken, Objective
+from vlm.training.objectives import NextToken, Objective
 from vlm.training.run import Run
 from vlm.training.sharding import (
     Shard,
-    clip_gradients,
+    allow_unused,
     gathered,
-    is_sharded,
     mesh_for,
     shard_module,
-    sum_unsharded,
 )
 from vlm.training.stages import (
     Stage,
-    StageError,
     describe,
     optimizer_for,
     prepare,
-    set_rates,
 )
+from vlm.training.step import Step, audit_gradients
 from vlm.training.token_cache import cached_tokens
 from vlm.training.working import WorkingWeights
 
@@ -97,7 +90,6 @@ def fit(
     objective: Objective | None = None,
     precision: str = "bf16",
     shard: Shard = "no",
-    offload: bool = False,
     token_cache: Path | None = None,
     pace: Pace | None = None,
     resume: bool = False,
@@ -109,8 +101,8 @@ def fit(
     model: what `vlm.load` gives: its `module` learns, its `processor` reads the rows.
     objective: what is minimised; None is the cross-entropy of the scored tokens.
     precision: "bf16" (fp32 masters of what is trained, bf16 for all else) or "fp32".
-    shard, offload: whether and how weights are parted over processes, see
-        `vlm.training.sharding`; the module stays sharded when the run is over.
+    shard: over which processes weights are parted, see `vlm.training.sharding`; the module stays
+        so when the run is over.
     token_cache: where tokens of a frozen image tokenizer are kept, see
         `vlm.training.token_cache`; not with sharding.
     resume: go on from the newest whole checkpoint. change: names of settings that may differ from
@@ -136,8 +128,7 @@ def fit(
         module.to(device)
     prepare(module, stage, DTYPES[precision])
     if shard != "no":
-        mesh = mesh_for(shard, device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        shard_module(module, mesh, DTYPES[precision], offload=offload)
+        shard_module(module, mesh_for(shard, device), DTYPES[precision], device)
     optimizer = optimizer_for(module, stage)
     run.table(describe(module, optimizer))
     main = accelerator.is_main_process
@@ -161,7 +152,7 @@ def fit(
     peak, _ = peak_flops(device, DTYPES[precision])
     meter = Meter(peak, accelerator.num_processes)
     working = WorkingWeights(module, DTYPES[precision if shard == "no" else "fp32"])
-    step_of = _Step(module, stage, objective, optimizer, accelerator, meter, working)
+    step_of = Step(module, stage, objective, optimizer, accelerator, meter, working)
     bar = tqdm(
         total=stage.steps,
         initial=progress.step,
@@ -192,10 +183,10 @@ def fit(
             figures = step_of(step, micros, waited, bool(requests), checkpoints.failed)
             _account(progress, micros, figures.pop("left_out"), accelerator)
             progress.step, progress.samples = step + 1, progress.samples + stage.batch
-            if not audited and figures.pop("images"):
+            if figures.pop("images") and not audited:
                 audit_gradients(module, step_of.reached)
+                allow_unused(module)
                 audited = True
-            figures.pop("images", None)
             stop, unsaved = figures.pop("stop"), figures.pop("unsaved")
             run.log(step + 1, {**figures, "batch": _digest(data, step, stage.batch)})
             bar.update()
@@ -215,186 +206,6 @@ def fit(
                     run.log(step + 1, {"eval": evaluate()})
                 step_of.meter.read()  # evaluation is no training time
     return progress
-
-
-class _Step:
-    """One optimizer step over the rank's micro-batches; figures are those of all ranks."""
-
-    def __init__(
-        self,
-        module,
-        stage: Stage,
-        objective: Objective,
-        optimizer,
-        accelerator,
-        meter: Meter,
-        working: WorkingWeights,
-    ) -> None:
-        self.module, self.stage, self.objective, self.working = module, stage, objective, working
-        self.optimizer, self.accelerator, self.meter = optimizer, accelerator, meter
-        self.trainable = [p for p in module.parameters() if p.requires_grad]
-        self.sharded = is_sharded(module)
-        self.keeping = False
-        self.reached: torch.Tensor | None = None
-
-    def __call__(
-        self, step: int, micros: list[MicroBatch], waited: float, stop: bool, unsaved: bool
-    ) -> dict[str, float]:
-        batches = [batch for micro in micros for batch in micro.batches]
-        counts = [self.objective.count(batch) for batch in batches]
-        failed = next((micro.failed for micro in micros if micro.failed), None)
-        totals = self._sum(
-            [
-                sum(count.scored for count in counts),
-                sum(count.samples for count in counts),
-                sum(count.tokens for count in counts),
-                sum(count.positions for count in counts),
-                sum(count.work for count in counts),
-                sum(count.pictured for count in counts),
-                stop,
-                unsaved,
-                failed is not None,
-                sum(len(micro.skipped) + micro.cut + micro.unscored for micro in micros),
-                not batches,
-            ]
-        )
-        (
-            scored, samples, tokens, positions, work, images, stops, unsaved, failures, left_out,
-            idle,
-        ) = map(int, totals)  # fmt: skip
-        if failures:
-            raise failed or BadRow("another rank found a row that cannot be used; see its message")
-        if idle and samples and self.objective.every_rank:
-            raise StageError(
-                f"every row of step {step + 1} on {idle} of {self.accelerator.num_processes} ranks "
-                "was left out; this loss needs an example on each: take a larger batch, or mend "
-                "the rows"
-            )
-        if not samples:
-            reasons = [item.reason for micro in micros for item in micro.skipped]
-            raise StageError(
-                f"every row of step {step + 1} was left out, so there is nothing to learn from; "
-                f"here for example: {reasons[:1]}"
-            )
-        set_rates(self.optimizer, self.stage.factor(step))
-        if self.sharded:
-            batches = self.objective.level(self.module, batches)
-        if self.meter.flops_per_work is None:
-            self._first_flops(batches, images > 0)
-        with self.working.in_use():
-            share = self.objective.backward(self.module, batches, scored, self.accelerator.autocast)
-        loss = float(self._sum([share])[0])
-        if not math.isfinite(loss):
-            raise StageError(_refusal("loss", loss, step, batches))
-        norm = self._gradient_norm()
-        if not math.isfinite(norm):
-            raise StageError(_refusal("gradient norm", norm, step, batches))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.objective.after_step(self.module)
-        self.meter.add(samples, tokens, positions, work, waited)
-        return {
-            "loss": loss,
-            **self._rates(),
-            "grad_norm": norm,
-            "scored": scored,
-            "samples": samples,
-            **self.meter.read(),
-            "images": images,
-            "stop": stops > 0,
-            "unsaved": unsaved > 0,
-            "left_out": left_out,
-        }
-
-    def _rates(self) -> dict[str, float]:
-        """The live learning rate, one for each pattern where there are several."""
-        rates = {group["pattern"]: group["lr"] for group in self.optimizer.param_groups}
-        if len(rates) == 1:
-            return {"lr": next(iter(rates.values()))}
-        return {f"lr {pattern}": rate for pattern, rate in rates.items()}
-
-    def _first_flops(self, batches: list, pictured: bool) -> None:
-        """Counts the first batch that has a picture, where any has. Sharded ranks pass through
-        their first batches together, and take the count of all for their own."""
-        if self.sharded:
-            count = self.objective.count(batches[0])
-            self._count_flops(batches[0], count)
-            flops, work = self._sum([self.meter.flops_per_work * max(count.work, 1), count.work])
-            self.meter.flops_per_work = flops / max(work, 1)
-            return
-        for batch in batches:
-            count = self.objective.count(batch)
-            if count.pictured or not pictured:
-                self._count_flops(batch, count)
-                return
-
-    def _count_flops(self, batch, count: Count) -> None:
-        """Counts a pass whose gradients are thrown away: under the counter torch computes by other
-        kernels, with other roundings, which must not depend on where a run was resumed."""
-        before = [p.grad for p in self.trainable]
-        for parameter in self.trainable:
-            parameter.grad = None
-        if self.keeping:  # most steps will read the tokens of pictures, so they count for nothing
-            self.module.encode(batch.to(self.accelerator.device).groups)
-        with torch.random.fork_rng(), self.working.in_use():
-            self.meter.count_flops(
-                lambda: self.objective.trial(self.module, batch, self.accelerator.autocast),
-                count.work,
-            )
-        for parameter, grad in zip(self.trainable, before):
-            parameter.grad = grad
-
-    def _gradient_norm(self) -> float:
-        """Sums gradients over ranks and clips them; gives their norm before. A gradient that is
-        absent everywhere is zero, on one rank as on many."""
-        if self.reached is None or not bool(self.reached.all()):
-            flags = torch.tensor([p.grad is not None for p in self.trainable], dtype=torch.float32)
-            self.reached = self.accelerator.reduce(flags.to(self.accelerator.device), "sum") > 0
-        for parameter in self.trainable:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        if self.sharded:
-            sum_unsharded(self.trainable)
-            return clip_gradients(self.trainable, self.stage.clip)
-        if self.accelerator.num_processes > 1:
-            self._sum_gradients()
-        return float(nn.utils.clip_grad_norm_(self.trainable, self.stage.clip))
-
-    def _sum_gradients(self, bucket_elements: int = 2**24) -> None:
-        """All-reduces gradients in flat buckets of at most `bucket_elements` numbers."""
-        bucket: list[torch.Tensor] = []
-        for number, parameter in enumerate(self.trainable):
-            bucket.append(parameter.grad)
-            full = sum(grad.numel() for grad in bucket) >= bucket_elements
-            if full or number + 1 == len(self.trainable):
-                flat = torch.cat([grad.flatten() for grad in bucket])
-                torch.distributed.all_reduce(flat)
-                for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket])):
-                    grad.copy_(part.view_as(grad))
-                bucket = []
-
-    def _sum(self, values: list[float]) -> list[float]:
-        total = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
-        return self.accelerator.reduce(total, "sum").tolist()
-
-
-def _refusal(what: str, value: float, step: int, batches: list) -> str:
-    names = [name for batch in batches for name in batch.names]
-    return (
-        f"the {what} of step {step + 1} is {value}; nothing was changed by it. Its rows here: "
-        f"{names[:32]}"
-    )
-
-
-def audit_gradients(module: nn.Module, reached: torch.Tensor) -> None:
-    """Raises StageError naming every trainable parameter that got no gradient on any rank."""
-    names = [name for name, p in module.named_parameters() if p.requires_grad]
-    dead = [name for name, ok in zip(names, reached.tolist()) if not ok]
-    if dead:
-        raise StageError(
-            f"{len(dead)} trainable parameters got no gradient in the first step with images: "
-            f"{dead[:20]}; freeze them, or see what cuts them off from the loss"
-        )
 
 
 def _account(

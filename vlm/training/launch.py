@@ -188,6 +188,14 @@ def sharding_of(settings: BaseSettings, accelerator: Accelerator) -> Shard:
     return "all" if asked and settings.shard == "no" else settings.shard
 
 
+def wait_for_main(accelerator: Accelerator) -> None:
+    """Waits until every process is here, longer than `PATIENCE` where the main one has work."""
+    if accelerator.num_processes > 1:
+        patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=12))
+        torch.distributed.barrier(group=patient)
+        torch.distributed.destroy_process_group(patient)
+
+
 def _require_alike(settings: BaseSettings, accelerator: Accelerator) -> None:
     """Raises ValueError naming the settings that differ between the processes of a run."""
     if accelerator.num_processes == 1:

@@ -25,7 +25,7 @@ from vlm.pairs import Pair, PairBatch, collate_pairs
 from vlm.placement import Batch
 from vlm.prompts import Row
 from vlm.tokenizers.columns import STRIDE
-from vlm.training.sharding import level, most_passes
+from vlm.training.sharding import level, passes_of_ranks
 from vlm.training.stages import StageError
 
 Autocast = Callable[[], AbstractContextManager]
@@ -161,7 +161,8 @@ class Transcribe:
         )
 
     def level(self, module: LineReader, batches: Sequence[LineBatch]) -> Sequence[LineBatch]:
-        return [*batches, *[blank_lines(module)] * (most_passes(len(batches)) - len(batches))]
+        most = max(passes_of_ranks(len(batches)))
+        return [*batches, *[blank_lines(module)] * (most - len(batches))]
 
     def backward(
         self, module: LineReader, batches: Sequence[LineBatch], scored: int, autocast: Autocast
@@ -241,12 +242,12 @@ class Contrast:
 
     def level(self, module: Contrastive, batches: Sequence[PairBatch]) -> Sequence[PairBatch]:
         """Raises StageError where ranks differ in their batches: each enters the loss."""
-        most = most_passes(len(batches))
-        if len(batches) != most:
+        passes = passes_of_ranks(len(batches))
+        if len(set(passes)) > 1:
             raise StageError(
-                f"{len(batches)} micro-batches on this rank, {most} on another, since rows were "
-                "left out; a sharded contrastive run needs as many on each: mend the rows, or "
-                "take a larger --micro-batch"
+                f"ranks have {passes} micro-batches, since rows were left out; a sharded "
+                "contrastive run needs as many on each: mend the rows, or take a larger "
+                "--micro-batch"
             )
         return batches
 

@@ -252,7 +252,9 @@ def run(
     def evaluate() -> dict[str, float]:
         return errors_on(model, held_out, quarter, accelerator).result().figures()
 
-    progress = course.train(model, plan, data, make_objective(model), evaluate if rows else None)
+    progress = course.train(
+        model, plan, data, make_objective(model), evaluate if rows else None, evaluated=bool(rows)
+    )
     more: dict[str, Any] = {}
     if rows:
         examples = [held_out[row] for row in rows]
@@ -262,8 +264,7 @@ def run(
                 [example.answer for example in examples],
             )
         more["temperatures"] = dataclasses.asdict(temperatures)
-        if course.main:
-            model.save(settings.out / "model")
+        course.save(model)
     found = errors_on(model, held_out, rows, accelerator) if rows else None
     if found:
         more |= {"held_out": held_out.name, "held_out_skipped": left_out}

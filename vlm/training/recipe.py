@@ -82,6 +82,7 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
         evaluate=evaluate if rows else None,
         merge=settings.merge,
         token_cache=settings.token_cache,
+        evaluated=bool(rows or texts),
     )
     figures = evaluate(full=True) if rows else {}
     if texts:

@@ -14,6 +14,7 @@ Source: arXiv 2304.11277 (FSDP).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,10 +25,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
-    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -47,30 +46,35 @@ METHODS = ("states",)
 """What objectives call on a module beside `forward`."""
 
 
-def mesh_for(shard: Shard, device: torch.device, local: int) -> DeviceMesh:
+def mesh_for(shard: Shard, device: torch.device) -> DeviceMesh:
     """The processes as sharding sees them.
 
-    local: the processes of a machine. Raises ValueError where they do not divide all.
+    Raises ValueError where the processes of a machine, which the launcher states as
+    LOCAL_WORLD_SIZE, do not divide all, or are one.
     """
     ranks = dist.get_world_size()
     if shard == "all":
         return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
-    if ranks % local:
-        raise ValueError(f"shard node: {ranks} processes do not divide into machines of {local}")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if local < 2 or ranks % local:
+        raise ValueError(
+            f"shard node: expected several processes on each machine that divide all {ranks}, "
+            f"found LOCAL_WORLD_SIZE {local}"
+        )
     return init_device_mesh(
         device.type, (ranks // local, local), mesh_dim_names=("replicate", "shard")
     )
 
 
 def shard_module(
-    module: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype, *, offload: bool = False
+    module: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype, device: torch.device
 ) -> None:
     """Parts a module's weights over a mesh, in place; what it computes stays the same.
 
     module: of any family, as `vlm.training.stages.prepare` left it: trainable weights in fp32,
-        frozen ones in `compute_dtype`. Weights that work in fp32 whatever the rest does (batch
-        norms, scalars) stay whole on each process.
-    offload: whether the parts lie in the host's memory, and come to the device when they are used.
+        frozen ones in `compute_dtype`; on whatever device, for it comes to `device` block by
+        block. Weights that work in fp32 whatever the rest does (batch norms, scalars) stay whole on
+        each process.
     Raises StageError naming weights that cannot be sharded, and trainable ones that are not fp32
     afterwards.
     """
@@ -78,17 +82,18 @@ def shard_module(
     if packed:
         raise StageError(
             f"{len(packed)} weights are packed to fewer bits and cannot be sharded: {packed[:5]}; "
-            "train this model on replicas (--shard no)"
+            "train this model on replicas (--shard no, and no FSDP in accelerate's configuration)"
         )
     able = {id(p) for p in castable(module)}
     alone = {p for p in module.parameters() if id(p) not in able}
+    for parameter in alone:
+        parameter.data = parameter.data.to(device)
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     options = {
         "mesh": mesh,
         "mp_policy": policy,
-        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
         "ignored_params": alone,
     }
     for part in units_of(module):
@@ -101,8 +106,16 @@ def shard_module(
         if isinstance(part, FSDPModule):  # the loss is a sum over ranks; gloo has no other
             part.set_force_sum_reduction_for_comms(True)
             part.set_gradient_divide_factor(1.0)
-    module.set_reduce_scatter_unused_params(True)
+    # torch takes what is called first for the root; an evaluation may call a part first.
+    module._get_fsdp_state()._lazy_init()
     _require_masters(module)
+
+
+def allow_unused(module: nn.Module) -> None:
+    """From now on a weight may get no gradient on some ranks: zeros stand for it. Until then the
+    absence shows, for `audit_gradients`."""
+    if is_sharded(module):
+        module.set_reduce_scatter_unused_params(True)
 
 
 def units_of(module: nn.Module) -> list[nn.Module]:
@@ -165,11 +178,11 @@ def level(module: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
     ]
 
 
-def most_passes(own: int) -> int:
-    """The most batches that any rank has. Called on all ranks together."""
+def passes_of_ranks(own: int) -> list[int]:
+    """How many batches each rank has. Called on all ranks together."""
     everyone: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
-    return max(everyone)
+    return everyone
 
 
 def _blank_batch() -> Batch:
@@ -235,7 +248,8 @@ def gathered(module: nn.Module) -> Iterator[None]:
     finally:
         for unit in units:
             unit.set_reshard_after_forward(unit is not module, recurse=False)
-            unit.reshard()
+        # Forgets the order of the calls within, which the next backward pass would go by.
+        module.reset_iter_state()
 
 
 @contextmanager

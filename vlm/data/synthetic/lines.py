@@ -148,10 +148,13 @@ class Lines(Source):
             if font.holds(text):
                 break
         else:
-            text = "".join(c for c in text if ord(c) in font.characters).strip() or "0"
+            text = "".join(c for c in text if ord(c) in font.characters).strip()
+            text = text or next(c for c in self.characters if not c.isspace() and font.holds(c))
         rng = np.random.default_rng([self._seed % 2**32, row])
         kind = degrade.draw_kind(rng, self._kind)
-        return DrawnLine(text, font, kind, self._hands > 0 and rng.random() < self._hands)
+        made_up = self._hands > 0 and rng.random() < self._hands
+        # A made-up hand writes letter by letter, which is no way to write what joins.
+        return DrawnLine(text, font, kind, made_up and not any(map(_joins, text)))
 
     def font_of(self, row: int) -> str:
         """The family of a row's font; "made-up" where a made-up hand writes it."""
