@@ -6,7 +6,6 @@ all steps and the gradients of the first step that a way makes, in fp32, are hel
 
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -99,9 +98,13 @@ def _compared(one, other):
 
 
 def table(rows):
-    text = ["| family | run as | loss | gradients |", "| --- | --- | ---: | ---: |"]
+    """Markdown: a line for each way, a column for each family; loss, then gradients."""
+    cells: dict[str, dict[str, str]] = {}
     for family, way, loss, gradients in rows:
-        text.append(f"| {family} | {way} | {loss:.0e} | {gradients:.0e} |")
+        cells.setdefault(way, {})[family] = f"{loss:.0e}, {gradients:.0e}"
+    text = [f"| run as | {' | '.join(FAMILIES)} |", f"| --- |{' ---: |' * len(FAMILIES)}"]
+    for way, found in cells.items():
+        text.append(f"| {way} | {' | '.join(found.get(family, '') for family in FAMILIES)} |")
     return "\n".join(text)
 
 
@@ -109,4 +112,4 @@ if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        print(table(differences(Path(folder))), file=sys.stdout)
+        print(table(differences(Path(folder))))
