@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+import vlm
 from tests import tiny, training
 from tests.contrastive_runs import assert_close
 from tests.test_fit import launch, lines
@@ -54,6 +55,7 @@ def two(tmp_path_factory, one):
             "shard": "all",
             "precision": "bf16",
         },
+        "lines": {"stage": TWO, "shard": "all", "family": "line_reader"},
         "sigmoid": {"stage": {"micro_batch": 2}, "shard": "all", "loss": "sigmoid"},
         "softmax": {"stage": {"micro_batch": 2}, "shard": "all", "loss": "softmax"},
     }
@@ -135,6 +137,16 @@ def test_contrastive_runs_shard_too(tmp_path, two, loss):
     assert (two / loss / "held_out0.json").read_text() == (
         two / loss / "held_out1.json"
     ).read_text()
+
+
+def test_line_readers_shard_though_ranks_differ_in_widths_and_are_saved_whole(tmp_path, two):
+    """The folder that the first rank writes holds what one process learned, in fp32."""
+    stage = dataclasses.replace(WHOLE, rates=EVERY["rates"])
+    data = training.dataset(training.text_lines())
+    chosen, _, history = training.train(tmp_path, stage, chosen=training.line_model(), data=data)
+    require_same(two / "lines", training.weights(chosen), history, norms=1e-3)
+    saved = vlm.load(two / "lines/model", device="cpu", dtype="stored")
+    assert_close(training.weights(saved), training.weights(chosen))
 
 
 def test_four_processes_on_two_machines_follow_one(tmp_path, one):

@@ -16,21 +16,22 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from tests import test_contrastive, test_encoder_decoder, test_pairs, tiny
+from tests import test_contrastive, test_encoder_decoder, test_line_reader, test_pairs, tiny
 from vlm.data.collate import collate
 from vlm.data.example import caption_example
 from vlm.data.mixture import Draw, Mixture, MixtureDataset
 from vlm.data.sources import ListSource
 from vlm.inference.embed import ContrastiveModel
+from vlm.inference.ocr import Reader
 from vlm.inference.tasks import Model
 from vlm.pairs import PairProcessor
 from vlm.systems.composed import Composition
 from vlm.systems.pairing import Pairing
 from vlm.training.contrastive import retrieval_on
 from vlm.training.fit import Interrupted, Pace, fit
-from vlm.training.objectives import Contrast, NextToken
+from vlm.training.objectives import Contrast, NextToken, Transcribe
 from vlm.training.run import Run
-from vlm.training.sharding import gathered
+from vlm.training.sharding import gathered, whole_on_first
 from vlm.training.stages import FROZEN, Stage
 from vlm.training.step import Step
 
@@ -74,6 +75,20 @@ def encoder_decoder_model():
     """A tiny TrOCR-like model without dropout."""
     module = test_encoder_decoder.model(dropout=0.0)
     return SimpleNamespace(module=module, processor=test_encoder_decoder.processor(module))
+
+
+def line_model():
+    """A tiny line reader."""
+    return Reader(test_line_reader.parts())
+
+
+def text_lines():
+    """Lines of several widths, so that ranks differ in how many they read together."""
+    texts = ["ab", "a", "cab", "b a", "c", "abc b"]
+    return [
+        test_line_reader.line(text, width=(48, 96, 300)[i % 3], seed=i)
+        for i, text in enumerate(texts)
+    ]
 
 
 def pictures_alone():
@@ -138,12 +153,18 @@ def train(out, stage=STAGE, rows=None, chosen=None, seed=0, resume=False, precis
     run = Run(Path(out), deciding, deciding, main=accelerator.is_main_process, resume=resume)
     progress = fit(
         chosen, stage, data or dataset(rows, seed, on_bad_row), run, accelerator,
-        objective=Contrast(loss) if loss else NextToken(chosen.processor.pad_id, pack),
+        objective=objective_for(chosen, loss, pack),
         precision=precision, shard=shard, token_cache=token_cache,
         pace=Pace(**{"workers": 0, "save_every": 0, **pace}),
         resume=resume, change=change, evaluate=evaluate,
     )  # fmt: skip
     return chosen, progress, run.history()
+
+
+def objective_for(chosen, loss, pack):
+    if isinstance(chosen, Reader):
+        return Transcribe()
+    return Contrast(loss) if loss else NextToken(chosen.processor.pad_id, pack)
 
 
 @torch.no_grad()
@@ -216,6 +237,8 @@ def run_one(out, options):
     family = options.pop("family", None)
     if family == "encoder_decoder":
         options["chosen"], data = encoder_decoder_model(), dataset(pictures_alone())
+    if family == "line_reader":
+        options["chosen"], data = line_model(), dataset(text_lines())
     gradients = keep_gradients(out) if options.pop("gradients", False) else nullcontext()
     if options.pop("evaluate_on_first", False):
         options["chosen"] = model()
@@ -232,6 +255,10 @@ def run_one(out, options):
                 chosen, ListSource(pairs(7), "held out"), range(7), Accelerator(), 2
             )
         Path(out, f"held_out{os.environ.get('RANK', 0)}.json").write_text(json.dumps(held_out))
+    if family == "line_reader":
+        with whole_on_first(chosen.module):
+            if int(os.environ.get("RANK", 0)) == 0:
+                chosen.save(Path(out) / "model")
     whole = weights(chosen)  # of sharded ones, by all ranks together
     if int(os.environ.get("RANK", 0)) == 0:
         torch.save(whole, Path(out) / "weights.pt")

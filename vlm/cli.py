@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,9 @@ def main(arguments: list[str] | None = None) -> None:
             command.run(rest)
         else:
             tyro.cli(Command, **options).run()
+    except BrokenPipeError:  # whoever read the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError, assets.FetchError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

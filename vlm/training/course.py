@@ -177,8 +177,8 @@ class Course:
             lines.append(f"{result['cut_tokens']} text tokens cut to fit {room}")
         if result["unscored"]:
             lines.append(
-                f"{result['unscored']} rows had nothing to score: no text to write, or a line too "
-                "narrow for it"
+                f"rows with nothing to score: {result['unscored']}; no text to write, or a line "
+                "too narrow for it"
             )
         self.say(
             "\n".join(lines or ["no training row was left out"]), highlight=False, markup=False

@@ -15,6 +15,7 @@ Source: arXiv 2304.11277 (FSDP).
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -106,6 +107,8 @@ def shard_module(
         if isinstance(part, FSDPModule):  # the loss is a sum over ranks; gloo has no other
             part.set_force_sum_reduction_for_comms(True)
             part.set_gradient_divide_factor(1.0)
+    # Nothing that objectives call writes into what a module gave; where that is a view, torch warns.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     # torch takes what is called first for the root; an evaluation may call a part first.
     module._get_fsdp_state()._lazy_init()
     _require_masters(module)
@@ -274,8 +277,14 @@ def whole_on_first(module: nn.Module) -> Iterator[None]:
             whole[id(parameter)] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
     for owner, leaf, parameter in places:
         owner._parameters[leaf] = whole[id(parameter)]
+    # Sharding makes a class of its own of each unit's, and what writes a model goes by the latter.
+    classes = [(part, type(part)) for part in module.modules() if isinstance(part, FSDPModule)]
+    for part, sharded in classes:
+        part.__class__ = sharded.__bases__[1]
     try:
         yield
     finally:
+        for part, sharded in classes:
+            part.__class__ = sharded
         for owner, leaf, parameter in places:
             owner._parameters[leaf] = parameter

@@ -105,7 +105,7 @@ class FolderImages:
                 "which leaves it"
             )
         if not os.path.isfile(full):
-            raise BadRow(f"{row_name}: image file {path!r} is not under {self._given}")
+            raise BadRow(f"{row_name}: image file {path!r} is not under {self._folder}")
         return ImageRef(Path(full), f"{row_name}: {path}")
 
 
