@@ -107,7 +107,7 @@ def shard_module(
         if isinstance(part, FSDPModule):  # the loss is a sum over ranks; gloo has no other
             part.set_force_sum_reduction_for_comms(True)
             part.set_gradient_divide_factor(1.0)
-    # Nothing that objectives call writes into what a module gave; where that is a view, torch warns.
+    # torch warns where views are given, that none be written into; no objective does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     # torch takes what is called first for the root; an evaluation may call a part first.
     module._get_fsdp_state()._lazy_init()
