@@ -31,6 +31,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vlm.attention import gains, whole_products
+
 NAME = "vlm_segments"
 """The name of our attention and its masks in transformers' registries."""
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -174,6 +176,9 @@ def segment_attention(
             scale=scaling, window_size=(-1, 0), enable_gqa=gqa,
         )  # fmt: skip
         return out[None], None
+    if plain and not dropout and gains(query, max(row.lengths), causal=True):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return whole_products(query, key, value, scale, causal=True, lengths=row.lengths), None
     if gqa and not plain:  # with a mask, torch has slow kernels alone for fewer key heads
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))

@@ -2,7 +2,7 @@
 
 Floating-point operations are counted, not estimated from a formula: torch's own counter runs over
 one extra pass of the first micro-batch, forward and backward, and the count is scaled by what
-the objective says that a pass's cost goes by: positions computed, or pairs.
+the objective says that a pass's cost goes by: operations reckoned by `vlm.training.work`, or pairs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+
+from vlm.training.flops import flop_counter
 
 PEAK_TFLOPS = {  # dense bf16, from each maker's data sheet
     "A100": 312.0,
@@ -55,7 +56,7 @@ class Meter:
 
     def count_flops(self, run, work: int) -> None:
         """Runs `run()` under torch's counter; `work` is what its cost goes by."""
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             run()
         self.flops_per_work = counter.get_total_flops() / max(work, 1)
 
