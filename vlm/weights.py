@@ -147,7 +147,9 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype, where=lambda paramete
     able = {id(parameter) for parameter in castable(module)}
     for parameter in module.parameters():
         if where(parameter) and parameter.is_floating_point():  # packed weights are not
-            parameter.data = parameter.data.to(dtype if id(parameter) in able else torch.float32)
+            wanted = dtype if id(parameter) in able else torch.float32
+            if parameter.dtype != wanted:
+                parameter.data = parameter.data.to(wanted)
 
 
 def castable(module: nn.Module) -> list[nn.Parameter]:

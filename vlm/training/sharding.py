@@ -37,7 +37,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vlm.image_tokens import ImageTokenizer, ViewGroup, blank_pixels
 from vlm.placement import Batch
 from vlm.training.memory import PROBE_HW
-from vlm.training.stages import StageError
+from vlm.training.stages import StageError, hold_in
 from vlm.weights import castable
 
 Shard = Literal["no", "all", "node"]
@@ -72,10 +72,11 @@ def shard_module(
 ) -> None:
     """Parts a module's weights over a mesh, in place; what it computes stays the same.
 
-    module: of any family, as `vlm.training.stages.prepare` left it: trainable weights in fp32,
-        frozen ones in `compute_dtype`; on whatever device, for it comes to `device` block by
-        block. Weights that work in fp32 whatever the rest does (batch norms, scalars) stay whole on
-        each process.
+    module: of any family, as `vlm.training.stages.choose_trained` left it, in whatever dtypes, on
+        whatever device. Block by block, it gets the dtypes of `hold_in` and comes to `device`, and
+        each process keeps its own part. Weights as they are loaded lie in their mapped files until
+        then, so that no process ever has the whole model in memory. Weights that work in fp32
+        whatever the rest does (batch norms, scalars) stay whole on each process.
     Raises StageError naming weights that cannot be sharded, and trainable ones that are not fp32
     afterwards.
     """
@@ -88,7 +89,7 @@ def shard_module(
     able = {id(p) for p in castable(module)}
     alone = {p for p in module.parameters() if id(p) not in able}
     for parameter in alone:
-        parameter.data = parameter.data.to(device)
+        parameter.data = parameter.data.to(device, torch.float32)
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -97,9 +98,9 @@ def shard_module(
         "mp_policy": policy,
         "ignored_params": alone,
     }
-    for part in units_of(module):
+    for part in (*units_of(module), module):
+        hold_in(part, compute_dtype)
         fully_shard(part, **options)
-    fully_shard(module, **options)
     for method in METHODS:
         if hasattr(module, method):
             register_fsdp_forward_method(module, method)

@@ -97,16 +97,20 @@ def assign_rates(
 
 
 def prepare(module: nn.Module, stage: Stage, compute_dtype: torch.dtype) -> None:
-    """Makes the stage true of a module, in place: frozen parameters get no gradient and
-    `compute_dtype`; trainable ones are fp32 masters; parts with trainable parameters are in
-    training mode, all others and every batch norm in evaluation mode.
+    """Makes the stage true of a module, in place: `choose_trained`, then `hold_in`."""
+    choose_trained(module, stage)
+    hold_in(module, compute_dtype)
+
+
+def choose_trained(module: nn.Module, stage: Stage) -> None:
+    """Frozen parameters get no gradient; parts with trainable parameters are in training mode, all
+    others and every batch norm in evaluation mode. Dtypes stay.
 
     Raises StageError where nothing is trained.
     """
     decided = assign_rates(module, stage.rates)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(decided[name][1] is not FROZEN)
-    hold_in(module, compute_dtype)
     if not any(p.requires_grad for p in module.parameters()):
         raise StageError(f"stage {stage.name!r} trains no parameter")
     for part in module.children():
@@ -117,7 +121,7 @@ def prepare(module: nn.Module, stage: Stage, compute_dtype: torch.dtype) -> None
 
 
 def hold_in(module: nn.Module, compute_dtype: torch.dtype) -> None:
-    """Gives trainable parameters fp32 and frozen ones `compute_dtype`, in place."""
+    """Trainable parameters become fp32 masters, frozen ones get `compute_dtype`, in place."""
     cast_parameters(module, torch.float32, lambda parameter: parameter.requires_grad)
     cast_parameters(module, compute_dtype, lambda parameter: not parameter.requires_grad)
 
