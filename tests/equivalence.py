@@ -48,6 +48,7 @@ def ways(family, processes):
         way("2 sharded, accumulation 2", 2, shard="all")
         if family == "decoder-only":
             way("2 sharded, packed", 1, shard="all", pack=60)
+            way("2 replicas, balanced", 1, balance=True)
     if processes == 4:
         way("2 x 2 sharded by machine", 1, shard="node", machine_of=2)
     way(f"resumed on {processes}, sharded", 1, shard="all", resume=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vlm.training import launch
+from vlm.training import launch, room
 from vlm.training.base_settings import BaseSettings
 
 
@@ -23,6 +23,11 @@ class Settings(BaseSettings):
 
 def run(case, settings):
     rank = int(os.environ["RANK"])
+    if case == "crowded":
+        from tests import contrastive_runs
+
+        room.memory_for = lambda device, module: (2**40, 2**20)[rank]
+        contrastive_runs.run(Path(os.environ["OUT"]), **contrastive_runs.TINY)
     if case == "unlike":
         settings = replace(settings, clip=1.0 + rank, seed=rank)
     accelerator, share = launch.accelerator_for(settings)

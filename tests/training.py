@@ -34,6 +34,7 @@ from vlm.training.run import Run
 from vlm.training.sharding import gathered, whole_on_first
 from vlm.training.stages import FROZEN, Stage
 from vlm.training.step import Step
+from vlm.training.work import work_of
 
 STAGE = Stage(
     name="tiny",
@@ -139,9 +140,10 @@ def split_by_kind():
 
 def train(out, stage=STAGE, rows=None, chosen=None, seed=0, resume=False, precision="fp32",
           on_bad_row="raise", dropout=0.0, data=None, loss=None, evaluate=None, change=(),
-          shard="no", token_cache=None, pack=None, **pace):  # fmt: skip
+          shard="no", token_cache=None, pack=None, balance=False, **pace):  # fmt: skip
     """Trains and gives (model, progress, lines of metrics.jsonl). loss: of a contrastive model;
-    None trains a decoder-only one, with rows padded or packed."""
+    None trains a decoder-only one, with rows padded or packed. balance: whether rows are dealt out
+    by their work."""
     if loss:
         chosen, rows = chosen or contrastive_model(loss), rows or pairs()
     chosen = chosen or model()
@@ -151,9 +153,11 @@ def train(out, stage=STAGE, rows=None, chosen=None, seed=0, resume=False, precis
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if precision == "bf16" else "no")
     deciding = {"steps": stage.steps, "batch": stage.batch, "seed": seed}
     run = Run(Path(out), deciding, deciding, main=accelerator.is_main_process, resume=resume)
+    work = work_of(chosen.module, stage.rates) if balance else None
     progress = fit(
         chosen, stage, data or dataset(rows, seed, on_bad_row), run, accelerator,
-        objective=objective_for(chosen, loss, pack),
+        objective=objective_for(chosen, loss, pack, work),
+        balance=work and work.of_row,
         precision=precision, shard=shard, token_cache=token_cache,
         pace=Pace(**{"workers": 0, "save_every": 0, **pace}),
         resume=resume, change=change, evaluate=evaluate,
@@ -161,10 +165,10 @@ def train(out, stage=STAGE, rows=None, chosen=None, seed=0, resume=False, precis
     return chosen, progress, run.history()
 
 
-def objective_for(chosen, loss, pack):
+def objective_for(chosen, loss, pack, work=None):
     if isinstance(chosen, Reader):
         return Transcribe()
-    return Contrast(loss) if loss else NextToken(chosen.processor.pad_id, pack)
+    return Contrast(loss) if loss else NextToken(chosen.processor.pad_id, pack, work)
 
 
 @torch.no_grad()

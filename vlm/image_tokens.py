@@ -103,6 +103,13 @@ def map_pixels(function, pixels: Pixels) -> Pixels:
     return tuple(map_pixels(function, part) for part in pixels)
 
 
+def pixel_shape(pixels: Pixels) -> tuple:
+    """The shape of `pixels`; of those of several towers, the shape of each."""
+    if isinstance(pixels, Tensor):
+        return tuple(pixels.shape)
+    return tuple(map(pixel_shape, pixels))
+
+
 def pixel_hw(pixels: Pixels) -> tuple[int, int]:
     """Rows and columns of the first (for pairs: the high-resolution) tensor of `pixels`."""
     while not isinstance(pixels, Tensor):

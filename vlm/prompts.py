@@ -17,8 +17,8 @@ from torch import Tensor
 from vlm.data.boxes import check_boxes
 from vlm.data.example import BadRow, Box, Example, Skipped, Turn
 from vlm.geometry import LocTokens
-from vlm.image_tokens import Pixels
-from vlm.pixels import BadImage, open_image
+from vlm.image_tokens import Pixels, map_pixels, meta_pixels
+from vlm.pixels import BadImage, image_size, open_image
 from vlm.placement import IMAGE
 
 SLOT, ANSWER, END = "\ue5c0", "\ue5c1", "\ue5c2"  # private-use marks, one character each
@@ -138,6 +138,17 @@ class Processor:
         Raises BadRow or BadImage naming the row where a picture cannot be read or there is no
         answer. Gives Skipped where the row does not fit `max_tokens` and cannot be shrunk.
         """
+        return self._encode(example, self._see)
+
+    def measure(self, example: Example) -> Row | Skipped:
+        """What `encode` gives, its pixels on the meta device, where tensors have shapes and no
+        values: of pictures the headers alone are read.
+
+        Raises BadRow or BadImage as `encode` does, but not for damage behind a header.
+        """
+        return self._encode(example, self._foresee)
+
+    def _encode(self, example: Example, see: Callable) -> Row | Skipped:
         if example.is_document:
             return self._fit(self._document(example))
         answers = sum(turn.role == "assistant" for turn in example.turns)
@@ -148,7 +159,7 @@ class Processor:
                 f"{example.name}: expected one answer, since this model reads all before it at "
                 f"once, found {answers}; give each question a row of its own"
             )
-        views, places, turns = self._look(example)
+        views, places, turns = self._look(example, see)
         ids, scored = self._ids(turns, places, example.name)
         return self._fit(
             Row(
@@ -166,7 +177,7 @@ class Processor:
 
         Raises BadRow naming both numbers where it is longer than `max_tokens`.
         """
-        views, places, turns = self._look(example)
+        views, places, turns = self._look(example, self._see)
         ids, scored = self._ids(turns, places, example.name, open_answer=True)
         self._require_room(example.name, len(ids))
         return Row(
@@ -246,12 +257,12 @@ class Processor:
         """The text of generated ids, special tokens left out."""
         return self.text_tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    def _look(self, example: Example) -> tuple[list, list[int], tuple[Turn, ...]]:
-        """Decoded views of the example's images, the places that each image takes, and the turns
-        with boxes written out."""
+    def _look(self, example: Example, see: Callable) -> tuple[list, list[int], tuple[Turn, ...]]:
+        """Views of the example's images, the places that each image takes, and the turns with boxes
+        written out. see: `_see` or `_foresee`."""
         views, places, sizes = [], [], []
         for number, reference in enumerate(example.images):
-            seen, size_hw = self._see(reference, number, example.name)
+            seen, size_hw = see(reference, number, example.name)
             views += seen
             places.append(self.places_for(size_hw))
             sizes.append(size_hw)
@@ -265,6 +276,18 @@ class Processor:
         except BadImage as error:
             raise BadImage(f"{name}: {error}") from error
         return views, (picture.height, picture.width)
+
+    def _foresee(self, image, number: int, name: str) -> tuple[list, tuple[int, int]]:
+        """What `_see` gives, by the picture's header; pixels have shapes and no values."""
+        try:
+            size_hw = image_size(image)
+        except BadImage as error:
+            raise BadImage(f"{name}: {error}") from error
+        views = []
+        for view, view_hw in enumerate(self.pixel_spec.view_sizes(size_hw)):
+            pixels = meta_pixels(view_hw, torch.float32)
+            views.append((map_pixels(lambda tensor: tensor[0], pixels), (number, view)))
+        return views, size_hw
 
     def _write_boxes(self, example: Example, sizes: list[tuple[int, int]]) -> tuple[Turn, ...]:
         """The example's turns with each box as its tokens; boxes that no turn writes are checked

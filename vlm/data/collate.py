@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlm.data.example import BadRow, Example, Skipped
-from vlm.image_tokens import Pixels, ViewGroup
+from vlm.image_tokens import Pixels, ViewGroup, pixel_shape
 from vlm.pixels import BadImage
 from vlm.placement import Batch
 from vlm.prompts import Processor, Row
@@ -86,17 +86,13 @@ def group_views(rows: Sequence[Row]) -> tuple[ViewGroup, ...]:
     groups: dict[tuple, tuple[list, list]] = {}
     for b, row in enumerate(rows):
         for pixels, (image, view) in row.views:
-            views, owners = groups.setdefault(_size(pixels), ([], []))
+            views, owners = groups.setdefault(pixel_shape(pixels), ([], []))
             views.append(pixels)
             owners.append((b, image, view))
     return tuple(
         ViewGroup(pixels=_stack(views), owner=torch.tensor(owners))
         for views, owners in groups.values()
     )
-
-
-def _size(pixels: Pixels) -> tuple:
-    return tuple(pixels.shape) if isinstance(pixels, Tensor) else tuple(map(_size, pixels))
 
 
 def _stack(views: Sequence[Pixels]) -> Pixels:

@@ -249,6 +249,11 @@ class MixtureDataset(Dataset):
         self.on_bad_row = on_bad_row
         self.augment = augment
 
+    def plain(self, number: int) -> Example:
+        """The example as its source has it. Raises BadRow, whatever on_bad_row says."""
+        draw = self.mixture[number]
+        return self.sources[draw.source][draw.row]
+
     def __getitem__(self, number: int) -> Example | Skipped:
         draw = self.mixture[number]
         source = self.sources[draw.source]

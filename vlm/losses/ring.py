@@ -118,11 +118,12 @@ def exchange_reports(
     report: list[int], device: torch.device, group: dist.ProcessGroup | None
 ) -> tuple[int, list[list[int]]]:
     """This rank's number, and the reports of all ranks, each as long as this one's. group: None is
-    all ranks, or this process alone where torch.distributed is not initialised."""
+    all ranks, or this process alone where torch.distributed is not initialised; it is alone too
+    where it is no member of the group."""
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return 0, [report]
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    if ranks == 1:
+    if ranks < 2:
         return 0, [report]
     mine = torch.tensor(report, device=device)
     reports = [torch.empty_like(mine) for _ in range(ranks)]

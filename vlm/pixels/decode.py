@@ -111,17 +111,23 @@ def open_image(
             ) from error
 
 
-def image_size(source: ImageRef) -> tuple[int, int]:
+def image_size(source: ImageRef | Image.Image) -> tuple[int, int]:
     """Rows and columns that `open_image` would give, from the picture's header alone.
 
-    Raises BadImage where the header cannot be read; pixels that are damaged stay unseen.
+    Raises BadImage where the header cannot be read, or states a size that `open_image` refuses;
+    pixels that are damaged stay unseen.
     """
     with ExitStack() as stack:
-        if isinstance(source.data, bytes):
-            file = io.BytesIO(source.data)
+        if isinstance(source, Image.Image):
+            name, image = "PIL image", source
         else:
-            file = stack.enter_context(_open_path(source.data, source.name))
-        image = stack.enter_context(_read_header(file, source.name, MAX_PIXELS))
+            name = source.name
+            if isinstance(source.data, bytes):
+                file = io.BytesIO(source.data)
+            else:
+                file = stack.enter_context(_open_path(source.data, name))
+            image = stack.enter_context(_read_header(file, name, MAX_PIXELS))
+        _check_size(image.height, image.width, name, MAX_PIXELS)
         try:
             turned = image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
         except Exception:  # a damaged EXIF block, which `open_image` leaves out with a warning

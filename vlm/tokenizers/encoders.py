@@ -47,6 +47,7 @@ ENCODERS = {
         blocks="encoder.layers",
         norm="post_layernorm",
         pool="head",
+        attention=WHOLE_PRODUCTS,
         prefix=lambda config: 0,
     ),
     "clip_vision_model": Encoder(
@@ -55,6 +56,7 @@ ENCODERS = {
         norm="post_layernorm",
         pool="class",
         norms_tokens=False,
+        attention=WHOLE_PRODUCTS,
         prefix=lambda config: 1,
     ),
     "vit": Encoder(
@@ -101,6 +103,7 @@ ENCODERS = {
         norm="layernorm",
         pool="class",
         resize_argument=False,
+        attention=WHOLE_PRODUCTS,
         prefix=lambda config: 1,
     ),
     "dinov2_with_registers": Encoder(
@@ -109,6 +112,7 @@ ENCODERS = {
         norm="layernorm",
         pool="class",
         resize_argument=False,
+        attention=WHOLE_PRODUCTS,
         prefix=lambda config: 1 + config.num_register_tokens,
     ),
     "sam_vision_model": Encoder(

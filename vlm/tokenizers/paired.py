@@ -57,6 +57,10 @@ class PairedSpec:
             low_image = Image.fromarray(self.high.resize_u8(image).permute(1, 2, 0).numpy())
         return list(zip(self.high(image), self.low(low_image), strict=True))
 
+    def unnormalise(self, pixels: tuple[Tensor, Tensor]) -> Tensor:
+        """What the high tower sees of views as pictures to look at, see `PixelSpec.unnormalise`."""
+        return self.high.unnormalise(pixels[0])
+
 
 class AverageNeck(nn.Module):
     """Brings a grid of tokens to a coarser one by averaging the tokens that fall on each place.

@@ -105,6 +105,10 @@ class TilesSpec:
         ]
         return views + (self.tile(image) if self.thumbnail and len(views) > 1 else [])
 
+    def unnormalise(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels of views as pictures to look at, see `PixelSpec.unnormalise`."""
+        return self.tile.unnormalise(pixels)
+
     def _whole(self, size_hw: tuple[int, int]) -> PixelSpec:
         """The preprocessing that brings a picture to the whole of its tiles."""
         (rows, columns), (H, W) = self.layout(size_hw), self.tile.size_hw

@@ -111,7 +111,7 @@ class BaseSettings:
 
 
 FREE = ("out", "resume", "change", "keep", "threads", "workers", "eval_every", "save_every",
-        "micro_batch", "pack", "token_cache", "shard", "held_out", "held_out_rows",
+        "micro_batch", "pack", "balance", "token_cache", "shard", "held_out", "held_out_rows",
         "text_held_out", "text_held_out_rows", "checkpoint_activations", "merge")  # fmt: skip
 """Settings that may change when a run is resumed: they decide nothing that is learned."""
 

@@ -7,7 +7,7 @@ step and none waits for another.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,6 +18,8 @@ from vlm.data.collate import Encoded
 from vlm.data.example import BadRow, Skipped
 from vlm.data.mixture import MixtureDataset, StepSampler
 from vlm.pixels import BadImage
+from vlm.prompts import Row
+from vlm.training.balance import Costs, Dealt
 from vlm.training.objectives import Objective
 
 
@@ -34,14 +36,24 @@ class MicroBatch:
 
 
 def micro_batch_loader(
-    data: MixtureDataset, processor, sampler: StepSampler, objective: Objective, workers: int
+    data: MixtureDataset,
+    processor,
+    sampler: StepSampler,
+    objective: Objective,
+    workers: int,
+    balance: Callable[[Row], int] | None = None,
 ) -> DataLoader:
     """Gives a `MicroBatch` for each list of rows that the sampler names.
 
     workers: processes that read and decode; 0 reads in the loop itself.
+    balance: what a row costs, by which the rows of a step are dealt out; None takes them as the
+        sampler does, and so does one rank.
     """
+    rows = _Guarded(Encoded(data, processor, data.on_bad_row))
+    if balance is not None and sampler.ranks > 1:
+        rows = Dealt(rows, Costs(data, processor, balance), sampler)
     return DataLoader(
-        _Guarded(Encoded(data, processor, data.on_bad_row)),
+        rows,
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=_Collate(objective),

@@ -27,6 +27,7 @@ from vlm.prompts import Row
 from vlm.tokenizers.columns import STRIDE
 from vlm.training.sharding import level, passes_of_ranks
 from vlm.training.stages import StageError
+from vlm.training.work import Work
 
 Autocast = Callable[[], AbstractContextManager]
 LARGEST_SCALE = 100.0
@@ -86,15 +87,17 @@ class NextToken:
     """Cross-entropy of the scored tokens: their sum over the number of them in the whole step.
 
     pack: the most places of a packed row; None pads rows side by side. Raises ValueError below 1.
+    work: what rows and batches cost.
     """
 
     every_rank = False
 
-    def __init__(self, pad_id: int, pack: int | None = None) -> None:
+    def __init__(self, pad_id: int, pack: int | None = None, work: Work | None = None) -> None:
         if pack is not None and pack < 1:
             raise ValueError(f"pack must be at least 1 place, found {pack}")
         self.pad_id = pad_id
         self.pack = pack
+        self.work = work or Work()
 
     def collate(self, rows: Sequence[Row]) -> tuple[Batch, ...]:
         """Rows packed end to end; or those of like length together, padded."""
@@ -108,7 +111,7 @@ class NextToken:
             samples=len(batch.names),
             tokens=int(batch.valid.sum()),
             positions=batch.valid.numel(),
-            work=batch.valid.numel(),
+            work=self.work.of_batch(batch),
             pictured=sum(len(group.owner) for group in batch.groups),
             unscored=len(batch.names) - len(batch.target_rows.unique()),
         )
@@ -210,7 +213,8 @@ def _fit(batch: LineBatch) -> torch.Tensor:
 class Contrast:
     """Pictures and their captions told apart within the batch of all ranks and micro-batches.
 
-    kind: "softmax" (CLIP) or "sigmoid" (SigLIP).
+    kind: "softmax" (CLIP) or "sigmoid" (SigLIP). group: the ranks among whose pairs they are told
+    apart, as the losses take it; all at first.
     One micro-batch is an ordinary pass. Of several, embeddings alone are kept from a first pass
     without gradients; the loss over all of them gives each embedding's gradient, and a second pass
     through each micro-batch, with the random numbers of its first, takes it on to the weights. The
@@ -223,6 +227,7 @@ class Contrast:
         if kind not in ("softmax", "sigmoid"):
             raise ValueError(f"loss is 'softmax' or 'sigmoid', found {kind!r}")
         self.kind = kind
+        self.group: torch.distributed.ProcessGroup | None = None
         self.limit: torch.Tensor | None = None
 
     def collate(self, rows: Sequence[Pair]) -> tuple[PairBatch, ...]:
@@ -299,9 +304,10 @@ class Contrast:
         which is the same on every rank."""
         try:
             if self.kind == "softmax":
-                loss = softmax_loss(*embedded, module.log_scale)
+                loss = softmax_loss(*embedded, module.log_scale, group=self.group)
             else:
-                loss = sigmoid_loss(*embedded, module.log_scale, module.bias)
+                scalars = module.log_scale, module.bias
+                loss = sigmoid_loss(*embedded, *scalars, group=self.group)
         except RefusedRows as error:
             names = [name for batch in batches for name in batch.names]
             refused = [names[row] for row in error.rows[:32]]

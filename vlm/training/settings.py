@@ -52,6 +52,14 @@ class Settings(BaseSettings):
     """Most places of a packed row: examples go through the language model end to end, without
     padding, and none sees another; a longer one goes alone. Losses and gradients stay, rows of
     unequal length take less time. None pads rows of like length side by side."""
+    balance: bool = False
+    """Deal the rows of a step out to processes, and to their micro-batches, by what they cost, so
+    that none waits long for another: by operations of the image tokenizer on each view and of the
+    language model on each place. Counts of rows stay, and losses and gradients do. The price: every
+    process reads each row of the step, its text and its pictures' headers (before augmentation);
+    sources that draw their pictures would draw each on every process. `balance` among the figures
+    is the mean work of the processes over the largest; where data_wait rises, take more workers.
+    With a token_cache views count nothing. One process has nothing to deal out."""
     token_cache: Path | None = None
     """A folder where tokens of a frozen image tokenizer are kept, so that a picture is encoded in
     the first epoch alone, of this run or of any other with the same weights; pictures must not

@@ -19,9 +19,13 @@ from vlm.training.sharding import clip_gradients, is_sharded, sum_unsharded
 from vlm.training.stages import Stage, StageError, set_rates
 from vlm.training.working import WorkingWeights
 
+BUCKET_ELEMENTS = 2**24
+"""Numbers of gradients that ranks exchange at once."""
+
 
 class Step:
-    """One optimizer step over the rank's micro-batches; figures are those of all ranks."""
+    """One optimizer step over the rank's micro-batches; figures are those of all ranks. Among them
+    balance: the mean work of the ranks over the largest, up to 1."""
 
     def __init__(
         self,
@@ -59,11 +63,12 @@ class Step:
                 failed is not None,
                 sum(len(micro.skipped) + micro.cut + micro.unscored for micro in micros),
                 not batches,
+                *self._as_own(sum(count.work for count in counts)),
             ]
         )
         (
             scored, samples, tokens, positions, work, images, stops, unsaved, failures, left_out,
-            idle,
+            idle, *works,
         ) = map(int, totals)  # fmt: skip
         if failures:
             raise failed or BadRow("another rank found a row that cannot be used; see its message")
@@ -103,6 +108,7 @@ class Step:
             "scored": scored,
             "samples": samples,
             **self.meter.read(),
+            "balance": work / (len(works) * max(*works, 1)),
             "images": images,
             "stop": stops > 0,
             "unsaved": unsaved > 0,
@@ -163,18 +169,25 @@ class Step:
             self._sum_gradients()
         return float(nn.utils.clip_grad_norm_(self.trainable, self.stage.clip))
 
-    def _sum_gradients(self, bucket_elements: int = 2**24) -> None:
-        """All-reduces gradients in flat buckets of at most `bucket_elements` numbers."""
+    def _sum_gradients(self) -> None:
+        """All-reduces gradients in flat buckets, full with `BUCKET_ELEMENTS` or a bit more."""
         bucket: list[torch.Tensor] = []
         for number, parameter in enumerate(self.trainable):
             bucket.append(parameter.grad)
-            full = sum(grad.numel() for grad in bucket) >= bucket_elements
+            full = sum(grad.numel() for grad in bucket) >= BUCKET_ELEMENTS
             if full or number + 1 == len(self.trainable):
                 flat = torch.cat([grad.flatten() for grad in bucket])
                 torch.distributed.all_reduce(flat)
                 for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket])):
                     grad.copy_(part.view_as(grad))
                 bucket = []
+
+    def _as_own(self, value: float) -> list[float]:
+        """The value at this rank's place among all ranks, so that a sum shows those of each."""
+        return [
+            value * (rank == self.accelerator.process_index)
+            for rank in range(self.accelerator.num_processes)
+        ]
 
     def _sum(self, values: list[float]) -> list[float]:
         total = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)

@@ -1,0 +1,132 @@
+"""What examples cost a decoder-only model: operations, known before anything is computed.
+
+The one measure by which rows are dealt out to processes and by which the speed of a step goes.
+It compares costs, and is no forecast of time: a multiplication counts the same wherever it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vlm.image_tokens import Pixels, map_pixels, meta_twin, pixel_shape
+from vlm.placement import Batch
+from vlm.prompts import Row
+from vlm.training.flops import flop_counter
+from vlm.training.stages import FROZEN, assign_rates
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """Operations of a step on examples, forward and backward, in whole numbers.
+
+    place: of one place of the text stream. pair: of one place for each place of its own row, which
+        is attention. target: of the scores of the vocabulary at one scored place. view: of the
+        pixels of one view, without a view axis, in the image tokenizer and the adaptor; None where
+        views cost nothing.
+    By default one for each place: the measure where nothing is known of the model.
+
+    >>> from vlm.data.collate import collate_packed
+    >>> ids = torch.arange(5)
+    >>> row = Row(name="row", ids=ids, scored=ids > 2, views=(), places=())
+    >>> work = Work(place=100, pair=1, target=10)
+    >>> work.of_row(row), work.of_batch(collate_packed([row, row]))
+    (545, 1090)
+    """
+
+    place: int = 1
+    pair: int = 0
+    target: int = 0
+    view: Callable[[Pixels], int] | None = None
+
+    def of_row(self, row: Row) -> int:
+        """The work of a row by itself. Its pixels may be without values."""
+        views = ((pixels, 1) for pixels, _ in row.views)
+        return self._of([len(row.ids)], int(row.scored[1:].sum()), views)
+
+    def of_batch(self, batch: Batch) -> int:
+        """The work of a batch, its padding included."""
+        B, T = batch.ids.shape
+        lengths = [T] * B if batch.bounds is None else batch.bounds.diff().tolist()
+        views = (
+            (map_pixels(lambda stacked: stacked[0], group.pixels), len(group.owner))
+            for group in batch.groups
+        )
+        return self._of(lengths, int(batch.scored.sum()), views)
+
+    def _of(self, lengths: Sequence[int], targets: int, views: Iterable[tuple[Pixels, int]]) -> int:
+        text = sum(length * (self.place + self.pair * length) for length in lengths)
+        seen = 0 if self.view is None else sum(self.view(pixels) * count for pixels, count in views)
+        return text + self.target * targets + seen
+
+
+def work_of(
+    module: nn.Module, rates: tuple[tuple[str, float | None], ...], views: bool = True
+) -> Work:
+    """The work of a decoder-only or prefix model of which `rates` say what learns, as a `Stage`
+    has them. views: whether pictures go through the image tokenizer.
+
+    A weight costs a multiplication and an addition at each place forward, as much for the gradient
+    of its input, and where it learns for its own. Of attention half the pairs count. All experts of
+    a mixture count, and nothing that is computed again.
+    Raises StageError where the rates do not fit the module.
+    Source: arXiv 2001.08361 (Kaplan et al., "Scaling Laws"), section 2.1.
+    """
+    decided = assign_rates(module, rates)
+    learned = {id(p) for n, p in module.named_parameters() if decided[n][1] is not FROZEN}
+    text, config = module.text, module.text.config.get_text_config()
+    head = list(text.get_output_embeddings().parameters())
+    beside = {id(p) for p in (*head, *text.get_input_embeddings().parameters())}
+    body = [p for p in text.parameters() if id(p) not in beside]
+    # Recurrent models, for one, have no attention to count.
+    wide = getattr(config, "hidden_size", 0) * getattr(config, "num_hidden_layers", 0)
+    return Work(
+        place=2 * (2 * _count(body) + _count(body, learned)),
+        pair=3 * 2 * wide,
+        target=2 * (2 * _count(head) + _count(head, learned)),
+        view=_Views([module.tokenizer, module.adaptor], learned) if views else None,
+    )
+
+
+class _Views:
+    """Operations of one view in parts that take it in turn: those of the pass forward as torch
+    counts them on tensors without values, remembered for each pixel size."""
+
+    def __init__(self, parts: Sequence[nn.Module], learned: set[int]) -> None:
+        self.twins = [meta_twin(part).float() for part in parts]
+        self.passes, reached = [], False
+        for part in parts:
+            own = list(part.parameters())
+            share = _count(own, learned) / max(_count(own), 1)
+            reached = reached or share > 0
+            self.passes.append(1 + reached + share)
+        self.known: dict[tuple, int] = {}
+
+    def __call__(self, pixels: Pixels) -> int:
+        shape = pixel_shape(pixels)
+        if shape not in self.known:
+            self.known[shape] = self._counted(pixels)
+        return self.known[shape]
+
+    @torch.no_grad()
+    def _counted(self, pixels: Pixels) -> int:
+        value = map_pixels(lambda view: torch.empty(1, *view.shape, device="meta"), pixels)
+        work = 0
+        for twin, passes in zip(self.twins, self.passes):
+            with flop_counter() as counter:
+                value = twin(value)
+            work += round(passes * counter.get_total_flops())
+        return work
+
+
+def _count(parameters: Iterable[nn.Parameter], among: set[int] | None = None) -> int:
+    """How many weights there are, or of them those whose id is `among` some. A byte of 4-bit ones
+    holds two."""
+    return sum(
+        p.numel() * (1 if p.is_floating_point() else 2)
+        for p in parameters
+        if among is None or id(p) in among
+    )
