@@ -33,6 +33,7 @@ from vlm.pairs import Pair
 from vlm.placement import IMAGE
 from vlm.prompts import Row
 from vlm.systems import line_reader, scratch
+from vlm.training.lean import lean, lean_ways
 from vlm.training.objectives import Contrast, NextToken, Objective, Transcribe
 from vlm.training.rehearsal import Rehearsal
 from vlm.training.stages import FROZEN, Stage, optimizer_for, prepare
@@ -154,6 +155,7 @@ def resident_mb() -> float:
 def learn(case: Case, small: bool, before_last: Callable[[], None]) -> None:
     """Two steps as `fit` makes them; calls `before_last` between them."""
     module, rows, objective = case.make(small)
+    ways = lean_ways(module)
     prepare(module, case.stage, case.precision)
     optimizer = optimizer_for(module, case.stage)
     working = WorkingWeights(module, case.precision)
@@ -165,7 +167,7 @@ def learn(case: Case, small: bool, before_last: Callable[[], None]) -> None:
     for last in (False, True):
         if last:
             before_last()
-        with working.in_use():
+        with working.in_use(), lean(module, ways):
             objective.backward(
                 module, batches, 100, lambda: torch.autocast("cpu", torch.bfloat16, enabled=low)
             )

@@ -6,7 +6,7 @@ from tests import tiny, towers, training
 from vlm.inference import engine
 from vlm.lora import Lora, add_lora
 from vlm.tokenizers.paired import AverageNeck, PairedTokenizer
-from vlm.training.memory import checkpoint_activations, saved_bytes
+from vlm.training.memory import checkpoint_activations, kept_parts, saved_bytes
 from vlm.training.stages import FROZEN, Stage, prepare
 from vlm.vocabulary import train_rows
 
@@ -197,3 +197,12 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter():
     with saved_bytes() as kept:
         (layer(x) + layer(x)).sum()
     assert sum(kept.values()) == x.numel() * 4
+
+
+def test_kept_parts_are_those_that_gradients_pass():
+    module = tiny.decoder_only()
+    assert kept_parts(module, stage(ADAPTOR_ALONE)) == ["text"]
+    assert kept_parts(module, stage((("*", 1e-3),))) == ["tokenizer", "text"]
+    pairs = training.contrastive_model("sigmoid").module
+    assert kept_parts(pairs, stage((("tokenizer.*", FROZEN), ("*", 1e-3)))) == ["text"]
+    assert kept_parts(training.line_model().module, stage((("*", 1e-3),))) == ["tokenizer"]

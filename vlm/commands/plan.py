@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 if TYPE_CHECKING:
-    from vlm.training.plan import Estimate, Machine, Plan
+    from vlm.training.estimate import Estimate
+    from vlm.training.plan import Machine, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +19,7 @@ class MakePlan:
     """Say what a recipe's run takes of a machine: memory by part, the largest micro-batch, time.
 
     Nothing is trained: steps are carried out on tensors without values, by the run's own code. The
-    model is built as the recipe builds it; its weights are read, and given up. All other options
-    are the recipe's own settings.
+    model is built as the recipe builds it. All other options are the recipe's own settings.
     """
 
     recipe: Annotated[Path, tyro.conf.Positional]
@@ -37,7 +37,7 @@ class MakePlan:
     hybrid: bool = False
     """With --shard: divide them over the devices of a node, alike on every node."""
     rows: int = 16
-    """How many of the recipe's first rows are looked at."""
+    """How many of the run's rows are looked at, drawn from all of its steps."""
     tokens: int | None = None
     """Text places of each row, in place of its own text."""
     json: bool = False
@@ -46,6 +46,7 @@ class MakePlan:
     def run(self, rest: list[str]) -> None:
         from vlm.training.launch import read_settings, recipe_in
         from vlm.training.plan import machine_of, make_plan, split_of
+        from vlm.training.room import asked, remedies
 
         if self.rows < 1:
             raise ValueError(f"--rows must be at least 1, found {self.rows}")
@@ -69,29 +70,23 @@ class MakePlan:
             reserve=self.reserve,
         )
         if self.json:
-            values = asdict(plan) | {"held": plan.held._asdict(), "total": plan.held.total}
-            print(json.dumps(values | {"fits": plan.fits, "peak": source}, indent=2))
+            print(json.dumps(plan.values() | {"peak": source}, indent=2))
         else:
             self._show(plan, machine, settings, name, source)
         if not plan.fits:
-            raise ValueError(plan.refusal())
+            helps = remedies(settings, estimate.rehearsal.module.family, self.shard)
+            raise ValueError(plan.refusal(asked(settings, plan.micro_batch), helps))
 
     def _estimate(self, recipe: Any, settings: Any, machine: Machine) -> tuple[Estimate, str]:
         """Rehearsed steps of a recipe, and the name of its stage."""
-        from vlm.data.collate import Encoded
-        from vlm.data.example import Skipped
+        from vlm.training.estimate import Estimate, objective_for, rows_of_run, with_text_places
         from vlm.training.fit import DTYPES
-        from vlm.training.memory import checkpoint_activations
-        from vlm.training.plan import Estimate, kept_parts, objective_for, with_text_places
+        from vlm.training.memory import checkpoint_activations, kept_parts
         from vlm.training.rehearsal import Rehearsal
 
         data = settings.data()
         model = settings.build()
-        encoded = Encoded(data, model.processor, settings.bad_rows)
-        found = [encoded[number] for number in range(self.rows)]
-        rows = [row for row in found if not isinstance(row, Skipped)]
-        if not rows:
-            raise ValueError(f"none of the first {self.rows} rows can be used: {found[0].reason}")
+        rows = rows_of_run(data, model.processor, settings.steps * settings.batch, self.rows)
         if self.tokens is not None:
             rows = [with_text_places(row, self.tokens) for row in rows]
         module, processor = model.module, model.processor
@@ -108,7 +103,7 @@ class MakePlan:
         from rich.console import Console
         from rich.table import Table
 
-        from vlm.training.plan import GIB, MOST
+        from vlm.training.room import GIB, MOST
 
         unit, size = ("GiB", GIB) if plan.held.total >= GIB else ("MiB", GIB / 1024)
 
@@ -149,8 +144,8 @@ class MakePlan:
             f"{plan.hours * plan.ranks:,.2f} device hours{cost}"
         )
         console.print(
-            f"memory by the longest and time by all of the first {self.rows} rows; reading data, "
-            "evaluations and checkpoints left out",
+            f"memory by the heaviest and time by all of some {self.rows} rows of the run; reading "
+            "data, evaluations and checkpoints left out",
             style="dim",
         )
 

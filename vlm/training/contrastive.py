@@ -24,7 +24,6 @@ from vlm.pairs import collate_pairs
 from vlm.systems import pairing, scratch
 from vlm.training.base_settings import Augmentation, BaseSettings, require_share
 from vlm.training.course import Course, MakeStage
-from vlm.training.memory import checkpoint_activations
 from vlm.training.objectives import Contrast
 from vlm.training.run import Curves
 
@@ -200,11 +199,6 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
     with course.accelerator.main_process_first():
         model = ContrastiveModel(settings.build())
     plan = course.stage(make_stage, model.module)
-    if settings.checkpoint_activations:
-        towers = {"tokenizer": settings.lock_image, "text": settings.lock_text}
-        checkpoint_activations(
-            model.module, [name for name, locked in towers.items() if not locked]
-        )
     there = sum(map(len, data.sources))
     if there < settings.batch:
         course.say(

@@ -14,12 +14,15 @@ from torch import nn
 
 from vlm.data.mixture import MixtureDataset
 from vlm.data.sources.base import Source
+from vlm.prompts import Row
 from vlm.training.base_settings import BaseSettings, deciding, recorded
 from vlm.training.checkpoint import Progress
 from vlm.training.fit import Interrupted, Pace, fit
 from vlm.training.held_out import held_out_rows, usable_rows
 from vlm.training.launch import accelerator_for, processes, sharding_of, wait_for_main
+from vlm.training.memory import checkpoint_activations, kept_parts
 from vlm.training.objectives import Objective
+from vlm.training.room import require_room
 from vlm.training.run import CAPTIONS, Curves, Run
 from vlm.training.sharding import gathered, whole_on_first
 from vlm.training.stages import Stage
@@ -70,8 +73,11 @@ class Course:
         )
 
     def stage(self, make: MakeStage, module: nn.Module) -> Stage:
-        """The stage of the settings, and what it is called, said and noted down."""
+        """The stage of the settings, and what it is called, said and noted down; the module keeps
+        fewer activations where the settings say so, and raises as `checkpoint_activations` does."""
         stage = make(self.settings, module, self.settings.micro_batch or self.share)
+        if self.settings.checkpoint_activations:
+            checkpoint_activations(module, kept_parts(module, stage))
         self.folder.settings["stage"] = stage.name
         self.say(f"{stage.name}: {processes(self.accelerator, self.share)}{SAID[self.shard]}")
         if self.settings.shard != self.shard == "no":
@@ -92,18 +98,30 @@ class Course:
         model: Any,
         stage: Stage,
         data: MixtureDataset,
-        objective: Objective | None = None,
+        objective: Objective,
         evaluate: Callable[[], dict[str, Any]] | None = None,
         merge: bool = True,
         token_cache: Path | None = None,
+        balance: Callable[[Row], int] | None = None,
         evaluated: bool = True,
     ) -> Progress:
-        """Trains the model and saves it, before anything that may fail.
+        """Trains the model and saves it, before anything that may fail; raises ValueError, before
+        anything is written, where a step does not fit in memory, as `require_room` says it.
 
         merge: whether LoRA is merged into the saved weights. evaluated: whether the model is called
             afterwards, by any process as it likes; the others are those of `fit`.
         """
         settings = self.settings
+        require_room(
+            model,
+            stage,
+            data,
+            objective,
+            settings,
+            accelerator=self.accelerator,
+            shard=self.shard,
+            say=self.say,
+        )
         try:
             progress = fit(
                 model,
@@ -115,6 +133,7 @@ class Course:
                 precision=settings.precision,
                 shard=self.shard,
                 token_cache=token_cache,
+                balance=balance,
                 pace=Pace(
                     workers=settings.workers,
                     eval_every=settings.eval_every,

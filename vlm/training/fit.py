@@ -22,8 +22,10 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from vlm.data.mixture import MixtureDataset, StepSampler
+from vlm.prompts import Row
 from vlm.training.checkpoint import KEEP, Checkpoints, Progress
 from vlm.training.decided import decided_by
+from vlm.training.lean import lean, lean_ways
 from vlm.training.loading import MicroBatch, batches_of, micro_batch_loader
 from vlm.training.meter import Meter, peak_flops
 from vlm.training.objectives import NextToken, Objective
@@ -37,6 +39,7 @@ from vlm.training.sharding import (
 )
 from vlm.training.stages import (
     Stage,
+    choose_trained,
     describe,
     optimizer_for,
     prepare,
@@ -91,6 +94,7 @@ def fit(
     precision: str = "bf16",
     shard: Shard = "no",
     token_cache: Path | None = None,
+    balance: Callable[[Row], int] | None = None,
     pace: Pace | None = None,
     resume: bool = False,
     change: Sequence[str] = (),
@@ -105,6 +109,8 @@ def fit(
         so when the run is over.
     token_cache: where tokens of a frozen image tokenizer are kept, see
         `vlm.training.token_cache`; not with sharding.
+    balance: what a row costs, by which those of a step are dealt out, see `vlm.training.balance`;
+        None deals them out by number.
     resume: go on from the newest whole checkpoint. change: names of settings that may differ from
         the checkpoint's, see `vlm.training.decided.differences`.
     evaluate: figures to log between steps, called on every rank; the end is the caller's.
@@ -124,10 +130,12 @@ def fit(
         raise ValueError(f"precision is one of {', '.join(DTYPES)}, found {precision!r}")
     objective = objective or NextToken(model.processor.pad_id)
     module, device = model.module, accelerator.device
+    ways = lean_ways(module)  # before it is sharded, when it can be tried
     if shard == "no":
         module.to(device)
-    prepare(module, stage, DTYPES[precision])
-    if shard != "no":
+        prepare(module, stage, DTYPES[precision])
+    else:
+        choose_trained(module, stage)
         shard_module(module, mesh_for(shard, device), DTYPES[precision], device)
     optimizer = optimizer_for(module, stage)
     run.table(describe(module, optimizer))
@@ -148,7 +156,7 @@ def fit(
         start_step=progress.step,
         steps=stage.steps,
     )
-    loader = micro_batch_loader(data, model.processor, sampler, objective, pace.workers)
+    loader = micro_batch_loader(data, model.processor, sampler, objective, pace.workers, balance)
     peak, _ = peak_flops(device, DTYPES[precision])
     meter = Meter(peak, accelerator.num_processes)
     working = WorkingWeights(module, DTYPES[precision if shard == "no" else "fp32"])
@@ -170,6 +178,7 @@ def fit(
     step_of.keeping = token_cache is not None
     with (
         keeping,
+        lean(module, ways),
         bar,
         _stop_requests() as requests,
         checkpoints,

@@ -16,6 +16,7 @@ from torch.distributed._composable import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm.image_tokens import ImageTokenizer, meta_pixels, meta_twin
+from vlm.training.stages import FROZEN, Stage, assign_rates
 
 PROBE_HW = (256, 192)
 """Rows and columns of the picture that shows what an image tokenizer keeps."""
@@ -45,6 +46,16 @@ def checkpoint_activations(module: nn.Module, parts: Sequence[str] = ("tokenizer
                     f"{where}: {_kind(owner)} has no blocks whose activations can be computed "
                     "again, or they are so already; leave it out of the parts"
                 )
+
+
+def kept_parts(module: nn.Module, stage: Stage) -> list[str]:
+    """The parts that keep activations for the backward pass, as `checkpoint_activations` takes
+    them: language models, since gradients pass through them or they learn, a contrastive model's
+    text encoder where it learns, and image tokenizers that learn."""
+    rates = assign_rates(module, stage.rates)
+    learned = {name.split(".")[0] for name, (_, rate) in rates.items() if rate is not FROZEN}
+    through = set() if module.family == "contrastive" else module.parts().keys() & {"text"}
+    return [part for part in ("tokenizer", "text") if part in learned | through]
 
 
 @contextmanager

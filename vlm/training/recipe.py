@@ -11,7 +11,6 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from vlm.data.example import BadRow, Skipped
@@ -25,11 +24,10 @@ from vlm.training import launch
 from vlm.training.course import Course, MakeStage
 from vlm.training.evaluate import image_gain_on, text_loss_on
 from vlm.training.held_out import held_out_rows
-from vlm.training.memory import checkpoint_activations
 from vlm.training.objectives import NextToken
 from vlm.training.run import draw_captions
 from vlm.training.settings import Settings, training_data
-from vlm.training.stages import FROZEN, Stage, assign_rates
+from vlm.training.work import work_of
 
 PICTURES = 16
 
@@ -66,22 +64,22 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
     if settings.pack is not None:
         require_segments(model.module.text)
     plan = course.stage(make_stage, model.module)
-    if settings.checkpoint_activations:
-        checkpoint_activations(model.module, kept_parts(model.module, plan))
     rows, _, cut = course.held_out(model, source if settings.held_out_rows else None)
     texts = usable_documents(model, documents, settings.text_held_out_rows) if documents else []
     evaluate = _Evaluate(model, course.accelerator, source, rows, documents, texts)
     if course.shard == "no" or texts:  # else each process moves its own parts alone
         model.module.to(course.accelerator.device)
     before = evaluate.text_loss()
+    work = work_of(model.module, plan.rates, views=settings.token_cache is None)
     progress = course.train(
         model,
         plan,
         data,
-        objective=NextToken(model.processor.pad_id, settings.pack),
+        objective=NextToken(model.processor.pad_id, settings.pack, work),
         evaluate=evaluate if rows else None,
         merge=settings.merge,
         token_cache=settings.token_cache,
+        balance=work.of_row if settings.balance else None,
         evaluated=bool(rows or texts),
     )
     figures = evaluate(full=True) if rows else {}
@@ -116,14 +114,6 @@ def require_loc_tokens(data: MixtureDataset, model: Model, bad_rows: str) -> Non
                 f"{source.name}: its answers hold boxes, and this model has no <loc> tokens to "
                 "write them; add some, such as --loc-bins 1024"
             )
-
-
-def kept_parts(module: torch.nn.Module, stage: Stage) -> list[str]:
-    """The parts that keep activations for the backward pass: the language model, and the image
-    tokenizer where it learns."""
-    rates = assign_rates(module, stage.rates)
-    sees = any(n.startswith("tokenizer.") and r is not FROZEN for n, (_, r) in rates.items())
-    return ["tokenizer", "text"] if sees else ["text"]
 
 
 def first_text_loss(settings: Settings, before: float) -> float:

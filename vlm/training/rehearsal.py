@@ -11,6 +11,7 @@ and matrix products), and what an allocator holds without using it.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlm.training.objectives import Objective
+from vlm.attention import as_on_gpus
+from vlm.training.flops import flop_counter
+from vlm.training.lean import lean, lean_ways
+from vlm.training.objectives import Contrast, Objective
 from vlm.training.stages import Stage, optimizer_for, prepare
 from vlm.training.working import WorkingWeights
 
@@ -67,7 +71,7 @@ class Step(NamedTuple):
 
 
 class Rehearsal:
-    """A module whose steps are rehearsed; its weights are given up for shapes, in place.
+    """Steps of a module, rehearsed on a copy of it without values; the module stays as it is.
 
     objective: what a run minimises. dtype: what the step computes in, as `fit` is told.
     gpu: whether autocast is that of GPUs, which takes norms and softmaxes to fp32.
@@ -79,20 +83,20 @@ class Rehearsal:
     ) -> None:
         packed = [name for name, p in module.named_parameters() if not p.is_floating_point()]
         if packed:
-            raise ValueError(
-                f"weights packed in few bits cannot be planned, found {packed[:4]}; plan without "
-                "--base-4bit"
-            )
-        self.module, self.stage, self.objective, self.gpu = module, stage, objective, gpu
-        self.dtype = dtype
+            raise ValueError(f"weights packed in few bits cannot be planned, found {packed[:4]}")
+        self.stage, self.dtype, self.gpu = stage, dtype, gpu
+        self.objective = copy.copy(objective)  # some keep what they saw last
+        if isinstance(objective, Contrast):  # one process rehearses by itself, wherever it is
+            self.objective.group = torch.distributed.GroupMember.NON_GROUP_MEMBER
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self._give_up_weights()
+        self.ways = lean_ways(module)
+        self.module = self._without_values(module)
         with self.fake:
-            prepare(module, stage, dtype)
-            self.optimizer = optimizer_for(module, stage)
-            self.working = WorkingWeights(module, dtype)
-        self.trained = [p for p in module.parameters() if p.requires_grad]
-        self.frozen = [p for p in module.parameters() if not p.requires_grad]
+            prepare(self.module, stage, dtype)
+            self.optimizer = optimizer_for(self.module, stage)
+            self.working = WorkingWeights(self.module, dtype)
+        self.trained = [p for p in self.module.parameters() if p.requires_grad]
+        self.frozen = [p for p in self.module.parameters() if not p.requires_grad]
         with self._booked(_Ledger(self.fake, set())):
             self._update()  # so that the moments are there, as in every step but the first
 
@@ -115,10 +119,10 @@ class Rehearsal:
             p.register_post_accumulate_grad_hook(lambda p: ledger.mark("gradients", p.grad))
             for p in self.trained
         ]
-        counter = FlopCounterMode(display=False) if count else None
+        counter = flop_counter() if count else None
         try:
             with self._booked(ledger, counter):
-                with self.working.in_use():
+                with self.working.in_use(), lean(self.module, self.ways):
                     self.objective.backward(self.module, batches, 1, self._autocast)
                 for parameter in self.trained:
                     ledger.mark("gradients", parameter.grad)
@@ -167,32 +171,28 @@ class Rehearsal:
         writes = self.module.family != "contrastive" and config is not None
         return {config.get_text_config().vocab_size} if writes else set()
 
-    def _give_up_weights(self) -> None:
-        """Puts a tensor without values in place of each floating-point parameter and buffer; one
+    def _without_values(self, module: nn.Module) -> nn.Module:
+        """A copy whose floating-point parameters and buffers have shapes alone, all on the CPU; one
         that has several names stays one."""
-        made: dict[int, tuple[Tensor, Tensor]] = {}  # the first is kept, so that its id stays its
-
-        def empty(tensor: Tensor) -> Tensor:
-            if id(tensor) not in made:
-                with self.fake:
-                    shape = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    if isinstance(tensor, nn.Parameter):
-                        shape = nn.Parameter(shape, requires_grad=tensor.requires_grad)
-                made[id(tensor)] = tensor, shape
-            return made[id(tensor)][1]
-
-        for m in self.module.modules():
-            for held in (m._parameters, m._buffers):
-                for name, tensor in held.items():
-                    if tensor is not None and tensor.is_floating_point():
-                        held[name] = empty(tensor)
+        memo: dict[int, Tensor] = {}
+        for tensor in (*module.parameters(), *module.buffers()):
+            if not tensor.is_floating_point():
+                memo[id(tensor)] = tensor.detach().cpu().clone()
+                continue
+            with self.fake:
+                shape = torch.empty(tensor.shape, dtype=tensor.dtype)
+                if isinstance(tensor, nn.Parameter):
+                    shape = nn.Parameter(shape, requires_grad=tensor.requires_grad)
+            memo[id(tensor)] = shape
+        return copy.deepcopy(module, memo)
 
     @contextmanager
     def _booked(self, ledger: _Ledger, counter: FlopCounterMode | None = None) -> Iterator[None]:
         """Within, tensors that are made have shapes alone, and the ledger sees them."""
         counting = nullcontext() if counter is None else counter
+        way = as_on_gpus() if self.gpu else nullcontext()
         # Otherwise the backward pass would run in threads of its own, which no mode reaches.
-        with self.fake, torch.autograd.set_multithreading_enabled(False), ledger, counting:
+        with self.fake, torch.autograd.set_multithreading_enabled(False), ledger, counting, way:
             yield
 
     @contextmanager

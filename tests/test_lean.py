@@ -1,0 +1,141 @@
+"""Lean norms and MLPs beside transformers' own, their slow twins."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from tests import tiny, training
+from vlm.attention import as_on_gpus
+from vlm.training.lean import PLACES, _in_parts, lean, lean_ways
+from vlm.training.memory import saved_bytes
+
+LEAN = {  # kind -> how many norms and MLPs are known
+    "llama": (5, 2),
+    "qwen2": (5, 2),
+    "qwen3": (9, 2),
+    "granite": (5, 2),
+    "gemma": (0, 0),  # weighs by 1 + weight, and gates by GELU
+    "cohere": (0, 2),  # norms of another kind
+}
+
+
+def chosen(text):
+    found = [m for m in text.modules() if "forward" in vars(m)]
+    mlps = [m for m in found if hasattr(m, "gate_proj")]
+    return len(found) - len(mlps), len(mlps)
+
+
+def passed(text, vectors):
+    """States of a language model, the gradients of everything, and the bytes that were kept."""
+    vectors = vectors.clone().requires_grad_()
+    text.zero_grad()
+    with saved_bytes() as kept:
+        states = text.model(inputs_embeds=vectors, use_cache=False).last_hidden_state
+    generator = torch.Generator().manual_seed(1)
+    states.backward(torch.randn(states.shape, generator=generator).to(states))
+    grads = [p.grad.clone() for p in text.model.parameters() if p.grad is not None]
+    return states.detach(), [vectors.grad, *grads], sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", LEAN)
+def test_lean_blocks_compute_the_same_and_keep_less(kind, dtype):
+    text = tiny.text_model(kind).to(dtype)
+    with torch.no_grad():
+        for name, weight in text.named_parameters():
+            if "norm" in name:
+                weight += torch.linspace(-0.3, 0.3, len(weight)).to(dtype)
+    vectors = torch.randn(2, PLACES // 2 + 9, 32, generator=torch.Generator().manual_seed(0))
+    states, grads, kept = passed(text, vectors.to(dtype))
+    with lean(text, lean_ways(text)):
+        assert chosen(text) == LEAN[kind]
+        found, lean_grads, lean_kept = passed(text, vectors.to(dtype))
+    assert chosen(text) == (0, 0)
+    assert torch.equal(found, states)
+    for a, b in zip(lean_grads, grads, strict=True):
+        scale = float(b.abs().max())
+        close = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(a, b, atol=close * scale, rtol=close)
+    assert lean_kept < kept if any(LEAN[kind]) else lean_kept == kept
+
+
+def test_gradients_are_nearer_to_those_of_32_bits():
+    """What transformers rounds between its steps is not rounded here."""
+    exact = tiny.text_model("llama")
+    vectors = torch.randn(2, 40, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact.to(torch.bfloat16)
+    rounded = [g.float() for g in passed(exact, vectors)[1]]
+    with lean(exact, lean_ways(exact)):
+        found = [g.float() for g in passed(exact, vectors)[1]]
+    expected = passed(exact.float(), vectors.float())[1]
+
+    def off(grads):
+        return sum(float((a - b).norm() / b.norm()) for a, b in zip(grads, expected))
+
+    assert off(found) < 1.05 * off(rounded)
+
+
+def test_models_are_whole_again_where_training_fails():
+    text = tiny.text_model("llama")
+    with pytest.raises(KeyError), lean(text, lean_ways(text)):
+        raise KeyError
+    assert chosen(text) == (0, 0)
+
+
+def test_runs_are_lean(tmp_path, monkeypatch):
+    """A run learns the same, and its model leaves it as it came."""
+    found = []
+
+    def seen(module, ways):
+        found.extend(ways)
+        return lean(module, ways)
+
+    monkeypatch.setattr("vlm.training.fit.lean", seen)
+    chosen_model, _, history = training.train(tmp_path / "lean")
+    assert len(found) == sum(LEAN["llama"])
+    assert chosen(chosen_model.module.text) == (0, 0)
+    monkeypatch.setattr("vlm.training.lean._kind", lambda part: None)
+    _, _, plain = training.train(tmp_path / "plain")
+    for a, b in zip(history, plain, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+
+
+def test_what_a_trial_in_evaluation_or_32_bits_would_not_show_stays():
+    """Norms that round elsewhere in 16 bits, dropout of an MLP's own, norms without an epsilon."""
+    norms = tiny.text_model("olmo2")
+    assert (
+        sorted(type(norms.get_submodule(n)).__name__ for n in lean_ways(norms)) == ["Olmo2MLP"] * 2
+    )
+    seed = tiny.text_model("seed_oss", residual_dropout=0.1)
+    assert not any("mlp" in name for name in lean_ways(seed))
+    assert any("norm" in name for name in lean_ways(seed))
+    assert not any(part.training for part in seed.modules())
+    assert lean_ways(torch.nn.Sequential(torch.nn.RMSNorm(4))) == {}
+
+
+def test_lora_in_an_mlp_is_called():
+    """Its layers, dropout included, are the projections' own."""
+    text = tiny.text_model("llama")
+    wrapped = get_peft_model(
+        text, LoraConfig(target_modules=["gate_proj", "down_proj"], lora_dropout=0.5)
+    )
+    ways = [name for name in lean_ways(wrapped) if name.endswith("mlp")]
+    assert len(ways) == 2
+
+
+def test_a_forward_of_an_instance_stays():
+    text = tiny.text_model("llama")
+    own = text.model.norm.forward = lambda hidden_states: hidden_states
+    assert "model.norm" not in lean_ways(text)
+    with lean(text, lean_ways(text)):
+        pass
+    assert text.model.norm.forward is own
+
+
+def test_parts_are_for_caches_of_cpus_alone():
+    """A step of a GPU is rehearsed whole, as it is made there."""
+    places = torch.zeros(3 * PLACES, 2)
+    assert len(list(_in_parts(places))) == 3
+    with as_on_gpus():
+        assert len(list(_in_parts(places))) == 1

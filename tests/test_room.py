@@ -1,0 +1,263 @@
+"""A run that does not fit in memory says so before its first step, with the largest that does."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests import training
+from tests.contrastive_runs import TINY, run
+from tests.test_ranks import run_two
+from vlm.training import contrastive, room
+from vlm.training.estimate import Estimate, rows_of_run
+from vlm.training.memory import checkpoint_activations
+from vlm.training.objectives import Contrast, NextToken, Transcribe
+from vlm.training.rehearsal import Held, Rehearsal
+from vlm.training.room import MOST, Room, free_memory, largest_within, require_room, size
+from vlm.training.stages import Stage
+
+STAGE = Stage(name="t", rates=(("*", 1e-3),), steps=2, batch=4, micro_batch=4, warmup=0)
+PLENTY = 2**40
+
+
+@pytest.mark.parametrize("budget", [0, 99, 106, 107, 113, 114, 5000, 10**9])
+def test_the_largest_count_is_found_in_few_trials(budget):
+    tried = set()
+
+    def total(count):
+        tried.add(count)
+        return 100 + 7 * count
+
+    expected = min(max((budget - 100) // 7, 0), MOST)
+    assert largest_within(total, budget) == expected
+    assert len(tried) <= 5
+
+
+def test_the_largest_count_is_found_where_cost_bends():
+    """As a loss in chunks makes it: steep at first, then even."""
+
+    def total(count):
+        return 50 * min(count, 10) + 3 * count
+
+    assert largest_within(total, 700) == 66
+
+
+@pytest.mark.parametrize(
+    ("share", "largest", "even"), [(32, 31, 16), (32, 32, 32), (32, 99, 32), (7, 6, 1), (4, 0, 0)]
+)
+def test_the_largest_even_micro_batch_divides_the_share(share, largest, even):
+    held = Held(1, 1, 1, 1, 1)
+    found = Room(share=share, micro_batch=share, held=held, budget=1, largest=largest)
+    assert found.largest_even == even
+
+
+class Given:
+    """What a device has, in place of this machine's memory."""
+
+    def __init__(self, monkeypatch, there):
+        self.there = there
+        monkeypatch.setattr(room, "memory_for", lambda device, module: self.there)
+
+
+SIZES = dict(TINY, image_px=64, batch=64)
+"""Settings of a recipe whose pictures take more memory than its weights."""
+
+
+@pytest.fixture(scope="module")
+def needs():
+    """Bytes that its step needs, by its micro-batch."""
+    settings = contrastive.Settings(**SIZES, out="none", steps=2)
+    pairing = settings.build()
+    rows = rows_of_run(settings.data(), pairing.processor, 2 * 64, room.ROWS_AT_MOST)
+    rehearsal = Rehearsal(pairing.module, STAGE, Contrast("sigmoid"), torch.float32, gpu=False)
+    estimate = Estimate(rehearsal, rows)
+    return {count: estimate.held(count, 64 // count).total for count in (1, 8, 64)}
+
+
+def test_a_run_that_does_not_fit_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch, needs
+):
+    Given(monkeypatch, needs[8])
+    for asked, setting in (({}, "--batch 64"), ({"micro_batch": 64}, "--micro-batch 64")):
+        with pytest.raises(ValueError, match="the largest that fits is") as refused:
+            run(tmp_path / "run", **SIZES, **asked)
+        said = str(refused.value)
+        assert said.startswith(
+            f"{setting}: a micro-batch of 64 needs {size(needs[64])} on each process, which has "
+            f"{size(needs[8])}; "
+        )
+        assert said.endswith("take --micro-batch 8, 8 of which make a process's share of a step")
+    assert not (tmp_path / "run").exists()
+    assert run(tmp_path / "run", **SIZES, micro_batch=8)["step"] == 2
+
+
+def test_a_run_of_which_no_example_fits_is_told_what_may_help(tmp_path, monkeypatch, needs):
+    Given(monkeypatch, needs[1] // 2)
+    with pytest.raises(ValueError, match="not even one example fits: most are") as refused:
+        run(tmp_path / "run", **SIZES)
+    for way in ("--checkpoint-activations", "--shard all", "--precision bf16", "--length"):
+        assert way in str(refused.value)
+    for way in ("--pack", "--max-tokens", "lora"):  # this recipe has none of them
+        assert way not in str(refused.value)
+
+
+def test_a_run_that_nearly_fills_its_memory_says_so(tmp_path, monkeypatch, capsys, needs):
+    Given(monkeypatch, int(needs[64] * 1.05))
+    assert run(tmp_path / "run", **SIZES)["step"] == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"a step is foreseen to hold {size(needs[64])} of the" in said
+
+
+def test_a_step_that_cannot_be_rehearsed_is_no_reason_to_stop(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise RuntimeError("Cannot access data pointer of Tensor")
+
+    Given(monkeypatch, 1)
+    monkeypatch.setattr(room, "Rehearsal", refuse)
+    assert run(tmp_path / "run", **TINY)["step"] == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "whether a step fits in memory is not known: Cannot access data pointer" in said
+
+
+def lines():
+    return training.line_model(), training.text_lines(), Transcribe()
+
+
+def encoder_decoder():
+    model = training.encoder_decoder_model()
+    return model, training.pictures_alone(), NextToken(model.processor.pad_id)
+
+
+def decoder_only(pack=None):
+    model = training.model()
+    return model, training.examples(), NextToken(model.processor.pad_id, pack)
+
+
+def checkpointed():
+    model, rows, objective = decoder_only()
+    checkpoint_activations(model.module, ("text",))
+    return model, rows, objective
+
+
+def packed():
+    return decoder_only(pack=96)
+
+
+def pairs():
+    model = training.contrastive_model("softmax")
+    return model, training.pairs(), Contrast("softmax")
+
+
+@pytest.mark.parametrize(
+    "make", [decoder_only, checkpointed, packed, encoder_decoder, lines, pairs]
+)
+@pytest.mark.parametrize("shard", ["no", "all"])
+def test_steps_of_every_family_are_foreseen_and_models_stay_as_they_were(monkeypatch, make, shard):
+    """Its weights to the bit, and what of it learns and drops out."""
+    if shard == "all" and make is checkpointed:
+        pytest.skip("blocks are computed again in the same way, sharded or not")
+    model, rows, objective = make()
+    before = copy.deepcopy(model.module.state_dict())
+    modes = [(p.requires_grad, p.dtype) for p in model.module.parameters()]
+    training_modes = [m.training for m in model.module.modules()]
+    ranks = 2 if shard == "all" else 1
+    monkeypatch.setattr(room, "gather_object", lambda found: found * ranks)
+    said = []
+
+    def require(there):
+        Given(monkeypatch, there)
+        require_room(
+            model,
+            STAGE,
+            training.dataset(rows),
+            objective,
+            SimpleNamespace(batch=4, micro_batch=None, precision="bf16", pack=96,
+                            checkpoint_activations=False),
+            accelerator=SimpleNamespace(device=torch.device("cpu"), num_processes=ranks),
+            shard=shard,
+            say=lambda text, **_: said.append(text),
+        )  # fmt: skip
+
+    require(PLENTY)
+    assert said == []
+    with pytest.raises(ValueError, match=r"--batch 4 --pack 96: .* not even one example fits"):
+        require(2**10)
+    assert [(p.requires_grad, p.dtype) for p in model.module.parameters()] == modes
+    assert [m.training for m in model.module.modules()] == training_modes
+    after = model.module.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert getattr(objective, "limit", None) is None
+
+
+def test_all_processes_refuse_where_one_has_too_little(tmp_path):
+    for status, _, said in run_two("crowded", OUT=str(tmp_path / "run")):
+        assert status == 1
+        assert "error: --batch 4: a micro-batch of 2 needs" in said
+        assert "which has 1 MiB" in said
+        assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+MEMINFO = "MemTotal: 999 kB\nMemFree: 100 kB\nMemAvailable:    800 kB\n"
+
+
+def system(folder, cgroup, files):
+    """A folder with the system's files about memory."""
+    files = {"proc/meminfo": MEMINFO, "proc/self/cgroup": cgroup, **files}
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+STAT = "anon 100\ninactive_file 3000\nactive_file 1000\n"
+STAT_V1 = "cache 1\ntotal_inactive_file 3000\ntotal_active_file 1000\ninactive_file 0\n"
+
+
+def test_free_memory_is_the_systems_where_no_group_bounds_it(tmp_path):
+    top = system(tmp_path, "0::/a\n", {"sys/fs/cgroup/a/memory.max": "max\n"})
+    assert free_memory(top) == 800 * 1024
+
+
+@pytest.mark.parametrize("group", ["", "job/", "job/step/"])
+def test_free_memory_is_that_of_the_group_or_of_one_above_it(tmp_path, group):
+    """Files that lie in memory are given up where it is needed."""
+    here = f"sys/fs/cgroup/{group}memory"
+    files = {f"{here}.max": "100000\n", f"{here}.current": "64000\n", f"{here}.stat": STAT}
+    assert free_memory(system(tmp_path, "1:cpu:/\n0::/job/step\n", files)) == 40000
+
+
+def test_free_memory_is_known_where_groups_are_not(tmp_path):
+    """A kernel without groups, and a group whose use may not be read."""
+    top = system(tmp_path, "0::/a\n", {"sys/fs/cgroup/a/memory.max": "40000\n"})
+    assert free_memory(top) == 800 * 1024
+    (top / "proc/self/cgroup").unlink()
+    assert free_memory(top) == 800 * 1024
+
+
+def test_free_memory_knows_the_first_version_of_groups(tmp_path):
+    """In a container a group's own folder is the top, whatever its path is called outside."""
+    here = "sys/fs/cgroup/memory/memory"
+    files = {
+        f"{here}.limit_in_bytes": "100000\n",
+        f"{here}.usage_in_bytes": "64000\n",
+        f"{here}.stat": STAT_V1,
+    }
+    top = system(tmp_path, "4:memory:/docker/0ca79\n5:cpu,cpuacct:/\n", files)
+    assert free_memory(top) == 40000
+
+
+def test_free_memory_is_not_known_beside_linux(tmp_path):
+    assert free_memory(tmp_path) is None
+
+
+def test_processes_of_a_machine_share_what_is_free_beside_their_own_weights(monkeypatch):
+    module = torch.nn.Linear(1000, 1000)
+    own = sum(4 * p.numel() for p in module.parameters())
+    monkeypatch.setattr(room, "free_memory", lambda: 1000)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert room.memory_for(torch.device("cpu"), module) == 250 + own
+    monkeypatch.setattr(room, "free_memory", lambda: None)
+    assert room.memory_for(torch.device("cpu"), module) is None

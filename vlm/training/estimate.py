@@ -1,0 +1,262 @@
+"""Rows that stand for a run's, and what rehearsed steps over them say of its steps.
+
+What a step holds goes by its rows, so that it is foreseen from rows of the run itself. The longest
+row that a model could take says little: contexts are far longer than most data, and a run would be
+refused that never fills them. What is foreseen is what surely comes instead. The n longest of 16
+rows meet in one of 360 micro-batches of n at the rarest (n about 6), so that any run of some length
+has steps as heavy; micro-batches of more than 16 are as heavy as rows at random make them. A few
+rows of every source are among them, however rarely it is drawn. Rows that are longer still may
+come, and `vlm.training.room` says so where little room is left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm.data.collate import Encoded
+from vlm.data.example import BadRow, Skipped
+from vlm.data.mixture import MixtureDataset, permuted
+from vlm.image_tokens import Pixels
+from vlm.lines import LineRow
+from vlm.pairs import Pair
+from vlm.pixels import BadImage
+from vlm.placement import IMAGE
+from vlm.prompts import Row
+from vlm.training.objectives import Contrast, NextToken, Objective, Transcribe
+from vlm.training.rehearsal import Held, Rehearsal, Step
+from vlm.training.step import BUCKET_ELEMENTS
+
+ROWS = 16
+"""How many rows of a run are looked at."""
+EACH = 2
+"""The least of them of every source."""
+SEARCHED = 1024
+"""How many draws are searched for sources that are drawn rarely."""
+
+
+def rows_of_run(data: MixtureDataset, processor: Any, samples: int, count: int = ROWS) -> list[Any]:
+    """Rows of a run, encoded: `count` of them, and more where a source gave fewer than `EACH`; from
+    all of its steps, since the first may have other sources than the rest, and the same each time.
+    Those that cannot be used are left out.
+
+    samples: examples of the whole run.
+    Raises ValueError, with the first one's reason, where none can be used.
+    """
+    numbers: list[int] = []
+    drawn: Counter[int] = Counter()
+    for position in range(min(samples, SEARCHED)):
+        number = permuted(position, samples, key=0)
+        source = data.mixture[number].source
+        if len(numbers) < count or drawn[source] < EACH:
+            numbers.append(number)
+            drawn[source] += 1
+    encoded = Encoded(data, processor, "skip")
+    rows, reasons = [], []
+    for number in numbers:
+        try:
+            row = encoded[number]
+        except (BadRow, BadImage) as error:
+            reasons.append(str(error))
+            continue
+        if isinstance(row, Skipped):
+            reasons.append(f"{row.name}: {row.reason}")
+        else:
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"none of {len(numbers)} rows of the run can be used: {reasons[0]}")
+    return rows
+
+
+class Estimate:
+    """What rehearsed steps over a sample of rows say of steps of any size.
+
+    rows: examples as the run's processor makes them. For memory, a micro-batch of n is the n
+    longest of them, or the n with the most pixels, whichever holds more, again and again where
+    there are fewer; where rows are packed, one pack filled with such. Time goes by all rows.
+    ranks: of the run. group: ranks that share one copy of weights, gradients and moments; 1 shards
+    nothing.
+    """
+
+    def __init__(
+        self, rehearsal: Rehearsal, rows: Sequence[Any], ranks: int = 1, group: int = 1
+    ) -> None:
+        self.rehearsal, self.rows, self.ranks, self.group = rehearsal, list(rows), ranks, group
+        self._known: dict[tuple[int, int], Held] = {}
+
+    def held(self, micro_batch: int, accumulation: int) -> Held:
+        """Bytes of one device at the fullest moment of a step."""
+        key = micro_batch, accumulation
+        if key not in self._known:
+            found = (self._held(rows, *key) for rows in self._heaviest(micro_batch))
+            self._known[key] = max(found, key=lambda held: held.total)
+        return self._known[key]
+
+    def _held(self, rows: list[Any], micro_batch: int, accumulation: int) -> Held:
+        """rows: of a micro-batch, or of one of its packs."""
+        several = accumulation > 1 or len(rows) < micro_batch
+        passes = 2 if several else 1  # further ones hold what the second does
+        step = self.rehearsal.step([rows] * passes)
+        waiting = self._embeddings(micro_batch * max(0, accumulation - passes))
+        held = self._sharded(step) if self.group > 1 else self._whole(step)
+        return held._replace(activations=held.activations + waiting)
+
+    @cached_property
+    def gathered(self) -> int:
+        """Bytes of weights that sharding holds whole at a time: what lies outside of blocks, and
+        two blocks, the one at work and the next; 0 where nothing is sharded."""
+        if self.group == 1:
+            return 0
+        outside, largest = self._blocks
+        return outside + 2 * largest
+
+    @property
+    def tokens_per_example(self) -> float:
+        """Real places of the text stream, image places included; of lines, image tokens."""
+        batches = self.rehearsal.objective.collate(self.rows)
+        counts = [self.rehearsal.objective.count(batch) for batch in batches]
+        return sum(count.tokens for count in counts) / len(self.rows)
+
+    def flops_per_example(self, micro_batch: int, accumulation: int) -> float:
+        """Operations of an example, forward and backward, what is computed again included."""
+        passes = min(accumulation, 2)
+        count = min(micro_batch, max(1, len(self.rows) // passes))
+        rows = [self.rows[number * count :][:count] or self.rows for number in range(passes)]
+        return self.rehearsal.step(rows, count=True).flops / sum(map(len, rows))
+
+    def _heaviest(self, count: int) -> list[list[Any]]:
+        """Rows for `count` examples that may hold most: the longest, and those with most pixels
+        (where rows are packed, most for each place), unless these are alike."""
+        pack = getattr(self.rehearsal.objective, "pack", None)
+        sizes = {id(row): (_length(row), _pixels(row)) for row in self.rows}
+
+        def first(key: Any) -> list[Any]:
+            order = sorted(self.rows, key=lambda row: key(*sizes[id(row)]), reverse=True)
+            again = order * -(-count // len(order))
+            return again[:count] if pack is None else _one_pack(again, count, pack)
+
+        longest = first(lambda length, pixels: (length, pixels))
+        densest = first(lambda length, pixels: (pixels / length if pack else pixels, length))
+        alike = sorted(sizes[id(row)] for row in longest) == sorted(
+            sizes[id(row)] for row in densest
+        )
+        return [longest] if alike else [longest, densest]
+
+    def _embeddings(self, examples: int) -> int:
+        """Bytes of the embeddings of further micro-batches, which a contrast keeps until its last:
+        of each picture and text its own, a joined one, and that one's gradient."""
+        if not isinstance(self.rehearsal.objective, Contrast):
+            return 0
+        return examples * 2 * 3 * 4 * self.rehearsal.module.dim
+
+    def _whole(self, step: Step) -> Held:
+        """Where ranks exchange whole gradients, a bucket of them beside all may be more than a
+        pass holds."""
+        if self.ranks == 1:
+            return step.peak
+        sizes = [p.numel() for p in self.rehearsal.trained]
+        bucket = 4 * min(sum(sizes), BUCKET_ELEMENTS + max(sizes))
+        exchange = step.peak._replace(gradients=4 * sum(sizes), activations=bucket, logits=0)
+        return max(step.peak, exchange, key=lambda held: held.total)
+
+    def _sharded(self, step: Step) -> Held:
+        trained = sum(p.numel() for p in self.rehearsal.trained)
+        frozen = sum(p.numel() * p.element_size() for p in self.rehearsal.frozen)
+        learned = 4 * trained
+        _, largest = self._blocks
+        width = self.rehearsal.dtype.itemsize
+        # One block's gradients are whole, in 16 bits and as fp32, until they are scattered.
+        whole = largest * (1 + 4 // width) if trained else 0
+        return Held(
+            weights=(learned + frozen) // self.group + self.gathered,
+            gradients=learned // self.group + whole,
+            optimizer=2 * learned // self.group,
+            activations=step.passing.activations,
+            logits=step.passing.logits,
+        )
+
+    @cached_property
+    def _blocks(self) -> tuple[int, int]:
+        """Bytes in the dtype of compute of what lies outside of repeated blocks, and of the largest
+        block: members of the module's outermost lists of one kind."""
+        width = self.rehearsal.dtype.itemsize
+        module = self.rehearsal.module
+        lists = {name: m for name, m in module.named_modules() if _repeats(m)}
+        outer = [m for n, m in lists.items() if not any(n.startswith(f"{o}.") for o in lists)]
+        blocks = [_numel(block) for blocks in outer for block in blocks]
+        return width * (_numel(module) - sum(blocks)), width * max(blocks, default=0)
+
+
+def objective_for(module: nn.Module, processor: Any, settings: Any) -> Objective:
+    """What the recipe of a model's family minimises."""
+    if module.family == "contrastive":
+        return Contrast(settings.loss)
+    if module.family == "line_reader":
+        return Transcribe()
+    return NextToken(processor.pad_id, getattr(settings, "pack", None))
+
+
+def with_text_places(row: Any, count: int) -> Any:
+    """The row with `count` text places, cut at its end, or with more of what its end holds.
+
+    Raises ValueError for rows of lines, which have no text to read.
+    """
+    if count < 1:
+        raise ValueError(f"text places must be at least 1, found {count}")
+    if isinstance(row, LineRow):
+        raise ValueError("a line reader's rows have no text places; leave --tokens out")
+    images = int((row.ids == IMAGE).sum())
+    more = images + count - len(row.ids)
+    if isinstance(row, Pair):
+        valid = None if row.valid is None else _stretched(row.valid, more)
+        return dataclasses.replace(row, ids=_stretched(row.ids, more), valid=valid)
+    ids = _stretched(row.ids, more)
+    if int((ids == IMAGE).sum()) != images:
+        raise ValueError(
+            f"{row.name}: {count} text places would cut its images; its text has "
+            f"{len(row.ids) - images}"
+        )
+    return dataclasses.replace(row, ids=ids, scored=_stretched(row.scored, more))
+
+
+def _stretched(values: torch.Tensor, more: int) -> torch.Tensor:
+    return values[:more] if more < 0 else torch.cat([values, values[-1:].expand(more)])
+
+
+def _one_pack(rows: Sequence[Row], count: int, most: int) -> list[Row]:
+    """Of `rows`, in their order, what one pack of at most `most` places takes, up to `count`; the
+    first alone where it is longer."""
+    taken, room = list(rows[:1]), most - len(rows[0].ids)
+    for row in rows[1:]:
+        if len(row.ids) <= room and len(taken) < count:
+            taken.append(row)
+            room -= len(row.ids)
+    return taken
+
+
+def _length(row: Row | Pair | LineRow) -> int:
+    return row.pixels.shape[-1] if isinstance(row, LineRow) else len(row.ids)
+
+
+def _pixels(row: Row | Pair | LineRow) -> int:
+    return sum(_numbers(pixels) for pixels, _ in row.views)
+
+
+def _numbers(pixels: Pixels) -> int:
+    return pixels.numel() if isinstance(pixels, torch.Tensor) else sum(map(_numbers, pixels))
+
+
+def _repeats(module: nn.Module) -> bool:
+    """Whether it is a list of blocks of one kind."""
+    lists = isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1
+    return lists and len({type(block) for block in module}) == 1
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

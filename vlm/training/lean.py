@@ -1,0 +1,180 @@
+"""Parts of language models that keep less for the backward pass, and compute the same.
+
+transformers' RMS norms keep their input in fp32, and its gated MLPs what their activation gives;
+both follow from what is kept anyway in a few cheap operations. What is computed stays equal to the
+bit; gradients differ by the rounding of 16-bit steps that are not made here.
+
+Shapes: N place, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers.activations import SiLUActivation
+
+from vlm.attention import on_cpu
+
+PLACES = 512
+"""Places at a time on CPUs, so that what lies between two operations stays in the caches."""
+
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+Forward = Callable[[nn.Module, Tensor], Tensor]
+
+
+def lean_ways(module: nn.Module) -> dict[str, Forward]:
+    """The lean way to compute each RMS norm and gated MLP of a model, by the part's name. Those
+    that compute something else, as a trial of one of each kind shows, are left out; so the weights
+    must have values, and be whole."""
+    tried: dict[tuple, Forward | None] = {}
+    ways = {}
+    for name, part in module.named_modules():
+        kind = _kind(part)
+        if kind is None or "forward" in vars(part):
+            continue
+        if kind not in tried:
+            way, alike, *_ = kind
+            tried[kind] = way if alike(part) else None
+        if tried[kind] is not None:
+            ways[name] = tried[kind]
+    return ways
+
+
+@contextmanager
+def lean(module: nn.Module, ways: dict[str, Forward]) -> Iterator[None]:
+    """Within, a model goes these ways. ways: what `lean_ways` gives of it, or of its like."""
+    parts = [module.get_submodule(name) for name in ways]
+    for part, way in zip(parts, ways.values()):
+        part.forward = partial(way, part)
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.forward
+
+
+def _kind(part: nn.Module) -> tuple | None:
+    """The lean way for a part, its trial, and what else decides how the trial ends; None for what
+    is neither an RMS norm nor a gated MLP."""
+    own = dict(part.named_parameters())
+    if type(part).__name__.endswith("RMSNorm") and own.keys() == {"weight"}:
+        weight, eps = own["weight"], _eps(part)
+        if weight.dim() == 1 and weight.is_floating_point() and isinstance(eps, float):
+            return _norm_forward, _norm_alike, type(part), len(weight), weight.dtype, eps
+    projections = [getattr(part, name, None) for name in PROJECTIONS]
+    gated = isinstance(getattr(part, "act_fn", None), (nn.SiLU, SiLUActivation))
+    weights = [getattr(projection, "weight", None) for projection in projections]
+    if gated and all(isinstance(w, Tensor) and w.is_floating_point() for w in weights):
+        inner = tuple((type(m), getattr(m, "p", None)) for m in part.modules())
+        return _mlp_forward, _mlp_alike, inner, *((tuple(w.shape), w.dtype) for w in weights)
+    return None
+
+
+def _eps(norm: nn.Module) -> float | None:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+def _norm_alike(norm: nn.Module) -> bool:
+    """Tried with weights of its own, since among ones all norms are alike, and in each dtype that
+    it may be trained in, since some round at other places."""
+    trials = [deepcopy(norm).to(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    for trial in trials:
+        trial.weight.data = torch.linspace(-1, 2, len(trial.weight)).to(trial.weight)
+    return all(_alike(trial, _norm_forward, trial.weight) for trial in trials)
+
+
+def _mlp_alike(mlp: nn.Module) -> bool:
+    """Tried as it trains, so that dropout of its own shows; that of layers such as LoRA's does not
+    count, since they are called."""
+    modes = [(part, part.training) for part in mlp.modules()]
+    mlp.train()
+    for name in PROJECTIONS:
+        getattr(mlp, name).eval()
+    try:
+        return _alike(mlp, _mlp_forward, mlp.gate_proj.weight[0])
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@torch.no_grad()
+def _alike(part: nn.Module, way: Forward, like: Tensor) -> bool:
+    """Whether both compute the same of two places of a width and dtype."""
+    places = torch.linspace(-3, 5, 2 * len(like)).view(1, 2, len(like)).to(like)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            theirs, ours = part(places), way(part, places)
+        except Exception:  # whatever a part of this name may want, it is not known
+            return False
+    return theirs.dtype == ours.dtype and torch.equal(theirs, ours)
+
+
+def _norm_forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
+    return _Norm.apply(hidden_states, module.weight, _eps(module))
+
+
+def _mlp_forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
+    gate, up = module.gate_proj(hidden_states), module.up_proj(hidden_states)
+    return module.down_proj(_Gated.apply(gate, up))
+
+
+class _Norm(torch.autograd.Function):
+    """weight * (x / sqrt(mean(x ** 2) + eps)), normed in fp32, weighed in x's dtype."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        flat = x.reshape(-1, x.shape[-1])
+        out = torch.empty_like(flat, dtype=torch.promote_types(x.dtype, weight.dtype))
+        inverse = flat.new_empty(len(flat), 1, dtype=torch.float32)
+        for a, b, inv in _in_parts(flat, out, inverse):
+            full = a.float()
+            inv.copy_((full.pow(2).mean(-1, keepdim=True) + eps).rsqrt_())
+            torch.mul(weight, (full * inv).to(x.dtype), out=b)
+        ctx.save_for_backward(x, weight, inverse)
+        return out.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, inverse = ctx.saved_tensors
+        flat, by_out = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
+        by_x = torch.empty_like(flat)
+        by_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for a, g, b, inv in _in_parts(flat, by_out, by_x, inverse):
+            normed, back = a.float() * inv, g.float()
+            if ctx.needs_input_grad[1]:
+                by_weight += (back * normed.to(x.dtype)).sum(0)
+            back = back * weight.float()
+            shared = (back * normed).mean(-1, keepdim=True)
+            b.copy_(back.addcmul_(normed, shared, value=-1).mul_(inv))
+        return by_x.view_as(x), by_weight.to(weight.dtype), None
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) * up."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        by_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return by_gate, F.silu(gate).mul_(grad)
+
+
+def _in_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors [N, ...] in parts that belong together; whole where there are no caches to mind."""
+    size = PLACES if on_cpu(tensors[0]) else max(len(tensors[0]), 1)
+    return zip(*(t.split(size) for t in tensors))

@@ -1,0 +1,292 @@
+"""Whether a run's micro-batches fit the memory of its devices: asked on paper by `vlm plan`, and by
+every recipe before its first step, so that a run that cannot go says so before it has begun.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from vlm.data.mixture import MixtureDataset
+from vlm.training.base_settings import BaseSettings
+from vlm.training.estimate import ROWS, Estimate, rows_of_run
+from vlm.training.fit import DTYPES
+from vlm.training.objectives import Objective
+from vlm.training.rehearsal import Held, Rehearsal
+from vlm.training.sharding import Shard
+from vlm.training.stages import Stage
+
+GIB = 2**30
+MOST = 4096
+"""Micro-batches are not tried beyond this."""
+ROWS_AT_MOST = 32
+"""How many rows a run looks at before it begins; each is decoded."""
+FULL = 0.85
+"""The share of a device's memory beyond which a run says that it may not fit: what is foreseen is
+up to a tenth below what is held, see `eval/plan_memory.py`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Room:
+    """What a micro-batch holds on one device, beside what there is.
+
+    share: examples of a step on one device. held: bytes at the fullest moment of a step, at
+    `micro_batch` examples a pass. budget: bytes that may be used. largest: the largest micro-batch
+    within the budget, 0 where none is, the most that were asked for where more may fit.
+    """
+
+    share: int
+    micro_batch: int
+    held: Held
+    budget: int
+    largest: int
+
+    @property
+    def accumulation(self) -> int:
+        """Passes of a step."""
+        return -(-self.share // self.micro_batch)
+
+    @property
+    def largest_even(self) -> int:
+        """The largest micro-batch that fits and divides the share; 0 where none fits."""
+        counts = range(min(self.share, self.largest), 0, -1)
+        return next((count for count in counts if self.share % count == 0), 0)
+
+    @property
+    def fits(self) -> bool:
+        return self.held.total <= self.budget
+
+    def refusal(self, setting: str, remedies: str, holder: str = "device") -> str:
+        """What to say of a micro-batch that does not fit.
+
+        setting: the option that asks for it. remedies: what may help where no example fits.
+        holder: whose memory it is.
+        """
+        needs = (
+            f"{setting}: a micro-batch of {self.micro_batch} needs {size(self.held.total)} on each "
+            f"{holder}, which has {size(self.budget)}"
+        )
+        if not self.largest:
+            part = max(self.held._fields, key=lambda name: getattr(self.held, name))
+            return f"{needs}, and not even one example fits: most are {part}. {remedies}"
+        return (
+            f"{needs}; the largest that fits is {self.largest}: take --micro-batch "
+            f"{self.largest_even}, {self.share // self.largest_even} of which make a {holder}'s "
+            "share of a step"
+        )
+
+
+def room_for(
+    estimate: Estimate, share: int, micro_batch: int, budget: int, most: int = MOST
+) -> Room:
+    """What a micro-batch of a device's share holds, and the largest, up to `most`, that fits."""
+
+    def held(count: int) -> Held:
+        return estimate.held(count, -(-share // count))
+
+    return Room(
+        share=share,
+        micro_batch=micro_batch,
+        held=held(micro_batch),
+        budget=budget,
+        largest=largest_within(lambda count: held(count).total, budget, most),
+    )
+
+
+def largest_within(total: Callable[[int], int], budget: int, most: int = MOST) -> int:
+    """The largest count, up to `most`, whose `total` is within a budget, to 2 %; 0 where none is.
+    total rises, almost evenly: so few are tried.
+
+    >>> largest_within(lambda count: 100 + 7 * count, 1000)
+    128
+    """
+    if total(1) > budget:
+        return 0
+    low, high = 1, most + 1  # the first fits, the second does not or is not asked for
+    slope = total(2) - total(1)
+    while high - low > max(1, low // 50):
+        more = (budget - total(low)) // slope if slope > 0 else most
+        guess = min(max(low + more, low + 1), high - 1)
+        slope = (total(guess) - total(low)) // (guess - low)
+        if total(guess) <= budget:
+            low = guess
+        else:
+            high = guess
+    return low
+
+
+def require_room(
+    model: Any,
+    stage: Stage,
+    data: MixtureDataset,
+    objective: Objective,
+    settings: BaseSettings,
+    *,
+    accelerator: Accelerator,
+    shard: Shard,
+    say: Callable[..., None],
+) -> None:
+    """Rehearses a run's step beside the memory of this process's device, before the first one.
+
+    model: its `module`, which stays as it is, and its `processor`. Called on all processes
+    together: what the one with the most need and the one with the least memory find decides for
+    all. Where little is left, or the step cannot be rehearsed (some backbones ask for values), a
+    line says so, and the run goes on.
+    Raises ValueError, on every process, where the micro-batch does not fit: it shows the setting,
+    what is needed, what there is, and the largest micro-batch that fits or what else may help.
+    """
+    device, ranks = accelerator.device, accelerator.num_processes
+    there = memory_for(device, model.module)
+    if there is None:
+        return
+    share = stage.batch // ranks
+    accumulation = -(-share // stage.micro_batch)
+    groups = {"no": 1, "all": ranks, "node": int(os.environ.get("LOCAL_WORLD_SIZE", 1))}
+    needed, unknown = None, ""
+    try:
+        count = min(max(stage.micro_batch, ROWS), ROWS_AT_MOST)
+        rows = rows_of_run(data, model.processor, stage.steps * stage.batch, count)
+        rehearsal = Rehearsal(
+            model.module, stage, objective, DTYPES[settings.precision], device.type == "cuda"
+        )
+        estimate = Estimate(rehearsal, rows, ranks, groups[shard])
+        needed = estimate.held(stage.micro_batch, accumulation).total
+    except Exception as error:  # a backbone's own code, without values, may raise anything
+        unknown = " ".join(str(error).split())[:300] or type(error).__name__
+    found = [(needed, there, unknown)]
+    if ranks > 1:
+        found = gather_object(found)
+    reasons = [reason for _, _, reason in found if reason]
+    if reasons:
+        say(f"whether a step fits in memory is not known: {reasons[0]}", markup=False)
+        return
+    needed, there = max(need for need, _, _ in found), min(have for _, have, _ in found)
+    setting = asked(settings, stage.micro_batch)
+    holder = "device" if device.type == "cuda" else "process"
+    if needed > there:
+        room = room_for(estimate, share, stage.micro_batch, there, most=stage.micro_batch - 1)
+        helps = remedies(settings, model.module.family, groups[shard] > 1)
+        raise ValueError(room.refusal(setting, helps, holder))
+    if needed > FULL * there:
+        say(
+            f"{setting}: a step is foreseen to hold {size(needed)} of the {size(there)} that each "
+            f"{holder} has, and may hold more: a smaller --micro-batch leaves more room",
+            highlight=False,
+        )
+
+
+def asked(settings: BaseSettings, micro_batch: int) -> str:
+    """The options that ask for a run's micro-batch."""
+    alone = settings.micro_batch is None
+    option = f"--batch {settings.batch}" if alone else f"--micro-batch {micro_batch}"
+    pack = getattr(settings, "pack", None)
+    return option if pack is None else f"{option} --pack {pack}"
+
+
+def remedies(settings: BaseSettings, family: str, sharded: bool) -> str:
+    """What may help a run of which not even one example fits, of what its settings leave open."""
+    pack = getattr(settings, "pack", None)
+    language = getattr(settings, "language", None)
+    blocks = family != "line_reader" and not settings.checkpoint_activations
+    ways = {
+        "train less (--language lora)": language == "full",
+        "compute in 16 bits (--precision bf16)": settings.precision == "fp32",
+        "compute activations again (--checkpoint-activations)": blocks,
+        f"fill packs less (--pack below {pack})": pack is not None,
+        "shorten rows (--max-tokens)": hasattr(settings, "max_tokens"),
+        "shorten texts (--length)": hasattr(settings, "length"),
+        "shard over several devices (--shard all)": not sharded,
+        "take a smaller model": True,
+    }
+    open_ways = [way for way, helps in ways.items() if helps]
+    return f"What may help: {', '.join(open_ways)}"
+
+
+def size(count: int) -> str:
+    """Bytes, for people.
+
+    >>> size(3 * 2**30), size(3 * 2**20)
+    ('3 GiB', '3 MiB')
+    """
+    return f"{count / GIB:.3g} GiB" if count >= GIB else f"{count / 2**20:.3g} MiB"
+
+
+def memory_for(device: torch.device, module: nn.Module) -> int | None:
+    """Bytes that this process may hold on its device, what its module holds already included; None
+    where the system does not say.
+
+    Of a GPU: all there is. Of a CPU: the process's part of what is free, among those of the run on
+    this machine, by the system and by the control groups that the process is in. Weights that lie
+    in mapped files count as free already.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    free = free_memory() if device.type == "cpu" else None
+    if free is None:
+        return None
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    here = sum(t.numel() * t.element_size() for t in tensors.values() if t.device.type == "cpu")
+    own = _kib(Path("/proc/self/status"), "RssAnon")
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + min(here, own or 0)
+
+
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of the host's memory that this process may still take, caches of files counted as free;
+    None on systems other than Linux. root: where the system's files lie."""
+    system = _kib(root / "proc/meminfo", "MemAvailable")
+    if system is None:
+        return None
+    frees = [system]
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.is_file() else []:
+        _, kinds, path = line.split(":", 2)
+        if not kinds:
+            names = _Names("memory.max", "memory.current", "")
+            top = root / "sys/fs/cgroup"
+        elif "memory" in kinds.split(","):
+            names = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+            top = root / "sys/fs/cgroup/memory"
+        else:
+            continue
+        own = top / path.lstrip("/")
+        for folder in (own, *own.parents):  # each group is bound by those above it
+            frees += names.free(folder)
+            if folder == top:
+                break
+    return max(0, min(frees))
+
+
+class _Names(NamedTuple):
+    """How a version of control groups calls a group's limit, its use, and the latter's parts."""
+
+    limit: str
+    used: str
+    prefix: str
+
+    def free(self, folder: Path) -> list[int]:
+        """The bytes that a group may still take; nothing where it has no limit, or does not say."""
+        try:
+            most = (folder / self.limit).read_text().strip()
+            if most == "max":
+                return []
+            stat = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
+            files = sum(int(stat[f"{self.prefix}{kind}_file"]) for kind in ("inactive", "active"))
+            return [int(most) - int((folder / self.used).read_text()) + files]
+        except (OSError, KeyError):
+            return []
+
+
+def _kib(path: Path, key: str) -> int | None:
+    """A value that a file of the system's states in KiB, in bytes; None where it does not."""
+    if not path.is_file():
+        return None
+    lines = (line.split() for line in path.read_text().splitlines())
+    return next((int(line[1]) * 1024 for line in lines if line and line[0] == f"{key}:"), None)
