@@ -61,7 +61,9 @@ class InspectBatch:
     """Print the first rows that a recipe would train on, and train nothing.
 
     Scored tokens are green (in [[brackets]] without colour), image runs collapsed with their
-    number of places; masks and boxes below. All other options are the recipe's own settings.
+    number of places; masks and boxes below. All other options are the recipe's own settings: with
+    its --pack N the rows are packed as one micro-batch, and show who shares a row and where the
+    borders are.
     """
 
     recipe: Annotated[Path, tyro.conf.Positional]
@@ -71,12 +73,14 @@ class InspectBatch:
     plain: bool = False
     """No colours, for files."""
     draw: Path | None = None
-    """Draw the pictures, as the model sees them, into this PNG file."""
+    """Draw the pictures, as the model sees them, into this PNG file; with --pack the packed rows,
+    place by place, over them."""
 
     def run(self, rest: list[str]) -> None:
         from rich.console import Console
 
         from vlm.data.collate import Encoded
+        from vlm.families.segment_attention import require_segments
         from vlm.inspect import draw_rows, show_rows
         from vlm.training.launch import read_settings, recipe_in
 
@@ -87,13 +91,16 @@ class InspectBatch:
         module = recipe_in(self.recipe)
         prog = f"vlm inspect-batch {self.recipe}"
         settings = read_settings(module.Settings, rest, module.__doc__, prog)
-        data = settings.data()
-        encoded = Encoded(data, settings.build().processor, settings.bad_rows)
+        data, pack = settings.data(), getattr(settings, "pack", None)
+        model = settings.build()
+        if pack is not None:
+            require_segments(model.module.text)
+        encoded = Encoded(data, model.processor, settings.bad_rows)
         console = Console(no_color=self.plain, force_terminal=False if self.plain else None)
         rows = [encoded[i] for i in range(self.rows)]
-        show_rows(rows, encoded.processor, console)
+        show_rows(rows, encoded.processor, console, pack)
         if self.draw is not None:
-            draw_rows(rows, encoded.processor, self.draw)
+            draw_rows(rows, encoded.processor, self.draw, pack)
 
 
 Command = (

@@ -69,10 +69,10 @@ def draw_boxes(picture: Image.Image, boxes: Sequence[Box], true: Sequence[Box] =
     known = {box.label for box in boxes}
     for box in [*boxes, *(box for box in true if box.label not in known)]:
         score = " true" if box.score is None else f" {box.score:.2f}"
-        tag = _shorten(box.label + score, size[0] - 6, _font(text_px))
+        tag = shorten(box.label + score, size[0] - 6, font_of(text_px))
         place = _free_place(tag, text_px, _scaled(box, scale, size), size, taken)
         ink.rectangle(place, fill=colours[box.label])
-        ink.text((place[0] + 3, place[1] + 1), tag, fill="white", font=_font(text_px))
+        ink.text((place[0] + 3, place[1] + 1), tag, fill="white", font=font_of(text_px))
         taken.append(place)
     return canvas
 
@@ -95,11 +95,11 @@ def draw_page(
     rows = -(-len(drawings) // columns)
     step_x, step_y = cell_px + gap, cell_px + head + gap
     page = Image.new("RGB", (columns * step_x + gap, rows * step_y + gap + head), "white")
-    ink, font = ImageDraw.Draw(page), _font(TEXT_PX)
-    ink.text((gap, gap), _shorten(LEGEND, page.width - 2 * gap, font), fill="#222222", font=font)
+    ink, font = ImageDraw.Draw(page), font_of(TEXT_PX)
+    ink.text((gap, gap), shorten(LEGEND, page.width - 2 * gap, font), fill="#222222", font=font)
     for number, (drawing, title) in enumerate(zip(drawings, titles)):
         left, top = gap + number % columns * step_x, head + gap + number // columns * step_y
-        ink.text((left, top), _shorten(title, cell_px, font), fill="#222222", font=font)
+        ink.text((left, top), shorten(title, cell_px, font), fill="#222222", font=font)
         scale = cell_px / max(drawing.size)
         size = tuple(max(1, round(side * scale)) for side in drawing.size)
         filter = Image.Resampling.NEAREST if scale == 1 else Image.Resampling.LANCZOS
@@ -128,7 +128,7 @@ def draw_hits(
     step_x, step_y = cell_px + gap, cell_px + foot + gap
     columns = 1 + max(map(len, hits))
     known = any(hit.right is not None for row in hits for hit in row)
-    font, small = _font(TEXT_PX), _font(TEXT_PX - 2)
+    font, small = font_of(TEXT_PX), font_of(TEXT_PX - 2)
     legend = f"{HITS_LEGEND}; right ones in green" if known else HITS_LEGEND
     width = max(columns * step_x + 3 * gap, int(font.getlength(legend)) + 2 * gap)
     page = Image.new("RGB", (width, len(queries) * step_y + gap + 2 * foot), "white")
@@ -139,7 +139,7 @@ def draw_hits(
         if number:
             ink.line((gap, top - gap, width - gap, top - gap), fill="#eeeeee")
         _cell(page, ink, query, (gap, top), cell_px)
-        note = _shorten(note, cell_px, small)
+        note = shorten(note, cell_px, small)
         ink.text((gap, top + cell_px + 3), note, fill="#666666", font=small)
         for place, hit in enumerate(row, 1):
             left = 2 * gap + place * step_x
@@ -177,13 +177,13 @@ def draw_reading(picture: Image.Image, reading: Reading) -> Image.Image:
         text = " ".join(line.text.split())
         px = max(6, min(round(0.75 * (y1 - y0)), 60))
         room = min(max(x1 - x0, 3 * px), width - x0)
-        while px > 6 and _font(px).getlength(text + mark) > room:
+        while px > 6 and font_of(px).getlength(text + mark) > room:
             px -= 1
         small = max(6, round(0.6 * px))
         at = x0 + dx, (y0 + y1) / 2 + dy
-        ink.text(at, text, fill=colour, font=_font(px), anchor="lm")
-        at = at[0] + _font(px).getlength(text), at[1]
-        ink.text(at, mark, fill="#888888", font=_font(small), anchor="lm")
+        ink.text(at, text, fill=colour, font=font_of(px), anchor="lm")
+        at = at[0] + font_of(px).getlength(text), at[1]
+        ink.text(at, mark, fill="#888888", font=font_of(small), anchor="lm")
     edge = [(0, height), (width, height)] if below else [(width, 0), (width, height)]
     ink.line(edge, fill=GREY)
     return canvas
@@ -227,10 +227,10 @@ def draw_lines(
     ]
     height = sum(picture.height + 3 * line_px + 2 * gap for picture in shown)
     page = Image.new("RGB", (width_px + 2 * gap, height + gap), "white")
-    ink, font, small = ImageDraw.Draw(page), _font(text_px), _font(TEXT_PX - 2)
+    ink, font, small = ImageDraw.Draw(page), font_of(text_px), font_of(TEXT_PX - 2)
     top = gap
     for picture, truth, read, note in zip(shown, truths, reads, notes):
-        ink.text((gap, top), _shorten(note, width_px, small), fill="#666666", font=small)
+        ink.text((gap, top), shorten(note, width_px, small), fill="#666666", font=small)
         top += line_px
         page.paste(picture, (gap, top))
         top += picture.height + 4
@@ -297,7 +297,7 @@ def _cell(
     """A picture, or a text in lines, in the middle of a square."""
     left, top = corner
     if isinstance(thing, str):
-        font, margin, line_px = _font(TEXT_PX), 8, TEXT_PX + 5
+        font, margin, line_px = font_of(TEXT_PX), 8, TEXT_PX + 5
         lines = _wrap(thing, px - 2 * margin, (px - 2 * margin) // line_px, font)
         y = top + (px - len(lines) * line_px) / 2
         for i, line in enumerate(lines):
@@ -319,7 +319,7 @@ def _wrap(text: str, width_px: float, most: int, font: ImageFont.FreeTypeFont) -
             count += 1
         if len(lines) + 1 == most:
             count = len(words)
-        lines.append(_shorten(" ".join(words[:count]), width_px, font))
+        lines.append(shorten(" ".join(words[:count]), width_px, font))
         del words[:count]
     return lines
 
@@ -357,7 +357,7 @@ def _free_place(
 ) -> tuple[float, float, float, float]:
     """Where a text can stand at a box, on the canvas and where no other stands, if there is such a
     place: above it, inside its top, below it, inside its bottom, or further down."""
-    width, height = _font(px).getlength(text) + 6, px + 5
+    width, height = font_of(px).getlength(text) + 6, px + 5
     x = max(0, min(box[0], size[0] - width))
     tops = [box[1] - height, box[1], box[3] + 1, box[3] - height]
     tops += [box[1] + n * height for n in range(1, 8)]
@@ -373,7 +373,7 @@ def _meet(first: Sequence[float], second: Sequence[float]) -> bool:
     )  # fmt: skip
 
 
-def _shorten(text: str, width_px: float, font: ImageFont.FreeTypeFont) -> str:
+def shorten(text: str, width_px: float, font: ImageFont.FreeTypeFont) -> str:
     """A text of one line, cut to a width."""
     text = " ".join(text.split())
     if font.getlength(text) <= width_px:
@@ -384,7 +384,7 @@ def _shorten(text: str, width_px: float, font: ImageFont.FreeTypeFont) -> str:
 
 
 @cache
-def _font(px: int) -> ImageFont.FreeTypeFont:
+def font_of(px: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which matplotlib carries: it has many scripts' letters."""
     from matplotlib import get_data_path
 

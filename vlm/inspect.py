@@ -1,5 +1,6 @@
 """What a batch really holds, before any training: decoded text with scored tokens in colour,
-image runs collapsed, the mask, boxes; of contrastive models pictures and captions in pairs."""
+image runs collapsed, the mask, boxes; who shares a packed row, and where the borders are; of
+contrastive models pictures and captions in pairs."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from rich.text import Text
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from vlm.data.collate import collate
+from vlm.data.collate import collate, pack_rows
 from vlm.data.example import Box, Skipped
+from vlm.draw_packed import Segment, draw_packed
 from vlm.families.line_reader import LineBatch
 from vlm.image_tokens import Pixels
 from vlm.lines import LineProcessor, LineRow, by_width, collate_lines
@@ -22,17 +24,21 @@ from vlm.pairs import Pair, PairBatch, PairProcessor, collate_pairs
 from vlm.placement import IMAGE, Batch
 from vlm.prompts import Processor, Row
 from vlm.tokenizers.columns import STRIDE
+from vlm.training.objectives import NextToken
 
-SCORED, RUN, PAD = "bold green", "bold cyan", "dim"
+SCORED, RUN, PAD, BORDER = "bold green", "bold cyan", "dim", "bold magenta"
 
 
 def show_rows(
     rows: Sequence[Row | Pair | LineRow | Skipped],
     processor: Processor | PairProcessor | LineProcessor,
     console: Console,
-) -> Batch | PairBatch | list[LineBatch] | None:
+    pack: int | None = None,
+) -> Batch | PairBatch | list[LineBatch] | list[Batch] | None:
     """Prints rows as they are trained on, whichever family's processor made them; gives the batch,
-    None where every row was skipped."""
+    None where every row was skipped. pack: the most places of a packed row; None pads."""
+    if pack is not None:
+        return show_packed(rows, processor, console, pack)
     if isinstance(processor, LineProcessor):
         return show_lines(rows, processor, console)
     show = show_pairs if isinstance(processor, PairProcessor) else show_batch
@@ -69,13 +75,19 @@ def draw_rows(
     rows: Sequence[Row | Pair | LineRow | Skipped],
     processor: Processor | PairProcessor | LineProcessor,
     path: Path,
+    pack: int | None = None,
 ) -> None:
-    """The pictures that rows show a model, as it sees them, over their names, as a PNG.
+    """The pictures that rows show a model, as it sees them, over their names, as a PNG. Where rows
+    are packed, `pack` places at most, each of them as a band, its examples' pictures below.
 
-    Raises ValueError where no row has a picture.
+    Raises ValueError where no row has a picture; of packed rows, where there is none.
     """
     from vlm.draw import draw_lines, draw_page
 
+    if pack is not None:
+        kept = [row for row in rows if not isinstance(row, Skipped)]
+        parts = [[_segment(row, processor) for row in part] for part in pack_rows(kept, pack)]
+        return draw_packed(parts, pack, path)
     kept = [row for row in rows if not isinstance(row, Skipped) and row.views]
     if not kept:
         raise ValueError("expected a row with a picture to draw, found none")
@@ -85,6 +97,14 @@ def draw_rows(
         draw_lines(seen, texts, texts, path, [row.name for row in kept])
     else:
         draw_page(seen, [row.name for row in kept], path)
+
+
+def _segment(row: Row, processor: Processor) -> Segment:
+    spec = processor.pixel_spec
+    pictures = [to_pil_image(spec.unnormalise(view)) for view, _ in row.views]
+    scored = row.scored.clone()
+    scored[0] = False  # nothing stands before it
+    return Segment(row.name, _kinds(row.ids, scored), pictures)
 
 
 def show_batch(
@@ -101,27 +121,81 @@ def show_batch(
     batch = collate(kept, processor.pad_id)
     for b, row in enumerate(kept):
         console.print()
-        console.print(Text(row.name, style="bold"), end="")
+        _show_places(row, batch, b, slice(None), processor, console)
+    _show_pixels(batch, console)
+    return batch
+
+
+def show_packed(
+    rows: Sequence[Row | Skipped], processor: Processor, console: Console, pack: int
+) -> list[Batch] | None:
+    """Prints rows as they are trained on end to end, as one micro-batch; gives its batches, one for
+    each packed row, None where every row was skipped.
+
+    pack: the most places of a packed row. Colours are those of `show_batch`; a line stands between
+    examples, with the place where the next begins.
+    """
+    kept = _kept(rows, console)
+    if not kept:
+        return None
+    objective = NextToken(processor.pad_id, pack)
+    batches = list(objective.collate(kept))
+    for number, (batch, part) in enumerate(zip(batches, pack_rows(kept, pack), strict=True)):
+        bounds, count = batch.bounds.tolist(), f"{len(part)} example{'s' * (len(part) > 1)}"
+        console.print()
+        console.print(Text(f"packed row {number + 1} of {len(batches)}", style="bold"), end="")
         console.print(
-            f"  {len(row.ids)} places: {int((row.ids == IMAGE).sum())} image, "
-            f"{int((row.ids != IMAGE).sum())} text, {int(row.scored.sum())} scored; "
-            f"{int((~batch.valid[b]).sum())} padding"
-            + (f"; {row.cut} text tokens cut" if row.cut else ""),
+            f"  {count} end to end, {bounds[-1]} places of at most {pack} "
+            f"({bounds[-1] / pack:.0%}); borders at {' '.join(map(str, bounds))}",
             highlight=False,
         )
-        colour = console.is_terminal and not console.no_color
-        masks = batch.scored[b], batch.valid[b]
-        console.print(row_text(batch.ids[b], *masks, row, processor, colour))
-        console.print(Text(f"scored mask  {mask_runs(batch.scored[b])}", style="dim"))
-        console.print(Text(f"valid mask   {mask_runs(batch.valid[b])}", style="dim"))
-        if processor.prefix:  # read at once, the rest after it
-            console.print(Text(f"prefix mask  {mask_runs(batch.prefix[b])}", style="dim"))
-        for box in row.boxes:
-            console.print(box_line(box), highlight=False)
+        for row, start, end in zip(part, bounds, bounds[1:]):
+            console.print(Text(f"──┤ place {start} ├{'─' * 40}", style=BORDER))
+            _show_places(row, batch, 0, slice(start, end), processor, console)
+        console.print(Text(f"──┤ end {bounds[-1]} ├{'─' * 40}", style=BORDER))
+        _show_pixels(batch, console)
+    padded = NextToken(processor.pad_id)
+    console.print(
+        f"\n{len(kept)} examples in {len(batches)} packed rows: utilisation "
+        f"{_utilisation(objective, batches):.0%} of the places computed; padded side by side it "
+        f"would be {_utilisation(padded, padded.collate(kept)):.0%}",
+        highlight=False,
+    )
+    return batches
+
+
+def _utilisation(objective: NextToken, batches: Sequence[Batch]) -> float:
+    """Real places over those computed, as a run logs it."""
+    counts = [objective.count(batch) for batch in batches]
+    return sum(count.tokens for count in counts) / sum(count.positions for count in counts)
+
+
+def _show_places(
+    row: Row, batch: Batch, b: int, own: slice, processor: Processor, console: Console
+) -> None:
+    """Prints one example: its places `own` of row b of a batch."""
+    ids, scored, valid = (mask[b, own] for mask in (batch.ids, batch.scored, batch.valid))
+    console.print(Text(row.name, style="bold"), end="")
+    console.print(
+        f"  {len(row.ids)} places: {int((row.ids == IMAGE).sum())} image, "
+        f"{int((row.ids != IMAGE).sum())} text, {int(row.scored.sum())} scored; "
+        f"{int((~valid).sum())} padding" + (f"; {row.cut} text tokens cut" if row.cut else ""),
+        highlight=False,
+    )
+    colour = console.is_terminal and not console.no_color
+    console.print(row_text(ids, scored, valid, row, processor, colour))
+    console.print(Text(f"scored mask  {mask_runs(scored)}", style="dim"))
+    console.print(Text(f"valid mask   {mask_runs(valid)}", style="dim"))
+    if processor.prefix:  # read at once, the rest after it
+        console.print(Text(f"prefix mask  {mask_runs(batch.prefix[b, own])}", style="dim"))
+    for box in row.boxes:
+        console.print(box_line(box), highlight=False)
+
+
+def _show_pixels(batch: Batch, console: Console) -> None:
     for group in batch.groups:
         shapes = _shapes(group.pixels, 1)
         console.print(f"\npixels of {len(group.owner)} views: {shapes}", highlight=False)
-    return batch
 
 
 def show_pairs(
@@ -185,10 +259,7 @@ def row_text(
     in [[double brackets]]."""
     text = Text()
     places = iter(row.places)
-    kinds = [
-        "pad" if not ok else "image" if id == IMAGE else "scored" if hit else "prompt"
-        for id, hit, ok in zip(ids.tolist(), scored.tolist(), valid.tolist())
-    ]
+    kinds = [kind if ok else "pad" for kind, ok in zip(_kinds(ids, scored), valid.tolist())]
     start = 0
     for kind, run in groupby(kinds):
         length = len(list(run))
@@ -209,6 +280,14 @@ def row_text(
             else:
                 text.append(said)
     return text
+
+
+def _kinds(ids: Tensor, scored: Tensor) -> list[str]:
+    """What each place is: "image", "scored" or "prompt". ids int64[T], scored bool[T]."""
+    return [
+        "image" if id == IMAGE else "scored" if hit else "prompt"
+        for id, hit in zip(ids.tolist(), scored.tolist())
+    ]
 
 
 def mask_runs(mask: Tensor) -> str:

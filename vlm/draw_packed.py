@@ -1,0 +1,124 @@
+"""Packed rows to be looked at: whose each place is, and where the borders between examples are.
+
+A row is a band of places from left to right, with each example's pictures under its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw
+
+from vlm.draw import GREEN, GREY, INK, TEXT_PX, font_of, shorten
+
+FILLS = {"image": "#4aa8c0", "prompt": "#c9c9c9", "scored": GREEN}
+"""Of each kind of place, as `vlm.inspect` names them."""
+WORDS = {"image": "image", "prompt": "text that is read", "scored": "text that is learned"}
+LEGEND = "a border: nothing behind it sees what is before it"
+GAP, LINE_PX, OVER_PX, BAND_PX = 14, TEXT_PX + 6, 7, 34
+
+
+class Segment(NamedTuple):
+    """One example of a packed row.
+
+    kinds: of each of its places, one of FILLS. pictures: what the model sees of it.
+    """
+
+    name: str
+    kinds: Sequence[str]
+    pictures: Sequence[Image.Image]
+
+
+def draw_packed(
+    rows: Sequence[Sequence[Segment]],
+    most: int,
+    path: Path,
+    width_px: int = 1200,
+    picture_px: int = 96,
+) -> None:
+    """A page of packed rows, as a PNG.
+
+    most: the places that a row may have; a longer one is an example by itself. width_px: of the
+    longest band. picture_px: the most height of a picture; an example's pictures are together no
+    wider than its places.
+    """
+    if not rows:
+        raise ValueError("expected a packed row to draw, found none")
+    longest = max(most, *(sum(len(segment.kinds) for segment in row) for row in rows))
+    row_px = 3 * LINE_PX + 2 * OVER_PX + BAND_PX + picture_px + 2 * GAP
+    page = Image.new("RGB", (width_px + 2 * GAP, LINE_PX + 2 * GAP + row_px * len(rows)), "white")
+    _legend(ImageDraw.Draw(page))
+    for number, row in enumerate(rows):
+        count = f"{len(row)} example{'s' * (len(row) > 1)}"
+        filled = sum(len(segment.kinds) for segment in row)
+        title = f"packed row {number + 1}: {count}, {filled} of {most} places"
+        top = LINE_PX + 2 * GAP + number * row_px
+        _row(page, row, title, most, width_px / longest, top, picture_px)
+    page.save(path, "PNG")
+
+
+def _legend(ink: ImageDraw.ImageDraw) -> None:
+    x, font = float(GAP), font_of(TEXT_PX)
+    for kind, fill in FILLS.items():
+        ink.rectangle((x, GAP + 2, x + TEXT_PX, GAP + TEXT_PX + 2), fill=fill)
+        ink.text((x + TEXT_PX + 6, GAP), WORDS[kind], fill=INK, font=font)
+        x += TEXT_PX + 6 + font.getlength(WORDS[kind]) + 2 * GAP
+    ink.line((x, GAP, x, GAP + TEXT_PX + 4), fill=INK, width=3)
+    ink.text((x + 10, GAP), LEGEND, fill=INK, font=font)
+
+
+def _row(
+    page: Image.Image,
+    row: Sequence[Segment],
+    title: str,
+    most: int,
+    scale: float,
+    top: int,
+    picture_px: int,
+) -> None:
+    """One band: title, names, places, the borders with their numbers, pictures. scale: pixels of a
+    place."""
+    ink, small = ImageDraw.Draw(page), font_of(TEXT_PX - 3)
+    names, band = top + LINE_PX, top + 2 * LINE_PX + OVER_PX
+    foot = band + BAND_PX + OVER_PX
+    ink.text((GAP, top), title, fill=INK, font=font_of(TEXT_PX))
+    ink.rectangle((GAP, band, GAP + most * scale, band + BAND_PX), outline=GREY)
+    borders, at = [0], 0
+    for segment in row:
+        left, room = GAP + at * scale + 4, len(segment.kinds) * scale - 8
+        ink.text((left, names), shorten(segment.name, room, small), fill=INK, font=small)
+        _paste(page, segment.pictures, (left, foot + LINE_PX), room, picture_px)
+        for kind, run in groupby(segment.kinds):
+            start, at = at, at + len(list(run))
+            x0, x1 = GAP + start * scale, GAP + at * scale
+            ink.rectangle((x0, band, x1, band + BAND_PX), fill=FILLS[kind])
+        borders.append(at)
+    written = -1.0
+    for border in borders:
+        x = GAP + border * scale
+        ink.line((x, names, x, foot), fill=INK, width=3)
+        if x > written:  # else its number would stand on the one before
+            ink.text((x, foot), str(border), fill="#666666", font=small)
+            written = x + small.getlength(f"{border} ")
+
+
+def _paste(
+    page: Image.Image,
+    pictures: Sequence[Image.Image],
+    corner: tuple[float, float],
+    room: float,
+    most_px: int,
+) -> None:
+    """Pictures side by side, in one scale, within a room's width and a height."""
+    if not pictures or room < 3 * len(pictures):
+        return
+    tallest, wide = max(p.height for p in pictures), sum(p.width for p in pictures)
+    scale = min(most_px / tallest, (room - 2 * len(pictures)) / wide)
+    x = corner[0]
+    for picture in pictures:
+        size = tuple(max(1, int(side * scale)) for side in picture.size)
+        page.paste(picture.resize(size, Image.Resampling.LANCZOS), (round(x), round(corner[1])))
+        x += size[0] + 2
