@@ -1,6 +1,6 @@
 """Training steps beside transformers' Llava class: same weights, same examples, one run.
 
-    OMP_NUM_THREADS=2 python eval/speed_training.py --stages 1 2 3
+    OMP_NUM_THREADS=2 python eval/speed_training.py --stages 1 2 3 [--nanovlm CHECKOUT]
 
 Sizes are SigLIP-B/16-224 and SmolLM2-135M with random weights, batch 8, answers of unequal lengths.
 Stage 1 trains the adaptor, stage 2 the language model too, stage 3 all. First both give their loss
@@ -11,6 +11,9 @@ Llava in pure bf16, trained weights too. Reported are the medians of samples/s a
 peak memory while it trains (building the model left out), and the ratios, which alone carry over to
 other machines; the share of a bf16 matrix product's speed that our steps reach; and, with
 --profile, which operations their time goes to.
+
+With --nanovlm, the folder of a checkout of nanoVLM, the same is done beside it, under autocast as
+its own training does, for a model of its structure: SigLIP's normed tokens and one linear map.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nanovlm import nanovlm_of
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -46,7 +49,10 @@ from vlm.losses.token import token_losses
 from vlm.pixels import HALF, PixelSpec
 from vlm.placement import IMAGE, Batch
 from vlm.prompts import Row
+from vlm.tokenizers.encoders import ENCODERS
 from vlm.tokenizers.transformers import TransformersTokenizer
+from vlm.training.flops import flop_counter
+from vlm.training.lean import lean, lean_ways
 from vlm.training.meter import peak_flops
 from vlm.training.objectives import NextToken
 from vlm.training.stages import FROZEN, Stage, optimizer_for, prepare
@@ -56,6 +62,7 @@ Step = Callable[[], float]
 FlopsOf = Callable[[], int]
 
 VARIANTS = ("ours", "llava-autocast", "llava-bf16")
+NANO = ("ours-linear", "nanovlm")
 RATES = {
     1: (("adaptor.*", 1e-3), ("*", FROZEN)),
     2: (("adaptor.*", 1e-4), ("text.*", 1e-4), ("*", FROZEN)),
@@ -86,8 +93,9 @@ def llava(vision: dict = VISION, text: dict = TEXT, image_id: int = 49151, seed:
     return LlavaForConditionalGeneration._from_config(config, dtype=torch.float32).eval()
 
 
-def ours_from(peer: LlavaForConditionalGeneration) -> DecoderOnly:
-    """Our model with a Llava's weights."""
+def ours_from(peer: LlavaForConditionalGeneration, linear: bool = False) -> DecoderOnly:
+    """Our model with a Llava's weights. linear: of nanoVLM's structure instead, with normed image
+    tokens and one linear map, whose bias is zero."""
     config = peer.config
     side = config.vision_config.image_size
     width = config.text_config.hidden_size
@@ -96,21 +104,25 @@ def ours_from(peer: LlavaForConditionalGeneration) -> DecoderOnly:
     )
     tower = type(peer.model.vision_tower)(config.vision_config).eval()
     tower.load_state_dict(peer.model.vision_tower.state_dict())
+    tower.set_attn_implementation(ENCODERS[config.vision_config.model_type].attention)
     tokenizer = TransformersTokenizer(
-        tower, spec, layer=-1, prefix="drop", norm=False, pooled=False
+        tower, spec, layer=-1, prefix="drop", norm=linear, pooled=False
     )
     adaptor = adaptors.build(
         {
             "kind": "mlp",
             "in_width": config.vision_config.hidden_size,
             "out_width": width,
-            "depth": 2,
+            "depth": 1 if linear else 2,
             "hidden_width": width,
         }
     )
     projector = peer.model.multi_modal_projector
     adaptor.layers[0].load_state_dict(projector.linear_1.state_dict())
-    adaptor.layers[2].load_state_dict(projector.linear_2.state_dict())
+    if linear:
+        nn.init.zeros_(adaptor.layers[0].bias)
+    else:
+        adaptor.layers[2].load_state_dict(projector.linear_2.state_dict())
     text = LlamaForCausalLM._from_config(config.text_config, dtype=torch.float32)
     text.model.load_state_dict(peer.model.language_model.state_dict())
     text.lm_head.load_state_dict(peer.lm_head.state_dict())
@@ -160,6 +172,23 @@ def losses(peer: LlavaForConditionalGeneration) -> tuple[float, float]:
         return float(mine), float(peer(**theirs).loss)
 
 
+def losses_beside_nanovlm(peer: LlavaForConditionalGeneration, folder: Path) -> tuple[float, float]:
+    """The fp32 loss of one batch: ours of nanoVLM's structure, nanoVLM's."""
+    ours, theirs = batch_for(peer)
+    mine = ours_from(peer, linear=True)
+    model = nanovlm_of(folder, mine, peer.config.image_token_id).eval()
+    with torch.no_grad():
+        loss = float(token_losses(mine(ours), ours.targets).mean())
+        return loss, float(nanovlm_loss(model, theirs))
+
+
+def nanovlm_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Its loss of Llava's arguments: labels stand at the place before, and rows end with padding,
+    which no real place sees."""
+    targets = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    return model(batch["input_ids"], batch["pixel_values"], targets=targets)[1]
+
+
 def reset_peak() -> None:
     """Forgets the process's peak memory so far, where the system can (Linux)."""
     with contextlib.suppress(OSError):
@@ -190,13 +219,16 @@ def rows_of(batch: Batch) -> list[Row]:
     ]
 
 
-def step_of_ours(peer: LlavaForConditionalGeneration, stage: int) -> tuple[Step, FlopsOf]:
+def step_of_ours(
+    peer: LlavaForConditionalGeneration, stage: int, linear: bool
+) -> tuple[Step, FlopsOf]:
     """A step as `vlm.training.fit` makes it, and one whose operations are to be counted."""
     batch, _ = batch_for(peer, BATCH)
-    module = ours_from(peer)
+    module = ours_from(peer, linear)
     rates = Stage(
         name="speed", rates=RATES[stage], steps=1, batch=BATCH, micro_batch=BATCH, warmup=0
     )
+    ways = lean_ways(module)
     prepare(module, rates, torch.bfloat16)
     optimizer = optimizer_for(module, rates)
     working = WorkingWeights(module, torch.bfloat16)
@@ -209,7 +241,7 @@ def step_of_ours(peer: LlavaForConditionalGeneration, stage: int) -> tuple[Step,
         return torch.autocast("cpu", torch.bfloat16)
 
     def step() -> float:
-        with working.in_use():
+        with working.in_use(), lean(module, ways):
             loss = objective.backward(module, batches, scored, autocast)
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -217,7 +249,7 @@ def step_of_ours(peer: LlavaForConditionalGeneration, stage: int) -> tuple[Step,
         return loss
 
     def counted() -> int:
-        with FlopCounterMode(display=False) as counter, working.in_use():
+        with flop_counter() as counter, working.in_use():
             objective.backward(module, batches, scored, autocast)
         optimizer.zero_grad(set_to_none=True)
         return counter.get_total_flops()
@@ -235,15 +267,40 @@ def step_of_llava(peer: LlavaForConditionalGeneration, stage: int, variant: str)
     if variant == "llava-bf16":
         peer.to(torch.bfloat16)
     peer.train()
-    trained = [p for p in peer.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
-    def step() -> float:
+    def loss() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=variant == "llava-autocast"):
             given = theirs
             if variant == "llava-bf16":
                 given = theirs | {"pixel_values": theirs["pixel_values"].bfloat16()}
-            loss = peer(**given).loss
+            return peer(**given).loss
+
+    return step_of_peer(peer, loss)
+
+
+def step_of_nanovlm(peer: LlavaForConditionalGeneration, stage: int, folder: Path) -> Step:
+    """A step as nanoVLM's own training makes it."""
+    _, theirs = batch_for(peer, BATCH)
+    model = nanovlm_of(folder, ours_from(peer, linear=True), peer.config.image_token_id)
+    model.requires_grad_(stage == 3)
+    for part in {1: [model.MP], 2: [model.MP, model.decoder], 3: []}[stage]:
+        part.requires_grad_(True)
+    model.train()
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return nanovlm_loss(model, theirs)
+
+    return step_of_peer(model, loss)
+
+
+def step_of_peer(model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
+    """A plain step: one pass, gradients clipped, fused AdamW."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def step() -> float:
+        loss = loss_of()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -253,13 +310,17 @@ def step_of_llava(peer: LlavaForConditionalGeneration, stage: int, variant: str)
     return step
 
 
-def train(variant: str, stage: int, steps: int, profiled: bool) -> dict[str, Any]:
+def train(
+    variant: str, stage: int, steps: int, profiled: bool, folder: Path | None
+) -> dict[str, Any]:
     """Trains; samples/s (median step), peak memory in MB, the first loss, and of ours the share of
     a matrix product's speed and, where asked for, a table of operations."""
     peer = llava()
     counted = None
-    if variant == "ours":
-        step, counted = step_of_ours(peer, stage)
+    if variant in ("ours", "ours-linear"):
+        step, counted = step_of_ours(peer, stage, linear=variant == "ours-linear")
+    elif variant == "nanovlm":
+        step = step_of_nanovlm(peer, stage, folder)
     else:
         step = step_of_llava(peer, stage, variant)
     del peer
@@ -297,29 +358,42 @@ def main() -> None:
         "--steps", type=int, default=6, help="steps in each; the first is not timed"
     )
     parser.add_argument("--profile", action="store_true", help="where the time of ours goes")
-    parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--nanovlm", type=Path, help="a checkout of nanoVLM, to compare beside")
+    parser.add_argument("--only", choices=(*VARIANTS, *NANO), help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.only:
         (stage,) = settings.stages
-        print(json.dumps(train(settings.only, stage, settings.steps, settings.profile)))
+        found = train(settings.only, stage, settings.steps, settings.profile, settings.nanovlm)
+        print(json.dumps(found))
         return
-    mine, theirs = losses(llava())
-    print(f"fp32 loss: ours {mine:.6f}, Llava {theirs:.6f}, difference {abs(mine - theirs):.1e}")
-    if abs(mine - theirs) > 1e-4:
-        sys.exit("the losses differ: speeds would mean nothing")
+    require_same(*losses(llava()), "Llava")
+    if settings.nanovlm:
+        require_same(*losses_beside_nanovlm(llava(), settings.nanovlm), "nanoVLM")
     for stage in settings.stages:
-        compare(stage, settings)
+        compare(stage, VARIANTS, settings)
+        if settings.nanovlm:
+            compare(stage, NANO, settings)
     print("speed: ours / variant, higher is better; memory: ours / variant, lower is better")
 
 
-def compare(stage: int, settings: argparse.Namespace) -> None:
-    """Prints one stage's table."""
-    found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
+def require_same(mine: float, theirs: float, peer: str) -> None:
+    """Prints both losses, and ends the run where they differ."""
+    print(f"fp32 loss: ours {mine:.6f}, {peer} {theirs:.6f}, difference {abs(mine - theirs):.1e}")
+    if abs(mine - theirs) > 1e-4:
+        sys.exit("the losses differ: speeds would mean nothing")
+
+
+def compare(stage: int, variants: tuple[str, ...], settings: argparse.Namespace) -> None:
+    """Prints one stage's table; the first of the variants is ours."""
+    ours = variants[0]
+    found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
     for _ in range(settings.rounds):
-        for variant in VARIANTS:
+        for variant in variants:
             command = [sys.executable, __file__, "--only", variant, "--steps", str(settings.steps)]
             command += ["--stages", str(stage)]
-            if settings.profile and variant == "ours" and not found[variant]:
+            if settings.nanovlm:
+                command += ["--nanovlm", str(settings.nanovlm)]
+            if settings.profile and variant == ours and not found[variant]:
                 command.append("--profile")
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found[variant].append(json.loads(out.strip().splitlines()[-1]))
@@ -328,18 +402,18 @@ def compare(stage: int, settings: argparse.Namespace) -> None:
         variant: {key: statistics.median(run[key] for run in runs) for key in keys}
         for variant, runs in found.items()
     }
-    mfu = statistics.median(run["mfu"] for run in found["ours"])
+    mfu = statistics.median(run["mfu"] for run in found[ours])
     print(f"\nstage {stage}; ours at {mfu:.0%} of a bf16 matrix product's speed")
     print(f"{'variant':16} {'samples/s':>10} {'peak MB':>9} {'loss':>8} {'speed':>7} {'memory':>7}")
     for variant, figures in medians.items():
         print(
             f"{variant:16} {figures['samples_per_s']:10.2f} {figures['peak_mb']:9.0f} "
             f"{figures['loss']:8.4f} "
-            f"{medians['ours']['samples_per_s'] / figures['samples_per_s']:6.2f}x "
-            f"{medians['ours']['peak_mb'] / figures['peak_mb']:6.2f}x"
+            f"{medians[ours]['samples_per_s'] / figures['samples_per_s']:6.2f}x "
+            f"{medians[ours]['peak_mb'] / figures['peak_mb']:6.2f}x"
         )
-    if "profile" in found["ours"][0]:
-        print(found["ours"][0]["profile"])
+    if "profile" in found[ours][0]:
+        print(found[ours][0]["profile"])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The decoder-only family beside transformers' Llava class on the same weights."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from vlm.losses.token import token_losses
 
 PATH = Path(__file__).parents[2] / "eval/speed_training.py"
 spec = importlib.util.spec_from_file_location("speed_training", PATH)
+sys.path.insert(0, str(PATH.parent))  # as for a script, whose neighbours it finds
 speed_training = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(speed_training)
 
