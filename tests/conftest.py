@@ -2,6 +2,8 @@ import os
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports a hub client
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers, and what they launch, share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

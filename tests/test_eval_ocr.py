@@ -416,7 +416,9 @@ def test_tesseract_reads_a_drawn_line_alike_in_all_ways():
         assert [one.text for one in said] == ["Hello world", "one two three"], way
 
 
-@pytest.mark.skipif(importlib.util.find_spec("rapidocr") is None, reason="no rapidocr here")
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("rapidocr", "onnxruntime"))), reason="no rapidocr here"
+)
 def test_rapidocr_reads_a_drawn_line_with_the_models_in_its_package(monkeypatch):
     import socket
 

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from vlm import cli
-from vlm.training.plan import machine_of, make_plan, split_of
+from vlm.data.mixture import split_of
+from vlm.training.plan import machine_of, make_plan
 from vlm.training.rehearsal import Held
 from vlm.training.room import GIB
 
@@ -89,9 +90,11 @@ def test_time_and_cost_are_operations_by_the_stated_share_of_the_peak():
 @pytest.mark.parametrize(
     ("batch", "micro_batch", "ranks", "message"),
     [
-        (16, None, 32, r"batch 16 does not divide over 32 devices; .* --batch 32"),
-        (100, None, 8, r"batch 100 does not divide over 8 devices; .* --batch 104"),
+        (16, None, 32, r"batch 16 does not divide over 32 processes; .* --batch 32"),
+        (100, None, 8, r"batch 100 does not divide over 8 processes; .* --batch 104"),
         (64, 3, 8, "share of 8 examples is no whole number of micro-batches of 3; .* 2"),
+        (64, 0, 8, "micro_batch must be at least 1, found 0"),
+        (0, None, 8, "batch must be at least 1, found 0"),
         (64, 16, 8, "no whole number of micro-batches of 16; .* --micro-batch 8"),
     ],
 )
@@ -123,7 +126,7 @@ def test_plan_command_tells_a_recipes_memory_and_time(capsys):
 def test_plan_command_refuses_what_cannot_be(capsys):
     for arguments, message in (
         ([*SMALL, "--machine", "H300"], "machine 'H300': expected"),
-        ([*SMALL, "--machine", "3xH100"], "batch 128 does not divide over 3 devices"),
+        ([*SMALL, "--machine", "3xH100"], "batch 128 does not divide over 3 processes"),
         ([*SMALL, "--machine", "H100", "--hybrid"], "--hybrid says how --shard divides"),
         ([*SMALL[:-2], "--machine", "H100", "--rows", "0"], "--rows must be at least 1"),
         ([*SMALL, "--machine", "H100-0.08G"], "the largest that fits is"),

@@ -81,7 +81,9 @@ def test_training_with_kept_tokens_is_the_same_training(tmp_path):
     stage = dataclasses.replace(training.STAGE, steps=8)
     plain, _, expected = training.train(tmp_path / "plain", stage)
     kept, _, found = training.train(tmp_path / "kept", stage, token_cache=tmp_path / "tokens")
-    assert [line["loss"] for line in found] == [line["loss"] for line in expected]
+    # Kept tokens were made among other pictures, and products round by how many there are.
+    for a, b in zip(expected, found, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
     for name, weight in training.weights(plain).items():
-        assert torch.equal(training.weights(kept)[name], weight)
+        torch.testing.assert_close(training.weights(kept)[name], weight, atol=1e-6, rtol=1e-5)
     assert 0 < len(files(tmp_path / "tokens")) <= 10  # one of each picture, whatever the epochs

@@ -44,8 +44,9 @@ class MakePlan:
     """Print JSON instead of a table."""
 
     def run(self, rest: list[str]) -> None:
+        from vlm.data.mixture import split_of
         from vlm.training.launch import read_settings, recipe_in
-        from vlm.training.plan import machine_of, make_plan, split_of
+        from vlm.training.plan import machine_of, make_plan
         from vlm.training.room import asked, remedies
 
         if self.rows < 1:

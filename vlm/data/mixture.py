@@ -269,6 +269,28 @@ class MixtureDataset(Dataset):
             return Skipped(name, str(error).removeprefix(f"{name}: "))
 
 
+def split_of(batch: int, micro_batch: int | None, ranks: int) -> tuple[int, int]:
+    """A rank's share of a batch, and its micro-batch: None takes the share whole. Raises ValueError
+    where one is below 1 or they do not divide, naming numbers that do."""
+    for name, number in (("batch", batch), ("micro_batch", micro_batch)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, found {number}")
+    share, rest = divmod(batch, ranks)
+    if rest:
+        raise ValueError(
+            f"batch {batch} does not divide over {ranks} processes; the next that does is --batch "
+            f"{(share + 1) * ranks}"
+        )
+    micro_batch = micro_batch or share
+    if share % micro_batch:
+        near = max(n for n in range(1, min(share, micro_batch) + 1) if share % n == 0)
+        raise ValueError(
+            f"a process's share of {share} examples is no whole number of micro-batches of "
+            f"{micro_batch}; the next smaller one is --micro-batch {near}"
+        )
+    return share, micro_batch
+
+
 class StepSampler(Sampler[list[int]]):
     """The sample numbers of one rank, micro-batch by micro-batch: a DataLoader's batch_sampler.
 

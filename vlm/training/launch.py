@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 
 from vlm.data.example import BadRow
+from vlm.data.mixture import split_of
 from vlm.data.sources import BadSource
 from vlm.pixels import BadImage
 from vlm.training.base_settings import BaseSettings
@@ -170,11 +171,7 @@ def accelerator_for(settings: BaseSettings) -> tuple[Accelerator, int]:
         )
     _require_alike(settings, accelerator)
     share_cores(accelerator, settings.threads)
-    share, rest = divmod(settings.batch, accelerator.num_processes)
-    if rest:
-        raise ValueError(
-            f"batch {settings.batch} does not divide over {accelerator.num_processes} processes"
-        )
+    share, _ = split_of(settings.batch, settings.micro_batch, accelerator.num_processes)
     return accelerator, share
 
 

@@ -12,6 +12,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vlm.data.mixture import split_of
 from vlm.training.estimate import Estimate
 from vlm.training.meter import PEAK_TFLOPS
 from vlm.training.room import GIB, Room, room_for
@@ -132,22 +133,3 @@ def make_plan(
         hours=hours,
         cost=None if hours is None or price is None else hours * machine.ranks * price,
     )
-
-
-def split_of(batch: int, micro_batch: int | None, ranks: int) -> tuple[int, int]:
-    """A rank's share of a batch, and its micro-batch. Raises ValueError where they do not divide,
-    naming numbers that do."""
-    share, rest = divmod(batch, ranks)
-    if rest:
-        raise ValueError(
-            f"batch {batch} does not divide over {ranks} devices; the next that does is --batch "
-            f"{(share + 1) * ranks}"
-        )
-    micro_batch = micro_batch or share
-    if share % micro_batch:
-        near = max(n for n in range(1, min(share, micro_batch) + 1) if share % n == 0)
-        raise ValueError(
-            f"a device's share of {share} examples is no whole number of micro-batches of "
-            f"{micro_batch}; the next smaller one is --micro-batch {near}"
-        )
-    return share, micro_batch
