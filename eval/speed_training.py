@@ -53,6 +53,7 @@ from vlm.tokenizers.encoders import ENCODERS
 from vlm.tokenizers.transformers import TransformersTokenizer
 from vlm.training.flops import flop_counter
 from vlm.training.lean import lean, lean_ways
+from vlm.training.memory import give_back_large_blocks
 from vlm.training.meter import peak_flops
 from vlm.training.objectives import NextToken
 from vlm.training.stages import FROZEN, Stage, optimizer_for, prepare
@@ -223,6 +224,7 @@ def step_of_ours(
     peer: LlavaForConditionalGeneration, stage: int, linear: bool
 ) -> tuple[Step, FlopsOf]:
     """A step as `vlm.training.fit` makes it, and one whose operations are to be counted."""
+    give_back_large_blocks()
     batch, _ = batch_for(peer, BATCH)
     module = ours_from(peer, linear)
     rates = Stage(
@@ -361,6 +363,8 @@ def main() -> None:
     parser.add_argument("--nanovlm", type=Path, help="a checkout of nanoVLM, to compare beside")
     parser.add_argument("--only", choices=(*VARIANTS, *NANO), help=argparse.SUPPRESS)
     settings = parser.parse_args()
+    if settings.steps < 2:
+        parser.error(f"--steps: expected at least 2, found {settings.steps}")
     if settings.only:
         (stage,) = settings.stages
         found = train(settings.only, stage, settings.steps, settings.profile, settings.nanovlm)
@@ -395,7 +399,7 @@ def compare(stage: int, variants: tuple[str, ...], settings: argparse.Namespace)
                 command += ["--nanovlm", str(settings.nanovlm)]
             if settings.profile and variant == ours and not found[variant]:
                 command.append("--profile")
-            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             found[variant].append(json.loads(out.strip().splitlines()[-1]))
     keys = ("samples_per_s", "peak_mb", "loss")
     medians = {

@@ -74,3 +74,28 @@ def test_no_file_is_run_because_a_run_names_it(trained, tmp_path):
     assert found == settings_of(trained)
     assert isinstance(found, LineReaderSettings)
     assert found.train == settings(tmp_path).train
+
+
+def test_a_broken_newest_checkpoint_is_named_and_not_passed_over(trained, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    (file,) = (copy / "checkpoints/step_00000002").glob("*.distcp")
+    file.write_bytes(file.read_bytes()[:-10])
+    said = r"step_00000002.*distcp: expected \d+ bytes, found \d+; the newest whole .* --step 1$"
+    with pytest.raises(CheckpointError, match=said):
+        export(copy, tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"the checkpoint of step 2 is broken: .*distcp"):
+        export(copy, tmp_path / "model", step=2)
+    assert export(copy, tmp_path / "model", step=1).name == "step_00000001"
+
+
+def test_an_ended_run_without_its_checkpoints_is_not_begun_again(trained, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    shutil.rmtree(copy / "checkpoints")
+    (copy / "checkpoints").mkdir()
+    before = (copy / "metrics.jsonl").read_text()
+    again = settings(copy, steps=2, save_every=1, held_out_rows=0, precision="bf16", resume=True)
+    with pytest.raises(RunError, match="the run has ended and its checkpoints are gone"):
+        run(again, stage, lambda model: Transcribe())
+    assert (copy / "metrics.jsonl").read_text() == before

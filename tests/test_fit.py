@@ -346,6 +346,19 @@ def test_rate_that_is_none_is_refused(rate):
         dataclasses.replace(training.STAGE, rates=(("adaptor.*", rate), ("*", FROZEN)))
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"clip": -1.0}, "clip must be above 0"),
+        ({"clip": math.nan}, "clip must be above 0"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
+    ],
+)
+def test_numbers_that_would_train_uphill_are_refused(value, message):
+    with pytest.raises(StageError, match=message):
+        dataclasses.replace(training.STAGE, **value)
+
+
 def test_out_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "notes").write_text("mine")
     for out in ("notes", "notes/run"):

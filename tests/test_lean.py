@@ -3,9 +3,11 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from tests import tiny, training
 from vlm.attention import as_on_gpus
+from vlm.training import lean as lean_module
 from vlm.training.lean import PLACES, _in_parts, lean, lean_ways
 from vlm.training.memory import saved_bytes
 
@@ -59,13 +61,14 @@ def test_lean_blocks_compute_the_same_and_keep_less(kind, dtype):
     assert lean_kept < kept if any(LEAN[kind]) else lean_kept == kept
 
 
-def test_gradients_are_nearer_to_those_of_32_bits():
-    """What transformers rounds between its steps is not rounded here."""
+def test_gradients_are_as_near_to_those_of_32_bits():
+    """They differ from transformers' by rounding, and are off by no more than those."""
     exact = tiny.text_model("llama")
     vectors = torch.randn(2, 40, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact.to(torch.bfloat16)
     rounded = [g.float() for g in passed(exact, vectors)[1]]
     with lean(exact, lean_ways(exact)):
+        assert min(chosen(exact)) > 0
         found = [g.float() for g in passed(exact, vectors)[1]]
     expected = passed(exact.float(), vectors.float())[1]
 
@@ -120,8 +123,64 @@ def test_lora_in_an_mlp_is_called():
     wrapped = get_peft_model(
         text, LoraConfig(target_modules=["gate_proj", "down_proj"], lora_dropout=0.5)
     )
-    ways = [name for name in lean_ways(wrapped) if name.endswith("mlp")]
+    ways = {name: way for name, way in lean_ways(wrapped).items() if name.endswith("mlp")}
     assert len(ways) == 2
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:  # zero at first, when LoRA changes nothing
+            nn.init.normal_(weight, std=0.1)
+    mlp = wrapped.get_submodule(next(iter(ways)))
+    places = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    expected = mlp.train()(places)
+    expected.sum().backward()
+    gradients = {name: p.grad for name, p in mlp.named_parameters() if p.grad is not None}
+    mlp.zero_grad()
+    torch.manual_seed(1)
+    with lean(wrapped, ways):
+        found = mlp(places)
+        found.sum().backward()
+    torch.testing.assert_close(found, expected)
+    assert any("lora_B" in name for name in gradients)
+    for name, p in mlp.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(p.grad, gradients[name])
+
+
+def kept_in(kept):
+    """What packs a saved tensor, and notes it down."""
+    return lambda tensor: kept.append(tensor) or tensor
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["frozen", "trained"])
+def test_a_plain_projection_behind_the_gate_keeps_nothing_of_its_own(learns, monkeypatch):
+    """In parts and whole, in each dtype: the same values, and gradients to rounding."""
+    monkeypatch.setattr(lean_module, "PLACES", 3)
+    for dtype, near in ((torch.float64, 1e-12), (torch.bfloat16, 2e-2)):
+        mlp = tiny.text_model("llama").model.layers[0].mlp.to(dtype)
+        mlp.down_proj.bias = nn.Parameter(torch.linspace(-1, 1, 32).to(dtype))
+        mlp.down_proj.requires_grad_(learns)
+        places = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+        runs = []
+        for ways in ({}, lean_ways(mlp)):
+            given = places.clone().requires_grad_(True)
+            mlp.zero_grad()
+            kept = []
+            with (
+                lean(mlp, ways),
+                torch.autograd.graph.saved_tensors_hooks(kept_in(kept), lambda t: t),
+            ):
+                out = mlp(given)
+            out.pow(2).sum().backward()
+            grads = [given.grad, *(p.grad for p in mlp.parameters() if p.grad is not None)]
+            wide = {t.data_ptr() for t in kept if t.shape[-1] == mlp.gate_proj.out_features and
+                    t.dim() == 3}  # fmt: skip
+            runs.append((out, grads, len(wide)))
+        (plain, expected, more), (found, grads, fewer) = runs
+        torch.testing.assert_close(found, plain, atol=near, rtol=near)
+        assert len(grads) == len(expected) == (5 if learns else 3)
+        for a, b in zip(grads, expected):
+            torch.testing.assert_close(a, b, atol=near, rtol=10 * near)
+        assert fewer == 2 < more
 
 
 def test_a_forward_of_an_instance_stays():

@@ -105,9 +105,11 @@ def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(
         split_of(batch, micro_batch, ranks)
 
 
-@pytest.mark.parametrize("share", [{"mfu": 0.0}, {"mfu": 1.1}, {"reserve": 1.0}])
+@pytest.mark.parametrize(
+    "share", [{"mfu": 0.0}, {"mfu": 1.1}, {"reserve": 1.0}, {"reserve": -0.1}, {"price": -1.0}]
+)
 def test_shares_outside_their_range_are_refused(share):
-    with pytest.raises(ValueError, match="must be above 0 and at most 1"):
+    with pytest.raises(ValueError, match=rf"{next(iter(share))} must be (above|at least) 0"):
         planned(**share)
 
 

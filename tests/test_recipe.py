@@ -116,6 +116,10 @@ def test_stage1_trains_reports_and_captions(demo, tmp_path):
             "share of 6 examples is no whole number",
         ),
         (["--image-px", "224", "224"], "pixel shuffle by 2 does not divide the grid 7 x 7"),
+        (["--save-every", "-1"], "save_every must be at least 0, found -1"),
+        (["--threads", "0"], "threads must be at least 1, found 0"),
+        (["--clip", "0"], "clip must be above 0 (inf clips nothing), found 0.0"),
+        (["--weight-decay", "nan"], "weight_decay must be at least 0, found nan"),
         (["--warmup", "2"], "warmup is a share of the steps, 0 to 1, found 2.0"),
     ],
 )

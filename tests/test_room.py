@@ -1,10 +1,12 @@
 """A run that does not fit in memory says so before its first step, with the largest that does."""
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests import training
 from tests.contrastive_runs import TINY, run
@@ -261,3 +263,13 @@ def test_processes_of_a_machine_share_what_is_free_beside_their_own_weights(monk
     assert room.memory_for(torch.device("cpu"), module) == 250 + own
     monkeypatch.setattr(room, "free_memory", lambda: None)
     assert room.memory_for(torch.device("cpu"), module) is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_weights_in_a_mapped_file_are_free_already(monkeypatch, tmp_path):
+    save_file({"weight": torch.ones(64, 64), "bias": torch.ones(64)}, tmp_path / "linear")
+    module = torch.nn.Linear(64, 64)
+    module.load_state_dict(load_file(tmp_path / "linear"), assign=True)
+    module.bias = torch.nn.Parameter(torch.zeros(64))
+    monkeypatch.setattr(room, "free_memory", lambda: 1000)
+    assert room.memory_for(torch.device("cpu"), module) == 1000 + 4 * 64

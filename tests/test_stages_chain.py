@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -251,7 +252,25 @@ def test_settings_of_a_file_are_of_their_own_kind(tmp_path, line, expected):
     assert (found, type(found)) == (expected, type(expected))
 
 
-@pytest.mark.parametrize("line", ["vision: lore", "resume: 'no'", "steps: seven", "steps: true"])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("resume: 'no'", "resume: expected true or false, found 'no'"),
+        ("resume: 1", "resume: expected true or false, found 1"),
+        ("steps:", "steps: expected a value, found none"),
+        ("micro-batch: 0", "micro_batch must be at least 1, found 0"),
+    ],
+)
+def test_values_that_a_file_cannot_give_are_named(tmp_path, line, message):
+    (tmp_path / "run.yaml").write_text(f"{line}\n")
+    arguments = ["--config", str(tmp_path / "run.yaml")]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        launch.read_settings(stage_of("stage2_joint").Settings, arguments, "about")
+    with pytest.raises(ValueError, match=r"--config .*: cannot be read \(Is a directory\)"):
+        launch.read_settings(stage_of("stage2_joint").Settings, ["--config", str(tmp_path)], "")
+
+
+@pytest.mark.parametrize("line", ["vision: lore", "steps: seven", "steps: true"])
 def test_settings_of_another_kind_in_a_file_are_refused(tmp_path, capsys, line):
     (tmp_path / "run.yaml").write_text(f"{line}\n")
     arguments = ["--config", str(tmp_path / "run.yaml")]

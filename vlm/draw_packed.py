@@ -96,13 +96,17 @@ def _row(
             x0, x1 = GAP + start * scale, GAP + at * scale
             ink.rectangle((x0, band, x1, band + BAND_PX), fill=FILLS[kind])
         borders.append(at)
+    edge = GAP + borders[-1] * scale - small.getlength(f"{borders[-1]} ")
     written = -1.0
     for border in borders:
         x = GAP + border * scale
         ink.line((x, names, x, foot), fill=INK, width=3)
-        if x > written:  # else its number would stand on the one before
+        last, end = border == borders[-1], x + small.getlength(f"{border} ")
+        if last:  # it ends at its border, and always stands
+            ink.text((x, foot), str(border), fill="#666666", font=small, anchor="ra")
+        elif x > written and end <= edge:  # else its number would stand on another
             ink.text((x, foot), str(border), fill="#666666", font=small)
-            written = x + small.getlength(f"{border} ")
+            written = end
 
 
 def _paste(

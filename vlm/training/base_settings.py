@@ -110,6 +110,22 @@ class BaseSettings:
         )
 
 
+LEAST = {"steps": 1, "batch": 1, "micro_batch": 1, "pack": 1, "threads": 1, "keep": 1, "workers": 0,
+         "eval_every": 0, "save_every": 0, "held_out_rows": 0, "text_held_out_rows": 0,
+         "weight_decay": 0}  # fmt: skip
+"""The least that a setting may be, where a recipe has it."""
+
+
+def require_ranges(settings: Any) -> None:
+    """Raises ValueError naming a setting that is out of its range."""
+    for name, least in LEAST.items():
+        value = getattr(settings, name, None)
+        if value is not None and not value >= least:  # NaN is neither
+            raise ValueError(f"{name} must be at least {least}, found {value}")
+    if not settings.clip > 0:
+        raise ValueError(f"clip must be above 0 (inf clips nothing), found {settings.clip}")
+
+
 FREE = ("out", "resume", "change", "keep", "threads", "workers", "eval_every", "save_every",
         "micro_batch", "pack", "balance", "token_cache", "shard", "held_out", "held_out_rows",
         "text_held_out", "text_held_out_rows", "checkpoint_activations", "merge")  # fmt: skip

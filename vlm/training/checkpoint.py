@@ -195,6 +195,7 @@ class Checkpoints:
                 f"from {path.name}, so that {again} steps are done again"
             )
         if path is None:
+            self.say(f"{self.folder}: no checkpoint in it, starting from the beginning")
             return None, [], None
         about = disk.read_about(path)
         for line in differences(about["decided"], self.decided, change, path):
@@ -245,6 +246,8 @@ def newest_whole(
         broken[path] = said
     if broken:
         said = "; ".join(line for lines in broken.values() for line in lines)
+        if step is not None:
+            raise CheckpointError(f"{folder}: the checkpoint of step {step} is broken: {said}")
         raise CheckpointError(f"{folder}: no checkpoint is whole: {said}")
     return None, {}
 

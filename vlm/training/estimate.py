@@ -42,9 +42,9 @@ SEARCHED = 1024
 
 
 def rows_of_run(data: MixtureDataset, processor: Any, samples: int, count: int = ROWS) -> list[Any]:
-    """Rows of a run, encoded: `count` of them, and more where a source gave fewer than `EACH`; from
-    all of its steps, since the first may have other sources than the rest, and the same each time.
-    Those that cannot be used are left out.
+    """Rows of a run, encoded: `count` of them, and up to as many more where sources gave fewer than
+    `EACH`; from all of its steps, since the first may have other sources than the rest, and the
+    same each time. Those that cannot be used are left out.
 
     samples: examples of the whole run.
     Raises ValueError, with the first one's reason, where none can be used.
@@ -54,7 +54,7 @@ def rows_of_run(data: MixtureDataset, processor: Any, samples: int, count: int =
     for position in range(min(samples, SEARCHED)):
         number = permuted(position, samples, key=0)
         source = data.mixture[number].source
-        if len(numbers) < count or drawn[source] < EACH:
+        if len(numbers) < count or (drawn[source] < EACH and len(numbers) < 2 * count):
             numbers.append(number)
             drawn[source] += 1
     encoded = Encoded(data, processor, "skip")

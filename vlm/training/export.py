@@ -35,17 +35,21 @@ def export(
     """Writes the model of a run's checkpoint to `out`; gives the checkpoint.
 
     A line reader's confidences are as its recipe begins with them: they are fitted when a run ends.
-    step: the checkpoint after so many steps; None takes the newest whole one. layout, merge: see
-        `Model.save`. recipe: the file of the run's recipe; None takes it from the run's settings,
-        where it is one of ours.
+    step: the checkpoint after so many steps; None takes the newest, which must be whole. layout,
+        merge: see `Model.save`. recipe: the file of the run's recipe; None takes it from the run's
+        settings, where it is one of ours.
     Raises RunError or CheckpointError naming what does not fit, before anything is written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out}: expected a new or an empty folder to write to")
     settings = settings_of(run, recipe)
-    path, _ = newest_whole(run / "checkpoints", step)
+    path, broken = newest_whole(run / "checkpoints", step)
     if path is None:
         raise RunError(f"{run}: expected checkpoints in it, found none")
+    if broken:
+        said = "; ".join(line for lines in broken.values() for line in lines)
+        older = int(path.name.removeprefix("step_"))
+        raise CheckpointError(f"{said}; the newest whole one is that of --step {older}")
     built = settings.build()
     parts = getattr(built, "parts", built)
     model = FACES[parts.module.family](parts)

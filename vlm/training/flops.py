@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 def flop_counter() -> FlopCounterMode:
     """A counter of the operations done within it; `get_total_flops` gives them.
 
-    Attention counts as torch counts it on GPUs: two products forward, and backward five, of which
-    one makes the scores again; those of later places that a place does not see count too.
+    Fused attention counts as torch counts it on GPUs: two products forward, and backward five, of
+    which one makes the scores again, those of later places that a place does not see too. That of
+    `vlm.attention` counts by the products that it makes, which leave out most of those.
     """
     aten = torch.ops.aten
     return FlopCounterMode(

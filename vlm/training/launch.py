@@ -12,7 +12,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 import tyro
@@ -24,9 +24,10 @@ from vlm.data.example import BadRow
 from vlm.data.mixture import split_of
 from vlm.data.sources import BadSource
 from vlm.pixels import BadImage
-from vlm.training.base_settings import BaseSettings
+from vlm.training.base_settings import BaseSettings, require_ranges
 from vlm.training.checkpoint import CheckpointError
 from vlm.training.fit import Interrupted
+from vlm.training.memory import give_back_large_blocks
 from vlm.training.run import RunError
 from vlm.training.sharding import Shard
 from vlm.training.stages import StageError
@@ -80,7 +81,7 @@ def read_settings(
 ) -> BaseSettings:
     """Settings from a command line; `--config FILE.yaml` replaces defaults, options win over it.
 
-    Raises ValueError naming the file's keys that are no settings.
+    Raises ValueError naming the file's keys that are no settings, and numbers out of their range.
     """
     default = None
     arguments = [
@@ -96,7 +97,9 @@ def read_settings(
         arguments = arguments[:at] + arguments[at + 2 :]
     about = f"{about or ''}\n--config FILE.yaml takes settings from a file."
     options = {} if default is None else {"default": default}
-    return tyro.cli(settings_class, args=arguments, description=about, prog=prog, **options)
+    settings = tyro.cli(settings_class, args=arguments, description=about, prog=prog, **options)
+    require_ranges(settings)
+    return settings
 
 
 def _from_yaml(settings_class: type[BaseSettings], path: Path) -> BaseSettings:
@@ -104,14 +107,16 @@ def _from_yaml(settings_class: type[BaseSettings], path: Path) -> BaseSettings:
     and 1e-3, which is text in YAML, is a number."""
     try:
         values = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"--config {path}: no such file") from error
+    except OSError as error:
+        raise ValueError(f"--config {path}: cannot be read ({error.strerror})") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected settings as KEY: VALUE lines, found {values!r}")
-    known = {field.name for field in dataclasses.fields(settings_class)}
-    unknown = sorted(set(values) - known)
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    kinds = get_type_hints(settings_class)
+    known = {field.name: kinds[field.name] for field in dataclasses.fields(settings_class)}
+    unknown = sorted(set(values) - known.keys())
     if unknown:
         raise ValueError(
             f"{path}: {unknown} are no settings of this recipe; it has {sorted(known)}"
@@ -119,6 +124,11 @@ def _from_yaml(settings_class: type[BaseSettings], path: Path) -> BaseSettings:
     nested = [key for key, value in values.items() if isinstance(value, dict)]
     if nested:
         raise ValueError(f"{path}: {nested} hold keys of their own; expected a value or a list")
+    for key, value in values.items():
+        if known[key] is bool and not isinstance(value, bool):
+            raise ValueError(f"{path}: {key}: expected true or false, found {value!r}")
+        if value is None and type(None) not in get_args(known[key]):
+            raise ValueError(f"{path}: {key}: expected a value, found none")
     arguments = [word for key, value in values.items() for word in _option(key, value)]
     return tyro.cli(settings_class, args=arguments, prog=str(path))
 
@@ -171,6 +181,8 @@ def accelerator_for(settings: BaseSettings) -> tuple[Accelerator, int]:
         )
     _require_alike(settings, accelerator)
     share_cores(accelerator, settings.threads)
+    if accelerator.device.type == "cpu":
+        give_back_large_blocks()
     share, _ = split_of(settings.batch, settings.micro_batch, accelerator.num_processes)
     return accelerator, share
 
@@ -210,7 +222,7 @@ def _require_alike(settings: BaseSettings, accelerator: Accelerator) -> None:
 
 def share_cores(accelerator: Accelerator, threads: int | None) -> None:
     """Gives this process `threads` CPU threads; None: its share of the cores it may use, unless it
-    computes on a GPU."""
+    computes on a GPU. threads is at least 1."""
     if threads is None and accelerator.device.type != "cpu":
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -112,9 +112,9 @@ def _alike(part: nn.Module, way: Forward, like: Tensor) -> bool:
     with torch.random.fork_rng(devices=[]):
         try:
             theirs, ours = part(places), way(part, places)
-        except Exception:  # whatever a part of this name may want, it is not known
+            return theirs.dtype == ours.dtype and torch.equal(theirs, ours)
+        except Exception:  # whatever a part of this name may want or give, it is not known
             return False
-    return theirs.dtype == ours.dtype and torch.equal(theirs, ours)
 
 
 def _norm_forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
@@ -123,7 +123,17 @@ def _norm_forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
 
 def _mlp_forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
     gate, up = module.gate_proj(hidden_states), module.up_proj(hidden_states)
-    return module.down_proj(_Gated.apply(gate, up))
+    down = module.down_proj
+    if _is_plain(down) and gate.dtype == down.weight.dtype:
+        return _GatedDown.apply(gate, up, down.weight, down.bias)
+    return down(_Gated.apply(gate, up))
+
+
+def _is_plain(part: nn.Module) -> bool:
+    """Whether a linear layer is no more than its weights, which can be used without calling it."""
+    called = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks,
+              part._backward_pre_hooks)  # fmt: skip
+    return type(part) is nn.Linear and "forward" not in vars(part) and not any(called)
 
 
 class _Norm(torch.autograd.Function):
@@ -172,6 +182,41 @@ class _Gated(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         by_gate = torch.ops.aten.silu_backward(grad * up, gate)
         return by_gate, F.silu(gate).mul_(grad)
+
+
+class _GatedDown(torch.autograd.Function):
+    """weight (silu(gate) * up) + bias. What the linear layer reads is made in parts, and again for
+    the backward pass: to keep it would take as much as the gate."""
+
+    @staticmethod
+    def forward(ctx, gate, up, weight, bias):
+        ctx.save_for_backward(gate, up, weight)
+        out = gate.new_empty(*gate.shape[:-1], len(weight))
+        for a, b, c in _in_parts(*map(_by_place, (gate, up, out))):
+            c.copy_(F.linear(F.silu(a).mul_(b), weight, bias))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gate, up, weight = ctx.saved_tensors
+        _, _, learns, learns_bias = ctx.needs_input_grad
+        by_gate, by_up = torch.empty_like(gate), torch.empty_like(up)
+        places = map(_by_place, (gate, up, grad, by_gate, by_up))
+        for a, b, by_out, by_a, by_b in _in_parts(*places):
+            by_product = by_out @ weight
+            by_a.copy_(torch.ops.aten.silu_backward(by_product * b, a))
+            torch.mul(F.silu(a), by_product, out=by_b)
+        by_weight = by_bias = None
+        if learns:
+            by_weight = _by_place(grad).T @ _by_place(F.silu(gate).mul_(up))
+        if learns_bias:
+            by_bias = _by_place(grad).sum(0)
+        return by_gate, by_up, by_weight, by_bias
+
+
+def _by_place(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _in_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -1,4 +1,5 @@
-"""Less memory for training: activations that are computed again instead of kept.
+"""Less memory for training: activations that are computed again instead of kept, and memory that is
+given back.
 
 What is frozen below the first trainable parameter keeps no activations by itself: autograd keeps
 only what a gradient needs. A frozen language model above a trained adaptor does keep them, since
@@ -7,6 +8,9 @@ the gradient passes through it; so it gains from checkpointing as a trained one 
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -18,6 +22,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vlm.image_tokens import ImageTokenizer, meta_pixels, meta_twin
 from vlm.training.stages import FROZEN, Stage, assign_rates
 
+LARGE = 2**21
+M_MMAP_THRESHOLD = -3
+"""From glibc's malloc.h: blocks from this size on are the system's own, given back when freed."""
 PROBE_HW = (256, 192)
 """Rows and columns of the picture that shows what an image tokenizer keeps."""
 
@@ -121,3 +128,17 @@ def _kept(owner: nn.Module) -> int:
 def _kind(owner: nn.Module) -> str:
     inner = getattr(owner, "backbone", getattr(owner, "visual", owner))
     return type(inner).__name__
+
+
+def give_back_large_blocks() -> None:
+    """Makes malloc give each block of `LARGE` bytes or more back to the system when it is freed,
+    for the whole process; unless the environment's MALLOC_MMAP_THRESHOLD_ says otherwise.
+
+    glibc keeps them for later, but until 2.38 an aligned block, as all of torch's are, does not fit
+    where one of its size was freed (its bug 14581): activations on CPUs then leave holes of half
+    their size. To take memory from the system again costs a few per cent of a step's time.
+    """
+    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, LARGE)

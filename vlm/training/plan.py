@@ -110,9 +110,12 @@ def make_plan(
     Raises ValueError for a batch that does not divide over the devices, and for shares outside
     their range.
     """
-    for name, share in (("mfu", mfu), ("1 - reserve", 1 - reserve)):
-        if not 0 < share <= 1:
-            raise ValueError(f"{name} must be above 0 and at most 1, found {share:g}")
+    if not 0 < mfu <= 1:
+        raise ValueError(f"mfu must be above 0 and at most 1, found {mfu:g}")
+    if not 0 <= reserve < 1:
+        raise ValueError(f"reserve must be at least 0 and below 1, found {reserve:g}")
+    if price is not None and not price >= 0:
+        raise ValueError(f"price must be at least 0, found {price:g}")
     share, micro_batch = split_of(batch, micro_batch, machine.ranks)
     room = room_for(estimate, share, micro_batch, int(machine.gib * GIB * (1 - reserve)))
     flops = estimate.flops_per_example(micro_batch, room.accumulation) * batch

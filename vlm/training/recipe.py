@@ -67,7 +67,7 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
     rows, _, cut = course.held_out(model, source if settings.held_out_rows else None)
     texts = usable_documents(model, documents, settings.text_held_out_rows) if documents else []
     evaluate = _Evaluate(model, course.accelerator, source, rows, documents, texts)
-    if course.shard == "no" or texts:  # else each process moves its own parts alone
+    if texts:  # else nothing is computed before the run knows that it fits
         model.module.to(course.accelerator.device)
     before = evaluate.text_loss()
     work = work_of(model.module, plan.rates, views=settings.token_cache is None)

@@ -5,6 +5,7 @@ every recipe before its first step, so that a run that cannot go says so before 
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +147,7 @@ def require_room(
     device, ranks = accelerator.device, accelerator.num_processes
     there = memory_for(device, model.module)
     if there is None:
+        say("whether a step fits in memory is not known: the system does not tell what is free")
         return
     share = stage.batch // ranks
     accumulation = -(-share // stage.micro_batch)
@@ -193,14 +195,12 @@ def asked(settings: BaseSettings, micro_batch: int) -> str:
 
 def remedies(settings: BaseSettings, family: str, sharded: bool) -> str:
     """What may help a run of which not even one example fits, of what its settings leave open."""
-    pack = getattr(settings, "pack", None)
     language = getattr(settings, "language", None)
     blocks = family != "line_reader" and not settings.checkpoint_activations
     ways = {
         "train less (--language lora)": language == "full",
         "compute in 16 bits (--precision bf16)": settings.precision == "fp32",
         "compute activations again (--checkpoint-activations)": blocks,
-        f"fill packs less (--pack below {pack})": pack is not None,
         "shorten rows (--max-tokens)": hasattr(settings, "max_tokens"),
         "shorten texts (--length)": hasattr(settings, "length"),
         "shard over several devices (--shard all)": not sharded,
@@ -223,19 +223,38 @@ def memory_for(device: torch.device, module: nn.Module) -> int | None:
     """Bytes that this process may hold on its device, what its module holds already included; None
     where the system does not say.
 
-    Of a GPU: all there is. Of a CPU: the process's part of what is free, among those of the run on
-    this machine, by the system and by the control groups that the process is in. Weights that lie
-    in mapped files count as free already.
+    Of a GPU: what is free, and what torch holds of it. Of a CPU: the process's part of what is
+    free, among those of the run on this machine, by the system and by the control groups that the
+    process is in. Weights that lie in mapped files count as free already.
     """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     free = free_memory() if device.type == "cpu" else None
     if free is None:
         return None
+    in_file = _in_mapped_file()
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    here = sum(t.numel() * t.element_size() for t in tensors.values() if t.device.type == "cpu")
+    own_tensors = (t for t in tensors.values() if t.device.type == "cpu" and not in_file(t))
+    here = sum(t.numel() * t.element_size() for t in own_tensors)
     own = _kib(Path("/proc/self/status"), "RssAnon")
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + min(here, own or 0)
+
+
+def _in_mapped_file() -> Callable[[torch.Tensor], bool]:
+    """Whether a tensor's values lie in a file that is mapped into this process (Linux)."""
+    maps = Path("/proc/self/maps")
+    places = []
+    for line in maps.read_text().splitlines() if maps.is_file() else []:
+        span, _, _, _, inode, *_ = line.split(maxsplit=5)
+        if inode != "0":
+            places.append(tuple(int(end, 16) for end in span.split("-")))
+    starts = [start for start, _ in places]
+
+    def inside(tensor: torch.Tensor) -> bool:
+        number = bisect_right(starts, tensor.data_ptr()) - 1
+        return number >= 0 and tensor.data_ptr() < places[number][1]
+
+    return inside
 
 
 def free_memory(root: Path = Path("/")) -> int | None:

@@ -76,6 +76,12 @@ class Run:
             raise RunError(f"{folder}: expected a folder to write to, found the file {existing}")
         if resume and not self.checkpoints.is_dir():
             raise RunError(f"{folder}: nothing to resume, expected checkpoints/ in it")
+        ended = (folder / "result.json").exists()
+        if resume and main and ended and not any(self.checkpoints.iterdir()):
+            raise RunError(
+                f"{folder}: nothing to resume, the run has ended and its checkpoints are gone; "
+                "name another --out"
+            )
         if not resume and main and (folder / "metrics.jsonl").exists():
             raise RunError(
                 f"{folder} already holds a run: continue it with --resume, or name another --out"

@@ -74,9 +74,9 @@ def shard_module(
 
     module: of any family, as `vlm.training.stages.choose_trained` left it, in whatever dtypes, on
         whatever device. Block by block, it gets the dtypes of `hold_in` and comes to `device`, and
-        each process keeps its own part. Weights as they are loaded lie in their mapped files until
-        then, so that no process ever has the whole model in memory. Weights that work in fp32
-        whatever the rest does (batch norms, scalars) stay whole on each process.
+        each process keeps its own part. Weights that are loaded as they are stored lie in their
+        mapped files until then, so that no process has all of them in memory. Weights that work in
+        fp32 whatever the rest does (batch norms, scalars) stay whole on each process.
     Raises StageError naming weights that cannot be sharded, and trainable ones that are not fp32
     afterwards.
     """

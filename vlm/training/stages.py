@@ -53,6 +53,10 @@ class Stage:
             raise StageError(f"warmup must be in 0 to steps={self.steps}, found {self.warmup}")
         if not 0 <= self.floor <= 1:
             raise StageError(f"floor must be in 0 to 1, found {self.floor}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise StageError(f"weight_decay must be at least 0, found {self.weight_decay}")
+        if not self.clip > 0:
+            raise StageError(f"clip must be above 0 (inf clips nothing), found {self.clip}")
         for pattern, rate in self.rates:
             if rate is not FROZEN and not 0 < rate < math.inf:  # NaN is neither
                 raise StageError(f"rate of {pattern!r} must be positive or FROZEN, found {rate}")
