@@ -32,9 +32,14 @@ def test_sharding_divides_state_by_its_group_and_holds_blocks_whole():
     trained = sum(p.numel() for p in sharded.rehearsal.trained)
     held = sharded.held(2, 1)
     assert held.optimizer == 8 * trained // 64
-    block = sum(p.numel() for p in sharded.rehearsal.module.text.model.layers[0].parameters())
-    outside = trained - 2 * block
-    assert sharded.gathered == 2 * (outside + 2 * block)
+    module = sharded.rehearsal.module
+    count = lambda part: sum(p.numel() for p in part.parameters())  # noqa: E731
+    blocks = list(module.text.model.layers)
+    rest = count(module.text) - sum(map(count, blocks))
+    assert count(module) == sum(map(count, (module.tokenizer, module.adaptor, module.text)))
+    largest = max(map(count, (*blocks, module.tokenizer, module.adaptor)))
+    assert sharded.gathered == 2 * (rest + 2 * largest)
+    assert held.gradients == 4 * trained // 64 + (2 + 4) * max(rest, largest)
     assert held.weights == 4 * trained // 64 + sharded.gathered
     assert held.weights + held.optimizer < sum(whole.held(2, 1)[:3])
 

@@ -31,6 +31,7 @@ from vlm.placement import IMAGE
 from vlm.prompts import Row
 from vlm.training.objectives import Contrast, NextToken, Objective, Transcribe
 from vlm.training.rehearsal import Held, Rehearsal, Step
+from vlm.training.sharding import units_of
 from vlm.training.step import BUCKET_ELEMENTS
 
 ROWS = 16
@@ -109,12 +110,12 @@ class Estimate:
 
     @cached_property
     def gathered(self) -> int:
-        """Bytes of weights that sharding holds whole at a time: what lies outside of blocks, and
-        two blocks, the one at work and the next; 0 where nothing is sharded."""
+        """Bytes of weights that sharding holds whole at a time: the module's own unit, and two
+        others, the one at work and the next; 0 where nothing is sharded."""
         if self.group == 1:
             return 0
-        outside, largest = self._blocks
-        return outside + 2 * largest
+        own, largest = self._units
+        return own + 2 * largest
 
     @property
     def tokens_per_example(self) -> float:
@@ -169,10 +170,9 @@ class Estimate:
         trained = sum(p.numel() for p in self.rehearsal.trained)
         frozen = sum(p.numel() * p.element_size() for p in self.rehearsal.frozen)
         learned = 4 * trained
-        _, largest = self._blocks
         width = self.rehearsal.dtype.itemsize
-        # One block's gradients are whole, in 16 bits and as fp32, until they are scattered.
-        whole = largest * (1 + 4 // width) if trained else 0
+        # One unit's gradients are whole, in 16 bits and as fp32, until they are scattered.
+        whole = max(self._units) * (1 + 4 // width) if trained else 0
         return Held(
             weights=(learned + frozen) // self.group + self.gathered,
             gradients=learned // self.group + whole,
@@ -182,15 +182,16 @@ class Estimate:
         )
 
     @cached_property
-    def _blocks(self) -> tuple[int, int]:
-        """Bytes in the dtype of compute of what lies outside of repeated blocks, and of the largest
-        block: members of the module's outermost lists of one kind."""
-        width = self.rehearsal.dtype.itemsize
-        module = self.rehearsal.module
-        lists = {name: m for name, m in module.named_modules() if _repeats(m)}
-        outer = [m for n, m in lists.items() if not any(n.startswith(f"{o}.") for o in lists)]
-        blocks = [_numel(block) for blocks in outer for block in blocks]
-        return width * (_numel(module) - sum(blocks)), width * max(blocks, default=0)
+    def _units(self) -> tuple[int, int]:
+        """Bytes in the dtype of compute of the module's own unit, which is what the units of
+        sharding leave, and of the largest of those."""
+        module, seen, sizes = self.rehearsal.module, set(), []
+        for unit in (*units_of(module), module):
+            own = {id(p): p.numel() for p in unit.parameters() if id(p) not in seen}
+            seen |= own.keys()
+            sizes.append(self.rehearsal.dtype.itemsize * sum(own.values()))
+        *units, rest = sizes
+        return rest, max(units, default=0)
 
 
 def objective_for(module: nn.Module, processor: Any, settings: Any) -> Objective:
@@ -250,13 +251,3 @@ def _pixels(row: Row | Pair | LineRow) -> int:
 
 def _numbers(pixels: Pixels) -> int:
     return pixels.numel() if isinstance(pixels, torch.Tensor) else sum(map(_numbers, pixels))
-
-
-def _repeats(module: nn.Module) -> bool:
-    """Whether it is a list of blocks of one kind."""
-    lists = isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1
-    return lists and len({type(block) for block in module}) == 1
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
