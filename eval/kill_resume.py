@@ -32,6 +32,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: forks need one thread
 
 import tyro
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "recipes" / "line_reader.py"
@@ -113,6 +114,8 @@ def check(settings: Settings, options: list[str]) -> tuple[Counts, float]:
     saving_s = Attempt(settings.recipe, alone, options).finish()
     seconds = time.monotonic() - started
     counts = Counts()
+    tqdm.monitor_interval = 0  # no thread of its own: forks need one thread
+    progress = tqdm(total=settings.kills, desc="kills")
     while counts.kills < settings.kills:
         out = settings.out / f"run{counts.runs}"
         while counts.kills < settings.kills:
@@ -126,12 +129,14 @@ def check(settings: Settings, options: list[str]) -> tuple[Counts, float]:
             if not killed:
                 break
             after_kill(attempt, counts)
+            progress.update()
         else:
             Attempt(settings.recipe, out, options).finish()
         counts.runs += 1
         counts.differing += differences(alone, out)
         if out.name != "run0":
             shutil.rmtree(out)
+    progress.close()
     return counts, seconds
 
 

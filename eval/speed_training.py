@@ -6,11 +6,11 @@ Sizes are SigLIP-B/16-224 and SmolLM2-135M with random weights, batch 8, answers
 Stage 1 trains the adaptor, stage 2 the language model too, stage 3 all. First both give their loss
 in fp32, which must agree to 1e-4. Then each variant trains in a process of its own, in turn, for
 several rounds: ours with the step of `fit` (packed rows, working weights in bf16, fp32 masters, the
-loss in chunks), Llava under autocast with fp32 weights (what a Trainer does with bf16=True), and
-Llava in pure bf16, trained weights too. Reported are the medians of samples/s and of the process's
-peak memory while it trains (building the model left out), and the ratios, which alone carry over to
-other machines; the share of a bf16 matrix product's speed that our steps reach; and, with
---profile, which operations their time goes to.
+loss in chunks), with a token cache too where the image tokenizer is frozen, Llava under autocast
+with fp32 weights (what a Trainer does with bf16=True), and Llava in pure bf16, trained weights too.
+Reported are the medians of samples/s and of the process's peak memory while it trains (building the
+model left out), and the ratios; the share of a bf16 matrix product's speed that our steps reach;
+and, with --profile, which operations their time goes to.
 
 With --nanovlm, the folder of a checkout of nanoVLM, the same is done beside it, under autocast as
 its own training does, for a model of its structure: SigLIP's normed tokens and one linear map.
@@ -19,6 +19,7 @@ its own training does, for a model of its structure: SigLIP's normed tokens and 
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import gc
 import json
@@ -26,6 +27,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,12 +59,15 @@ from vlm.training.memory import give_back_large_blocks
 from vlm.training.meter import peak_flops
 from vlm.training.objectives import NextToken
 from vlm.training.stages import FROZEN, Stage, optimizer_for, prepare
+from vlm.training.token_cache import cached_tokens
 from vlm.training.working import WorkingWeights
 
 Step = Callable[[], float]
 FlopsOf = Callable[[], int]
 
 VARIANTS = ("ours", "llava-autocast", "llava-bf16")
+CACHED = "ours, tokens kept"
+"""Ours where the image tokenizer is frozen, from the second epoch on."""
 NANO = ("ours-linear", "nanovlm")
 RATES = {
     1: (("adaptor.*", 1e-3), ("*", FROZEN)),
@@ -221,9 +226,10 @@ def rows_of(batch: Batch) -> list[Row]:
 
 
 def step_of_ours(
-    peer: LlavaForConditionalGeneration, stage: int, linear: bool
+    peer: LlavaForConditionalGeneration, stage: int, linear: bool = False, cached: bool = False
 ) -> tuple[Step, FlopsOf]:
-    """A step as `vlm.training.fit` makes it, and one whose operations are to be counted."""
+    """A step as `vlm.training.fit` makes it, and one whose operations are to be counted. cached:
+    with a token cache, as long as the process lasts."""
     give_back_large_blocks()
     batch, _ = batch_for(peer, BATCH)
     module = ours_from(peer, linear)
@@ -234,6 +240,11 @@ def step_of_ours(
     prepare(module, rates, torch.bfloat16)
     optimizer = optimizer_for(module, rates)
     working = WorkingWeights(module, torch.bfloat16)
+    if cached:
+        held = contextlib.ExitStack()
+        atexit.register(held.close)
+        folder = held.enter_context(tempfile.TemporaryDirectory())
+        held.enter_context(cached_tokens(module.tokenizer, Path(folder)))
     objective = NextToken(pad_id=2, pack=PACK)
     batches = objective.collate(rows_of(batch))
     scored = sum(objective.count(part).scored for part in batches)
@@ -319,8 +330,9 @@ def train(
     a matrix product's speed and, where asked for, a table of operations."""
     peer = llava()
     counted = None
-    if variant in ("ours", "ours-linear"):
-        step, counted = step_of_ours(peer, stage, linear=variant == "ours-linear")
+    if variant in ("ours", "ours-linear", CACHED):
+        linear, cached = variant == "ours-linear", variant == CACHED
+        step, counted = step_of_ours(peer, stage, linear, cached)
     elif variant == "nanovlm":
         step = step_of_nanovlm(peer, stage, folder)
     else:
@@ -361,7 +373,7 @@ def main() -> None:
     )
     parser.add_argument("--profile", action="store_true", help="where the time of ours goes")
     parser.add_argument("--nanovlm", type=Path, help="a checkout of nanoVLM, to compare beside")
-    parser.add_argument("--only", choices=(*VARIANTS, *NANO), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=(*VARIANTS, CACHED, *NANO), help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.steps < 2:
         parser.error(f"--steps: expected at least 2, found {settings.steps}")
@@ -374,7 +386,7 @@ def main() -> None:
     if settings.nanovlm:
         require_same(*losses_beside_nanovlm(llava(), settings.nanovlm), "nanoVLM")
     for stage in settings.stages:
-        compare(stage, VARIANTS, settings)
+        compare(stage, (*VARIANTS, CACHED) if stage < 3 else VARIANTS, settings)
         if settings.nanovlm:
             compare(stage, NANO, settings)
     print("speed: ours / variant, higher is better; memory: ours / variant, lower is better")
@@ -408,10 +420,10 @@ def compare(stage: int, variants: tuple[str, ...], settings: argparse.Namespace)
     }
     mfu = statistics.median(run["mfu"] for run in found[ours])
     print(f"\nstage {stage}; ours at {mfu:.0%} of a bf16 matrix product's speed")
-    print(f"{'variant':16} {'samples/s':>10} {'peak MB':>9} {'loss':>8} {'speed':>7} {'memory':>7}")
+    print(f"{'variant':18} {'samples/s':>10} {'peak MB':>9} {'loss':>8} {'speed':>7} {'memory':>7}")
     for variant, figures in medians.items():
         print(
-            f"{variant:16} {figures['samples_per_s']:10.2f} {figures['peak_mb']:9.0f} "
+            f"{variant:18} {figures['samples_per_s']:10.2f} {figures['peak_mb']:9.0f} "
             f"{figures['loss']:8.4f} "
             f"{medians[ours]['samples_per_s'] / figures['samples_per_s']:6.2f}x "
             f"{medians[ours]['peak_mb'] / figures['peak_mb']:6.2f}x"
