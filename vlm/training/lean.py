@@ -201,7 +201,7 @@ class _GatedDown(torch.autograd.Function):
     def backward(ctx, grad):
         gate, up, weight = ctx.saved_tensors
         _, _, learns, learns_bias = ctx.needs_input_grad
-        by_gate, by_up = torch.empty_like(gate), torch.empty_like(up)
+        by_gate, by_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
         places = map(_by_place, (gate, up, grad, by_gate, by_up))
         for a, b, by_out, by_a, by_b in _in_parts(*places):
             by_product = by_out @ weight
