@@ -11,7 +11,7 @@ class UsesModel:
     """The model of a command, and where and how precisely it computes."""
 
     model: str
-    """A run folder, a model folder or a hub id."""
+    """A run folder, a model folder, a hub id, or a file of CLIP's weights: FILE?model=ViT-B-32."""
     device: str = "auto"
     """auto takes a GPU where there is one."""
     dtype: str = "auto"
