@@ -31,6 +31,8 @@ def test_help_is_light():
 def test_commands_end_with_one_line_where_input_is_bad(tmp_path, capsys):
     text = tmp_path / "text.png"
     text.write_text("no picture\n\n")
+    notes = tmp_path / "notes"
+    notes.write_text("a cat")
     empty, full = tmp_path / "empty", tmp_path / "full"
     for folder in (empty, full):
         folder.mkdir()
@@ -65,6 +67,9 @@ def test_commands_end_with_one_line_where_input_is_bad(tmp_path, capsys):
         (["retrieve", "x", "gone.png"], "at this path; to search for this text, say --text"),
         (["retrieve", "x", str(text)], "to search for this text, say --text"),
         (["retrieve", "x", "--image", "gone.png"], "gone.png: expected a picture"),
+        (["retrieve", "x", str(notes)], "found bytes that start with b'a cat'; to search"),
+        (["retrieve", "x", str(notes)], "to search for this text, say --text"),
+        (["retrieve", "x", str(empty)], "expected a picture or a text, found a folder; to search"),
         (["retrieve", "x", "cat", "--top", "0"], "--top must be at least 1, found 0"),
         (["retrieve", "x", "cat", "--draw", "a.jpg"], "--draw: expected a .png file"),
         (["fetch", "everything"], "no asset 'everything'; there are smollm2-135m-instruct"),
@@ -377,8 +382,8 @@ def test_index_is_built_once_and_searched_by_texts_and_pictures(towers, tmp_path
     assert not capsys.readouterr().out.startswith("1.0000")
     paths[0].unlink()
     tiny.picture(5, (41, 31)).save(paths[1])
-    with pytest.warns(UserWarning, match="1 of 1 texts were longer"):  # a folder is no picture
-        cli.main(["retrieve", out, str(folder), "--draw", str(page)])
+    with pytest.warns(UserWarning, match="1 of 1 texts were longer"):
+        cli.main(["retrieve", out, "--text", str(folder), "--draw", str(page)])
     lines = [line.split("  ", 1)[1] for line in capsys.readouterr().out.splitlines()]
     assert sorted(lines) == [
         f"{paths[0]}  (no longer there)",

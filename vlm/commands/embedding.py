@@ -14,7 +14,7 @@ import tyro
 from vlm.commands.model import UsesModel, open_model
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from vlm.data.example import Skipped
     from vlm.inference.embed import ContrastiveModel
@@ -291,6 +291,11 @@ class Retrieve:
         text = given[0]
         if not text.strip():
             raise ValueError(f"expected a query, found an empty text {text!r}")
+        if self.text is None and os.sep in text and _is_folder(text):
+            raise ValueError(
+                f"{text}: expected a picture or a text, found a folder; to search for this text, "
+                "say --text"
+            )
         if self.text is None and (
             _is_file(text) or (" " not in text and text.lower().endswith(SUFFIXES))
         ):
@@ -298,9 +303,7 @@ class Retrieve:
                 open_image(text)
                 return Path(text)
             except BadImage as error:
-                if text.lower().endswith(SUFFIXES):
-                    message = f"{error}; to search for this text, say --text"
-                    raise BadImage(message) from error
+                raise BadImage(f"{error}; to search for this text, say --text") from error
         return text
 
     def _model(self, index: Index) -> ContrastiveModel:
@@ -328,8 +331,16 @@ def _contrastive(source: str, device: str, dtype: str) -> ContrastiveModel:
 
 
 def _is_file(text: str) -> bool:
+    return _is(Path.is_file, text)
+
+
+def _is_folder(text: str) -> bool:
+    return _is(Path.is_dir, text)
+
+
+def _is(kind: Callable[[Path], bool], text: str) -> bool:
     try:
-        return Path(text).is_file()
+        return kind(Path(text))
     except (OSError, ValueError):  # too long for a path, or a null byte in it
         return False
 
