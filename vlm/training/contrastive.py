@@ -34,6 +34,7 @@ RECALL = Curves(
     "nats per pair",
     "held-out retrieval",
     "recall at 1",
+    "pairs",
     (
         ("image_to_text_r1", "#b5532a", "image to text"),
         ("text_to_image_r1", "#1f4e8c", "text to image"),
