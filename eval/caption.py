@@ -87,7 +87,8 @@ class Settings:
     """Rows that cannot be read or are longer than the context: stop and name the row, or leave them
     out and count them. Rows without a picture or an answer are always left out and counted."""
     dtype: str = "auto"
-    """auto keeps the model's own; else float32, bfloat16 or float16."""
+    """auto keeps the model's own where the device is fast in it, else takes float32; or float32,
+    bfloat16, float16."""
     threads: int | None = None
     """CPU threads of each process; None shares the machine's cores among its processes."""
 

@@ -75,7 +75,8 @@ class Settings:
     pictures: int = 16
     """How many pictures are drawn."""
     dtype: str = "auto"
-    """auto keeps the model's own; else float32, bfloat16 or float16."""
+    """auto keeps the model's own where the device is fast in it, else takes float32; or float32,
+    bfloat16, float16."""
 
 
 def ask_rows(

@@ -89,7 +89,8 @@ class Settings:
     seed: int = 0
     """Of these samples."""
     dtype: str = "auto"
-    """auto keeps the model's own; else float32, bfloat16 or float16."""
+    """auto keeps the model's own where the device is fast in it, else takes float32; or float32,
+    bfloat16, float16."""
     threads: int | None = None
     """CPU threads of each process, and cores of each peer; None shares the machine's cores among
     its processes."""

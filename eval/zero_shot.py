@@ -94,7 +94,8 @@ class Settings:
     """Rows without a class, or with a picture that cannot be read: stop and name the row, or leave
     them out and count them."""
     dtype: str = "auto"
-    """auto keeps the model's own; else float32, bfloat16 or float16."""
+    """auto keeps the model's own where the device is fast in it, else takes float32; or float32,
+    bfloat16, float16."""
     threads: int | None = None
     """CPU threads of each process; None shares the machine's cores among its processes."""
 
