@@ -22,6 +22,7 @@ import torch
 Precision = Literal["auto", "bf16", "fp32"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
+
 SMALL = (64, 256, 256)
 """Rows, inputs and outputs of the first products of a probe: milliseconds where bf16 is slow."""
 MEDIUM = (128, 512, 512)
@@ -38,6 +39,15 @@ INSTRUCTIONS = (
     ("neon", "NEON"),
 )
 """What `torch.cpu.get_capabilities` calls an instruction set, the widest first, and its name."""
+
+
+def dtype_name(precision: Precision) -> str:
+    """What `vlm.load` calls a precision.
+
+    >>> dtype_name("auto"), dtype_name("bf16")
+    ('auto', 'bfloat16')
+    """
+    return "auto" if precision == "auto" else str(DTYPES[precision]).removeprefix("torch.")
 
 
 class PrecisionError(ValueError):
