@@ -16,8 +16,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from vlm.compat.torch import BatchNormBase
 from vlm.merge import Made, plain_state
 
 INDEX = "model.safetensors.index.json"
@@ -158,7 +158,7 @@ def castable(module: nn.Module) -> list[nn.Parameter]:
     kept = {
         id(parameter)
         for norm in module.modules()
-        if isinstance(norm, _BatchNorm)
+        if isinstance(norm, BatchNormBase)
         for parameter in norm.parameters(recurse=False)
     }
     return [
