@@ -20,6 +20,7 @@ import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 
+from vlm.compat.accelerate import asked_for_fsdp
 from vlm.data.example import BadRow
 from vlm.data.mixture import split_of
 from vlm.data.sources import BadSource
@@ -204,9 +205,7 @@ def sharding_of(settings: BaseSettings, accelerator: Accelerator) -> Shard:
     FSDP does; not at all on one process."""
     if accelerator.num_processes == 1:
         return "no"
-    # What `accelerate launch` tells its processes; on CPUs accelerate makes replicas of it.
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
-    return "all" if asked and settings.shard == "no" else settings.shard
+    return "all" if asked_for_fsdp() and settings.shard == "no" else settings.shard
 
 
 def wait_for_main(accelerator: Accelerator) -> None:
