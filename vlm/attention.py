@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vlm.compat.torch import softmax_backward
+
 MOST_PLACES, MOST_CAUSAL = 1024, 512
 """Longest runs for which it gains; longer ones, where a place sees only earlier ones, are as fast
 in torch's small parts."""
@@ -115,7 +117,7 @@ class _WholeProducts(torch.autograd.Function):
                 seen = shares.shape[2]
                 out = _by_head(grad[view, block], h)
                 by_share = torch.bmm(out, values[:, :seen].transpose(1, 2))
-                by_score = torch._softmax_backward_data(by_share, shares, -1, shares.dtype)
+                by_score = softmax_backward(by_share, shares)
                 by_query[view, block] = _by_place(torch.bmm(by_score, keys[:, :seen]), H)
                 found_keys = torch.bmm(by_score.transpose(1, 2), queries)
                 found_values = torch.bmm(shares.transpose(1, 2), out)

@@ -48,7 +48,7 @@ def open_file(path: Path) -> Any:
     """What a file of weights holds, nothing of it run. Raises WeightsError naming a file that is
     broken, or holds Python objects or something else."""
     if path.suffix == ".safetensors":
-        return read_safetensors(path)
+        return read_tensors(path)
     if path.suffix in SUFFIXES:
         return _read_torch(path)
     raise WeightsError(f"{path}: expected weights in {', '.join(SUFFIXES)}, found another file")
@@ -92,7 +92,7 @@ def _choices(path: Path, keys: list[str]) -> str:
     return "say " + " or ".join(f"{path}?state={key.rstrip('.')}" for key in keys)
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file, by name. Raises WeightsError for a broken one."""
     try:
         with safe_open(path, framework="pt") as file:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from vlm.compat.peft import ADAPTER, is_lora, mark_packed, settings_of
+from vlm.compat.transformers import Conv1D
 from vlm.config import from_dict, to_dict
 from vlm.families.decoder_only import DecoderOnly
 from vlm.image_tokens import ImageTokenizer, meta_pixels, meta_twin
@@ -93,10 +93,10 @@ def lora_of(module: nn.Module) -> dict[str, dict[str, Any]]:
     """The LoRA of each component as JSON values, its layers by name; `add_lora_of` reads them."""
     found = {}
     for path, component in module.named_modules():
-        if "peft_config" not in vars(component):
+        settings = settings_of(component)
+        if settings is None:
             continue
-        layers = {n: m for n, m in component.named_modules() if isinstance(m, LoraLayer)}
-        (settings,) = component.peft_config.values()
+        layers = [name for name, layer in component.named_modules() if is_lora(layer)]
         found[path] = to_dict(
             Lora(
                 rank=settings.r,
@@ -127,7 +127,7 @@ def quantize_4bit(text: nn.Module) -> None:
         raise ImportError("4-bit weights need bitsandbytes: pip install bitsandbytes") from error
     head = text.get_output_embeddings()
     for name, layer in list(text.named_modules()):
-        if type(layer) is nn.Linear and layer is not head and ".lora_" not in name:
+        if type(layer) is nn.Linear and layer is not head and ADAPTER not in name:
             bias = layer.bias is not None
             packed = bnb.nn.Linear4bit(
                 layer.in_features,
@@ -141,7 +141,7 @@ def quantize_4bit(text: nn.Module) -> None:
             packed.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
             packed.bias = layer.bias
             text.set_submodule(name, packed)
-    text.is_loaded_in_4bit = True  # peft asks this before it stands beside packed weights
+    mark_packed(text)
 
 
 def _targets(module: DecoderOnly, path: str, lora: Lora) -> list[str]:
@@ -153,7 +153,7 @@ def _targets(module: DecoderOnly, path: str, lora: Lora) -> list[str]:
         component = None
     if component is None:
         raise ValueError(f"no component {path!r}: the parts are {parts}, or paths below them")
-    if any(isinstance(layer, LoraLayer) for layer in component.modules()):
+    if any(is_lora(layer) for layer in component.modules()):
         raise ValueError(f"{path} has LoRA layers already")
     linear, convolutions, refused = _layers(module, component)
     known = [*linear, *convolutions]

@@ -14,10 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from vlm.compat.peft import ADAPTER, BASE, adds_delta, delta_of, unpacked
+from vlm.compat.torch import own_parameters
 from vlm.vocabulary import SplitRows
-
-BASE, ADAPTER = ".base_layer.", ".lora_"
-"""How peft names a layer's own tensors and LoRA's, between the layer's name and theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ def plain_state(module: nn.Module, *, lora: bool = True) -> dict[str, Tensor | M
             old = state.pop(f"{path}.old")
             del state[f"{path}.new"], state[f"{path}.rows"]
             state[f"{path}.weight"] = Made(old, part.joined)
-        elif hasattr(part._parameters.get("weight"), "quant_state"):
+        elif hasattr(own_parameters(part).get("weight"), "quant_state"):
             for key in [key for key in state if key.startswith(f"{path}.weight.")]:
                 del state[key]  # how bitsandbytes packed it
             state[f"{path}.weight"] = _unpacked(part)
@@ -47,7 +46,7 @@ def plain_state(module: nn.Module, *, lora: bool = True) -> dict[str, Tensor | M
         return state
     plain = {key.replace(BASE, "."): t for key, t in state.items() if ADAPTER not in key}
     for path, part in module.named_modules():
-        if hasattr(part, "get_delta_weight"):
+        if adds_delta(part):
             weight = plain[f"{path}.weight"]
             like = weight.like if isinstance(weight, Made) else weight
             plain[f"{path}.weight"] = Made(like, partial(_merged, part, weight))
@@ -58,16 +57,13 @@ def plain_state(module: nn.Module, *, lora: bool = True) -> dict[str, Tensor | M
 def _merged(layer: nn.Module, weight: Tensor | Made) -> Tensor:
     """The weight of a peft LoRA layer with what LoRA adds, rounded once."""
     weight = weight.make() if isinstance(weight, Made) else weight
-    (adapter,) = layer.active_adapters
-    return (weight.float() + layer.get_delta_weight(adapter).float()).to(weight.dtype)
+    return (weight.float() + delta_of(layer).float()).to(weight.dtype)
 
 
 def _unpacked(layer: nn.Module) -> Made:
     """The weight of a 4-bit layer of bitsandbytes, in the dtype that it computes in."""
-    from peft.utils.integrations import dequantize_module_weight
-
     shape = layer.out_features, layer.in_features
     return Made(
         torch.empty(shape, dtype=layer.compute_dtype, device="meta"),
-        lambda: dequantize_module_weight(layer).to(layer.compute_dtype),
+        lambda: unpacked(layer).to(layer.compute_dtype),
     )

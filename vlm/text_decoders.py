@@ -9,12 +9,13 @@ the like) are refused by name.
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
-from transformers.models.trocr.modeling_trocr import TrOCRSinusoidalPositionalEmbedding
 
 FROM_PAD = ("roberta", "xlm-roberta", "camembert", "data2vec-text", "roberta-prelayernorm")
 """`model_type` of classes that count positions from behind their pad id, in one table with it."""
@@ -38,10 +39,12 @@ class SinusoidalPositions(nn.Module):
         self._norm = (norm,)  # in a tuple, so that it is no sub-module here
         self.register_buffer("table", self._made(count), persistent=False)
 
-    def forward(self, input_ids: Tensor, past_key_values_length: int = 0) -> Tensor:
-        """input_ids: int64[B, T], behind `past_key_values_length` places. Gives float[B, T, D]."""
-        places = torch.arange(input_ids.shape[1], device=input_ids.device) + past_key_values_length
-        end = past_key_values_length + input_ids.shape[1]
+    def forward(self, input_ids: Tensor, first: int = 0, **named: int) -> Tensor:
+        """input_ids: int64[B, T], of which the first stands at place `first`. named: that number as
+        transformers calls it, whose name for it changes. Gives float[B, T, D]."""
+        first = first + sum(named.values())
+        places = torch.arange(input_ids.shape[1], device=input_ids.device) + first
+        end = first + input_ids.shape[1]
         if end > len(self.table) - self.pad_id - 1:
             self.table = self._made(end).to(self.table)
         rows = (places + self.pad_id + 1).expand_as(input_ids)
@@ -49,9 +52,31 @@ class SinusoidalPositions(nn.Module):
         return vectors.to(self._norm[0].weight.dtype)
 
     def _made(self, count: int) -> Tensor:
-        size = count + self.pad_id + 1
-        table = TrOCRSinusoidalPositionalEmbedding.get_embedding(size, self.width, self.pad_id)
-        return table.float()
+        table = sinusoids(count + self.pad_id + 1, self.width)
+        table[self.pad_id] = 0
+        return table
+
+
+def sinusoids(count: int, width: int) -> Tensor:
+    """fp32[count, width]: the sines of each place at falling frequencies, then the cosines.
+
+    Source: transformers, `TrOCRSinusoidalPositionalEmbedding.get_embedding`, as tensor2tensor has
+    them; "Attention Is All You Need", section 3.5, has other frequencies.
+    """
+    half = width // 2
+    rates = torch.exp(torch.arange(half).float() * -(math.log(10000) / (half - 1)))
+    angles = torch.arange(count).float()[:, None] * rates
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
+
+
+def embed_positions(decoder: nn.Module, ids: Tensor, first: int) -> Tensor:
+    """The position vectors float[B, T, D] of ids int64[B, T], of which the first stands at place
+    `first`, in the decoder of TrOCR or mBART."""
+    table = decoder.embed_positions
+    if isinstance(table, SinusoidalPositions):
+        return table(ids, first)
+    start = first + table.offset  # the first rows are never read
+    return table.weight[start : start + ids.shape[1]].expand(*ids.shape, -1)
 
 
 def build(config: PreTrainedConfig) -> nn.Module:
@@ -70,8 +95,8 @@ def prepared(text: nn.Module) -> nn.Module:
     cross-attention."""
     require_cross_attention(text)
     text.generation_config = GenerationConfig()
-    decoder = getattr(text.base_model, "decoder", None)
-    if isinstance(getattr(decoder, "embed_positions", None), TrOCRSinusoidalPositionalEmbedding):
+    if text.config.model_type == "trocr" and not text.config.use_learned_position_embeddings:
+        decoder = text.base_model.decoder
         decoder.embed_positions = SinusoidalPositions(
             text.config.max_position_embeddings,
             text.config.hidden_size,

@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
 
+from vlm.compat.transformers import random_weights
 from vlm.config import from_dict, to_dict
 from vlm.tokenizers import cannot_load
 from vlm.tokenizers.transformers import BOOKKEEPING, OFFLINE
@@ -146,7 +147,7 @@ def build_backbone(text_config: dict[str, Any]) -> nn.Module:
     name = TOWERS.get(config.model_type)
     if name is None:
         return AutoModel.from_config(config)
-    return getattr(transformers, name)._from_config(config, attn_implementation="sdpa")
+    return random_weights(getattr(transformers, name), config, "sdpa")
 
 
 def build(values: dict[str, Any]) -> TextEncoder:

@@ -15,9 +15,9 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from vlm.found_weights import SUFFIXES, WeightsError, read_file, read_safetensors, without_prefix
+from vlm.compat.torch import BatchNormBase
+from vlm.found_weights import SUFFIXES, WeightsError, read_file, read_tensors, without_prefix
 from vlm.merge import Made, plain_state
 
 INDEX = "model.safetensors.index.json"
@@ -26,16 +26,23 @@ SHARD, MADE_SHARD = 5 * 10**9, 10**9
 
 
 def save_weights(
-    module: nn.Module, folder: Path, name: Callable[[str], str] = str, *, merge: bool = True
+    module: nn.Module,
+    folder: Path,
+    name: Callable[[str], str] = str,
+    *,
+    merge: bool = True,
+    beside: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes all parameters and persistent buffers, each in its own dtype, in shards of 5 GB.
 
     The files hold the module's plain weights (see `vlm.merge`); the module itself stays as it is.
     name: what each of the module's names is called in the files. merge: whether LoRA is merged;
-        where not, its layers are written beside those that they stand for.
+        where not, its layers are written beside those that they stand for. beside: more tensors, by
+        their names in the files.
     Raises OSError before anything is written where the disk has no room.
     """
-    state = {name(key): tensor for key, tensor in plain_state(module, lora=merge).items()}
+    state: dict[str, Tensor | Made] = dict(beside or {})
+    state |= {name(key): tensor for key, tensor in plain_state(module, lora=merge).items()}
     likes = {key: t.like if isinstance(t, Made) else t for key, t in state.items()}
     unique = {t.data_ptr() or key: key for key, t in reversed(likes.items())}
     likes = {key: likes[key] for key in likes if key in set(unique.values())}
@@ -90,7 +97,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         if not path.exists():
             found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no folder"
             raise WeightsError(f"{path}: expected a safetensors file, found {found}")
-        state |= read_safetensors(path)
+        state |= read_tensors(path)
     return state
 
 
@@ -163,7 +170,7 @@ def castable(module: nn.Module) -> list[nn.Parameter]:
     kept = {
         id(parameter)
         for norm in module.modules()
-        if isinstance(norm, _BatchNorm)
+        if isinstance(norm, BatchNormBase)
         for parameter in norm.parameters(recurse=False)
     }
     return [

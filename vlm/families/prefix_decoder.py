@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.masking_utils import create_masks_for_generate
 
+from vlm.compat.transformers import attention_of
 from vlm.families.decoder_only import DecoderOnly
 from vlm.families.segment_attention import read_segments
 from vlm.image_tokens import ImageTokenizer
@@ -62,13 +62,56 @@ def prefix_masks(
     config: the language model's. vectors: float[B, T, D], of which shape, dtype and device count.
     valid: bool[B, T], False at padding. prefix: bool[B, T], True at places that see each other;
         places of a sliding layer do so at any distance, as in PaliGemma 2.
+    Raises ValueError for layers that are no attention, and for an attention that takes no mask for
+    each pair of places.
     """
-    return create_masks_for_generate(
-        config=config,
-        inputs_embeds=vectors,
-        attention_mask=valid,
-        past_key_values=None,
-        block_sequence_ids=torch.where(prefix, 0, -1),
+    attention = attention_of(config)
+    if attention not in ("sdpa", "eager"):
+        raise ValueError(
+            f"{attention} cannot read a prefix at once; load the language model with "
+            'attn_implementation="sdpa"'
+        )
+    together = prefix[:, :, None] & prefix[:, None, :]
+
+    def mask_of(kind: str) -> Tensor:
+        seen = (seen_before(kind, config, valid) | together) & valid[:, None, :]
+        if attention == "sdpa":
+            return seen[:, None]
+        hidden = torch.finfo(vectors.dtype).min
+        return torch.where(seen, 0.0, hidden).to(vectors.dtype)[:, None]
+
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return {kind: mask_of(kind) for kind in dict.fromkeys(kinds)}
+    if getattr(config, "sliding_window", None) is not None:
+        return mask_of("sliding_attention")
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return mask_of("chunked_attention")
+    return mask_of("full_attention")
+
+
+def seen_before(kind: str, config: PreTrainedConfig, valid: Tensor) -> Tensor:
+    """Which places a layer without a prefix sees: bool[1 or B, T, T], rows see columns.
+
+    kind: "full_attention": itself and all before it; "sliding_attention": of these the last
+        `config.sliding_window`; "chunked_attention": those of its chunk of
+        `config.attention_chunk_size`, counted from the first real place.
+    valid: bool[B, T], False at padding.
+    Raises ValueError naming any other kind.
+    """
+    place = torch.arange(valid.shape[1], device=valid.device)
+    distance = (place[:, None] - place)[None]
+    if kind == "full_attention":
+        return distance >= 0
+    if kind == "sliding_attention":
+        return (distance >= 0) & (distance < config.sliding_window)
+    if kind == "chunked_attention":
+        behind = place - valid.long().argmax(1)[:, None]
+        chunk = behind.div(config.attention_chunk_size, rounding_mode="floor")
+        return (distance >= 0) & (chunk[:, :, None] == chunk[:, None, :])
+    raise ValueError(
+        f"{config.model_type} has layers of kind {kind}, which cannot read a prefix at once; "
+        "expected attention that is full, sliding or chunked"
     )
 
 

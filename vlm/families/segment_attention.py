@@ -28,10 +28,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.masking_utils import sdpa_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm.attention import gains, whole_products
+from vlm.compat.torch import has_forward_pre_hook
+from vlm.compat.transformers import (
+    GradientCheckpointingLayer,
+    attention_of,
+    has_recurrence,
+    sdpa_mask,
+    set_attention,
+    takes_attention,
+)
 
 NAME = "vlm_segments"
 """The name of our attention and its masks in transformers' registries."""
@@ -65,9 +72,9 @@ def require_segments(text: nn.Module) -> None:
     where it cannot."""
     config = text.config.get_text_config()
     others = sorted(set(getattr(config, "layer_types", None) or ()) - LAYERS)
-    if not getattr(text, "_supports_attention_backend", False) or not _choosing(text):
+    if not takes_attention(text) or not _choosing(text):
         why = "does not take its attention from transformers' registry"
-    elif others or text._is_stateful:
+    elif others or has_recurrence(text):
         why = f"mixes places by more than attention ({', '.join(others) or 'a recurrence'})"
     else:
         return
@@ -103,7 +110,7 @@ def read_segments(
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
     }
-    if "flash" in (decoder.config._attn_implementation or ""):
+    if "flash" in (attention_of(decoder.config) or ""):
         if prefix is not None:
             raise ValueError(
                 "flash attention cannot read a prefix at once; load the language model with "
@@ -112,7 +119,7 @@ def read_segments(
         return decoder(**options).last_hidden_state
     first = (0,) * len(lengths) if prefix is None else tuple(prefix.tolist())
     for module in _choosing(decoder):
-        if _enter not in module._forward_pre_hooks.values():
+        if not has_forward_pre_hook(module, _enter):
             module.register_forward_pre_hook(_enter, with_kwargs=True)
             module.register_forward_hook(_leave, always_call=True)
     with _making_masks(decoder.config, Segments(bounds=bounds, lengths=lengths, prefix=first)):
@@ -241,13 +248,13 @@ def _has_varlen(query: Tensor, value: Tensor) -> bool:
 @contextmanager
 def _making_masks(config: PreTrainedConfig, row: Segments) -> Iterator[None]:
     """Within, the model of this configuration makes masks for this row."""
-    own = config._attn_implementation
+    own = attention_of(config)
     token = _reading.set(row)
-    config._attn_implementation = NAME
+    set_attention(config, NAME)
     try:
         yield
     finally:
-        config._attn_implementation = own
+        set_attention(config, own)
         _reading.reset(token)
 
 
@@ -264,11 +271,11 @@ def _choosing(decoder: nn.Module) -> list[nn.Module]:
 def _enter(module: nn.Module, arguments: tuple, options: dict[str, Any]) -> None:
     """Gives a module our attention where it is given our masks."""
     if any(isinstance(given, Segments) for given in (*arguments, *options.values())):
-        _own[module] = module.config._attn_implementation
-        module.config._attn_implementation = NAME
+        _own[module] = attention_of(module.config)
+        set_attention(module.config, NAME)
 
 
 def _leave(module: nn.Module, arguments: tuple, out: Any) -> None:
     """Gives a module its own attention back, also where it failed or was left early."""
     if module in _own:
-        module.config._attn_implementation = _own.pop(module)
+        set_attention(module.config, _own.pop(module))

@@ -20,8 +20,8 @@ from threading import Event
 import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
+from vlm.compat.transformers import BaseStreamer
 from vlm.families.decoder_only import DecoderOnly
 from vlm.losses.token import state_losses, sum_by_row
 from vlm.placement import Batch

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlm.compat.torch import can_prepack_bf16, linear_prepacked, prepack_linear, version_of
+
 Product = Callable[[Tensor], Tensor]
 
 _laid_out: WeakKeyDictionary[nn.Module, dict[tuple, Tensor]] = WeakKeyDictionary()
@@ -40,8 +42,7 @@ def packed(layers: Sequence[nn.Module], rows: int) -> Product:
             weight = torch.cat([layer.weight for layer in layers])
         return lambda x: F.linear(x, weight, bias)
     laid_out = _weights(layers, rows)
-    product = torch.ops.mkldnn._linear_pointwise
-    return lambda x: product(x, laid_out, bias, "none", [], "")
+    return lambda x: linear_prepacked(x, laid_out, bias)
 
 
 @contextmanager
@@ -67,12 +68,12 @@ def packed_layers(module: nn.Module, rows: int) -> Iterator[None]:
 def _weights(layers: Sequence[nn.Module], rows: int) -> Tensor:
     """The layers' weights side by side, laid out; from the last call where they are the same."""
     held = _laid_out.setdefault(layers[0], {})
-    key = tuple((layer.weight.data_ptr(), layer.weight._version) for layer in layers)
+    key = tuple((layer.weight.data_ptr(), version_of(layer.weight)) for layer in layers)
     if key not in held:
         for old in [other for other in held if len(other) == len(key)]:
             del held[old]  # of weights that have changed since
         weight = torch.cat([layer.weight.detach() for layer in layers])
-        held[key] = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        held[key] = prepack_linear(weight, rows)
     return held[key]
 
 
@@ -82,6 +83,5 @@ def _can_pack(weight: Tensor) -> bool:
         and weight.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not weight.is_inference()  # which has no version to tell its changes by
-        and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and can_prepack_bf16()
     )

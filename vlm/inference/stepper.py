@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache, MBartForCausalLM, TrOCRForCausalLM
 
+from vlm.compat.transformers import CACHE
 from vlm.families.encoder_decoder import EncoderDecoder, Memory
 from vlm.inference.packed import packed
-from vlm.text_decoders import head_of
+from vlm.text_decoders import embed_positions, head_of
 
 IMAGE_ROWS = 2048
 """Image tokens for which weights that read them are laid out: those of a few views."""
@@ -61,8 +62,8 @@ class CachedStepper:
             input_ids=ids[:, None],
             encoder_hidden_states=self.memory.tokens,
             encoder_attention_mask=None if valid is None else valid.long(),
-            past_key_values=self.cache,
             use_cache=True,
+            **{CACHE: self.cache},
         )
         return out.last_hidden_state[:, -1]
 
@@ -98,7 +99,7 @@ class LayerStepper:
 
     def step(self, ids: Tensor, place: int) -> Tensor:
         decoder, ids = self.decoder, ids[:, None]
-        positions = decoder.embed_positions(ids, past_key_values_length=place)
+        positions = embed_positions(decoder, ids, place)
         x_BD = (decoder.embed_tokens(ids) + positions)[:, 0]
         if decoder.layernorm_embedding is not None:
             x_BD = decoder.layernorm_embedding(x_BD)

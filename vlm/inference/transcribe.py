@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache
 
+from vlm.compat.transformers import CACHE
 from vlm.families.encoder_decoder import EncoderDecoder, Memory
 from vlm.image_tokens import ViewGroup, map_pixels
 from vlm.inference.engine import Written, answer_losses, check_options
@@ -213,13 +214,13 @@ def _generate(
         attention_mask=torch.ones_like(ids),  # a start id may be the pad id
         encoder_hidden_states=memory.tokens,
         encoder_attention_mask=None if valid is None else valid.long(),
-        # transformers would take a cache for a text alone, and mix image keys into it
-        past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
         eos_token_id=list(end_ids),
         pad_token_id=pad_id,
         bad_words_ids=[[id] for id in banned] or None,
         return_dict_in_generate=True,
         output_logits=True,
+        # transformers would take a cache for a text alone, and mix image keys into it
+        **{CACHE: EncoderDecoderCache(DynamicCache(), DynamicCache())},
         **{"do_sample": False, "num_beams": 1, **options},
     )
     logprobs = module.text.compute_transition_scores(

@@ -93,13 +93,11 @@ def pair_from_transformers(processor: BaseImageProcessor) -> tuple[PixelSpec, Pi
 
 def _shared(processor: Any) -> tuple[type, dict]:
     """The backend's class, and the fields of a PixelSpec that every processor states alike."""
-    from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+    from vlm.compat.transformers import resizing_backends
 
-    if isinstance(processor, TorchvisionBackend):
-        base, backend = TorchvisionBackend, "torchvision"
-    elif isinstance(processor, PilBackend):
-        base, backend = PilBackend, "pil"
-    else:
+    bases = resizing_backends()
+    backend = next((name for name in bases if isinstance(processor, bases[name])), None)
+    if backend is None:
         raise ValueError(
             f"{type(processor).__name__}: expected an image processor of the torchvision or the "
             "PIL backend"
@@ -108,7 +106,7 @@ def _shared(processor: Any) -> tuple[type, dict]:
     _expect(processor, "do_rescale", True)
     if not math.isclose(processor.rescale_factor, 1 / 255, rel_tol=1e-6):
         raise _cannot(processor, "rescale_factor", "1 / 255")
-    return base, {
+    return bases[backend], {
         "resample": _resample_name(processor, "resample"),
         "backend": backend,
         # transformers' two backends disagree on the odd pixel of a padded side.
@@ -281,7 +279,7 @@ def from_open_clip(preprocess_cfg: open_clip.transform.PreprocessCfg | Mapping) 
     Keys that a mapping lacks take open_clip's defaults. Raises ValueError that names the field.
     Source: open_clip, `transform.py`, `image_transform`.
     """
-    from open_clip.transform import PreprocessCfg
+    from vlm.compat.open_clip import PreprocessCfg
 
     given = preprocess_cfg if isinstance(preprocess_cfg, Mapping) else asdict(preprocess_cfg)
     config = asdict(PreprocessCfg())

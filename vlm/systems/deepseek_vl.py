@@ -21,6 +21,7 @@ Source: arXiv 2403.05525; github.com/deepseek-ai/DeepSeek-VL; transformers, `dee
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,7 @@ def load(folder: Path, values: dict[str, Any]) -> Composition:
     where = str(folder)
     model_type = values["model_type"]
     config, reader = open_part(AutoConfig, folder), open_part(AutoProcessor, folder)
-    state = first_names(read_weights(folder), KEY_MAPS[model_type], UNUSED, where)
+    state, unused = first_names(read_weights(folder), KEY_MAPS[model_type], UNUSED, where)
     text_config = config.text_config
     text_config.tie_word_embeddings = config.tie_word_embeddings and not _has_own_head(state)
     high = getattr(config, "high_res_vision_config", None)
@@ -245,7 +246,7 @@ def load(folder: Path, values: dict[str, Any]) -> Composition:
         module=module.eval(),
         processor=processor,
         stop_ids=listed_stop_ids(folder, processor),
-        reference=read_reference(folder, model_type),
+        reference=read_reference(folder, model_type, unused),
     )
 
 
@@ -265,10 +266,12 @@ def save(model: Composition, folder: Path) -> None:
     tied = text_config.tie_word_embeddings
     config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = tied
     config["text_config"]["vocab_size"] = text_config.vocab_size
-    config["vision_config"]["vision_use_head"] = False
+    if not reference.unused:
+        config["vision_config"]["vision_use_head"] = False
     write_config(config, next(module.text.parameters()).dtype, folder)
     write_grown_tokenizer(model.processor.text_tokenizer, folder)
-    save_weights(module, folder, lambda key: published_name(key, key_map))
+    name = partial(published_name, key_map=key_map)
+    save_weights(module, folder, name, beside=reference.unused)
 
 
 def with_template(text_tokenizer):

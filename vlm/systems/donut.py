@@ -26,7 +26,6 @@ from vlm.families.encoder_decoder import EncoderDecoder
 from vlm.pixels import HALF, PixelSpec
 from vlm.systems import trocr
 from vlm.systems.encoder_decoder_parts import LineProcessor, Transcriber
-from vlm.systems.reference import read_reference
 
 SOURCE = "arXiv 2111.15664; naver-clova-ix/donut-* on the hub"
 KIND = "donut"
@@ -102,7 +101,7 @@ def load(folder: Path, values: dict[str, Any]) -> Transcriber:
         reads="pages",
         prompt=page_prompt(model.processor),
         banned=tuple(dict.fromkeys((*model.banned, *banned))),
-        reference=read_reference(folder, KIND),
+        reference=replace(model.reference, model_type=KIND),
     )
 
 

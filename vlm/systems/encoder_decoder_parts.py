@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vlm.compat.torch import with_child
 from vlm.data.example import BadRow, Example, Skipped
 from vlm.families.encoder_decoder import EncoderDecoder
 from vlm.image_tokens import Pixels
@@ -248,8 +249,7 @@ class Transcriber:
         tokenizer.config = replace(tokenizer.config, pixel_spec=spec)
         tokenizer.pixel_spec = spec
         tokenizer.tokens_for(size_hw)  # whether it can, before any compute
-        module = copy.copy(self.module)
-        module._modules = {**module._modules, "tokenizer": tokenizer}
+        module = with_child(self.module, "tokenizer", tokenizer)
         processor = copy.copy(self.processor)
         processor.pixel_spec = spec
         return replace(self, module=module, processor=processor)

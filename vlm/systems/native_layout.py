@@ -2,7 +2,8 @@
 
 config.json holds `format`, `version` and what the family says of itself, a frozen dataclass;
 model.safetensors the weights; `text_tokenizer/` the text tokenizer, where there is one; and
-`reference/` the small files of the published folder that a model came from.
+`reference/` the small files of the published folder that a model came from, and what that folder
+has of weights that the model has not, in unused.safetensors, where there is any.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import init_empty_weights
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer
 
 from vlm import config
 from vlm.systems.reference import Reference, open_part, read_reference
-from vlm.weights import save_weights
+from vlm.weights import read_tensors, save_weights
 
 FORMAT = "vlm"
 VERSION = 1
 _REFERENCE, _TEXT_TOKENIZER = "reference", "text_tokenizer"
+_UNUSED = "unused.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +88,11 @@ def read_text_tokenizer(folder: Path) -> Any:
 
 def read_origin(folder: Path, name: str | None) -> Reference | None:
     """The published layout `name` that the folder's model came from; None for none."""
-    return None if name is None else read_reference(folder / _REFERENCE, name)
+    if name is None:
+        return None
+    path = folder / _REFERENCE / _UNUSED
+    unused = read_tensors(path) if path.is_file() else None
+    return read_reference(folder / _REFERENCE, name, unused)
 
 
 def write(model: Any, description: Folder, folder: Path, merge: bool) -> None:
@@ -100,7 +107,16 @@ def write(model: Any, description: Folder, folder: Path, merge: bool) -> None:
 
         description = replace(description, lora=lora_of(model.module))
     if model.reference is not None:
-        model.reference.write(folder / _REFERENCE)
+        _write_origin(model.reference, folder / _REFERENCE)
         description = replace(description, reference=model.reference.model_type)
     model.processor.text_tokenizer.save_pretrained(folder / _TEXT_TOKENIZER)
     write_description(description, folder)
+
+
+def _write_origin(reference: Reference, folder: Path) -> None:
+    """Writes what is kept of the published folder that a model came from."""
+    reference.write(folder)
+    (folder / _UNUSED).unlink(missing_ok=True)
+    if reference.unused:
+        unused = {name: tensor.contiguous() for name, tensor in reference.unused.items()}
+        save_file(unused, folder / _UNUSED, {"format": "pt"})

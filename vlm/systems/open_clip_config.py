@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from open_clip import CLIPTextCfg, CLIPVisionCfg
 from torch import nn
 
 from vlm.systems.open_clip_map import SIGLIP_VISION_MAP, expand

@@ -12,8 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from open_clip.model import CLIPTextCfg
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip import CLIPTextCfg, SimpleTokenizer
 from tokenizers import Regex, Tokenizer, normalizers
 from transformers import (
     AutoTokenizer,

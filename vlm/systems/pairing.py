@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -246,7 +247,7 @@ def load_published(
     """
     where = str(folder)
     values, reader = open_part(AutoConfig, folder), open_part(AutoProcessor, folder)
-    state = first_names(read_weights(folder), key_map, unused, where)
+    state, kept = first_names(read_weights(folder), key_map, unused, where)
     with init_empty_weights(include_buffers=False):
         module = compose(values, reader)
     state = in_float32(state, ("logit_scale", "logit_bias"))
@@ -259,7 +260,9 @@ def load_published(
     )
     require_end(module.text, processor, where)
     return Pairing(
-        module=module.eval(), processor=processor, reference=read_reference(folder, model_type)
+        module=module.eval(),
+        processor=processor,
+        reference=read_reference(folder, model_type, kept),
     )
 
 
@@ -297,7 +300,8 @@ def save_published(
         for name in {"dtype", "torch_dtype"} & part.keys():
             part[name] = dtype
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    save_weights(root, folder, lambda key: published_name(key, key_map))
+    name = partial(published_name, key_map=key_map)
+    save_weights(root, folder, name, beside=model.reference.unused)
 
 
 def require_end(text: TextEncoder, processor: PairProcessor, where: str) -> None:

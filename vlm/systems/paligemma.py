@@ -9,7 +9,8 @@ Parameters by pattern, for stages: "tokenizer.*" (SigLIP), "adaptor.*", "text.*"
 authors freeze nothing.
 
 Folders are those that transformers writes or the authors published; their names of weights differ,
-and the authors' are written. SigLIP's pooling head is no part of the system.
+and the authors' are written. SigLIP's pooling head is no part of the system; where
+a folder has one it is kept and written back.
 
 Source: arXiv 2407.07726 (PaliGemma), 2412.03555 (PaliGemma 2); github.com/google-research/
 big_vision, `configs/proj/paligemma`; transformers, `paligemma`.
@@ -18,6 +19,7 @@ big_vision, `configs/proj/paligemma`; transformers, `paligemma`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +199,7 @@ def load(folder: Path, values: dict[str, Any]) -> Composition:
     """
     where = str(folder)
     config, reader = open_part(AutoConfig, folder), open_part(AutoProcessor, folder)
-    state = first_names(read_weights(folder), KEY_MAP, UNUSED, where)
+    state, unused = first_names(read_weights(folder), KEY_MAP, UNUSED, where)
     text_config = config.text_config
     text_config.tie_word_embeddings = config.tie_word_embeddings
     with init_empty_weights(include_buffers=False):
@@ -231,7 +233,7 @@ def load(folder: Path, values: dict[str, Any]) -> Composition:
         module=module.eval(),
         processor=processor,
         stop_ids=listed_stop_ids(folder, processor),
-        reference=read_reference(folder, values["model_type"]),
+        reference=read_reference(folder, values["model_type"], unused),
     )
     ask_as_published(parts)
     return parts
@@ -257,10 +259,12 @@ def save(model: Composition, folder: Path) -> None:
     model.reference.write(folder)
     config = model.reference.config
     config["text_config"]["vocab_size"] = module.text.config.vocab_size
-    config["vision_config"]["vision_use_head"] = False
+    if not model.reference.unused:
+        config["vision_config"]["vision_use_head"] = False
     write_config(config, next(module.text.parameters()).dtype, folder)
     write_grown_tokenizer(model.processor.text_tokenizer, folder)
-    save_weights(module, folder, lambda key: published_name(key, KEY_MAP))
+    name = partial(published_name, key_map=KEY_MAP)
+    save_weights(module, folder, name, beside=model.reference.unused)
 
 
 def _image_tokenizer(vision: dict[str, Any], pixel_spec: PixelSpec) -> ImageTokenizer:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,14 @@ class Reference:
 
     model_type: its entry in `vlm.systems.SYSTEMS`.
     files: name -> content of every small file of its folder, config.json included.
+    unused: the weights of that folder which our model has not (a pooling head behind tokens that
+        are not pooled), by their published names, as they were stored. They are written back, so
+        that the system's own class finds all that it asks for.
     """
 
     model_type: str
     files: Mapping[str, bytes]
+    unused: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -56,8 +60,11 @@ class Reference:
             (folder / name).write_bytes(content)
 
 
-def read_reference(folder: Path, model_type: str) -> Reference:
-    """The small files of a published folder; weights, code and pictures are left out."""
+def read_reference(
+    folder: Path, model_type: str, unused: Mapping[str, Tensor] | None = None
+) -> Reference:
+    """The small files of a published folder, and what the model does not use of its weights; other
+    weights, code and pictures are left out."""
     names = sorted(
         path.name
         for path in folder.iterdir()
@@ -66,7 +73,9 @@ def read_reference(folder: Path, model_type: str) -> Reference:
         and path.name != INDEX
     )
     return Reference(
-        model_type=model_type, files={name: (folder / name).read_bytes() for name in names}
+        model_type=model_type,
+        files={name: (folder / name).read_bytes() for name in names},
+        unused=dict(unused or {}),
     )
 
 
@@ -162,10 +171,11 @@ def published_name(key: str, key_map: KeyMap) -> str:
 
 def first_names(
     state: Mapping[str, Tensor], key_map: KeyMap, unused: Iterable[str], where: str
-) -> dict[str, Tensor]:
-    """A published state under the first of the names that the map has for each weight.
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A published state under the first of the names that the map has for each weight: what the
+    model uses, and what it does not.
 
-    unused: prefixes of weights that are known and never needed; they are left out.
+    unused: prefixes of weights that are known and that the model has not.
     A prefix before all of the names is taken off, see `vlm.found_weights`. Keys that the map does
     not know stay as they are. Raises WeightsError where two keys are one.
     """
@@ -176,9 +186,8 @@ def first_names(
     for published, ours in key_map:
         first.setdefault(ours, published)
     found: dict[str, str] = {}
+    left: set[str] = set()
     for key in state:
-        if any(key.startswith(prefix) for prefix in unused):
-            continue
         fitting = [pair for pair in key_map if key.startswith(pair[0])]
         name = key
         if fitting:
@@ -187,4 +196,8 @@ def first_names(
         if name in found:
             raise WeightsError(f"{where}: {found[name]} and {key} are the same weight")
         found[name] = key
-    return {name: state[key] for name, key in found.items()}
+        if any(key.startswith(prefix) for prefix in unused):
+            left.add(name)
+    named = {name: state[key] for name, key in found.items()}
+    used = {name: tensor for name, tensor in named.items() if name not in left}
+    return used, {name: tensor for name, tensor in named.items() if name in left}

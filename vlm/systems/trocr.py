@@ -10,8 +10,8 @@ Pictures are stretched to a square. Lines keep their shape where they are given 
 size (`Transcriber.with_size`): the encoder's positions are resized, nothing is trained.
 
 Folders are those of transformers' `VisionEncoderDecoderModel`. The encoder's pooling layer is no
-part of the system: published folders lack it, and where a folder has one it is left out and not
-written again; transformers makes a fresh one then, and never uses it.
+part of the system. Where a folder has one it is kept and written back; some that are published
+lack it, and there transformers makes a fresh one, which it never uses.
 
 Source: arXiv 2109.10282; microsoft/unilm, `trocr`; transformers, `trocr`.
 """
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -202,7 +203,7 @@ def load(folder: Path, values: dict[str, Any]) -> Transcriber:
     config, reader = open_part(AutoConfig, folder), open_part(AutoProcessor, folder)
     vision = plain_vision(config.encoder, folder)
     key_map = key_map_for(vision)
-    state = first_names(read_weights(folder), key_map, unused_of(vision), where)
+    state, unused = first_names(read_weights(folder), key_map, unused_of(vision), where)
     text_config = config.decoder
     text_config.tie_word_embeddings = text_config.tie_word_embeddings and not has_own_head(state)
     with init_empty_weights(include_buffers=False):
@@ -225,7 +226,7 @@ def load(folder: Path, values: dict[str, Any]) -> Transcriber:
         max_new_tokens=said.max_new_tokens,
         banned=said.banned,
         generation=said.generation,
-        reference=read_reference(folder, KIND),
+        reference=read_reference(folder, KIND, unused),
     )
 
 
@@ -253,7 +254,8 @@ def save(model: Transcriber, folder: Path) -> None:
     text_tokenizer = model.processor.text_tokenizer
     if open_part(AutoProcessor, folder).tokenizer.get_vocab() != text_tokenizer.get_vocab():
         text_tokenizer.save_pretrained(folder)
-    save_weights(module, folder, lambda key: published_name(key, key_map))
+    name = partial(published_name, key_map=key_map)
+    save_weights(module, folder, name, beside=reference.unused)
 
 
 def require_own_pixels(model: Transcriber) -> None:
@@ -303,7 +305,7 @@ def key_map_for(vision: dict[str, Any]) -> KeyMap:
 
 
 def unused_of(vision: dict[str, Any]) -> tuple[str, ...]:
-    """Prefixes of weights that a folder may have and the model does not need."""
+    """Prefixes of weights that a folder may have and the model has not."""
     indices = tuple(
         f"encoder.encoder.layer.{number}.attention.attention.relative_position_bias."
         "relative_position_index"

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from vlm.attention import gains, whole_products
+from vlm.compat.transformers import sdpa_attention_forward, sdpa_mask
 from vlm.tokenizers.encoders import WHOLE_PRODUCTS
 
 

@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
+from vlm.compat.transformers import random_weights
 from vlm.image_tokens import ImageTokenizer, ImageTokens
 from vlm.pixels import PixelSpec, from_transformers
 from vlm.tokenizers import cannot_load
@@ -163,7 +164,7 @@ def patchify(pixels: Tensor, patch_px: int) -> Tensor:
 def build(config: NaflexConfig) -> NaflexTokenizer:
     """The tokenizer of `config` with random weights; downloads nothing."""
     vision_config = Siglip2VisionConfig(**config.vision_config)
-    backbone = Siglip2VisionModel._from_config(vision_config, attn_implementation="sdpa")
+    backbone = random_weights(Siglip2VisionModel, vision_config, "sdpa")
     return NaflexTokenizer(
         backbone, config.pixel_spec, layer=config.layer, norm=config.norm, pooled=config.pooled
     )

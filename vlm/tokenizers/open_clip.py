@@ -16,14 +16,11 @@ from typing import Any, Literal
 
 import open_clip
 import torch
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg
-from open_clip.modified_resnet import ModifiedResNet
-from open_clip.timm_model import TimmModel
-from open_clip.transformer import VisionTransformer
-from open_clip.utils import to_2tuple
+from open_clip import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlm.compat.open_clip import ModifiedResNet, TimmModel, VisionTransformer
 from vlm.image_tokens import ImageTokenizer, ImageTokens, pixel_hw
 from vlm.pixels import PixelSpec, from_open_clip
 from vlm.tokenizers import cannot_load
@@ -298,8 +295,9 @@ def _tokenizer(visual: nn.Module, config: OpenClipConfig) -> OpenClipTokenizer:
 def resize_tower(visual: nn.Module, size_hw: tuple[int, int]) -> None:
     """Makes an open_clip tower ready for pictures of `size_hw`, its positions resized in place:
     bicubically and antialiased, as open_clip resizes them (source: its `resize_pos_embed`)."""
-    native_hw = to_2tuple(visual.image_size)
-    if tuple(native_hw) == tuple(size_hw):
+    side = visual.image_size
+    native_hw = (side, side) if isinstance(side, int) else tuple(side)
+    if native_hw == tuple(size_hw):
         return
     if isinstance(visual, TimmModel):
         visual.set_input_size(tuple(size_hw))

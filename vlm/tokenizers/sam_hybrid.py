@@ -21,8 +21,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.models.sam.modeling_sam import SamVisionNeck
 
+from vlm.compat.transformers import random_weights, sam_neck
 from vlm.image_tokens import ImageTokenizer, ImageTokens
 from vlm.pixels import PixelSpec
 from vlm.tokenizers.parts import named_parts
@@ -81,7 +81,7 @@ class SamHybridTokenizer(ImageTokenizer):
         self.pixel_spec = pixel_spec
         self.dim = width * STRIDE
         self.backbone = backbone
-        self.global_neck = SamVisionNeck(backbone.config)
+        self.global_neck = sam_neck(backbone.config)
         self.shrink = nn.Sequential(_halve(width), _halve(2 * width))
         self.alpha = nn.Parameter(torch.zeros(1))
 
@@ -122,7 +122,7 @@ class SamHybridTokenizer(ImageTokenizer):
 def build(config: SamHybridConfig) -> SamHybridTokenizer:
     """The tokenizer of `config` with random weights, the factor 0; downloads nothing."""
     vision_config = transformers.SamVisionConfig(**config.vision_config)
-    backbone = transformers.SamVisionModel._from_config(vision_config, attn_implementation="sdpa")
+    backbone = random_weights(transformers.SamVisionModel, vision_config, "sdpa")
     return SamHybridTokenizer(backbone, config.pixel_spec, grid_hw=config.grid_hw)
 
 

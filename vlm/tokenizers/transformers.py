@@ -21,6 +21,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlm.compat.transformers import random_weights
 from vlm.image_tokens import ImageTokenizer, ImageTokens, pixel_hw
 from vlm.pixels import PixelSpec, from_transformers
 from vlm.tokenizers import attention, cannot_load
@@ -272,9 +273,7 @@ def build(config: TransformersConfig) -> TransformersTokenizer:
     encoder_class = getattr(transformers, config.encoder.class_name)
     vision_config = encoder_class.config_class(**config.vision_config)
     arguments = {"add_pooling_layer": config.pooled} if config.encoder.pool_argument else {}
-    backbone = encoder_class._from_config(
-        vision_config, attn_implementation=config.encoder.attention, **arguments
-    )
+    backbone = random_weights(encoder_class, vision_config, config.encoder.attention, **arguments)
     return TransformersTokenizer(
         backbone,
         config.pixel_spec,

@@ -6,8 +6,9 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from vlm.compat.torch import CPU_ATTENTION, CPU_ATTENTION_BACKWARD
 
 
 def flop_counter() -> FlopCounterMode:
@@ -17,12 +18,11 @@ def flop_counter() -> FlopCounterMode:
     which one makes the scores again, those of later places that a place does not see too. That of
     `vlm.attention` counts by the products that it makes, which leave out most of those.
     """
-    aten = torch.ops.aten
     return FlopCounterMode(
         display=False,
         custom_mapping={
-            aten._scaled_dot_product_flash_attention_for_cpu: _forward,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
+            CPU_ATTENTION: _forward,
+            CPU_ATTENTION_BACKWARD: _backward,
         },
     )
 

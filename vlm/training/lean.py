@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from transformers.activations import SiLUActivation
 
 from vlm.attention import on_cpu
+from vlm.compat.torch import has_hooks, silu_backward
+from vlm.compat.transformers import SiLUActivation
 
 PLACES = 512
 """Places at a time on CPUs, so that what lies between two operations stays in the caches."""
@@ -131,9 +132,7 @@ def _mlp_forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
 
 def _is_plain(part: nn.Module) -> bool:
     """Whether a linear layer is no more than its weights, which can be used without calling it."""
-    called = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks,
-              part._backward_pre_hooks)  # fmt: skip
-    return type(part) is nn.Linear and "forward" not in vars(part) and not any(called)
+    return type(part) is nn.Linear and "forward" not in vars(part) and not has_hooks(part)
 
 
 class _Norm(torch.autograd.Function):
@@ -180,7 +179,7 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        by_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        by_gate = silu_backward(grad * up, gate)
         return by_gate, F.silu(gate).mul_(grad)
 
 
@@ -205,7 +204,7 @@ class _GatedDown(torch.autograd.Function):
         places = map(_by_place, (gate, up, grad, by_gate, by_up))
         for a, b, by_out, by_a, by_b in _in_parts(*places):
             by_product = by_out @ weight
-            by_a.copy_(torch.ops.aten.silu_backward(by_product * b, a))
+            by_a.copy_(silu_backward(by_product * b, a))
             torch.mul(F.silu(a), by_product, out=by_b)
         by_weight = by_bias = None
         if learns:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from vlm.compat.torch import stop_workers
 from vlm.data.collate import Encoded
 from vlm.data.example import BadRow, Skipped
 from vlm.data.mixture import MixtureDataset, StepSampler
@@ -113,4 +114,4 @@ def batches_of(loader: DataLoader) -> Iterator[Iterator]:
         yield batches
     finally:
         if loader.num_workers:
-            batches._shutdown_workers()  # torch has no public name for it; __del__ comes too late
+            stop_workers(batches)

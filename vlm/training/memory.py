@@ -16,9 +16,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._composable import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vlm.compat.torch import base_of, checkpoint
+from vlm.compat.transformers import GradientCheckpointingLayer
 from vlm.image_tokens import ImageTokenizer, meta_pixels, meta_twin
 from vlm.training.stages import FROZEN, Stage, assign_rates
 
@@ -73,7 +73,7 @@ def saved_bytes() -> Iterator[dict[int, int]]:
     held = []  # a storage that is freed could lend its address to another
 
     def pack(tensor: Tensor) -> Tensor:
-        base = tensor if tensor._base is None else tensor._base
+        base = base_of(tensor)
         if not isinstance(base, nn.Parameter):
             storage = tensor.untyped_storage()
             key = id(base) if tensor.is_meta else storage.data_ptr()

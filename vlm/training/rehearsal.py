@@ -20,19 +20,26 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from vlm.attention import as_on_gpus
+from vlm.compat.torch import (
+    CTC,
+    CTC_BACKWARD,
+    SCALAR,
+    UNSAFE_INDEX,
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    TorchDispatchMode,
+    tree_flatten,
+    tree_map,
+    tree_unflatten,
     unset_fake_temporarily,
+    without_torch_functions,
 )
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from torch.utils.flop_counter import FlopCounterMode
-
-from vlm.attention import as_on_gpus
 from vlm.training.flops import flop_counter
 from vlm.training.lean import lean, lean_ways
 from vlm.training.objectives import Contrast, Objective
@@ -248,7 +255,7 @@ class _Ledger(TorchDispatchMode):
         return most, passing
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        with torch._C.DisableTorchFunction():  # the model's own calls are cast, not torch's below
+        with without_torch_functions():  # the model's own calls are cast, not torch's below
             out = self._run(func, args, kwargs or {})
         for tensor in tree_flatten(out)[0]:
             if isinstance(tensor, Tensor):
@@ -334,17 +341,15 @@ def _ctc_backward(grad: Tensor, logprobs: Tensor, *_: Any) -> Tensor:
 
 
 ANSWERS: dict[Any, Callable] = {
-    aten._ctc_loss.Tensor: _ctc,
-    aten._ctc_loss.default: _ctc,
-    aten._ctc_loss_backward.Tensor: _ctc_backward,
-    aten._ctc_loss_backward.default: _ctc_backward,
-    aten._local_scalar_dense.default: _scalar,
+    **dict.fromkeys(CTC, _ctc),
+    **dict.fromkeys(CTC_BACKWARD, _ctc_backward),
+    SCALAR: _scalar,
     aten.any.default: _none_is,
     aten.all.default: _all_are,
 }
 MASKED = (
     aten.index.Tensor,
-    aten._unsafe_index.Tensor,
+    UNSAFE_INDEX,
     aten.index_put.default,
     aten.index_put_.default,
 )

@@ -32,8 +32,9 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vlm.compat.torch import make_root, multiply_all_, own_parameters, unsharded_class
+from vlm.compat.transformers import GradientCheckpointingLayer
 from vlm.image_tokens import ImageTokenizer, ViewGroup, blank_pixels
 from vlm.placement import Batch
 from vlm.training.memory import PROBE_HW
@@ -110,8 +111,7 @@ def shard_module(
             part.set_gradient_divide_factor(1.0)
     # torch warns where views are given, that none be written into; no objective does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    # torch takes what is called first for the root; an evaluation may call a part first.
-    module._get_fsdp_state()._lazy_init()
+    make_root(module)  # an evaluation may call a part first
     _require_masters(module)
 
 
@@ -232,7 +232,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> float:
     norm = float(squares.sum().sqrt())
     factor = largest / (norm + 1e-6)
     if factor < 1:
-        torch._foreach_mul_(local, factor)
+        multiply_all_(local, factor)
     return norm
 
 
@@ -267,7 +267,7 @@ def whole_on_first(module: nn.Module) -> Iterator[None]:
     places = [
         (owner, leaf, parameter)
         for owner in module.modules()
-        for leaf, parameter in owner._parameters.items()
+        for leaf, parameter in own_parameters(owner).items()
         if isinstance(parameter, DTensor)
     ]
     whole: dict[int, nn.Parameter] = {}
@@ -277,15 +277,15 @@ def whole_on_first(module: nn.Module) -> Iterator[None]:
             kept = full.cpu() if first else full.new_empty(0)
             whole[id(parameter)] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
     for owner, leaf, parameter in places:
-        owner._parameters[leaf] = whole[id(parameter)]
+        own_parameters(owner)[leaf] = whole[id(parameter)]
     # Sharding makes a class of its own of each unit's, and what writes a model goes by the latter.
     classes = [(part, type(part)) for part in module.modules() if isinstance(part, FSDPModule)]
     for part, sharded in classes:
-        part.__class__ = sharded.__bases__[1]
+        part.__class__ = unsharded_class(sharded)
     try:
         yield
     finally:
         for part, sharded in classes:
             part.__class__ = sharded
         for owner, leaf, parameter in places:
-            owner._parameters[leaf] = parameter
+            own_parameters(owner)[leaf] = parameter

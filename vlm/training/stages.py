@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from vlm.compat.torch import BatchNormBase
 from vlm.weights import cast_parameters
 
 FROZEN = None
@@ -120,7 +120,7 @@ def choose_trained(module: nn.Module, stage: Stage) -> None:
     for part in module.children():
         part.train(any(p.requires_grad for p in part.parameters()))
     for m in module.modules():
-        if isinstance(m, _BatchNorm):
+        if isinstance(m, BatchNormBase):
             m.eval()
 
 

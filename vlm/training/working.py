@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from vlm.compat.torch import copy_all_
 from vlm.weights import castable
 
 
@@ -38,7 +39,7 @@ class WorkingWeights:
         its `grad` the fp32 sum of the gradients of all passes within."""
         masters = [weight.data for weight in self.weights]
         if masters:
-            torch._foreach_copy_(self.copies, masters)
+            copy_all_(self.copies, masters)
         hooks = [weight.register_post_accumulate_grad_hook(self._add) for weight in self.weights]
         try:
             for weight, copy in zip(self.weights, self.copies):
