@@ -38,6 +38,7 @@ def test_commands_end_with_one_line_where_input_is_bad(tmp_path, capsys):
         folder.mkdir()
     tiny.picture().save(full / "a.png")
     index = [str(full), "--model", "x"]
+    picture, x = str(full / "a.png"), ("--model", "x")  # no model: it must not be looked for first
     for arguments, message in (
         (["caption", str(text), "--model", "runs/none"], "text.png"),
         (["caption", str(tmp_path / "gone.png"), "--model", "x"], "gone.png"),
@@ -72,6 +73,20 @@ def test_commands_end_with_one_line_where_input_is_bad(tmp_path, capsys):
         (["retrieve", "x", str(empty)], "expected a picture or a text, found a folder; to search"),
         (["retrieve", "x", "cat", "--top", "0"], "--top must be at least 1, found 0"),
         (["retrieve", "x", "cat", "--draw", "a.jpg"], "--draw: expected a .png file"),
+        (["caption", picture, *x, "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        (["caption", picture, *x, "--batch-size", "0"], "--batch-size must be at least 1, found 0"),
+        (["answer", picture, *x, "--question", "?", "--num-beams", "0"], "--num-beams must be at"),
+        (["chat", *x, "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, found 0"),
+        (["ground", picture, "cat", *x, "--prompt", "where?"], "expected a prompt with {phrase}"),
+        (["ground", picture, "cat", *x, "--draw", "none/a.png"], "--draw: expected a .png file"),
+        (["classify", picture, *x, "--labels", "a", "a"], "expected each label once"),
+        (["classify", picture, *x, "--labels", "a", "--templates", "b"], "expected templates with"),
+        (["classify", picture, *x, "--labels", "a", "--batch-size", "0"], "--batch-size must be"),
+        (["embed", *x, "--text", "a", "--out", "none/x.npz"], "--out: expected a .npz file in a"),
+        (["inspect-batch", "x.py", "--draw", "none/a.png"], "--draw: expected a .png file in a"),
+        (["plan", "x.py", "--machine", "H100", "--mfu", "2"], "mfu must be above 0 and at most 1"),
+        (["plan", "x.py", "--machine", "H100", "--tokens", "0"], "--tokens must be at least 1"),
+        (["caption", picture, *x, "--dtype", "int8"], "dtype is one of auto, stored, float32"),
         (["fetch", "everything"], "no asset 'everything'; there are smollm2-135m-instruct"),
         (["inspect-batch", str(tmp_path / "none.py")], "expected a recipe file"),
     ):

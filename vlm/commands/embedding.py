@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlm.commands.model import UsesModel, open_model
+from vlm.commands.model import UsesModel, open_model, require_least
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,12 +44,7 @@ class ReadsPictures(UsesTowers):
     def reading(self):
         from vlm.inference.embed_rows import Reading
 
-        for name, least in (("batch_size", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                option = name.replace("_", "-")
-                raise ValueError(
-                    f"--{option} must be at least {least}, found {getattr(self, name)}"
-                )
+        require_least(self, batch_size=1, workers=0)
         return Reading(batch=self.batch_size, workers=self.workers, bad_rows=self.bad_rows)
 
 
@@ -71,12 +66,14 @@ class Classify(UsesTowers):
     """One JSON object a picture and line instead of text."""
 
     def run(self) -> None:
+        from vlm.inference.embed import require_labels, require_templates
         from vlm.pixels import open_image
 
         if not self.images:
             raise ValueError("name at least one picture")
-        if self.top < 1:
-            raise ValueError(f"--top must be at least 1, found {self.top}")
+        require_least(self, top=1, batch_size=1)
+        require_labels(self.labels)
+        require_templates(self.templates)
         for path in self.images:
             open_image(path)
         model = self.load()
@@ -244,8 +241,7 @@ class Retrieve:
     """auto takes a GPU where there is one."""
 
     def run(self) -> None:
-        if self.top < 1:
-            raise ValueError(f"--top must be at least 1, found {self.top}")
+        require_least(self, top=1)
         if self.draw is not None:
             _require_place(self.draw, ".png", "--draw")
         query = self._query()
