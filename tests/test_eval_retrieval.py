@@ -175,7 +175,10 @@ def test_rows_that_cannot_be_used_are_named_or_left_out_and_counted(made, tmp_pa
     with pytest.raises(SystemExit):
         run(made, tmp_path, *options)
     error = capsys.readouterr().err.splitlines()[-1].strip()
-    assert error.endswith("error: bad.jsonl:2: expected a caption, found an empty text")
+    path = tmp_path / "bad.jsonl"
+    found = "error: bad.jsonl:2: expected a caption, found an empty text (in "
+    assert error.startswith(found)
+    assert error.endswith(f"/{path.name})")
     result = run(made, tmp_path, *options, "--bad-rows", "skip")
     assert result["skipped"] == 5
     names = [line.split(": ")[0] for line in result["examples_skipped"]]

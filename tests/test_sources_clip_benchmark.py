@@ -115,7 +115,9 @@ def test_pictures_without_captions_are_named_when_they_are_read(tmp_path):
     ):
         with pytest.raises(BadRow) as refused:
             source[row]
-        assert str(refused.value) == message
+        said, _, place = str(refused.value).partition(" (in ")
+        assert said == message
+        assert place == f"{tmp_path}/test/{message.partition(':')[0]})"
     assert source[5].answer == "b"
 
 

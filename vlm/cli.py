@@ -15,6 +15,7 @@ from vlm import assets
 from vlm.commands.decoding import Answer, Caption, Chat, Ground
 from vlm.commands.embedding import Classify, Embed, MakeIndex, Retrieve
 from vlm.commands.export import Export
+from vlm.commands.launch import Launch
 from vlm.commands.ocr import Ocr
 from vlm.commands.plan import MakePlan
 
@@ -119,6 +120,7 @@ Command = (
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[InspectBatch, tyro.conf.subcommand("inspect-batch")]
     | Annotated[MakePlan, tyro.conf.subcommand("plan")]
+    | Annotated[Launch, tyro.conf.subcommand("launch")]
     | Annotated[Systems, tyro.conf.subcommand("systems")]
 )
 
@@ -136,7 +138,9 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = {"args": arguments, "prog": "vlm", "description": __doc__.partition(":")[2]}
     try:
-        if arguments[:1] in (["inspect-batch"], ["plan"]):  # a recipe's settings come with theirs
+        if arguments[:1] == ["launch"]:  # all behind it is accelerate's and the recipe's
+            Launch().run(arguments[1:])
+        elif arguments[:1] in (["inspect-batch"], ["plan"]):  # a recipe's settings come with theirs
             if {"-h", "--help"} & set(arguments) and Path(arguments[1]).is_file():
                 recipe_help(arguments[0], Path(arguments[1]))
             command, rest = tyro.cli(Command, return_unknown_args=True, **options)

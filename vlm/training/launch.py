@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -60,8 +61,20 @@ def start(settings_class: type[BaseSettings], run: Callable[[Any], Any]) -> None
             os._exit(1)  # what waits for the lost one would wait for ever
         if isinstance(error, RuntimeError) and type(error).__module__ == "builtins":
             raise  # a fault of the program or the machine: show where
+        if _rank():
+            time.sleep(PAUSE_S)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+PAUSE_S = 3.0
+"""How long other processes than the first keep an error to themselves: where all have the same, the
+first says it, and its end makes the launcher end the others."""
+
+
+def _rank() -> int:
+    """This process's number among those of a launcher, which states it before they are joined."""
+    return int(os.environ.get("RANK", 0))
 
 
 def _of_another(error: BaseException) -> bool:
@@ -100,6 +113,7 @@ def read_settings(
         arguments = arguments[:at] + arguments[at + 2 :]
     about = f"{about or ''}\n--config FILE.yaml takes settings from a file."
     options = {} if default is None else {"default": default}
+    options["console_outputs"] = not _rank()  # all processes are told the same
     settings = tyro.cli(settings_class, args=arguments, description=about, prog=prog, **options)
     require_ranges(settings)
     require_read_rates(settings)
