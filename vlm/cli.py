@@ -17,6 +17,7 @@ from vlm.commands.embedding import Classify, Embed, MakeIndex, Retrieve
 from vlm.commands.export import Export
 from vlm.commands.ocr import Ocr
 from vlm.commands.plan import MakePlan
+from vlm.compat.versions import warn_untested
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +132,7 @@ def recipe_help(command: str, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; a fault of the input ends it with one line and exit code 1."""
+    warn_untested()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = {"args": arguments, "prog": "vlm", "description": __doc__.partition(":")[2]}
     try:
