@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from torch import nn
 
+from vlm.data.check import check_start
 from vlm.data.mixture import MixtureDataset
 from vlm.data.sources.base import Source
 from vlm.prompts import Row
@@ -83,6 +84,11 @@ class Course:
         if self.settings.shard != self.shard == "no":
             self.say(f"shard {self.settings.shard}: one process holds all there is")
         return stage
+
+    def check(self, data: MixtureDataset, *evaluated: Source | None) -> None:
+        """Looks at the first rows of all sources, and says and raises as `check_start` does."""
+        sources = [*data.sources, *(source for source in evaluated if source is not None)]
+        check_start(sources, self.settings.bad_rows, self.say)
 
     def held_out(self, model: Any, source: Source | None) -> HeldOut:
         """The rows of a source that the settings evaluate, without those that cannot be, which are
