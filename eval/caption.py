@@ -49,6 +49,7 @@ from vlm.inference import engine
 from vlm.inference.tasks import Model
 from vlm.metrics.caption import Pair, caption_figures, cider_d, exact_matches
 from vlm.pixels import BadImage, open_image
+from vlm.precision import Precision, dtype_name
 from vlm.prompts import Row
 from vlm.systems.pretrained import load_vision
 from vlm.training.launch import share_cores
@@ -86,8 +87,8 @@ class Settings:
     bad_rows: Literal["raise", "skip"] = "raise"
     """Rows that cannot be read or are longer than the context: stop and name the row, or leave them
     out and count them. Rows without a picture or an answer are always left out and counted."""
-    dtype: str = "auto"
-    """auto keeps the model's own; else float32, bfloat16 or float16."""
+    precision: Precision = "auto"
+    """auto keeps the model's own where the device is fast in it, else takes fp32."""
     threads: int | None = None
     """CPU threads of each process; None shares the machine's cores among its processes."""
 
@@ -279,7 +280,9 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     share_cores(accelerator, settings.threads)
     main = accelerator.is_main_process
-    model = vlm.load(settings.model, device=str(accelerator.device), dtype=settings.dtype)
+    model = vlm.load(
+        settings.model, device=str(accelerator.device), dtype=dtype_name(settings.precision)
+    )
     prompt = model.parts.caption_prompt if settings.prompt is None else settings.prompt
     source = open_source(settings.data, prompt=prompt)
     known = None if settings.baseline is None else open_source(settings.baseline, prompt=prompt)

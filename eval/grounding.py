@@ -44,6 +44,7 @@ from vlm.inference.tasks import Model
 from vlm.metrics.boxes import BoxTable, coco_precision, phrases_found
 from vlm.metrics.share import wilson
 from vlm.pixels import open_image
+from vlm.precision import Precision, dtype_name
 from vlm.training.launch import share_cores
 from vlm.training.run import versions
 
@@ -74,8 +75,8 @@ class Settings:
     """Folder for result.json, predictions.jsonl and pictures.png; None: `grounding` in the run."""
     pictures: int = 16
     """How many pictures are drawn."""
-    dtype: str = "auto"
-    """auto keeps the model's own; else float32, bfloat16 or float16."""
+    precision: Precision = "auto"
+    """auto keeps the model's own where the device is fast in it, else takes fp32."""
 
 
 def ask_rows(
@@ -248,7 +249,9 @@ def run(settings: Settings) -> dict[str, Any] | None:
         rows = sorted(random.Random(settings.seed).sample(rows, settings.rows))
     if not source[rows[0]].boxes:
         raise ValueError(f"{source[rows[0]].name}: expected boxes to find, found none")
-    model = vlm.load(settings.model, device=str(accelerator.device), dtype=settings.dtype)
+    model = vlm.load(
+        settings.model, device=str(accelerator.device), dtype=dtype_name(settings.precision)
+    )
     started = time.monotonic()
     records = ask_rows(model, source, rows, settings, accelerator)
     result = None

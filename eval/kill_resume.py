@@ -43,7 +43,7 @@ SMALL = [
 """Settings of the demo recipe for a run of seconds."""
 LIMIT_S = 1800
 """How long a start of a run may take."""
-TIMINGS = ("samples_per_s", "tokens_per_s", "mfu", "data_wait")
+TIMINGS = ("samples_per_s", "tokens_per_s", "gflops_per_s", "mfu", "data_wait")
 
 
 @dataclass(frozen=True, kw_only=True)

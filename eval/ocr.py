@@ -49,6 +49,7 @@ from vlm.metrics.text import (
     words_right,
 )
 from vlm.pixels import open_image
+from vlm.precision import Precision, dtype_name
 from vlm.training.held_out import held_out_rows
 from vlm.training.launch import share_cores
 from vlm.training.run import versions
@@ -88,8 +89,8 @@ class Settings:
     """Bootstrap samples of lines behind the 95 % intervals."""
     seed: int = 0
     """Of these samples."""
-    dtype: str = "auto"
-    """auto keeps the model's own; else float32, bfloat16 or float16."""
+    precision: Precision = "auto"
+    """auto keeps the model's own where the device is fast in it, else takes fp32."""
     threads: int | None = None
     """CPU threads of each process, and cores of each peer; None shares the machine's cores among
     its processes."""
@@ -100,7 +101,7 @@ def readers_of(settings: Settings, device: str) -> list[Reader]:
     cores = torch.get_num_threads()
     readers: list[Reader] = []
     if settings.model is not None:
-        model = vlm.load(settings.model, device=device, dtype=settings.dtype)
+        model = vlm.load(settings.model, device=device, dtype=dtype_name(settings.precision))
         readers.append(Model(settings.model, model, settings.batch, settings.page))
     for name in dict.fromkeys(settings.peer):
         options = {"language": settings.language} if name == "tesseract" else {}

@@ -39,6 +39,7 @@ from vlm.inference.embed_captions import Found, captions_of, embed_pairs
 from vlm.inference.embed_rows import Reading, require_contrastive, sum_of_all
 from vlm.metrics.retrieval import Direction, RetrievalResult, retrieval, top_k
 from vlm.pixels import open_image
+from vlm.precision import Precision, dtype_name
 from vlm.training.held_out import held_out_rows
 from vlm.training.launch import share_cores
 from vlm.training.run import versions
@@ -73,8 +74,8 @@ class Settings:
     """Bootstrap samples of images behind the 95 % intervals."""
     seed: int = 0
     """Of these samples."""
-    dtype: str = "auto"
-    """auto keeps the model's own; else float32, bfloat16 or float16."""
+    precision: Precision = "auto"
+    """auto keeps the model's own where the device is fast in it, else takes fp32."""
     threads: int | None = None
     """CPU threads of each process; None shares the machine's cores among its processes."""
 
@@ -121,7 +122,9 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     share_cores(accelerator, settings.threads)
     main, ranks = accelerator.is_main_process, accelerator.num_processes
     require_writable(settings.out)
-    model = vlm.load(settings.model, device=str(accelerator.device), dtype=settings.dtype)
+    model = vlm.load(
+        settings.model, device=str(accelerator.device), dtype=dtype_name(settings.precision)
+    )
     model = require_contrastive(model, f"--model {settings.model}")
     source = open_source(settings.data, many=True)
     rows = held_out_rows(source, len(source) if settings.rows is None else settings.rows)

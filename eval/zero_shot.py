@@ -50,6 +50,7 @@ from vlm.inference.embed_rows import (
 from vlm.inference.engine import evaluating
 from vlm.metrics.classification import classification
 from vlm.pairs import PairProcessor
+from vlm.precision import Precision, dtype_name
 from vlm.training.held_out import held_out_rows
 from vlm.training.launch import share_cores
 from vlm.training.run import versions
@@ -93,8 +94,8 @@ class Settings:
     bad_rows: Literal["raise", "skip"] = "raise"
     """Rows without a class, or with a picture that cannot be read: stop and name the row, or leave
     them out and count them."""
-    dtype: str = "auto"
-    """auto keeps the model's own; else float32, bfloat16 or float16."""
+    precision: Precision = "auto"
+    """auto keeps the model's own where the device is fast in it, else takes fp32."""
     threads: int | None = None
     """CPU threads of each process; None shares the machine's cores among its processes."""
 
@@ -283,7 +284,9 @@ def evaluate(settings: Settings) -> dict[str, Any] | None:
     templates = read_templates(settings.templates, source)
     classes = read_classes(settings.classes, source)
     require_writable(settings.out)
-    model = vlm.load(settings.model, device=str(accelerator.device), dtype=settings.dtype)
+    model = vlm.load(
+        settings.model, device=str(accelerator.device), dtype=dtype_name(settings.precision)
+    )
     model = require_contrastive(model, f"--model {settings.model}")
     stands = classes and told_apart(model.processor, classes, templates, settings.same_names)
     rows = held_out_rows(source, len(source) if settings.rows is None else settings.rows)

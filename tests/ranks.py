@@ -30,7 +30,7 @@ def run(case, settings):
         contrastive_runs.run(Path(os.environ["OUT"]), **contrastive_runs.TINY)
     if case == "unlike":
         settings = replace(settings, clip=1.0 + rank, seed=rank)
-    accelerator, share = launch.accelerator_for(settings)
+    accelerator, share, _ = launch.accelerator_for(settings)
     print(f"share {share}, shard {launch.sharding_of(settings, accelerator)}", flush=True)
     torch.distributed.barrier()
     if case == "dies" and rank == 1:

@@ -231,7 +231,7 @@ def test_siglip_names_every_wrong_weight_at_once(folder, tmp_path):
 
 def test_siglip_in_bf16_keeps_scale_and_bias_in_fp32(tmp_path):
     write_folder(tmp_path, dtype=torch.bfloat16)
-    model = vlm.load(tmp_path)
+    model = vlm.load(tmp_path, dtype="bfloat16")
     assert model.module.log_scale.dtype == model.module.bias.dtype == torch.float32
     assert next(model.module.text.parameters()).dtype == torch.bfloat16
     theirs = reference_outputs(tmp_path, TEXTS[:1])

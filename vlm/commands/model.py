@@ -15,7 +15,8 @@ class UsesModel:
     device: str = "auto"
     """auto takes a GPU where there is one."""
     dtype: str = "auto"
-    """auto keeps the model's own; else float32, bfloat16 or float16."""
+    """auto keeps the model's own where the device is fast in it, else takes float32; or float32,
+    bfloat16, float16."""
 
 
 FAMILIES = {

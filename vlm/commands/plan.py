@@ -44,6 +44,8 @@ class MakePlan:
     """Print JSON instead of a table."""
 
     def run(self, rest: list[str]) -> None:
+        from dataclasses import replace
+
         from vlm.data.mixture import split_of
         from vlm.training.launch import read_settings, recipe_in
         from vlm.training.plan import machine_of, make_plan
@@ -57,6 +59,7 @@ class MakePlan:
         recipe = recipe_in(self.recipe)
         settings = read_settings(recipe.Settings, rest, recipe.__doc__, f"vlm plan {self.recipe}")
         split_of(settings.batch, settings.micro_batch, machine.ranks)
+        settings = replace(settings, precision=_precision(machine, settings.precision))
         estimate, name = self._estimate(recipe, settings, machine)
         peak, source = _peak(machine, settings.precision)
         plan = make_plan(
@@ -80,8 +83,8 @@ class MakePlan:
 
     def _estimate(self, recipe: Any, settings: Any, machine: Machine) -> tuple[Estimate, str]:
         """Rehearsed steps of a recipe, and the name of its stage."""
+        from vlm.precision import DTYPES
         from vlm.training.estimate import Estimate, objective_for, rows_of_run, with_text_places
-        from vlm.training.fit import DTYPES
         from vlm.training.memory import checkpoint_activations, kept_parts
         from vlm.training.rehearsal import Rehearsal
 
@@ -151,16 +154,22 @@ class MakePlan:
         )
 
 
+def _precision(machine: Machine, asked: str) -> str:
+    """What a run computes in on the machine: of GPUs whose peak is known bf16, else as here."""
+    from vlm.precision import choose
+
+    if asked != "auto":
+        return asked
+    return choose("auto", "cpu").name if machine.tflops is None else "bf16"
+
+
 def _peak(machine: Machine, precision: str) -> tuple[float | None, str]:
     """Operations a second of one device, and where the figure comes from."""
-    import torch
-
-    from vlm.training.fit import DTYPES
-    from vlm.training.meter import peak_flops
+    from vlm.precision import DTYPES, gflops
 
     if machine.tflops is None:
-        peak, source = peak_flops(torch.device("cpu"), DTYPES[precision])
-        return peak, f"{peak / 1e9:,.0f} GFLOP/s ({source} on this machine)"
+        peak = gflops("cpu", DTYPES[precision])
+        return peak * 1e9, f"{peak:,.0f} GFLOP/s ({precision} products measured on this machine)"
     if precision != "bf16":
         return None, f"{machine.name}'s data sheet is known for bf16, found {precision}"
     return machine.tflops * 1e12, f"{machine.tflops:g} TFLOP/s ({machine.name} data sheet)"

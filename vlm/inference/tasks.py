@@ -44,19 +44,21 @@ def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Model
     """The model in a folder or under a hub id, ready to use.
 
     source: a model's folder, a run folder of a recipe (its `model/` is taken), or a hub id.
-    device: "auto" takes a GPU where there is one. dtype: "auto" takes the text model's own
-        for all parts; "stored" leaves each part as it was saved, to train on; else "float32",
-        "bfloat16" or "float16".
+    device: "auto" takes a GPU where there is one. dtype: "auto" takes the text model's own for all
+        parts, 16 bits only where the device multiplies faster in them, else float32; weights that
+        are stored in float32 stay so. "stored" leaves each part as it was saved, to train on; else
+        "float32", "bfloat16" or "float16", with a warning where the device is slow in it.
     Raises ValueError naming the folder and what was expected, OSError for an unknown hub id.
     """
     parts = systems.load(source, device, dtype)
     return FACES[parts.module.family](parts)
 
 
-def build(**settings) -> Model:
-    """A model composed of pretrained parts and a fresh adaptor; the settings are those of
-    `vlm.systems.composed.build`."""
+def build(*, dtype: str = "auto", **settings) -> Model:
+    """A model composed of pretrained parts and a fresh adaptor, on the CPU; dtype is that of
+    `load`, the other settings are those of `vlm.systems.composed.build`."""
     parts = composed.build(**settings)
+    systems.compute_in(parts.module, dtype, "cpu")
     return FACES[parts.module.family](parts)
 
 

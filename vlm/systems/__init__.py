@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from vlm.systems.composed import Composition
     from vlm.systems.encoder_decoder_parts import Transcriber
     from vlm.systems.pairing import Pairing
@@ -52,11 +55,8 @@ def load(
     Raises ValueError naming the folder and what was expected, or the device that is not here;
     OSError for an unknown hub id.
     """
-    import torch
-
-    from vlm.weights import cast_parameters
-
     device = _device(device)
+    _require_dtype(dtype)
     folder = _folder(source)
     path = _config(folder)
     try:
@@ -64,15 +64,48 @@ def load(
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     kind = _kind(values, path, folder)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is one of {', '.join(DTYPES)}, found {dtype!r}")
     name = _native(values, path) if kind == "vlm" else SYSTEMS[kind][0]
     model = import_module(name).load(folder, values)
-    if dtype != "stored":
-        chosen = _own_dtype(model.module) if dtype == "auto" else getattr(torch, dtype)
-        cast_parameters(model.module, chosen)
+    compute_in(model.module, dtype, device)
     model.module.to(device)
     return model
+
+
+def compute_in(module: nn.Module, dtype: str, device: str) -> None:
+    """Casts a model, in place, to what it is to compute in on a device; `dtype` is that of
+    `vlm.load`. Warns where a dtype is asked for that the device is slow in.
+
+    Raises ValueError for another dtype.
+    """
+    import torch
+
+    from vlm.precision import speed_ratio
+    from vlm.weights import cast_parameters
+
+    _require_dtype(dtype)
+    if dtype == "stored":
+        return
+    chosen = _own_dtype(module) if dtype == "auto" else getattr(torch, dtype)
+    if chosen in (torch.bfloat16, torch.float16):
+        ratio, reason = speed_ratio(device, chosen)
+        if dtype == "auto" and ratio <= 1:
+            chosen = torch.float32
+        elif ratio == 0:
+            raise ValueError(
+                f"dtype {dtype!r}: expected one that the device computes in, found {reason}"
+            )
+        elif ratio < 1:
+            warnings.warn(
+                f"dtype {dtype!r}: this device multiplies {1 / ratio:.3g} times as fast in float32 "
+                f"({reason}); dtype 'auto' takes that",
+                stacklevel=4,
+            )
+    cast_parameters(module, chosen)
+
+
+def _require_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is one of {', '.join(DTYPES)}, found {dtype!r}")
 
 
 def save(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from vlm.data.mixture import MixtureDataset
 from vlm.data.sources import Source, open_source
+from vlm.precision import Precision
 from vlm.training.checkpoint import KEEP
 from vlm.training.sharding import Shard
 from vlm.training.stages import Stage
@@ -75,8 +76,10 @@ class BaseSettings:
     """On matrices only."""
     clip: float = 1.0
     """Largest gradient norm."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16 keeps fp32 masters of what is trained."""
+    precision: Precision = "auto"
+    """What a step computes in. auto takes bf16 where the device multiplies faster in it, else fp32,
+    by a short measurement; a run that is resumed keeps its own. bf16 keeps fp32 masters of what is
+    trained."""
     seed: int = 0
     """Of the first weights of new parts and of the order of the data."""
     threads: int | None = None

@@ -203,7 +203,7 @@ class Checkpoints:
         now = versions()
         for name in sorted(about["versions"].keys() | now.keys()):
             before, after = about["versions"].get(name), now.get(name)
-            if before != after:
+            if before != after and before is not None:
                 self.say(f"{path.name} was written with {name} {before}, this is {after}")
         return path, list(broken), about
 

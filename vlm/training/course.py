@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +35,8 @@ SAID = {
     "all": ", weights sharded over all",
     "node": ", weights sharded over each machine's",
 }
+PRECISION_REASON = "precision_reason"
+"""Key of settings.json: why a run computes in its precision."""
 MakeStage = Callable[[Any, nn.Module, int], Stage]
 """From the settings, the model's module and the examples of one forward pass to the stage."""
 
@@ -44,6 +48,14 @@ class HeldOut(NamedTuple):
     rows: list[int]
     left_out: int
     cut: int
+
+
+def precision_of(run: Path) -> str | None:
+    """The precision that a run computes in, by its settings.json; None where it states none."""
+    try:
+        return json.loads((run / "settings.json").read_text()).get("precision")
+    except (OSError, ValueError):
+        return None
 
 
 class Course:
@@ -58,15 +70,23 @@ class Course:
 
     def __init__(self, settings: BaseSettings, curves: Curves = CAPTIONS) -> None:
         self._started = time.monotonic()
-        self.settings = settings
-        self.accelerator, self.share = accelerator_for(settings)
+        kept = precision_of(settings.out) if settings.resume else None
+        if kept and settings.precision == "auto":
+            settings = dataclasses.replace(settings, precision=kept)
+        else:
+            kept = None
+        self.accelerator, self.share, choice = accelerator_for(settings)
+        self.settings = settings = dataclasses.replace(settings, precision=choice.name)
         self.shard = sharding_of(settings, self.accelerator)
         self._gathered, self._evaluates = ExitStack(), True
         self.main = self.accelerator.is_main_process
         self.say = Console(file=sys.stderr, quiet=not self.main, soft_wrap=True).print
+        reason = f"as when the run began; {choice.reason}" if kept else choice.reason
+        if choice.warning():
+            self.say(choice.warning(), style="yellow", highlight=False, markup=False)
         self.folder = Run(
             settings.out,
-            {"stage": None, **recorded(settings)},
+            {"stage": None, PRECISION_REASON: reason, **recorded(settings)},
             deciding(settings),
             main=self.main,
             resume=settings.resume,

@@ -14,10 +14,11 @@ from torch import nn
 
 from vlm import config
 from vlm.inference.tasks import FACES
+from vlm.precision import DTYPES
 from vlm.training.base_settings import RECIPES, BaseSettings
 from vlm.training.checkpoint import fingerprint, newest_whole
 from vlm.training.checkpoint_format import CheckpointError, read, read_about, stored
-from vlm.training.fit import DTYPES
+from vlm.training.course import PRECISION_REASON
 from vlm.training.launch import recipe_in
 from vlm.training.run import RunError
 from vlm.training.stages import hold_in
@@ -72,7 +73,8 @@ def settings_of(run: Path, recipe: Path | None = None) -> BaseSettings:
     except ValueError as error:
         raise RunError(f"{file}: expected settings as JSON, found it broken ({error})") from error
     place, _, name = values.pop("recipe", "").rpartition(":")
-    values.pop("stage", None)
+    for name in ("stage", PRECISION_REASON):
+        values.pop(name, None)
     if recipe is not None:
         found = recipe_in(recipe).Settings
     elif place.startswith("vlm."):

@@ -22,12 +22,13 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from vlm.data.mixture import MixtureDataset, StepSampler
+from vlm.precision import DTYPES
 from vlm.prompts import Row
 from vlm.training.checkpoint import KEEP, Checkpoints, Progress
 from vlm.training.decided import decided_by
 from vlm.training.lean import lean, lean_ways
 from vlm.training.loading import MicroBatch, batches_of, micro_batch_loader
-from vlm.training.meter import Meter, peak_flops
+from vlm.training.meter import Meter, device_use, peak_flops
 from vlm.training.objectives import NextToken, Objective
 from vlm.training.run import Run
 from vlm.training.sharding import (
@@ -47,8 +48,6 @@ from vlm.training.stages import (
 from vlm.training.step import Step, audit_gradients
 from vlm.training.token_cache import cached_tokens
 from vlm.training.working import WorkingWeights
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Interrupted(Exception):
@@ -91,7 +90,7 @@ def fit(
     accelerator: Accelerator,
     *,
     objective: Objective | None = None,
-    precision: str = "bf16",
+    precision: str = "fp32",
     shard: Shard = "no",
     token_cache: Path | None = None,
     balance: Callable[[Row], int] | None = None,
@@ -138,7 +137,7 @@ def fit(
         choose_trained(module, stage)
         shard_module(module, mesh_for(shard, device), DTYPES[precision], device)
     optimizer = optimizer_for(module, stage)
-    run.table(describe(module, optimizer))
+    run.table(describe(module, optimizer), precision)
     main = accelerator.is_main_process
     decided = decided_by(run.deciding, stage, data) if main else {}
     checkpoints = Checkpoints(
@@ -157,8 +156,7 @@ def fit(
         steps=stage.steps,
     )
     loader = micro_batch_loader(data, model.processor, sampler, objective, pace.workers, balance)
-    peak, _ = peak_flops(device, DTYPES[precision])
-    meter = Meter(peak, accelerator.num_processes)
+    meter = Meter(peak_flops(device, DTYPES[precision]), accelerator.num_processes)
     working = WorkingWeights(module, DTYPES[precision if shard == "no" else "fp32"])
     step_of = Step(module, stage, objective, optimizer, accelerator, meter, working)
     bar = tqdm(
@@ -201,7 +199,7 @@ def fit(
             bar.update()
             bar.set_postfix_str(
                 f"loss {figures['loss']:.3f}, {figures['samples_per_s']:.1f} samples/s, "
-                f"{figures['tokens_per_s']:.0f} tok/s, MFU {figures['mfu']:.0%}"
+                f"{figures['tokens_per_s']:.0f} tok/s, {device_use(figures)}"
             )
             if unsaved:
                 checkpoints.wait()  # which says on every rank what went wrong on one

@@ -17,13 +17,14 @@ from typing import Any, get_args, get_type_hints
 import torch
 import tyro
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 
 from vlm.data.example import BadRow
 from vlm.data.mixture import split_of
 from vlm.data.sources import BadSource
 from vlm.pixels import BadImage
+from vlm.precision import Choice, choose
 from vlm.training.base_settings import BaseSettings, require_ranges
 from vlm.training.checkpoint import CheckpointError
 from vlm.training.fit import Interrupted
@@ -162,15 +163,17 @@ PATIENCE = timedelta(minutes=10)
 """How long a process waits for the others before it takes one for dead."""
 
 
-def accelerator_for(settings: BaseSettings) -> tuple[Accelerator, int]:
-    """This process among the others that run the recipe, its share of the cores taken, and its
-    share of the examples of a step.
+def accelerator_for(settings: BaseSettings) -> tuple[Accelerator, int, Choice]:
+    """This process among the others that run the recipe, its share of the cores taken, its share of
+    the examples of a step, and the precision that all processes compute in: with "auto" bf16 where
+    every one of them is faster in it.
 
-    Raises ValueError for a way of running that the recipes do not have, and for a batch that does
-    not divide.
+    Raises ValueError for a way of running that the recipes do not have, for a batch that does not
+    divide, and for a precision that a device cannot compute in.
     """
+    choice = _agreed(settings, PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE))
     accelerator = Accelerator(
-        mixed_precision="bf16" if settings.precision == "bf16" else "no",
+        mixed_precision="bf16" if choice.name == "bf16" else "no",
         cpu=not torch.cuda.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
@@ -184,7 +187,16 @@ def accelerator_for(settings: BaseSettings) -> tuple[Accelerator, int]:
     if accelerator.device.type == "cpu":
         give_back_large_blocks()
     share, _ = split_of(settings.batch, settings.micro_batch, accelerator.num_processes)
-    return accelerator, share
+    return accelerator, share, choice
+
+
+def _agreed(settings: BaseSettings, state: PartialState) -> Choice:
+    """The precision that all processes compute in."""
+    choice = choose(settings.precision, state.device)
+    if state.num_processes > 1 and settings.precision == "auto":
+        everyone = gather_object([choice])
+        choice = next((other for other in everyone if other.name == "fp32"), everyone[0])
+    return choice
 
 
 def sharding_of(settings: BaseSettings, accelerator: Accelerator) -> Shard:

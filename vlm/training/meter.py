@@ -1,4 +1,5 @@
-"""How fast a step was: samples and real tokens a second, and the share of the machine's peak.
+"""How fast a step was: samples and real tokens a second, operations a second, and, of devices whose
+peak is known, the share of it (MFU).
 
 Floating-point operations are counted, not estimated from a formula: torch's own counter runs over
 one extra pass of the first micro-batch, forward and backward, and the count is scaled by what
@@ -8,6 +9,7 @@ the objective says that a pass's cost goes by: operations reckoned by `vlm.train
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -23,32 +25,27 @@ PEAK_TFLOPS = {  # dense bf16, from each maker's data sheet
 }
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """The device's peak in operations a second, and where the figure comes from: the data sheet
-    for a GPU that is listed (bf16), else the best of a few large matrix products."""
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The device's peak in operations a second, by its maker's data sheet; None where none is known
+    (CPUs, other GPUs, fp32): a peak that is measured beside other work, or in products of another
+    shape, may be below what a step reaches, and a share of it above 100 %."""
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
         for known, tflops in PEAK_TFLOPS.items():
             if known in name:
-                return tflops * 1e12, f"{known} data sheet"
-    side = 4096 if device.type == "cuda" else 1536
-    a = torch.ones(side, side, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best, f"measured {str(dtype).removeprefix('torch.')} matrix product"
+                return tflops * 1e12
+    return None
 
 
 class Meter:
     """Counts work between two readings.
 
-    peak: the device's operations a second; ranks: processes that share the work.
+    peak: the device's operations a second, None where it is not known; ranks: processes that share
+    the work, each on a device of its own.
     """
 
-    def __init__(self, peak: float, ranks: int) -> None:
-        self.peak = peak * ranks
+    def __init__(self, peak: float | None, ranks: int) -> None:
+        self.peak = None if peak is None else peak * ranks
         self.flops_per_work: float | None = None
         self.start = time.perf_counter()
         self.samples = self.tokens = self.positions = self.work = 0
@@ -70,14 +67,16 @@ class Meter:
         self.waited += waited
 
     def read(self) -> dict[str, float]:
-        """Rates since the last reading: samples_per_s, tokens_per_s, mfu and data_wait (shares of
-        peak and of time), utilisation (real places / places computed)."""
+        """Rates since the last reading: samples_per_s, tokens_per_s, gflops_per_s (of all ranks),
+        mfu (share of the peak, where it is known), data_wait (share of the time), utilisation (real
+        places / places computed)."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
         flops = (self.flops_per_work or 0.0) * self.work
         rates = {
             "samples_per_s": self.samples / seconds,
             "tokens_per_s": self.tokens / seconds,
-            "mfu": flops / seconds / self.peak,
+            "gflops_per_s": flops / seconds / 1e9,
+            **({} if self.peak is None else {"mfu": flops / seconds / self.peak}),
             "data_wait": self.waited / seconds,
             "utilisation": self.tokens / max(self.positions, 1),
         }
@@ -85,3 +84,15 @@ class Meter:
         self.samples = self.tokens = self.positions = self.work = 0
         self.waited = 0.0
         return rates
+
+
+def device_use(figures: dict[str, Any]) -> str:
+    """The use of the device, of a reading, for people: MFU, or operations a second where the peak
+    is not known.
+
+    >>> device_use({"gflops_per_s": 61.2}), device_use({"gflops_per_s": 4e5, "mfu": 0.41})
+    ('61 GFLOP/s', 'MFU 41%')
+    """
+    if "mfu" in figures:
+        return f"MFU {figures['mfu']:.0%}"
+    return f"{figures['gflops_per_s']:,.0f} GFLOP/s"

@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from vlm.data.example import BadRow, Skipped
@@ -27,6 +28,7 @@ from vlm.training.objectives import NextToken
 from vlm.training.run import draw_captions
 from vlm.training.settings import Settings, training_data
 from vlm.training.work import work_of
+from vlm.weights import cast_parameters
 
 PICTURES = 16
 
@@ -68,6 +70,8 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
     texts = usable_documents(model, documents, settings.text_held_out_rows) if documents else []
     evaluate = _Evaluate(model, course.accelerator, source, rows, documents, texts)
     if texts:  # else nothing is computed before the run knows that it fits
+        if course.settings.precision == "fp32":  # as the run will: 16 bits may be far slower
+            cast_parameters(model.module, torch.float32)
         model.module.to(course.accelerator.device)
     before = evaluate.text_loss()
     work = work_of(model.module, plan.rates, views=settings.token_cache is None)

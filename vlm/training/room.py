@@ -17,9 +17,9 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from vlm.data.mixture import MixtureDataset
+from vlm.precision import DTYPES
 from vlm.training.base_settings import BaseSettings
 from vlm.training.estimate import ROWS, Estimate, rows_of_run
-from vlm.training.fit import DTYPES
 from vlm.training.objectives import Objective
 from vlm.training.rehearsal import Held, Rehearsal
 from vlm.training.sharding import Shard

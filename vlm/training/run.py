@@ -1,7 +1,7 @@
 """A run's folder: settings, versions, metrics, plots, pictures, checkpoints and the model.
 
 settings.json    every setting, defaults resolved
-versions.json    Python, platform and library versions
+versions.json    Python, platform, device and library versions
 metrics.jsonl    one line a step, and one for each evaluation
 tensorboard/     the same for TensorBoard
 loss.png         the loss curve
@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+
+from vlm.precision import device_name, instructions
 
 LIBRARIES = ("vlm", "torch", "torchvision", "transformers", "accelerate", "timm", "open_clip_torch")
 
@@ -147,13 +149,17 @@ class Run:
             return []
         return [json.loads(line) for line in self.metrics.read_text().splitlines()]
 
-    def table(self, rows: list[tuple[str, ...]]) -> None:
-        """Prints the start-up table of components."""
+    def table(self, rows: list[tuple[str, ...]], precision: str) -> None:
+        """Prints the start-up table of components, and below it the precision that the run computes
+        in, with the reason that its settings state."""
         if not self.main:
             return
         table = Table("component", "parameters", "trainable", "learning rate", "dtype")
         for row in rows:
             table.add_row(*row)
+        reason = self.settings.get("precision_reason")
+        table.caption = f"computes in {precision}" + (f": {reason}" if reason else "")
+        table.caption_justify = "left"
         Console(file=sys.stderr).print(table)
 
     def say(self, line: str) -> None:
@@ -187,12 +193,21 @@ def replace(path: Path, text: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Python, platform and the libraries that results depend on."""
+    """Python, platform, the device that computes, and the libraries that results depend on."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "device": _device(),
         **{name: version(name) for name in LIBRARIES},
     }
+
+
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return device_name("cuda")
+    return f"{device_name('cpu')} ({instructions()})"
 
 
 def plot_loss(history: list[dict[str, Any]], path: Path, curves: Curves = CAPTIONS) -> None:

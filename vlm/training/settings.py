@@ -166,6 +166,7 @@ class FromParts(Settings):
         import vlm
 
         return vlm.build(
+            dtype="stored",
             vision=self.vision,
             text=self.text,
             adaptor=self.adaptor,
