@@ -7,11 +7,13 @@ wrong with them: messages that differ by names and numbers alone are of one kind
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
+from rich.console import Console
 from tqdm import tqdm
 
 from vlm.data.boxes import check_boxes
@@ -186,6 +188,11 @@ def check_start(
     if reports and not any(r.bad or r.unread or r.faults for r in reports):
         looked = ", ".join(f"{report.rows:,} of {report.name}" for report in reports)
         say(f"rows checked, without fault: {looked}", highlight=False, markup=False)
+
+
+def say_on(main: bool) -> Callable[..., None]:
+    """What prints a text for people on stderr: on the main process alone."""
+    return Console(file=sys.stderr, quiet=not main, soft_wrap=True).print
 
 
 def lines_of(report: Report) -> list[str]:

@@ -64,7 +64,8 @@ HARMLESS = frozenset(
      "question_id", "image_id", "source", "dataset", "dataset_name", "data_source", "origin",
      "width", "height", "image_width", "image_height", "original_width", "original_height", "url",
      "image_url", "metadata", "meta", "license", "licence", "author", "split", "status",
-     "error_message", "exif", "md5", "sha256", "phash", "file_name", "filename")
+     "error_message", "exif", "md5", "sha256", "phash", "file_name", "filename",
+     "tags", "keywords", "group", "subgroup")
 )  # fmt: skip
 """Keys that say where a row or picture is from, or what its file says itself; they go untold."""
 
