@@ -32,6 +32,7 @@ from torch import Tensor
 import vlm
 from vlm.commands.evaluation import require_writable, show_left_out, start
 from vlm.config import to_dict
+from vlm.data.check import check_start, say_on
 from vlm.data.sources import open_source
 from vlm.data.sources.base import Source
 from vlm.draw import Hit, draw_hits
@@ -70,6 +71,8 @@ class Settings:
     bad_rows: Literal["raise", "skip"] = "raise"
     """Rows without a caption, or with a picture that cannot be read: stop and name the row, or
     leave them out and count them."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of rows that are left out although they change what a row means."""
     draws: int = 1000
     """Bootstrap samples of images behind the 95 % intervals."""
     seed: int = 0
@@ -126,7 +129,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         settings.model, device=str(accelerator.device), dtype=dtype_name(settings.precision)
     )
     model = require_contrastive(model, f"--model {settings.model}")
-    source = open_source(settings.data, many=True)
+    source = open_source(settings.data, many=True, ignore_keys=settings.ignore_keys)
+    check_start([source], None, say_on(main))
     rows = held_out_rows(source, len(source) if settings.rows is None else settings.rows)
     reading = Reading(batch=settings.batch, workers=settings.workers, bad_rows=settings.bad_rows)
     found = embed_pairs(model, source, rows, settings.template, accelerator, reading)
