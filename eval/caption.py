@@ -39,6 +39,7 @@ from tqdm import tqdm
 import vlm
 from vlm import assets
 from vlm.commands.evaluation import require_writable
+from vlm.commands.model import require_least
 from vlm.config import to_dict
 from vlm.data.check import check_start, say_on
 from vlm.data.collate import collate, group_views
@@ -277,11 +278,11 @@ def nearest_rows(
 def evaluate(settings: Settings) -> dict[str, Any]:
     """One evaluation, from settings to results; they are also written to `settings.out`."""
     started = time.monotonic()
-    if settings.batch < 1 or (settings.rows is not None and settings.rows < 1):
-        raise ValueError(
-            f"--batch and --rows must be at least 1, found {settings.batch} and {settings.rows}"
-        )
+    require_least(settings, batch=1, rows=1, max_new_tokens=1, threads=1)
     require_writable(settings.out)
+    for spec in (settings.data, settings.baseline):  # before a model is opened, which gives prompts
+        if spec is not None:
+            open_source(spec)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     share_cores(accelerator, settings.threads)
     main = accelerator.is_main_process

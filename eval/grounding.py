@@ -34,13 +34,14 @@ from tqdm import tqdm
 
 import vlm
 from vlm.commands.evaluation import require_writable
+from vlm.commands.model import require_least
 from vlm.data.boxes import check_boxes
 from vlm.data.check import check_start, say_on
 from vlm.data.example import Box
 from vlm.data.sources import CocoSource, open_source
 from vlm.data.sources.base import Source
 from vlm.draw import draw_boxes, draw_page
-from vlm.inference.ground import MAX_NEW_TOKENS, find
+from vlm.inference.ground import MAX_NEW_TOKENS, find, require_prompt
 from vlm.inference.tasks import Model
 from vlm.metrics.boxes import BoxTable, coco_precision, phrases_found
 from vlm.metrics.share import wilson
@@ -236,6 +237,9 @@ def draw(source: Source, records: list[dict[str, Any]], path: Path) -> None:
 
 def run(settings: Settings) -> dict[str, Any] | None:
     """The result, written and shown; None on ranks other than the first."""
+    require_least(settings, rows=1, batch_size=1, max_new_tokens=1, pictures=0)
+    if settings.prompt is not None:
+        require_prompt(settings.prompt)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     share_cores(accelerator, None)
     out = settings.out

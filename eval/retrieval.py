@@ -31,6 +31,7 @@ from torch import Tensor
 
 import vlm
 from vlm.commands.evaluation import require_writable, show_left_out, start
+from vlm.commands.model import require_least
 from vlm.config import to_dict
 from vlm.data.check import check_start, say_on
 from vlm.data.sources import open_source
@@ -108,15 +109,7 @@ def chances(found: Found) -> dict[str, dict[str, float]]:
 def evaluate(settings: Settings) -> dict[str, Any]:
     """One evaluation, from settings to results; they are also written to `settings.out`."""
     started = time.monotonic()
-    if settings.batch < 1 or (settings.rows is not None and settings.rows < 1):
-        raise ValueError(
-            f"--batch and --rows must be at least 1, found {settings.batch} and {settings.rows}"
-        )
-    if settings.draws < 1 or settings.workers < 0:
-        raise ValueError(
-            f"expected --draws of at least 1 and --workers of at least 0, found {settings.draws} "
-            f"and {settings.workers}"
-        )
+    require_least(settings, batch=1, rows=1, draws=1, threads=1, workers=0)
     if "{}" not in settings.template:
         raise ValueError(
             f"--template: expected {{}} at the caption's place, found {settings.template!r}"
@@ -125,12 +118,12 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     share_cores(accelerator, settings.threads)
     main, ranks = accelerator.is_main_process, accelerator.num_processes
     require_writable(settings.out)
+    source = open_source(settings.data, many=True, ignore_keys=settings.ignore_keys)
+    check_start([source], None, say_on(main))
     model = vlm.load(
         settings.model, device=str(accelerator.device), dtype=dtype_name(settings.precision)
     )
     model = require_contrastive(model, f"--model {settings.model}")
-    source = open_source(settings.data, many=True, ignore_keys=settings.ignore_keys)
-    check_start([source], None, say_on(main))
     rows = held_out_rows(source, len(source) if settings.rows is None else settings.rows)
     reading = Reading(batch=settings.batch, workers=settings.workers, bad_rows=settings.bad_rows)
     found = embed_pairs(model, source, rows, settings.template, accelerator, reading)

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 import vlm
 from vlm.commands.evaluation import require_writable, show_left_out, start
+from vlm.commands.model import require_least
 from vlm.config import to_dict
 from vlm.data.check import check_start, say_on
 from vlm.data.example import BadRow, Example
@@ -276,11 +277,7 @@ def evaluate(settings: Settings) -> dict[str, Any] | None:
     """One evaluation, from settings to results; they are also written to `settings.out`. None on
     processes other than the first."""
     started = time.monotonic()
-    least = {"batch": 1, "bins": 1, "workers": 0, "rows": 1}
-    for name, low in least.items():
-        value = getattr(settings, name)
-        if value is not None and value < low:
-            raise ValueError(f"--{name} must be at least {low}, found {value}")
+    require_least(settings, batch=1, bins=1, workers=0, rows=1, threads=1)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     share_cores(accelerator, settings.threads)
     source = open_source(settings.data, caption=settings.label, ignore_keys=settings.ignore_keys)

@@ -25,6 +25,7 @@ from vlm.families.prefix_decoder import PrefixDecoder
 from vlm.inference.tasks import Model
 from vlm.systems.paligemma import PROMPTS, ask_as_published
 from vlm.training import recipe
+from vlm.training.base_settings import Usual
 from vlm.training.settings import FromParts, load_stored, tuned
 from vlm.training.stages import Stage
 
@@ -54,11 +55,11 @@ class Settings(FromParts):
     with detect {phrase} for the labels."""
     frozen: tuple[Literal["tokenizer", "adaptor", "text"], ...] = ()
     """Parts that do not learn."""
-    vision_rate: float = 1e-5
+    vision_rate: float = Usual(1e-5)
     """Peak learning rate of the image tokenizer."""
-    adaptor_rate: float = 1e-5
+    adaptor_rate: float = Usual(1e-5)
     """Peak learning rate of the adaptor."""
-    language_rate: float = 1e-5
+    language_rate: float = Usual(1e-5)
     """Peak learning rate of the language model."""
     out: Path = Path("runs/paligemma")
     steps: int = 1000
@@ -81,6 +82,12 @@ class Settings(FromParts):
         if self.task == "detect":
             return Detect(source, self.asked, self.seed)
         return Prompted(source, self.asked)
+
+    def unread_rates(self) -> dict[str, str]:
+        names = {"tokenizer": "vision", "adaptor": "adaptor", "text": "language"}
+        # With loc_bins the rows of the new tokens learn beside a frozen language model.
+        frozen = [part for part in self.frozen if part != "text" or not self.loc_bins]
+        return {f"{names[part]}_rate": f"{part} is frozen" for part in frozen}
 
     def build(self) -> Model:
         if self.start == NEW:

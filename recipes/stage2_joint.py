@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from vlm.training import recipe
-from vlm.training.base_settings import Augmentation
+from vlm.training.base_settings import Augmentation, Usual
 from vlm.training.settings import FromRun, tuned
 from vlm.training.stages import Stage
 
@@ -33,8 +33,8 @@ class Settings(FromRun):
     steps: int = 340
     batch: int = 16
     eval_every: int = 170
-    adaptor_rate: float = 1e-3
-    language_rate: float = 5e-4
+    adaptor_rate: float = Usual(1e-3)
+    language_rate: float = Usual(5e-4)
 
 
 def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from vlm.training import recipe
-from vlm.training.base_settings import Augmentation
+from vlm.training.base_settings import Augmentation, Usual
 from vlm.training.settings import FromRun, Mode, high_resolution_frozen, tuned
 from vlm.training.stages import Stage
 
@@ -33,9 +33,9 @@ class Settings(FromRun):
     batch: int = 16
     eval_every: int = 425
     vision: Mode = "full"
-    vision_rate: float = 3e-4
-    adaptor_rate: float = 6e-4
-    language_rate: float = 4e-4
+    vision_rate: float = Usual(3e-4)
+    adaptor_rate: float = Usual(6e-4)
+    language_rate: float = Usual(4e-4)
 
 
 def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:

@@ -235,6 +235,21 @@ def test_fingerprint_is_of_the_weights_and_not_of_their_precision():
     assert checkpoint.fingerprint(module) != before
 
 
+def test_fingerprint_counts_the_statistics_of_batch_norms():
+    """Those of checkpoints from before it did are told by their form, and still hold."""
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).requires_grad_(False)
+    before, old = checkpoint.fingerprint(module), checkpoint.fingerprint(module, buffers=False)
+    assert checkpoint.is_of(before, module)
+    assert checkpoint.is_of(old, module)
+    assert len(old) == 16
+    module[1].running_var[0] = 2
+    assert not checkpoint.is_of(before, module)
+    assert checkpoint.is_of(old, module)
+    module[0].weight[0, 0] += 1
+    assert not checkpoint.is_of(old, module)
+    assert not checkpoint.is_of("b" + old[1:], module)
+
+
 def test_description_that_would_run_something_is_refused(tmp_path):
     """No pickle of a stranger's is run: not in `.metadata`, and nothing but tensors is stored."""
     saved(tmp_path)

@@ -31,11 +31,14 @@ def test_help_is_light():
 def test_commands_end_with_one_line_where_input_is_bad(tmp_path, capsys):
     text = tmp_path / "text.png"
     text.write_text("no picture\n\n")
+    notes = tmp_path / "notes"
+    notes.write_text("a cat")
     empty, full = tmp_path / "empty", tmp_path / "full"
     for folder in (empty, full):
         folder.mkdir()
     tiny.picture().save(full / "a.png")
     index = [str(full), "--model", "x"]
+    picture, x = str(full / "a.png"), ("--model", "x")  # no model: it must not be looked for first
     for arguments, message in (
         (["caption", str(text), "--model", "runs/none"], "text.png"),
         (["caption", str(tmp_path / "gone.png"), "--model", "x"], "gone.png"),
@@ -65,8 +68,25 @@ def test_commands_end_with_one_line_where_input_is_bad(tmp_path, capsys):
         (["retrieve", "x", "gone.png"], "at this path; to search for this text, say --text"),
         (["retrieve", "x", str(text)], "to search for this text, say --text"),
         (["retrieve", "x", "--image", "gone.png"], "gone.png: expected a picture"),
+        (["retrieve", "x", str(notes)], "found bytes that start with b'a cat'; to search"),
+        (["retrieve", "x", str(notes)], "to search for this text, say --text"),
+        (["retrieve", "x", str(empty)], "expected a picture or a text, found a folder; to search"),
         (["retrieve", "x", "cat", "--top", "0"], "--top must be at least 1, found 0"),
         (["retrieve", "x", "cat", "--draw", "a.jpg"], "--draw: expected a .png file"),
+        (["caption", picture, *x, "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        (["caption", picture, *x, "--batch-size", "0"], "--batch-size must be at least 1, found 0"),
+        (["answer", picture, *x, "--question", "?", "--num-beams", "0"], "--num-beams must be at"),
+        (["chat", *x, "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, found 0"),
+        (["ground", picture, "cat", *x, "--prompt", "where?"], "expected a prompt with {phrase}"),
+        (["ground", picture, "cat", *x, "--draw", "none/a.png"], "--draw: expected a .png file"),
+        (["classify", picture, *x, "--labels", "a", "a"], "expected each label once"),
+        (["classify", picture, *x, "--labels", "a", "--templates", "b"], "expected templates with"),
+        (["classify", picture, *x, "--labels", "a", "--batch-size", "0"], "--batch-size must be"),
+        (["embed", *x, "--text", "a", "--out", "none/x.npz"], "--out: expected a .npz file in a"),
+        (["inspect-batch", "x.py", "--draw", "none/a.png"], "--draw: expected a .png file in a"),
+        (["plan", "x.py", "--machine", "H100", "--mfu", "2"], "mfu must be above 0 and at most 1"),
+        (["plan", "x.py", "--machine", "H100", "--tokens", "0"], "--tokens must be at least 1"),
+        (["caption", picture, *x, "--dtype", "int8"], "dtype is one of auto, stored, float32"),
         (["fetch", "everything"], "no asset 'everything'; there are smollm2-135m-instruct"),
         (["inspect-batch", str(tmp_path / "none.py")], "expected a recipe file"),
     ):
@@ -377,8 +397,8 @@ def test_index_is_built_once_and_searched_by_texts_and_pictures(towers, tmp_path
     assert not capsys.readouterr().out.startswith("1.0000")
     paths[0].unlink()
     tiny.picture(5, (41, 31)).save(paths[1])
-    with pytest.warns(UserWarning, match="1 of 1 texts were longer"):  # a folder is no picture
-        cli.main(["retrieve", out, str(folder), "--draw", str(page)])
+    with pytest.warns(UserWarning, match="1 of 1 texts were longer"):
+        cli.main(["retrieve", out, "--text", str(folder), "--draw", str(page)])
     lines = [line.split("  ", 1)[1] for line in capsys.readouterr().out.splitlines()]
     assert sorted(lines) == [
         f"{paths[0]}  (no longer there)",

@@ -74,13 +74,24 @@ def test_all_that_differs_is_listed_and_refused_unless_named():
     with pytest.raises(CheckpointError) as error:
         differences(old, new, (), Path("step_1"))
     said = str(error.value)
-    assert "rate: 0.001 then, 1.0 now; steps: 6 then, 8 now; stage.steps: 6 then, 8 now" in said
+    assert "rate: 0.001 then, 1.0 now; steps: 6 then, 8 now; data.0 tiny: '2 rows" in said
     assert "data.0 tiny: '2 rows, r0 to r1, " in said
     assert said.endswith("name what may differ: --change rate steps data")
     with pytest.raises(
         CheckpointError, match=r"of another run: data\.0 tiny.*--change rate steps da"
     ):
         differences(old, new, ("rate", "steps"), Path("step_1"))
-    assert len(differences(old, new, ("rate", "steps", "data"), Path("step_1"))) == 4
+    assert len(differences(old, new, ("rate", "steps", "data"), Path("step_1"))) == 3
     with pytest.raises(CheckpointError, match=r"\['lr'\] name no setting"):
         differences(old, new, ("lr",), Path("step_1"))
+
+
+def test_changed_setting_is_said_once_with_what_follows_from_it():
+    old, new = decided(), decided(rate=1.0)
+    new["stage"] = new["stage"] | {"rates": [["adaptor.*", 1.0]], "warmup": 3}
+    (line,) = differences(old, new, ("rate",), Path("step_1"))
+    assert line == "rate: 0.001 then, 1.0 now (so stage.rates, stage.warmup differ too)"
+    assert differences(decided(), decided(steps=8), ("steps",), Path("step_1")) == [
+        "steps: 6 then, 8 now"
+    ]
+    assert len(differences(old, new, ("rate", "stage"), Path("step_1"))) == 3  # asked for by name

@@ -201,7 +201,7 @@ def test_bad_arguments_are_one_line(made, tmp_path, capsys):
     for more, message in (
         (["--data", "nothing"], "nothing: expected a source"),
         (["--model", str(tmp_path)], "expected config.json here or in model/"),
-        (["--batch", "0"], "--batch and --rows must be at least 1, found 0 and None"),
+        (["--batch", "0"], "--batch must be at least 1, found 0"),
         (
             ["--baseline-vision", "siglip"],
             "vision 'siglip': expected 'demo', the folder of a model or run, or 'kind:id'",
@@ -213,6 +213,19 @@ def test_bad_arguments_are_one_line(made, tmp_path, capsys):
         found = capsys.readouterr().err
         assert message in found
         assert "Traceback" not in found
+
+
+def test_options_are_checked_before_the_model_is_opened(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(vlm, "load", lambda *_, **__: pytest.fail("the model was opened"))
+    for more, message in (
+        (["--data", "nothing"], "nothing: expected a source"),
+        (["--baseline", "nothing"], "nothing: expected a source"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, found 0"),
+        (["--rows", "0"], "--rows must be at least 1, found 0"),
+    ):
+        with pytest.raises(SystemExit):
+            caption.main([*arguments(made, tmp_path / "out"), *more])
+        assert message in capsys.readouterr().err
 
 
 def test_pictures_in_bytes_are_told_apart_by_their_bytes():

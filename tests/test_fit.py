@@ -406,7 +406,7 @@ def test_run_goes_on_with_the_changes_that_are_named(tmp_path, capsys):
     assert (progress.step, progress.samples, len(history)) == (8, 32, 8)
     said = capsys.readouterr().err
     assert "changed since step_00000006: steps: 6 then, 8 now" in said
-    assert "changed since step_00000006: stage.steps: 6 then, 8 now" in said
+    assert said.count("8 now") == 1
 
 
 def test_run_goes_on_from_the_checkpoint_before_a_broken_one(tmp_path, capsys):

@@ -439,6 +439,17 @@ def test_evaluation_names_what_cannot_be(script, monkeypatch, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(script, monkeypatch, tmp_path, data, **settings)
+    monkeypatch.setattr(vlm, "load", lambda *_, **__: pytest.fail("the model was opened"))
+    for settings, message in (
+        ({"rows": 0}, "--rows must be at least 1, found 0"),
+        ({"batch_size": 0}, "--batch-size must be at least 1, found 0"),
+        ({"prompt": "where?"}, "expected a prompt with {phrase}"),
+        ({"rows": 4}, "--rows: expected 1 to 3, found 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            script.run(
+                script.Settings(model="x", data="scenes:3", out=tmp_path / "out", **settings)
+            )
     with pytest.raises(ValueError, match="--out: name a folder for the result"):
         script.run(script.Settings(model="none/none", data="scenes:3"))
 

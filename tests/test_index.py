@@ -305,17 +305,26 @@ def test_model_without_directions_is_named_with_the_picture(folder):
         Index.build(folder, given, source="x")
 
 
-def test_origin_tells_weights_and_preprocessing_apart(model, tmp_path):
+def test_origin_tells_weights_and_preprocessing_apart(model, tmp_path, monkeypatch):
     model.save(tmp_path / "run")
     origin = origin_of(model, tmp_path / "run")
     assert origin.model == str(tmp_path / "run")
     shutil.move(tmp_path / "run", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.pt").touch()
+    found = origin_of(model, "a.pt?model=ViT-B-32")
+    assert found.model == f"{tmp_path}/a.pt?model=ViT-B-32"
     opened = vlm.load(tmp_path / "moved")
     assert origin.agrees(origin_of(opened, tmp_path / "moved"))
     with torch.no_grad():
         opened.module.text_head.bias[0] += 1e-6
     other = origin_of(opened, "x")
     assert (other.weights != origin.weights, other.preprocessing) == (True, origin.preprocessing)
+    opened.module.text_head.bias.data[0] -= 1e-6
+    opened.module.tokenizer.register_buffer("running_mean", torch.zeros(1))
+    counted = origin_of(opened, "x").weights
+    opened.module.tokenizer.running_mean[0] = 1
+    assert len({origin.weights, counted, origin_of(opened, "x").weights}) == 3
     for change in (dict(lower_case=True), dict(length=11), dict(end_id=5)):
         given = public()
         vars(given.processor).update(change)

@@ -123,8 +123,23 @@ def test_interval_covers_the_rate_and_narrows_with_more_lines():
     assert compare_texts(truths, reads).result(seed=0) == compare_texts(truths, reads).result()
 
 
-def test_interval_of_lines_without_fault_is_nothing():
-    assert compare_texts(["ab", "c"], ["ab", "c"]).result().cer == (0, 0, 0)
+@pytest.mark.parametrize("lines", [1, 100])
+def test_interval_of_lines_without_fault_reaches_to_what_they_cannot_exclude(lines):
+    """3.84 edits of as many characters: Wilson's interval without a hit, z squared."""
+    found = compare_texts(["abcd ef"] * lines, ["abcd ef"] * lines).result()
+    for rate, units in ((found.cer, 7 * lines), (found.wer, 2 * lines)):
+        assert rate[:2] == (0, 0)
+        assert rate.high == pytest.approx(3.8415 / (units + 3.8415), rel=1e-4)
+    assert found.exact.low == pytest.approx(lines / (lines + 3.8415), rel=1e-4)
+
+
+def test_interval_of_lines_without_anything_right_reaches_below_one():
+    cer = compare_texts(["ab", "cd"], ["xy", "xy"]).result().cer
+    assert cer == (1, pytest.approx(4 / 7.8415, rel=1e-4), 1)
+    same = compare_texts(["ab", "cd"], ["ab", "cx"])
+    assert cer_difference(same, same).low == -cer_difference(same, same).high < 0
+    more = compare_texts(["a"], ["abc"]).result().cer  # a rate, above 1: no share of characters
+    assert more == (2, 2, 2)
 
 
 def test_confusions_are_counted_most_frequent_first():

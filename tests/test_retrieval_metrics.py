@@ -227,6 +227,20 @@ def test_intervals_are_those_of_images_drawn_one_by_one():
         assert 0 < recall.low < recall.share < recall.high < 1
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_interval_of_all_or_no_hits_is_that_of_so_many_images(right):
+    """Two texts an image: those of one image are no draws of their own."""
+    images = torch.eye(20)
+    texts = images.repeat_interleave(2, 0)
+    owner = torch.arange(20).repeat_interleave(2)
+    found = retrieval(images, texts if right else texts.roll(7, 0), owner, ks=(1,))
+    for direction in (found.image_to_text, found.text_to_image):
+        share, low, high = direction.recall[1]
+        far = 3.8415 / 23.8415
+        assert share == right
+        assert (low, high) == pytest.approx((1 - far, 1) if right else (0, far), rel=1e-4)
+
+
 class Largest(TorchDispatchMode):
     """How many numbers the largest result of an operation has."""
 

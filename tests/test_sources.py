@@ -17,6 +17,7 @@ from vlm.data.sources import (
     RowsSource,
     open_source,
 )
+from vlm.pixels import BadImage, image_size, open_image
 
 ANSWER = {"from": "gpt", "value": "a cat"}
 
@@ -349,3 +350,21 @@ def test_boxes_of_any_rows_become_questions(tmp_path):
         source[1]
     with pytest.raises(BadSource, match="expected the task ground, found 'find'"):
         open_source(f"{tmp_path / 'rows.jsonl'}?task=find")
+
+
+def test_errors_of_rows_and_pictures_say_where_their_files_are(tmp_path, monkeypatch):
+    """Names of rows, which runs are known by, keep the file's name alone."""
+    (tmp_path / "a.png").write_text("no picture")
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"image": "a.png", "text": "a"}\n{"image": "gone.png", "text": "b"}\n{}\n')
+    monkeypatch.chdir(tmp_path)
+    source = open_source("rows.jsonl")
+    assert source.row_name(2) == "rows.jsonl:3"
+    with pytest.raises(BadRow, match=rf"^rows\.jsonl:3: .* \(in {path}\)$"):
+        source[2]
+    with pytest.raises(BadRow, match=rf"^rows\.jsonl:2: .*gone\.png.* \(in {path}\)$"):
+        source[1]
+    (ref,) = source[0].images
+    for read in (open_image, image_size):
+        with pytest.raises(BadImage, match=rf"^rows\.jsonl:1: .* \(in {tmp_path}/a\.png\)$"):
+            read(ref)

@@ -334,3 +334,46 @@ def test_missing_previous_run_is_named_at_once(tmp_path, monkeypatch):
         RunError, match="runs/stage2: no such run; expected one of 'stage 2: joint'"
     ):
         settings.build()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "said"),
+    [
+        ("stage2_joint", "--vision-rate 1e-4", "--vision-rate 0.0001.*vision is frozen"),
+        ("stage2_joint", "--vision-rate 2e-5", "--vision-rate 2e-05.*vision is frozen"),  # as usual
+        ("stage2_joint", "--vision full --vision-rate 1e-4", None),
+        ("stage2_joint", "--adaptor frozen", None),
+        ("stage2_joint", "--adaptor frozen --adaptor-rate 1e-3", "adaptor is frozen"),
+        ("stage2_joint", "--language frozen --language-rate 1e-3", "language is frozen"),
+        ("stage2_joint", "--language frozen --language-rate 1e-3 --loc-bins 8", None),
+        ("stage2_joint", "--language lora --language-rate 1e-3", None),
+        ("stage3_sft", "--vision frozen", None),
+        ("stage3_sft", "--vision frozen --vision-rate 3e-4", "vision is frozen"),
+        ("paligemma", "--frozen tokenizer --vision-rate 1e-5", "tokenizer is frozen"),
+        ("paligemma", "--frozen text --language-rate 1e-5 --loc-bins 8", None),
+        ("contrastive", "--start x --lock-image --image-rate 1e-3", "--lock-image locks it"),
+        ("contrastive", "--start x --lock-image --text-rate 1e-3", None),
+        ("contrastive", "--start x --lock-text --text-rate 1e-3", "--lock-text locks it"),
+    ],
+)
+def test_rate_of_a_part_that_does_not_learn_is_refused_where_it_is_given(
+    tmp_path, recipe, options, said
+):
+    settings = stage_of(recipe).Settings
+    arguments = options.split()
+    if recipe.startswith("stage"):
+        (tmp_path / "config.json").write_text(json.dumps({"format": "vlm", "loc": None}))
+        arguments += ["--previous", str(tmp_path)]
+    if said is None:
+        launch.read_settings(settings, arguments, "about")
+        return
+    with pytest.raises(ValueError, match=said):
+        launch.read_settings(settings, arguments, "about")
+
+
+def test_rate_of_a_frozen_part_in_a_file_is_refused(tmp_path):
+    (tmp_path / "run.yaml").write_text("vision_rate: 3e-4\nvision: frozen\n")
+    with pytest.raises(ValueError, match="vision is frozen"):
+        launch.read_settings(
+            stage_of("stage3_sft").Settings, ["--config", str(tmp_path / "run.yaml")], "about"
+        )

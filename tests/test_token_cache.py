@@ -45,6 +45,11 @@ def test_another_picture_or_other_weights_are_never_read_from_the_cache(tmp_path
     assert fingerprint(a) == fingerprint(b)
     next(iter(b.parameters())).data.flatten()[0] += 1e-6
     assert fingerprint(a) != fingerprint(b)
+    c = tokenizer(0)
+    c.register_buffer("mean", torch.zeros(2))
+    before = fingerprint(c)
+    c.mean[0] = 1  # as of a batch norm
+    assert fingerprint(c) != before
     with cached_tokens(a, tmp_path) as uses, torch.autocast("cpu", torch.bfloat16):
         a(PIXELS)
     assert uses.kept == 3  # of another precision

@@ -88,8 +88,10 @@ class InspectBatch:
 
         if self.rows < 1:
             raise ValueError(f"--rows must be at least 1, found {self.rows}")
-        if self.draw is not None and self.draw.suffix.lower() != ".png":
-            raise ValueError(f"--draw: expected a .png file, found {self.draw}")
+        if self.draw is not None and (
+            self.draw.suffix.lower() != ".png" or not self.draw.absolute().parent.is_dir()
+        ):
+            raise ValueError(f"--draw: expected a .png file in a folder, found {self.draw}")
         module = recipe_in(self.recipe)
         prog = f"vlm inspect-batch {self.recipe}"
         settings = read_settings(module.Settings, rest, module.__doc__, prog)

@@ -13,20 +13,16 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlm.compat.torch import BatchNormBase
+from vlm.found_weights import SUFFIXES, WeightsError, read_file, read_tensors, without_prefix
 from vlm.merge import Made, plain_state
 
 INDEX = "model.safetensors.index.json"
 SHARD, MADE_SHARD = 5 * 10**9, 10**9
 """Bytes of a file at most; the second where tensors are made for it, which are then in memory."""
-
-
-class WeightsError(ValueError):
-    """Weights that do not fit; the message lists every key that is missing, unused or misshapen."""
 
 
 def save_weights(
@@ -84,15 +80,17 @@ def need_room(folder: Path, size: int) -> None:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Every tensor in the safetensors files of `folder`, by name.
+    """Every tensor in the weights of `folder`, by name: in model.safetensors, whole or in shards,
+    else in the one other file of weights that lies there.
 
     Raises WeightsError naming the file that is missing, cut or broken.
     """
     index = folder / INDEX
+    if not index.exists() and (other := other_weights(folder)):
+        return read_file(other)
+    names = ["model.safetensors"]
     if index.exists():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
     state: dict[str, Tensor] = {}
     for name in names:
         path = folder / name
@@ -103,13 +101,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor in a safetensors file, by name. Raises WeightsError where it is broken."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-    except SafetensorError as error:
-        raise WeightsError(f"{path}: broken or cut safetensors file ({error})") from error
+def other_weights(folder: Path) -> Path | None:
+    """The one file of weights in a folder that has no model.safetensors; None where it has, or has
+    not exactly one."""
+    if (folder / "model.safetensors").exists() or not folder.is_dir():
+        return None
+    files = [path for path in folder.iterdir() if path.suffix in SUFFIXES]
+    return files[0] if len(files) == 1 else None
 
 
 def load_weights(
@@ -118,9 +116,12 @@ def load_weights(
     """Puts tensors into a module in place of its own, dtypes as stored, no tensor left over.
 
     where: names the source in messages. name: what each of the module's names is called in `state`.
+    A prefix before all of the names is taken off, see `vlm.found_weights`.
     Raises WeightsError listing all missing, unused and wrongly shaped keys together.
     """
     own = {name(key): tensor for key, tensor in module.state_dict().items()}
+    if not own.keys() >= state.keys():
+        state = without_prefix(state, own.__contains__, where)
     aliases: dict[int, list[str]] = {}
     for key, tensor in module.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(tensor), []).append(key)

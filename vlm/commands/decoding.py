@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm.commands.model import UsesModel, open_model
+from vlm.commands.model import WRITING, UsesModel, open_model, require_least
 
 if TYPE_CHECKING:
     from vlm.inference.tasks import Model
@@ -25,9 +25,10 @@ class UsesDecoder(UsesModel):
     """What commands share whose model writes text."""
 
     def load(self, images: tuple[Path, ...]) -> Model:
-        """The model, once every picture is known to be one."""
+        """The model, once its options are known to be in range and every picture to be one."""
         from vlm.pixels import open_image
 
+        require_least(self, **{k: low for k, low in WRITING.items() if hasattr(self, k)})
         for path in images:
             open_image(path)
         return open_model(self.model, WRITERS, "writes no text", self.device, self.dtype)
@@ -200,9 +201,11 @@ class Ground(UsesDecoder):
             self.draw.suffix.lower() != ".png" or not self.draw.absolute().parent.is_dir()
         ):
             raise ValueError(f"--draw: expected a .png file in a folder, found {self.draw}")
-        model = self.load((self.image,))
-        from vlm.inference.ground import find
+        from vlm.inference.ground import find, require_prompt
 
+        if self.prompt is not None:
+            require_prompt(self.prompt)
+        model = self.load((self.image,))
         (found,) = find(
             model,
             [self.image],

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlm.commands.model import UsesModel, open_model
+from vlm.commands.model import UsesModel, open_model, require_least
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from vlm.data.example import Skipped
     from vlm.inference.embed import ContrastiveModel
@@ -44,12 +44,7 @@ class ReadsPictures(UsesTowers):
     def reading(self):
         from vlm.inference.embed_rows import Reading
 
-        for name, least in (("batch_size", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                option = name.replace("_", "-")
-                raise ValueError(
-                    f"--{option} must be at least {least}, found {getattr(self, name)}"
-                )
+        require_least(self, batch_size=1, workers=0)
         return Reading(batch=self.batch_size, workers=self.workers, bad_rows=self.bad_rows)
 
 
@@ -71,12 +66,14 @@ class Classify(UsesTowers):
     """One JSON object a picture and line instead of text."""
 
     def run(self) -> None:
+        from vlm.inference.embed import require_labels, require_templates
         from vlm.pixels import open_image
 
         if not self.images:
             raise ValueError("name at least one picture")
-        if self.top < 1:
-            raise ValueError(f"--top must be at least 1, found {self.top}")
+        require_least(self, top=1, batch_size=1)
+        require_labels(self.labels)
+        require_templates(self.templates)
         for path in self.images:
             open_image(path)
         model = self.load()
@@ -244,8 +241,7 @@ class Retrieve:
     """auto takes a GPU where there is one."""
 
     def run(self) -> None:
-        if self.top < 1:
-            raise ValueError(f"--top must be at least 1, found {self.top}")
+        require_least(self, top=1)
         if self.draw is not None:
             _require_place(self.draw, ".png", "--draw")
         query = self._query()
@@ -291,6 +287,11 @@ class Retrieve:
         text = given[0]
         if not text.strip():
             raise ValueError(f"expected a query, found an empty text {text!r}")
+        if self.text is None and os.sep in text and _is_folder(text):
+            raise ValueError(
+                f"{text}: expected a picture or a text, found a folder; to search for this text, "
+                "say --text"
+            )
         if self.text is None and (
             _is_file(text) or (" " not in text and text.lower().endswith(SUFFIXES))
         ):
@@ -298,9 +299,7 @@ class Retrieve:
                 open_image(text)
                 return Path(text)
             except BadImage as error:
-                if text.lower().endswith(SUFFIXES):
-                    message = f"{error}; to search for this text, say --text"
-                    raise BadImage(message) from error
+                raise BadImage(f"{error}; to search for this text, say --text") from error
         return text
 
     def _model(self, index: Index) -> ContrastiveModel:
@@ -328,8 +327,16 @@ def _contrastive(source: str, device: str, dtype: str) -> ContrastiveModel:
 
 
 def _is_file(text: str) -> bool:
+    return _is(Path.is_file, text)
+
+
+def _is_folder(text: str) -> bool:
+    return _is(Path.is_dir, text)
+
+
+def _is(kind: Callable[[Path], bool], text: str) -> bool:
     try:
-        return Path(text).is_file()
+        return kind(Path(text))
     except (OSError, ValueError):  # too long for a path, or a null byte in it
         return False
 

@@ -11,13 +11,26 @@ class UsesModel:
     """The model of a command, and where and how precisely it computes."""
 
     model: str
-    """A run folder, a model folder or a hub id."""
+    """A run folder, a model folder, a hub id, or a file of CLIP's weights: FILE?model=ViT-B-32."""
     device: str = "auto"
     """auto takes a GPU where there is one."""
     dtype: str = "auto"
     """auto keeps the model's own where the device is fast in it, else takes float32; or float32,
     bfloat16, float16."""
 
+
+def require_least(options: object, **least: int) -> None:
+    """Raises ValueError naming an option that is below the least that it may be; called before a
+    model is opened. None is always allowed."""
+    for name, low in least.items():
+        value = getattr(options, name)
+        if value is not None and value < low:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} must be at least {low}, found {value}")
+
+
+WRITING = {"max_new_tokens": 1, "num_beams": 1, "batch_size": 1}
+"""Options of commands that write text, where they have them, and the least that they may be."""
 
 FAMILIES = {
     "contrastive": "contrastive (CLIP, SigLIP, what recipes/contrastive.py trains)",

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TextIO
 
 import tyro
 
+from vlm.commands.model import require_least
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -127,10 +129,7 @@ class Ocr:
         """Raises ValueError for options that cannot be."""
         if not self.files:
             raise ValueError("name at least one picture or PDF")
-        for name in ("num_beams", "batch_size", "dpi"):
-            if getattr(self, name) < 1:
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option} must be at least 1, found {getattr(self, name)}")
+        require_least(self, num_beams=1, batch_size=1, dpi=1)
         if not 0 <= self.min_confidence <= 1:
             raise ValueError(f"--min-confidence: expected 0 to 1, found {self.min_confidence}")
         if self.draw is not None and (

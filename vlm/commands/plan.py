@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from vlm.commands.model import require_least
+
 if TYPE_CHECKING:
     from vlm.training.estimate import Estimate
     from vlm.training.plan import Machine, Plan
@@ -48,11 +50,11 @@ class MakePlan:
 
         from vlm.data.mixture import split_of
         from vlm.training.launch import read_settings, recipe_in
-        from vlm.training.plan import machine_of, make_plan
+        from vlm.training.plan import machine_of, make_plan, require_shares
         from vlm.training.room import asked, remedies
 
-        if self.rows < 1:
-            raise ValueError(f"--rows must be at least 1, found {self.rows}")
+        require_least(self, rows=1, tokens=1)
+        require_shares(self.mfu, self.reserve, self.price)
         if self.hybrid and not self.shard:
             raise ValueError("--hybrid says how --shard divides; give both")
         machine = machine_of(self.machine)

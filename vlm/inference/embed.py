@@ -146,9 +146,9 @@ class ContrastiveModel:
 
         The arguments and errors are those of `classify`.
         """
-        _require_labels(labels)
+        require_labels(labels)
         templates = ["{}"] if templates is None else templates
-        _require_templates(templates)
+        require_templates(templates)
         if same := same_labels(self.processor, labels, templates):
             found = [[labels[i] for i in places] for places in same]
             raise ValueError(
@@ -194,7 +194,8 @@ def same_labels(
     return same
 
 
-def _require_labels(labels: Sequence[str]) -> None:
+def require_labels(labels: Sequence[str]) -> None:
+    """Raises ValueError for labels of which none is there, one is empty, or two are equal."""
     if isinstance(labels, str) or not len(labels):
         raise ValueError(f"labels is a list of at least one text, found {labels!r}")
     for i, label in enumerate(labels):
@@ -211,7 +212,8 @@ def _require_labels(labels: Sequence[str]) -> None:
         raise ValueError(f"expected each label once, found at several places: {twice}")
 
 
-def _require_templates(templates: Sequence[str]) -> None:
+def require_templates(templates: Sequence[str]) -> None:
+    """Raises ValueError where there is no template, or one without "{}"."""
     if isinstance(templates, str) or not len(templates):
         raise ValueError(f"templates is a list of at least one text, found {templates!r}")
     wrong = [template for template in templates if "{}" not in template]

@@ -269,6 +269,11 @@ def _check(model: Model, prompt: str, batch_size: int) -> None:
         )
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+    require_prompt(prompt)
+
+
+def require_prompt(prompt: str) -> None:
+    """Raises ValueError for a prompt that has no place for a phrase, or others beside it."""
     try:
         asks = prompt.format(phrase="\ue000") != prompt.format(phrase="")
     except (KeyError, IndexError, AttributeError, ValueError):

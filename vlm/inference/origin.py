@@ -27,10 +27,10 @@ any context holds."""
 class Origin:
     """A model as far as its vectors depend on it.
 
-    model: where it was opened: the full path of a folder, or a hub id. dtype: as `vlm.load` was
-    told. weights, settings, preprocessing: fingerprints, of every tensor's bits as loaded, of what
-    the parts compute with them, and of what is done to pictures and texts. dim: the width of its
-    vectors.
+    model: where it was opened: the full path of a folder or file, or a hub id. dtype: as `vlm.load`
+    was told. weights, settings, preprocessing: fingerprints, of the bits of every weight and
+    buffer, of what the parts compute with them, and of what is done to pictures and texts. dim: the
+    width of its vectors.
     """
 
     model: str
@@ -54,13 +54,21 @@ class Origin:
 def origin_of(model: ContrastiveModel, source: str | Path, dtype: str = "auto") -> Origin:
     """What identifies a model that `vlm.load(source, dtype=dtype)` gave."""
     return Origin(
-        model=str(Path(source).resolve() if Path(source).exists() else source),
+        model=_place(str(source)),
         dtype=dtype,
         weights=_weights(model.module),
         settings=_settings(model.module),
         preprocessing=_preprocessing(model.processor),
         dim=model.module.dim,
     )
+
+
+def _place(source: str) -> str:
+    """A source in full: the path of a folder or file, options behind "?" kept."""
+    if Path(source).exists():
+        return str(Path(source).resolve())
+    path, mark, options = source.rpartition("?")
+    return f"{Path(path).resolve()}?{options}" if mark and Path(path).exists() else source
 
 
 def _weights(module: nn.Module) -> str:

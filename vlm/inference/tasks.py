@@ -43,7 +43,8 @@ TASKS = {
 def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Model | ContrastiveModel:
     """The model in a folder or under a hub id, ready to use.
 
-    source: a model's folder, a run folder of a recipe (its `model/` is taken), or a hub id.
+    source: a model's folder, a run folder of a recipe (its `model/` is taken), a hub id, or a file
+        of weights that another tool wrote, see `vlm.systems.weights_file`.
     device: "auto" takes a GPU where there is one. dtype: "auto" takes the text model's own for all
         parts, 16 bits only where the device multiplies faster in them, else float32; weights that
         are stored in float32 stay so. "stored" leaves each part as it was saved, to train on; else

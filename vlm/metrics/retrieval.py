@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from vlm.metrics.ranking import count_above, top_k, unit_rows
-from vlm.metrics.share import Interval
+from vlm.metrics.share import Interval, wilson
 
 __all__ = ["Direction", "RetrievalResult", "retrieval", "top_k"]
 
@@ -102,7 +102,8 @@ def retrieval(
     `partial(accelerator.reduce, reduction="sum")`; None for one process.
     block: images and texts that are compared at once; None takes what suits the device.
     draws, seed: the intervals are those between the 2.5th and 97.5th percentile of the recalls of
-    `draws` samples of as many images that have texts, drawn with replacement, each with its texts.
+    `draws` samples of as many images that have texts, drawn with replacement, each with its texts;
+    where all samples are alike, as without a hit, Wilson's for so many images.
     show: a progress bar.
 
     Raises ValueError for embeddings without rows or of unequal widths, rows that hold NaN or
@@ -152,7 +153,7 @@ def retrieval(
             query=query,
             rank=image_rank,
             candidates=len(texts),
-            recall=_recalls(ks, hits, len(query), low_high[0]),
+            recall=_recalls(ks, hits, len(query), len(query), low_high[0]),
             median_rank=float(np.median(image_rank)),
             mean_average_precision=float((np.add.reduceat(precision, start) / right).mean()),
         ),
@@ -160,7 +161,7 @@ def retrieval(
             query=np.arange(len(texts)),
             rank=text_rank,
             candidates=len(images),
-            recall=_recalls(ks, text_hits, len(texts), low_high[1]),
+            recall=_recalls(ks, text_hits, len(texts), len(query), low_high[1]),
             median_rank=float(np.median(text_rank)),
             mean_average_precision=float((1 / text_rank).mean()),
         ),
@@ -183,12 +184,20 @@ def _owners(owner: Tensor, images: int, texts: int) -> Tensor:
 
 
 def _recalls(
-    ks: tuple[int, ...], hits: NDArray[np.int64], queries: int, low_high: NDArray[np.float64]
+    ks: tuple[int, ...],
+    hits: NDArray[np.int64],
+    queries: int,
+    images: int,
+    low_high: NDArray[np.float64],
 ) -> dict[int, Interval]:
-    return {
-        k: Interval(int(hits[:, i].sum()) / queries, *map(float, low_high[:, i]))
-        for i, k in enumerate(ks)
-    }
+    recalls = {}
+    for i, k in enumerate(ks):
+        share = int(hits[:, i].sum()) / queries
+        low, high = map(float, low_high[:, i])
+        if low == high:  # samples that are all alike say nothing of how sure it is
+            _, low, high = wilson(share * images, images)
+        recalls[k] = Interval(share, low, high)
+    return recalls
 
 
 def _intervals(

@@ -74,7 +74,7 @@ class TextResult:
 
     cer, wer: edits over characters and over words, pooled over lines; where the truths hold none,
     the number of edits, as in jiwer. Intervals are those between the 2.5th and 97.5th percentile
-    over lines drawn with replacement.
+    over lines drawn with replacement; Wilson's where every draw is the same (see `_bootstrap`).
     exact: the share of lines that are the same, with Wilson's 95 % interval.
     substitutions, insertions, deletions: of characters. characters, words: of the truths.
     """
@@ -309,13 +309,13 @@ def cer_difference(
 
     >>> truths = ["abcd"] * 4
     >>> a, b = compare_texts(truths, truths), compare_texts(truths, ["abcx"] * 4)
-    >>> cer_difference(a, b)
-    Rate(rate=-0.25, low=-0.25, high=-0.25)
+    >>> [round(value, 3) for value in cer_difference(a, b)]
+    [-0.25, -0.495, -0.102]
     """
     if first.truths != second.truths:
         raise ValueError("expected two readings of the same lines, found other truths")
     edits = first.edits.sum(1) - second.edits.sum(1)
-    return _bootstrap(edits, first.characters, draws, seed)
+    return _bootstrap(edits, first.characters, draws, seed, signed=True)
 
 
 def length_group(text: str) -> str:
@@ -348,9 +348,20 @@ def _word_edits(truth: str, read: str) -> int:
     )
 
 
-def _bootstrap(edits: NDArray[np.int64], units: NDArray[np.int64], draws: int, seed: int) -> Rate:
+def _bootstrap(
+    edits: NDArray[np.int64],
+    units: NDArray[np.int64],
+    draws: int,
+    seed: int,
+    *,
+    signed: bool = False,
+) -> Rate:
     """The pooled rate and its percentile interval. Lines of equal edits and units are alike, so
-    that what is drawn is how often each kind of line comes, which is a multinomial."""
+    that what is drawn is how often each kind of line comes, which is a multinomial.
+
+    Where every sample has the same rate (no edit at all, nothing right, one line), the samples say
+    nothing of how sure it is: the interval is Wilson's over the units, which at no edit reaches to
+    about 4 edits. Of differences between readers, below 0 or 0, it is mirrored."""
     if draws < 1:
         raise ValueError(f"draws: expected 1 or more, found {draws}")
     kinds, often = np.unique(np.stack([edits, units], 1), axis=0, return_counts=True)
@@ -358,4 +369,10 @@ def _bootstrap(edits: NDArray[np.int64], units: NDArray[np.int64], draws: int, s
     sums = drawn @ kinds
     rates = sums[:, 0] / np.maximum(1, sums[:, 1])
     low, high = (float(value) for value in np.percentile(rates, (2.5, 97.5)))
-    return Rate(float(edits.sum() / max(1, units.sum())), low, high)
+    found, count = int(edits.sum()), max(1, int(units.sum()))
+    if low == high and abs(found) <= count:
+        _, near, far = wilson(abs(found), count)
+        low, high = (near, far) if found > 0 else (-far, -near)
+        if not found:
+            low, high = (-far if signed else 0.0), far
+    return Rate(found / count, low, high)

@@ -63,8 +63,13 @@ def open_image(
     from vlm.data.example import ImageRef
 
     if isinstance(source, ImageRef):
-        name = name or source.name
-        source = source.data
+        with _placed(source):
+            return open_image(
+                source.data,
+                name=name or source.name,
+                max_pixels=max_pixels,
+                background=background,
+            )
     if isinstance(source, np.ndarray):
         name = name or "array"
         return _flatten(_from_array(source, name, max_pixels), background)
@@ -121,6 +126,7 @@ def image_size(source: ImageRef | Image.Image) -> tuple[int, int]:
         if isinstance(source, Image.Image):
             name, image = "PIL image", source
         else:
+            stack.enter_context(_placed(source))
             name = source.name
             if isinstance(source.data, bytes):
                 file = io.BytesIO(source.data)
@@ -133,6 +139,18 @@ def image_size(source: ImageRef | Image.Image) -> tuple[int, int]:
         except Exception:  # a damaged EXIF block, which `open_image` leaves out with a warning
             turned = False
         return (image.width, image.height) if turned else (image.height, image.width)
+
+
+@contextmanager
+def _placed(source: ImageRef) -> Iterator[None]:
+    """Within, a BadImage ends with the full path of the picture's file: a row names it as it stands
+    in its data."""
+    try:
+        yield
+    except BadImage as error:
+        if not isinstance(source.data, Path) or str(source.data) in str(error):
+            raise
+        raise BadImage(f"{error} (in {source.data.absolute()})") from error
 
 
 def _short(text: str) -> str:

@@ -57,15 +57,17 @@ def load(
     """
     device = _device(device)
     _require_dtype(dtype)
-    folder = _folder(source)
-    path = _config(folder)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    kind = _kind(values, path, folder)
-    name = _native(values, path) if kind == "vlm" else SYSTEMS[kind][0]
-    model = import_module(name).load(folder, values)
+    model = _of_file(source)
+    if model is None:
+        folder = _folder(source)
+        path = _config(folder)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not JSON ({error})") from error
+        kind = _kind(values, path, folder)
+        name = _native(values, path) if kind == "vlm" else SYSTEMS[kind][0]
+        model = import_module(name).load(folder, values)
     compute_in(model.module, dtype, device)
     model.module.to(device)
     return model
@@ -227,14 +229,58 @@ def _shipped(source: str | Path) -> Path | None:
     return line_reader.SHIPPED
 
 
+def _of_file(source: str | Path) -> Pairing | None:
+    """The model in a file of weights that says, or whose surroundings say, what it is; None for a
+    source of another kind, and for a file beside its configuration."""
+    if not is_file(source):
+        return None
+    from vlm.systems import weights_file
+
+    file = weights_file.file_of(source)
+    if file.model is None and (file.path.parent / CONFIGS[0]).is_file():
+        if file.state is not None:
+            raise ValueError(
+                f"{source}: ?state= chooses among weights of CLIP and SigLIP alone; save those "
+                f"that are meant in a file of their own beside {CONFIGS[0]}"
+            )
+        return None
+    return weights_file.load(file)
+
+
+def is_file(source: str | Path) -> bool:
+    """Whether a source names a file of weights, alone or with options behind "?", or the folder of
+    an open_clip training; what is no path at all is none."""
+    path = Path(str(source).rpartition("?")[0] or source)
+    try:
+        return path.is_file() or ((path / "params.txt").is_file() and not _config(path))
+    except OSError:  # longer than a path may be
+        return False
+
+
+def _beside(file: Path) -> Path:
+    """The folder of a file of weights that lies beside its configuration. Raises ValueError where
+    other weights lie there too, which would be taken, or the file holds none."""
+    from vlm.found_weights import SUFFIXES
+
+    weights = [p.name for p in file.parent.iterdir() if p.suffix in SUFFIXES]
+    if file.name != "model.safetensors" and weights != [file.name]:
+        raise ValueError(
+            f"{file}: expected the only weights beside {_config(file.parent).name}, found "
+            f"{sorted(weights)[:8]}; copy both into a folder of their own, or name the folder"
+        )
+    return file.parent
+
+
 def _folder(source: str | Path) -> Path:
     """The folder that holds a configuration: `source`, its `model/`, or a hub snapshot."""
     folder = _shipped(source) or Path(source)
+    if folder.is_file():
+        return _beside(folder)
     for candidate in (folder, folder / "model"):
         if _config(candidate):
             return candidate
     if folder.exists():
-        found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "a file"
+        found = sorted(p.name for p in folder.iterdir())[:8]
         raise ValueError(
             f"{folder}: expected config.json here or in model/, found {found}; "
             "a run writes model/ when it ends"

@@ -20,20 +20,20 @@ Source: open_clip 3.3, `factory.py`, `push_to_hf_hub.py`, `transform.py`.
 from __future__ import annotations
 
 import json
-import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlm.families.contrastive import Contrastive
+from vlm.found_weights import read_file, without_prefix
 from vlm.merge import Made, plain_state
 from vlm.pairs import PairProcessor
 from vlm.pixels import PixelSpec, from_open_clip
@@ -51,7 +51,7 @@ from vlm.systems.open_clip_map import MAPS, SAME, Row, expand
 from vlm.systems.open_clip_text import clip_tokenizer, folder_tokenizer
 from vlm.systems.pairing import OWN_SCALARS, Pairing, in_float32, require_end
 from vlm.systems.reference import read_reference
-from vlm.weights import WeightsError, load_weights, need_room
+from vlm.weights import WeightsError, load_weights, need_room, other_weights
 
 SOURCE = "open_clip 3.3; github.com/mlfoundations/open_clip"
 
@@ -59,6 +59,8 @@ MODEL_TYPE = "open_clip"
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 OLD_WEIGHTS = "open_clip_pytorch_model.bin"
+UNUSED = ("attn_mask", "input_resolution", "context_length", "vocab_size")
+"""Ends of names that OpenAI's archives hold beside the weights: sizes, and the causal mask."""
 
 
 def load(folder: Path, values: Mapping[str, Any]) -> Pairing:
@@ -68,20 +70,43 @@ def load(folder: Path, values: Mapping[str, Any]) -> Pairing:
     Raises ValueError naming the file and what does not fit, for weights every key at once;
     OSError where the text tokenizer's files are missing.
     """
-    where = str(folder / CONFIG)
+    model = assemble(values, lambda: _read(folder), folder, folder / CONFIG)
+    return replace(model, reference=read_reference(folder, MODEL_TYPE))
+
+
+def assemble(
+    values: Mapping[str, Any],
+    read: Callable[[], Mapping[str, Tensor]],
+    folder: Path,
+    said: str | Path,
+    *,
+    hub: bool = False,
+) -> Pairing:
+    """The model of a configuration as open_clip_config.json holds it, and of weights by open_clip's
+    names.
+
+    read: gives the weights, once the configuration is known to fit. folder: where the text
+    tokenizer's files may lie; hub: whether they are fetched where they do not. said: what the
+    configuration is called in messages.
+    Raises what `load` does.
+    """
+    where = str(folder)
     model_cfg = values.get("model_cfg")
     if not isinstance(model_cfg, dict):
-        raise ValueError(f"{where}: expected model_cfg, found {sorted(values)}")
+        raise ValueError(f"{said}: expected model_cfg, found {sorted(values)}")
     try:
         config = reference_config(model_cfg)
-        text_tokenizer = folder_tokenizer(folder, model_cfg)
+        text_tokenizer = folder_tokenizer(folder, model_cfg, hub=hub)
         pixel_spec = _pixel_spec(values, config)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{said}: {error}") from error
     with init_empty_weights(include_buffers=False):
         module = _compose(config, pixel_spec, model_cfg)
-    state = in_float32(to_ours(_read(folder), model_cfg, str(folder)), OWN_SCALARS)
-    load_weights(module, state, str(folder))
+    names = published_shapes(model_cfg)
+    state = without_prefix(read(), names.__contains__, where)
+    state = {key: t for key, t in state.items() if not key.endswith(UNUSED)}
+    state = in_float32(to_ours(state, model_cfg, where), OWN_SCALARS)
+    load_weights(module, state, where)
     processor = PairProcessor(
         text_tokenizer,
         pixel_spec,
@@ -89,10 +114,8 @@ def load(folder: Path, values: Mapping[str, Any]) -> Pairing:
         # open_clip always pads; CLIP's own tokenizer pads with what its pooling passes by.
         pad_to_length=bool(model_cfg["text_cfg"].get("hf_tokenizer_name")),
     )
-    require_end(module.text, processor, str(folder))
-    return Pairing(
-        module=module.eval(), processor=processor, reference=read_reference(folder, MODEL_TYPE)
-    )
+    require_end(module.text, processor, where)
+    return Pairing(module=module.eval(), processor=processor)
 
 
 def save(model: Pairing, folder: Path) -> None:
@@ -148,19 +171,14 @@ def _compose(
 
 def _read(folder: Path) -> dict[str, Tensor]:
     """The tensors of a folder by open_clip's names. Raises WeightsError naming the file."""
-    for name, read in ((WEIGHTS, load_file), (OLD_WEIGHTS, _read_old)):
+    for name in (WEIGHTS, OLD_WEIGHTS):
         if (folder / name).is_file():
-            try:
-                return read(folder / name)
-            except (SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise WeightsError(f"{folder / name}: broken or cut ({reason})") from error
+            return read_file(folder / name)
+    other = other_weights(folder)
+    if other is not None:
+        return read_file(other)
     found = sorted(path.name for path in folder.iterdir())
     raise WeightsError(f"{folder / WEIGHTS}: expected a safetensors file, found {found}")
-
-
-def _read_old(path: Path) -> dict[str, Tensor]:
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _model_cfg(module: Contrastive, processor: PairProcessor, name: str) -> dict[str, Any]:

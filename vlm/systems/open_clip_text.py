@@ -25,10 +25,13 @@ from transformers import (
 from vlm.systems.open_clip_config import unfit
 
 
-def folder_tokenizer(folder: Path, model_cfg: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+def folder_tokenizer(
+    folder: Path, model_cfg: Mapping[str, Any], *, hub: bool = False
+) -> PreTrainedTokenizerBase:
     """What open_clip's `get_tokenizer("local-dir:...")` takes for a folder, as a tokenizer of
     transformers that cleans texts itself: CLIP's, or where `text_cfg.hf_tokenizer_name` says
-    anything the one whose files lie in the folder.
+    anything the one whose files lie in the folder (hub: or, where there are none, under this name
+    on the hub).
 
     Of open_clip's cleaning the repair of broken text (ftfy) and of HTML's "&amp;" is left out.
     Raises OSError where the files are missing; ValueError naming the key that cannot be done.
@@ -47,15 +50,17 @@ def folder_tokenizer(folder: Path, model_cfg: Mapping[str, Any]) -> PreTrainedTo
             raise unfit("text_cfg.tokenizer_kwargs", f"clean: {' or '.join(CLEANINGS)}", options)
         if text["tokenizer_mode"]:
             raise unfit("text_cfg.tokenizer_mode", "none", text["tokenizer_mode"])
-        tokenizer = _cleaning(_open_tokenizer(folder, name), CLEANINGS[clean])
+        tokenizer = _cleaning(_open_tokenizer(folder, name, hub), CLEANINGS[clean])
     if len(tokenizer) > text["vocab_size"]:
         raise unfit("text_cfg.vocab_size", f"{len(tokenizer)} or more", text["vocab_size"])
     return tokenizer
 
 
-def _open_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
+def _open_tokenizer(folder: Path, name: str, hub: bool) -> PreTrainedTokenizerBase:
+    here = any(folder.glob("token*")) or any(folder.glob("*.model"))
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        source = name if hub and not here else folder
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # each part of transformers raises its own kinds
         found = sorted(path.name for path in folder.iterdir())[:8]
         reason = " ".join(str(error).split())[:200]

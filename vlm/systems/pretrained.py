@@ -10,7 +10,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vlm import assets, config, tokenizers
+from vlm import assets, config, systems, tokenizers
 from vlm.image_tokens import ImageTokenizer
 from vlm.merge import Made, plain_state
 from vlm.weights import load_weights
@@ -34,7 +34,8 @@ def load_vision(
     pooled: bool = False,
 ) -> ImageTokenizer:
     """A pretrained image tokenizer: "demo", "kind:id", or the folder of a model or run of any
-    family, whose image tokenizer is taken as it was trained.
+    family (or a file of weights that `vlm.load` opens), whose image tokenizer is taken as it was
+    trained.
 
     size_hw: pixels that pictures are brought to; None keeps the backbone's own.
     layer: -1 the backbone's final features, its closing norm included, and of a folder those that
@@ -47,7 +48,7 @@ def load_vision(
     """
     if name == DEMO:
         return _demo_vision(size_hw, layer)
-    if Path(name).is_dir():
+    if Path(name).is_dir() or systems.is_file(name):
         return _vision_of(name, size_hw, layer, prefix, pooled)
     kind = name.partition(":")[0]
     if kind not in LAYER_OPTION:
@@ -67,8 +68,6 @@ def _vision_of(
 ) -> ImageTokenizer:
     """The image tokenizer, weights and all, of a model of any family; what is not asked of it, such
     as the pooling of a contrastive one, is left behind."""
-    from vlm import systems  # which knows this file
-
     trained = systems.load(folder, device="cpu", dtype="stored").module.tokenizer
     values = tokenizers.config_to_dict(trained)
     kind = values["kind"]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
+from vlm.found_weights import without_prefix
 from vlm.pairs import PairProcessor
 from vlm.pixels import PixelSpec
 from vlm.prompts import Processor
@@ -175,8 +176,12 @@ def first_names(
     model uses, and what it does not.
 
     unused: prefixes of weights that are known and that the model has not.
-    Keys that the map does not know stay as they are. Raises WeightsError where two keys are one.
+    A prefix before all of the names is taken off, see `vlm.found_weights`. Keys that the map does
+    not know stay as they are. Raises WeightsError where two keys are one.
     """
+    prefixes = tuple(published for published, _ in key_map)
+    if not all(key.startswith(prefixes) for key in state):
+        state = without_prefix(state, lambda key: key.startswith(prefixes), where)
     first: dict[str, str] = {}
     for published, ours in key_map:
         first.setdefault(ours, published)

@@ -20,6 +20,11 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 Augmentation = Literal["none", "light", "strong"]
 
 
+class Usual(float):
+    """A learning rate that nobody named: the recipe's own. What is given on a command line, in a
+    file or by a caller is a plain number, so that a rate which nothing reads can be refused."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BaseSettings:
     """Settings of any run."""
@@ -108,6 +113,10 @@ class BaseSettings:
         """The mixture of the settings' sources, for training."""
         raise NotImplementedError
 
+    def unread_rates(self) -> dict[str, str]:
+        """Settings of learning rates that nothing learns at -> why not."""
+        return {}
+
     def stage(
         self, name: str, rates: tuple[tuple[str, float | None], ...], micro_batch: int
     ) -> Stage:
@@ -139,6 +148,18 @@ def require_ranges(settings: Any) -> None:
             raise ValueError(f"{name} must be at least {least}, found {value}")
     if not settings.clip > 0:
         raise ValueError(f"clip must be above 0 (inf clips nothing), found {settings.clip}")
+
+
+def require_read_rates(settings: BaseSettings) -> None:
+    """Raises ValueError naming a learning rate that was given for a part that does not learn."""
+    for name, why in settings.unread_rates().items():
+        rate = getattr(settings, name)
+        if not isinstance(rate, Usual):
+            option = name.replace("_", "-")
+            raise ValueError(
+                f"--{option} {float(rate):g}: nothing learns at this rate, as {why}; leave it out, "
+                "or let that part learn"
+            )
 
 
 FREE = ("out", "resume", "change", "keep", "threads", "workers", "eval_every", "save_every",

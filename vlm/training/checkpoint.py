@@ -176,7 +176,7 @@ class Checkpoints:
         """
         path, broken, about = self.all.first(lambda: self._choose(tuple(change)))
         if path is not None:
-            if about["fingerprint"] != self.fingerprint:
+            if not is_of(about["fingerprint"], self.module):
                 raise CheckpointError(f"{path}: its frozen weights are not those of this model")
             read_state(path, self.module, self.optimizer)
         self.all.first(lambda: self._tidy(broken))
@@ -259,19 +259,41 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if NAME.fullmatch(path.name))
 
 
-def fingerprint(module: nn.Module) -> str:
-    """Names, shapes and a sample of the frozen weights, as a short hash: it tells whether a
-    checkpoint's frozen parts are these, in whatever precision they compute."""
+BUFFERS = "b"
+"""Begins a fingerprint that counts buffers; those of older checkpoints do not."""
+
+
+def fingerprint(module: nn.Module, *, buffers: bool = True) -> str:
+    """Names, shapes and a sample of the frozen weights and of the buffers that are saved with them
+    (a batch norm's statistics), as a short hash: it tells whether a checkpoint's frozen parts are
+    these, in whatever precision they compute."""
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.requires_grad}".encode())
         if not parameter.requires_grad and parameter.numel():
-            whole = parameter.detach()
-            flat = (whole.full_tensor() if isinstance(whole, DTensor) else whole).flatten()
-            stride = max(1, len(flat) // 64)
-            sample = flat[::stride][:64].to(torch.bfloat16).float()
-            digest.update(sample.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+            digest.update(_sample(parameter))
+    if not buffers:
+        return digest.hexdigest()[:16]
+    saved = module.state_dict().keys()
+    for name, tensor in sorted(module.named_buffers()):
+        if name in saved:
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(_sample(tensor))
+    return BUFFERS + digest.hexdigest()[:16]
+
+
+def _sample(tensor: Tensor) -> bytes:
+    """Up to 64 numbers spread over a tensor, as 16 bits hold them."""
+    whole = tensor.detach()
+    flat = (whole.full_tensor() if isinstance(whole, DTensor) else whole).flatten()
+    stride = max(1, len(flat) // 64)
+    return flat[::stride][:64].to(torch.bfloat16).float().cpu().numpy().tobytes()
+
+
+def is_of(said: str, module: nn.Module) -> bool:
+    """Whether a checkpoint's fingerprint is that of a module, as it was taken when the checkpoint
+    was written."""
+    return said == fingerprint(module, buffers=said.startswith(BUFFERS) and len(said) == 17)
 
 
 def state_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

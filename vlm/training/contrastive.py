@@ -21,7 +21,7 @@ from vlm.inference.engine import evaluating
 from vlm.metrics.retrieval import retrieval
 from vlm.pairs import collate_pairs
 from vlm.systems import pairing, scratch
-from vlm.training.base_settings import Augmentation, BaseSettings, require_share
+from vlm.training.base_settings import Augmentation, BaseSettings, Usual, require_share
 from vlm.training.course import Course, MakeStage
 from vlm.training.objectives import Contrast
 from vlm.training.run import Curves
@@ -33,6 +33,7 @@ RECALL = Curves(
     "nats per pair",
     "held-out retrieval",
     "recall at 1",
+    "pairs",
     (
         ("image_to_text_r1", "#b5532a", "image to text"),
         ("text_to_image_r1", "#1f4e8c", "text to image"),
@@ -95,9 +96,9 @@ class Settings(BaseSettings):
     augment: Augmentation = "light"
     epochs: Literal["exact", "resampled"] = "exact"
     """exact: every row once before any comes again; resampled: each draw takes any row."""
-    image_rate: float = 1e-3
+    image_rate: float = Usual(1e-3)
     """Peak learning rate of the picture's tower."""
-    text_rate: float = 1e-3
+    text_rate: float = Usual(1e-3)
     """Peak learning rate of the text's tower."""
     head_rate: float = 1e-3
     """Peak learning rate of poolings, heads, scale and bias."""
@@ -134,6 +135,10 @@ class Settings(BaseSettings):
 
     def data(self) -> MixtureDataset:
         return training_data(self)
+
+    def unread_rates(self) -> dict[str, str]:
+        locked = {"image": self.lock_image, "text": self.lock_text}
+        return {f"{tower}_rate": f"--lock-{tower} locks it" for tower in locked if locked[tower]}
 
     def _loaded(self) -> pairing.Pairing:
         import vlm

@@ -84,7 +84,7 @@ def differences(
     old: dict[str, Any], new: dict[str, Any], change: Sequence[str], path: Path
 ) -> list[str]:
     """What a run and the checkpoint that it goes on from do not have in common, a line each, where
-    all of it may differ.
+    all of it may differ. What follows from a setting is named with it, and not once more.
 
     old, new: as `decided_by` gives them. change: names of settings that may differ; "stage" and
         "mixture", which may too where a setting that is named here does; "data", for data that were
@@ -105,12 +105,20 @@ def differences(
             allowed.append(line)
         else:
             refused.setdefault(name, []).append(line)
+    followed = []
     for part in (STAGE, MIXTURE, DATA):
-        lines = [f"{part}.{line}" for line in _changed(old[part], new[part]).values()]
-        if part in change or (part in FOLLOWS and allowed):
-            allowed += lines
-        elif lines:
-            refused[part] = lines
+        changed = _changed(old[part], new[part])
+        if part in FOLLOWS:  # a setting of the same name says the same
+            changed = {key: line for key, line in changed.items() if key not in settings}
+        if part in change:
+            allowed += [f"{part}.{line}" for line in changed.values()]
+        elif part in FOLLOWS and allowed:
+            followed += [f"{part}.{key}" for key in changed]
+        elif changed:
+            refused[part] = [f"{part}.{line}" for line in changed.values()]
+    if followed:
+        verb = "differs" if len(followed) == 1 else "differ"
+        allowed[-1] += f" (so {', '.join(followed)} {verb} too)"
     if refused:
         lines = "; ".join(line for lines in refused.values() for line in lines)
         if not settings.keys().isdisjoint(refused):  # what follows from them need not be named

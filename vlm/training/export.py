@@ -16,7 +16,7 @@ from vlm import config
 from vlm.inference.tasks import FACES
 from vlm.precision import DTYPES
 from vlm.training.base_settings import RECIPES, BaseSettings
-from vlm.training.checkpoint import fingerprint, newest_whole
+from vlm.training.checkpoint import is_of, newest_whole
 from vlm.training.checkpoint_format import CheckpointError, read, read_about, stored
 from vlm.training.course import PRECISION_REASON
 from vlm.training.launch import recipe_in
@@ -101,7 +101,7 @@ def fill(module: nn.Module, path: Path, precision: str) -> None:
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in names)
     hold_in(module, DTYPES[precision])
-    if read_about(path)["fingerprint"] != fingerprint(module):
+    if not is_of(read_about(path)["fingerprint"], module):
         raise CheckpointError(
             f"{path}: the weights that its run left as they were are not those that its settings "
             "give now; see whether the model or run that it began with has changed"

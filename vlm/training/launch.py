@@ -27,7 +27,7 @@ from vlm.data.mixture import split_of
 from vlm.data.sources import BadSource
 from vlm.pixels import BadImage
 from vlm.precision import Choice, choose
-from vlm.training.base_settings import BaseSettings, require_ranges
+from vlm.training.base_settings import BaseSettings, require_ranges, require_read_rates
 from vlm.training.checkpoint import CheckpointError
 from vlm.training.fit import Interrupted
 from vlm.training.memory import give_back_large_blocks
@@ -85,7 +85,8 @@ def read_settings(
 ) -> BaseSettings:
     """Settings from a command line; `--config FILE.yaml` replaces defaults, options win over it.
 
-    Raises ValueError naming the file's keys that are no settings, and numbers out of their range.
+    Raises ValueError naming the file's keys that are no settings, numbers out of their range, and
+    learning rates of what does not learn.
     """
     default = None
     arguments = [
@@ -103,6 +104,7 @@ def read_settings(
     options = {} if default is None else {"default": default}
     settings = tyro.cli(settings_class, args=arguments, description=about, prog=prog, **options)
     require_ranges(settings)
+    require_read_rates(settings)
     return settings
 
 

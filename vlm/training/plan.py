@@ -88,6 +88,16 @@ class Plan(Room):
         return asdict(self) | held | {name: getattr(self, name) for name in more}
 
 
+def require_shares(mfu: float, reserve: float, price: float | None) -> None:
+    """Raises ValueError naming what is outside its range."""
+    if not 0 < mfu <= 1:
+        raise ValueError(f"mfu must be above 0 and at most 1, found {mfu:g}")
+    if not 0 <= reserve < 1:
+        raise ValueError(f"reserve must be at least 0 and below 1, found {reserve:g}")
+    if price is not None and not price >= 0:
+        raise ValueError(f"price must be at least 0, found {price:g}")
+
+
 def make_plan(
     estimate: Estimate,
     machine: Machine,
@@ -110,12 +120,7 @@ def make_plan(
     Raises ValueError for a batch that does not divide over the devices, and for shares outside
     their range.
     """
-    if not 0 < mfu <= 1:
-        raise ValueError(f"mfu must be above 0 and at most 1, found {mfu:g}")
-    if not 0 <= reserve < 1:
-        raise ValueError(f"reserve must be at least 0 and below 1, found {reserve:g}")
-    if price is not None and not price >= 0:
-        raise ValueError(f"price must be at least 0, found {price:g}")
+    require_shares(mfu, reserve, price)
     share, micro_batch = split_of(batch, micro_batch, machine.ranks)
     room = room_for(estimate, share, micro_batch, int(machine.gib * GIB * (1 - reserve)))
     flops = estimate.flops_per_example(micro_batch, room.accumulation) * batch

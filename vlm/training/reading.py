@@ -40,6 +40,7 @@ ERRORS = Curves(
     "nats per character",
     "held-out lines",
     "error rate",
+    "lines",
     (("cer", "#1f4e8c", "characters"), ("wer", "#b5532a", "words")),
 )
 

@@ -32,13 +32,14 @@ LIBRARIES = ("vlm", "torch", "torchvision", "transformers", "accelerate", "timm"
 class Curves(NamedTuple):
     """What a run's plot shows besides the training loss.
 
-    loss_unit: of the training loss. title, unit: of the held-out figures. lines: of each one its
-    key, colour and label.
+    loss_unit: of the training loss. title, unit: of the held-out figures. count: which of them says
+    on how many rows they are. lines: of each one its key, colour and label.
     """
 
     loss_unit: str
     title: str
     unit: str
+    count: str
     lines: tuple[tuple[str, str, str], ...]
 
 
@@ -46,8 +47,13 @@ CAPTIONS = Curves(
     "nats per scored token",
     "held-out captions",
     "nats per caption",
+    "captions",
     (("wrong", "#b5532a", "with another image"), ("right", "#1f4e8c", "with its own image")),
 )
+
+
+MARKS = ("o-", "D", "s")
+"""How figures on the first number of rows are drawn, on the next, and on any other."""
 
 
 class RunError(ValueError):
@@ -211,7 +217,11 @@ def _device() -> str:
 
 
 def plot_loss(history: list[dict[str, Any]], path: Path, curves: Curves = CAPTIONS) -> None:
-    """The training loss (raw and smoothed) and the held-out figures over steps, as a PNG."""
+    """The training loss (raw and smoothed) and the held-out figures over steps, as a PNG.
+
+    Figures on the same number of rows make a line; the closing ones, where they are on more rows,
+    stand as marks of their own, since other rows have other figures whatever was learned.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -233,11 +243,14 @@ def plot_loss(history: list[dict[str, Any]], path: Path, curves: Curves = CAPTIO
     left.set(xlabel="step", ylabel=curves.loss_unit, title="training loss")
     if held:
         right = axes[0, 1]
-        steps = [step for step, _ in held]
+        counts = list(dict.fromkeys(figures.get(curves.count) for _, figures in held))
         for key, colour, label in curves.lines:
-            right.plot(
-                steps, [figures[key] for _, figures in held], "o-", color=colour, label=label
-            )
+            for number, count in enumerate(counts):
+                points = [(at, f[key]) for at, f in held if f.get(curves.count) == count]
+                on = f"{label}, {count} {curves.count}" if len(counts) > 1 else label
+                look = {"markerfacecolor": "white", "markersize": 9} if number else {}
+                form = MARKS[min(number, len(MARKS) - 1)]
+                right.plot(*zip(*points), form, color=colour, label=on, **look)
         right.legend(frameon=False)
         right.set(xlabel="step", ylabel=curves.unit, title=curves.title)
     for axis in axes.flat:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -19,7 +19,7 @@ from vlm.geometry import LocTokens
 from vlm.inference.tasks import Model
 from vlm.lora import Lora, add_lora, lora_of, quantize_4bit
 from vlm.systems.composed import CAPTION_PROMPT, add_loc_tokens
-from vlm.training.base_settings import BaseSettings, require_share
+from vlm.training.base_settings import BaseSettings, Usual, require_share
 from vlm.training.run import RunError
 from vlm.training.stages import FROZEN
 from vlm.vocabulary import train_rows
@@ -200,15 +200,15 @@ class FromRun(Settings):
 
     vision: Mode = "frozen"
     """What of the image tokenizer learns."""
-    vision_rate: float = 2e-5
+    vision_rate: float = Usual(2e-5)
     """Its peak learning rate."""
     adaptor: Mode = "full"
     """What of the adaptor learns."""
-    adaptor_rate: float = 2e-4
+    adaptor_rate: float = Usual(2e-4)
     """Its peak learning rate."""
     language: Mode = "full"
     """What of the language model learns."""
-    language_rate: float = 2e-5
+    language_rate: float = Usual(2e-5)
     """Its peak learning rate; with LoRA or frozen, that of the rows of new <loc> tokens too."""
     lora_rank: int = 16
     """Rank of the low-rank layers of every component that is "lora"."""
@@ -223,11 +223,24 @@ class FromRun(Settings):
     def caption_prompt(self) -> str:
         if self.prompt is not None:
             return self.prompt
+        return (self._before() or {}).get("caption_prompt", CAPTION_PROMPT)
+
+    def _before(self) -> dict[str, Any] | None:
+        """What the previous model's config.json says; None where it is on the hub."""
         for folder in (Path(self.previous), Path(self.previous, "model")):  # as `vlm.load` looks
             if (folder / "config.json").is_file():
-                values = json.loads((folder / "config.json").read_text())
-                return values.get("caption_prompt", CAPTION_PROMPT)
-        return CAPTION_PROMPT
+                return json.loads((folder / "config.json").read_text())
+        return None
+
+    def unread_rates(self) -> dict[str, str]:
+        modes = {"vision": self.vision, "adaptor": self.adaptor}
+        before = self._before() or {}
+        # Rows of <loc> tokens learn beside a frozen language model, the previous model's too.
+        if not self.loc_bins and before.get("format") == "vlm" and before.get("loc") is None:
+            modes["language"] = self.language
+        return {
+            f"{part}_rate": f"{part} is frozen" for part, mode in modes.items() if mode == "frozen"
+        }
 
     def build(self) -> Model:
         self.require_stage()

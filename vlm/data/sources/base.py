@@ -77,10 +77,24 @@ class Source(ABC):
         """The example of a row that exists. Raises BadRow naming file, row, expected, found."""
 
     def __getitem__(self, row: int) -> Example:
-        """The example at `row`. Raises IndexError outside 0 to len - 1, BadRow as `read` does."""
+        """The example at `row`. Raises IndexError outside 0 to len - 1, BadRow as `read` does, with
+        the full path of the row's file at its end: names of rows have the file's name alone."""
         if not 0 <= row < len(self):
             raise IndexError(f"{self.name}: row {row} of {len(self)}")
-        return self.read(row)
+        try:
+            return self.read(row)
+        except BadRow as error:
+            place = self._place_of(row)
+            if place is None or place in str(error):
+                raise
+            raise BadRow(f"{error} (in {place})") from error
+
+    def _place_of(self, row: int) -> str | None:
+        """The full path of the file that a row is in; None where it is not known."""
+        name = self.row_name(row)
+        named = [path for path in self.files if name.startswith(Path(path).name)]
+        files = named or self.files
+        return os.path.abspath(files[0]) if len(files) == 1 else None
 
     def require_rows(self) -> None:
         """Raises BadSource where the source is empty: it would leave its share of a mixture out."""
