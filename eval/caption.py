@@ -280,9 +280,10 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     started = time.monotonic()
     require_least(settings, batch=1, rows=1, max_new_tokens=1, threads=1)
     require_writable(settings.out)
+    options = {"bad_boxes": settings.bad_boxes, "ignore_keys": settings.ignore_keys}
     for spec in (settings.data, settings.baseline):  # before a model is opened, which gives prompts
         if spec is not None:
-            open_source(spec)
+            open_source(spec, **options)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     share_cores(accelerator, settings.threads)
     main = accelerator.is_main_process
@@ -290,7 +291,6 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         settings.model, device=str(accelerator.device), dtype=dtype_name(settings.precision)
     )
     prompt = model.parts.caption_prompt if settings.prompt is None else settings.prompt
-    options = {"bad_boxes": settings.bad_boxes, "ignore_keys": settings.ignore_keys}
     source = open_source(settings.data, prompt=prompt, **options)
     known = settings.baseline and open_source(settings.baseline, prompt=prompt, **options)
     check_start([source] if known is None else [source, known], None, say_on(main))

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+import vlm
 from tests import tiny, training
 from vlm import adaptors, tokenizers
 from vlm.config import to_dict
