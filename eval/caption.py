@@ -41,6 +41,7 @@ from vlm import assets
 from vlm.commands.evaluation import require_writable
 from vlm.commands.model import require_least
 from vlm.config import to_dict
+from vlm.data.check import check_start, say_on
 from vlm.data.collate import collate, group_views
 from vlm.data.example import BadRow, Example, Skipped
 from vlm.data.sources import open_source
@@ -88,6 +89,10 @@ class Settings:
     bad_rows: Literal["raise", "skip"] = "raise"
     """Rows that cannot be read or are longer than the context: stop and name the row, or leave them
     out and count them. Rows without a picture or an answer are always left out and counted."""
+    bad_boxes: Literal["stop", "skip"] = "stop"
+    """Boxes of COCO's files that cannot be one: stop, or lose these boxes."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of rows that are left out although they change what a row means."""
     precision: Precision = "auto"
     """auto keeps the model's own where the device is fast in it, else takes fp32."""
     threads: int | None = None
@@ -275,9 +280,10 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     started = time.monotonic()
     require_least(settings, batch=1, rows=1, max_new_tokens=1, threads=1)
     require_writable(settings.out)
+    options = {"bad_boxes": settings.bad_boxes, "ignore_keys": settings.ignore_keys}
     for spec in (settings.data, settings.baseline):  # before a model is opened, which gives prompts
         if spec is not None:
-            open_source(spec)
+            open_source(spec, **options)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     share_cores(accelerator, settings.threads)
     main = accelerator.is_main_process
@@ -285,8 +291,9 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         settings.model, device=str(accelerator.device), dtype=dtype_name(settings.precision)
     )
     prompt = model.parts.caption_prompt if settings.prompt is None else settings.prompt
-    source = open_source(settings.data, prompt=prompt)
-    known = None if settings.baseline is None else open_source(settings.baseline, prompt=prompt)
+    source = open_source(settings.data, prompt=prompt, **options)
+    known = settings.baseline and open_source(settings.baseline, prompt=prompt, **options)
+    check_start([source] if known is None else [source, known], None, say_on(main))
     rows = held_out_rows(source, len(source) if settings.rows is None else settings.rows)
     asked, skipped = read_questions(source, rows, settings.bad_rows, main)
     captions = write_captions(model, source, asked, accelerator, settings)

@@ -36,6 +36,7 @@ import vlm
 from vlm.commands.evaluation import require_writable
 from vlm.commands.model import require_least
 from vlm.data.boxes import check_boxes
+from vlm.data.check import check_start, say_on
 from vlm.data.example import Box
 from vlm.data.sources import CocoSource, open_source
 from vlm.data.sources.base import Source
@@ -58,6 +59,10 @@ class Settings:
     """A run folder, a model folder or a hub id."""
     data: str
     """A source whose rows have boxes, such as scenes:200:seed=77 or coco:FILE.json?root=FOLDER."""
+    bad_boxes: Literal["stop", "skip"] = "stop"
+    """Boxes of COCO's files that cannot be one: stop, or lose these boxes."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of rows that are left out although they change what a row means."""
     rows: int | None = None
     """How many rows, drawn by `seed`; None takes all."""
     seed: int = 0
@@ -243,7 +248,10 @@ def run(settings: Settings) -> dict[str, Any] | None:
             raise ValueError(f"--out: name a folder for the result, as {settings.model} is none")
         out = Path(settings.model) / "grounding"
     require_writable(out)
-    source = open_source(settings.data)
+    source = open_source(
+        settings.data, bad_boxes=settings.bad_boxes, ignore_keys=settings.ignore_keys
+    )
+    check_start([source], None, say_on(accelerator.is_main_process))
     if settings.ask == "all" and not isinstance(source, CocoSource):
         raise ValueError(f"--ask all: expected a COCO file, which lists its labels: {source.name}")
     rows = list(range(len(source)))

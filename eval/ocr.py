@@ -36,6 +36,7 @@ from tyro import conf
 
 import vlm
 from vlm.commands.evaluation import require_writable, show_left_out, start
+from vlm.data.check import check_start, say_on
 from vlm.data.sources import open_source
 from vlm.data.sources.base import Source
 from vlm.draw import draw_lines, draw_reliability
@@ -85,6 +86,8 @@ class Settings:
     bad_rows: Literal["raise", "skip"] = "raise"
     """Rows without a text, or with a picture that cannot be read: stop and name the row, or leave
     them out and count them."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of rows that are left out although they change what a row means."""
     draws: int = 1000
     """Bootstrap samples of lines behind the 95 % intervals."""
     seed: int = 0
@@ -167,7 +170,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     share_cores(accelerator, settings.threads)
     main = accelerator.is_main_process
     require_writable(settings.out)
-    sources = [open_source(spec) for spec in settings.data]
+    sources = [open_source(spec, ignore_keys=settings.ignore_keys) for spec in settings.data]
+    check_start(sources, None, say_on(main))
     readers = readers_of(settings, str(accelerator.device))
     rows = [
         (data, row)

@@ -33,6 +33,7 @@ import vlm
 from vlm.commands.evaluation import require_writable, show_left_out, start
 from vlm.commands.model import require_least
 from vlm.config import to_dict
+from vlm.data.check import check_start, say_on
 from vlm.data.sources import open_source
 from vlm.data.sources.base import Source
 from vlm.draw import Hit, draw_hits
@@ -71,6 +72,8 @@ class Settings:
     bad_rows: Literal["raise", "skip"] = "raise"
     """Rows without a caption, or with a picture that cannot be read: stop and name the row, or
     leave them out and count them."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of rows that are left out although they change what a row means."""
     draws: int = 1000
     """Bootstrap samples of images behind the 95 % intervals."""
     seed: int = 0
@@ -115,7 +118,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     share_cores(accelerator, settings.threads)
     main, ranks = accelerator.is_main_process, accelerator.num_processes
     require_writable(settings.out)
-    source = open_source(settings.data, many=True)
+    source = open_source(settings.data, many=True, ignore_keys=settings.ignore_keys)
+    check_start([source], None, say_on(main))
     model = vlm.load(
         settings.model, device=str(accelerator.device), dtype=dtype_name(settings.precision)
     )

@@ -35,6 +35,7 @@ import vlm
 from vlm.commands.evaluation import require_writable, show_left_out, start
 from vlm.commands.model import require_least
 from vlm.config import to_dict
+from vlm.data.check import check_start, say_on
 from vlm.data.example import BadRow, Example
 from vlm.data.sources import ClipBenchmark, open_source
 from vlm.data.sources.base import Source
@@ -95,6 +96,8 @@ class Settings:
     bad_rows: Literal["raise", "skip"] = "raise"
     """Rows without a class, or with a picture that cannot be read: stop and name the row, or leave
     them out and count them."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of rows that are left out although they change what a row means."""
     precision: Precision = "auto"
     """auto keeps the model's own where the device is fast in it, else takes fp32."""
     threads: int | None = None
@@ -277,7 +280,8 @@ def evaluate(settings: Settings) -> dict[str, Any] | None:
     require_least(settings, batch=1, bins=1, workers=0, rows=1, threads=1)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     share_cores(accelerator, settings.threads)
-    source = open_source(settings.data, caption=settings.label)
+    source = open_source(settings.data, caption=settings.label, ignore_keys=settings.ignore_keys)
+    check_start([source], None, say_on(accelerator.is_main_process))
     templates = read_templates(settings.templates, source)
     classes = read_classes(settings.classes, source)
     require_writable(settings.out)

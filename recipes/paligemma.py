@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from vlm.data.sources import Source, open_source
+from vlm.data.sources import Source
 from vlm.data.sources.transfer import Detect, Prompted
 from vlm.families.prefix_decoder import PrefixDecoder
 from vlm.inference.tasks import Model
@@ -78,7 +78,7 @@ class Settings(FromParts):
         return self.asked if self.task == "caption" else PROMPTS["caption"]
 
     def source(self, spec: str) -> Source:
-        source = open_source(spec)
+        source = self.open(spec)
         if self.task == "detect":
             return Detect(source, self.asked, self.seed)
         return Prompted(source, self.asked)

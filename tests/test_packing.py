@@ -328,7 +328,10 @@ def test_flash_attention_is_given_the_bounds_and_kept():
 
 
 REFUSED = {
-    "gptj": (dict(n_embd=32, n_layer=1, n_head=4), "does not take its attention from transformers"),
+    "falcon": (
+        dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4),
+        "does not take its attention from transformers",
+    ),
     "lfm2": (
         dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              layer_types=["conv", "full_attention"]),

@@ -115,6 +115,36 @@ def test_shard_member_without_its_partner_is_named(tmp_path):
             source[row]
 
 
+def test_names_with_dots_are_cut_at_the_first_and_merging_samples_are_told(tmp_path, monkeypatch):
+    """WebDataset's rule."""
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shards, "KEPT_FROM", 1)
+    names = ("d.1/one.jpg", "d.1/one.txt", "photo.1.JPG", "photo.1.txt", "photo.2.jpg",
+             "photo.2.txt", "two.left.png", "two.right.png", "two.json", "v.0.9.png",
+             "v.0.9.txt")  # fmt: skip
+    write_tar(tmp_path / "s.tar", dict.fromkeys(names, b"x"))
+    for _ in range(2):  # walked, then from the kept index
+        source = ShardSource(tmp_path / "s.tar")
+        names = [source.row_name(row) for row in range(len(source))]
+        assert names == ["s.tar:d.1/one", "s.tar:photo", "s.tar:two", "s.tar:v"]
+        (fault,) = source.faults
+        assert str(fault) == (
+            "1 samples with members that differ behind the first dot (they are one sample): "
+            "s.tar:photo (1.jpg, 1.txt, 2.jpg, 2.txt)"
+        )
+        assert {key: held.count for key, held in source.unread.found.items()} == {".*.txt": 3}
+        assert source[0].answer == "x"
+        with pytest.raises(BadRow, match="found 2 images alone"):
+            source[1]
+
+
+def test_samples_with_two_members_of_one_extension_are_refused_together(tmp_path):
+    members = {"a.jpg": b"1", "a.JPG": b"2", "b.x.png": b"1", "b.X.png": b"2", "c.jpg": b""}
+    write_tar(tmp_path / "s.tar", members)
+    with pytest.raises(BadSource, match=r"found 2 more: \S*s.tar: a.JPG, \S*s.tar: b.X.png"):
+        ShardSource(tmp_path / "s.tar")
+
+
 def test_shard_with_scattered_samples_is_refused(tmp_path):
     write_tar(tmp_path / "s.tar", {"a.png": b"", "b.png": b"", "a.json": b"{}"})
     with pytest.raises(BadSource, match=r"s.tar: .*a.json away from the others of a"):

@@ -14,6 +14,7 @@ _LAZY = {"load": "vlm.inference.tasks", "build": "vlm.inference.tasks"}
 
 def __getattr__(name: str):
     if name in _LAZY:
+        import_module("vlm.compat.versions").warn_untested()  # ahead of what may fail for it
         return getattr(import_module(_LAZY[name]), name)
     if name == "systems":
         return import_module("vlm.systems")

@@ -12,12 +12,14 @@ from typing import Annotated, Literal
 import tyro
 
 from vlm import assets
+from vlm.commands.check_data import CheckData
 from vlm.commands.decoding import Answer, Caption, Chat, Ground
 from vlm.commands.embedding import Classify, Embed, MakeIndex, Retrieve
 from vlm.commands.export import Export
 from vlm.commands.launch import Launch
 from vlm.commands.ocr import Ocr
 from vlm.commands.plan import MakePlan
+from vlm.compat.versions import warn_untested
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +63,10 @@ class Systems:
 class InspectBatch:
     """Print the first rows that a recipe would train on, and train nothing.
 
-    Scored tokens are green (in [[brackets]] without colour), image runs collapsed with their
-    number of places; masks and boxes below. All other options are the recipe's own settings: with
-    its --pack N the rows are packed as one micro-batch, and show who shares a row and where the
-    borders are.
+    Scored tokens are green (in [[brackets]] without colour), answers that are not scored struck out
+    (in [unscored: ...]), image runs collapsed with their number of places; the system message
+    above, masks and boxes below. All other options are the recipe's own settings: with its --pack N
+    the rows are packed as one micro-batch, and show who shares a row and where the borders are.
     """
 
     recipe: Annotated[Path, tyro.conf.Positional]
@@ -118,6 +120,7 @@ Command = (
     | Annotated[MakeIndex, tyro.conf.subcommand("index")]
     | Annotated[Retrieve, tyro.conf.subcommand("retrieve")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[CheckData, tyro.conf.subcommand("check-data")]
     | Annotated[InspectBatch, tyro.conf.subcommand("inspect-batch")]
     | Annotated[MakePlan, tyro.conf.subcommand("plan")]
     | Annotated[Launch, tyro.conf.subcommand("launch")]
@@ -135,6 +138,7 @@ def recipe_help(command: str, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; a fault of the input ends it with one line and exit code 1."""
+    warn_untested()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = {"args": arguments, "prog": "vlm", "description": __doc__.partition(":")[2]}
     try:

@@ -27,6 +27,7 @@ from vlm.tokenizers.columns import STRIDE
 from vlm.training.objectives import NextToken
 
 SCORED, RUN, PAD, BORDER = "bold green", "bold cyan", "dim", "bold magenta"
+UNSCORED = "strike yellow"
 
 
 def show_rows(
@@ -112,8 +113,8 @@ def show_batch(
 ) -> Batch | None:
     """Prints rows as they are trained on; gives the batch, None where every row was skipped.
 
-    Green is scored (learned), cyan an image run with its number of places, dim what is padding.
-    Line breaks are shown as ⏎.
+    Green is scored (learned), struck out in yellow an answer that is not, cyan an image run with
+    its number of places, dim what is padding. Line breaks are shown as ⏎.
     """
     kept = _kept(rows, console)
     if not kept:
@@ -182,6 +183,10 @@ def _show_places(
         f"{int((~valid).sum())} padding" + (f"; {row.cut} text tokens cut" if row.cut else ""),
         highlight=False,
     )
+    if row.system is not None:
+        console.print(Text(f"system message  {row.system!r}"))
+    if row.unscored is not None:
+        console.print(Text(f"{_answers(row.unscored)} not scored", style=UNSCORED))
     colour = console.is_terminal and not console.no_color
     console.print(row_text(ids, scored, valid, row, processor, colour))
     console.print(Text(f"scored mask  {mask_runs(scored)}", style="dim"))
@@ -256,10 +261,13 @@ def row_text(
     colour: bool = True,
 ) -> Text:
     """One row, decoded: ids int64[T], scored and valid bool[T]. Without colour, scored text stands
-    in [[double brackets]]."""
+    in [[double brackets]], and answers that are not scored in [unscored: ...]."""
     text = Text()
     places = iter(row.places)
     kinds = [kind if ok else "pad" for kind, ok in zip(_kinds(ids, scored), valid.tolist())]
+    if row.unscored is not None:
+        for t in row.unscored.nonzero()[:, 0].tolist():
+            kinds[t + _first(valid)] = "unscored"
     start = 0
     for kind, run in groupby(kinds):
         length = len(list(run))
@@ -277,9 +285,27 @@ def row_text(
             said = said.replace("\n", "⏎")
             if kind == "scored":
                 text.append(said if colour else f"[[{said}]]", style=SCORED)
+            elif kind == "unscored":
+                text.append(said if colour else f"[unscored: {said}]", style=UNSCORED)
             else:
                 text.append(said)
     return text
+
+
+def _first(valid: Tensor) -> int:
+    """The first real place of a row: bool[T]."""
+    return int(valid.int().argmax())
+
+
+def _answers(unscored: Tensor) -> str:
+    """How many answers a mask bool[T] shows.
+
+    >>> import torch
+    >>> _answers(torch.tensor([False, True, True, False, True]))
+    '2 answers'
+    """
+    count = sum(value for value, _ in groupby(unscored.tolist()))
+    return f"{count} answer{'s' * (count > 1)}"
 
 
 def _kinds(ids: Tensor, scored: Tensor) -> list[str]:

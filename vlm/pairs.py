@@ -139,7 +139,7 @@ class PairProcessor:
         Raises BadRow naming the row where it has not exactly one picture and one caption of which
         the model reads something; BadImage for a picture that cannot be read.
         """
-        answers = [turn for turn in example.turns if turn.role == "assistant"]
+        answers = [turn for turn in example.turns if turn.is_learned]
         if len(answers) != 1:
             raise BadRow(f"{example.name}: expected one caption, found {len(answers)}")
         if len(example.images) != 1:

@@ -3,7 +3,7 @@
 The language model's own chat template writes the prompt. Images and answers are marked while the
 template runs by private-use characters, which are taken out before the text becomes ids: what the
 model reads is exactly what its template writes, and a text that spells "<image>" stays text.
-Exactly the answers and the end token after each are scored.
+Exactly the answers and the end token after each are scored, but for those whose turn says not to.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vlm.image_tokens import Pixels, map_pixels, meta_pixels
 from vlm.pixels import BadImage, image_size, open_image
 from vlm.placement import IMAGE
 
-SLOT, ANSWER, END = "\ue5c0", "\ue5c1", "\ue5c2"  # private-use marks, one character each
+SLOT, ANSWER, END, CONTEXT = map(chr, range(0xE5C0, 0xE5C4))  # private-use marks, a character each
 MARK = "<image>"
 """Stands for an image in a literal prompt (`generate`, `score`), unless a published system has its
 own mark."""
@@ -36,6 +36,8 @@ class Row:
     views: pixels of each view, without a view axis, with its (image, view) numbers.
     places: the number of places that each image takes.
     boxes: the example's boxes, in the pixels of its original images.
+    unscored: bool[T], True at the text of answers that are context alone; None where there is none.
+    system: the system message that was put in; None where that was left to the chat template.
     cut: the number of text tokens that had to go to fit the context.
     """
 
@@ -46,6 +48,8 @@ class Row:
     places: tuple[int, ...]
     boxes: tuple[Box, ...] = ()
     cut: int = 0
+    unscored: Tensor | None = None
+    system: str | None = None
 
 
 PROBE = (Turn("user", ("a",)), Turn("assistant", ("b",)))
@@ -151,16 +155,19 @@ class Processor:
     def _encode(self, example: Example, see: Callable) -> Row | Skipped:
         if example.is_document:
             return self._fit(self._document(example))
-        answers = sum(turn.role == "assistant" for turn in example.turns)
+        answers = sum(turn.is_learned for turn in example.turns)
         if not answers:
-            raise BadRow(f"{example.name}: expected an assistant turn to learn from, found none")
+            context = sum(turn.role == "assistant" for turn in example.turns)
+            found = f"{context} that are not scored" if context else "none"
+            raise BadRow(f"{example.name}: expected an assistant turn to learn from, found {found}")
         if self.prefix and answers > 1:
             raise BadRow(
                 f"{example.name}: expected one answer, since this model reads all before it at "
                 f"once, found {answers}; give each question a row of its own"
             )
         views, places, turns = self._look(example, see)
-        ids, scored = self._ids(turns, places, example.name)
+        ids, scored, unscored = self._ids(turns, places, example.name)
+        first = turns[0]
         return self._fit(
             Row(
                 name=example.name,
@@ -169,6 +176,8 @@ class Processor:
                 views=tuple(views),
                 places=tuple(places),
                 boxes=example.boxes,
+                unscored=unscored if unscored.any() else None,
+                system=first.text if first.role == "system" else self.system,
             )
         )
 
@@ -178,7 +187,7 @@ class Processor:
         Raises BadRow naming both numbers where it is longer than `max_tokens`.
         """
         views, places, turns = self._look(example, self._see)
-        ids, scored = self._ids(turns, places, example.name, open_answer=True)
+        ids, scored, _ = self._ids(turns, places, example.name, open_answer=True)
         self._require_room(example.name, len(ids))
         return Row(
             name=example.name, ids=ids, scored=scored, views=tuple(views), places=tuple(places)
@@ -191,7 +200,7 @@ class Processor:
         places: the number of places that each picture takes, in the order of the turns.
         Raises BadRow naming both numbers where it is longer than `max_tokens`.
         """
-        ids, _ = self._ids(turns, list(places), name, open_answer=True)
+        ids, *_ = self._ids(turns, list(places), name, open_answer=True)
         self._require_room(name, len(ids))
         return ids
 
@@ -222,7 +231,7 @@ class Processor:
             marked = prompt.replace(self.image_mark, SLOT)
         if answer is not None:
             marked += f"{ANSWER}{answer}{END}"
-        ids, scored = self._tokenize(marked, places, name, add_special_tokens=not self.framed)
+        ids, scored, _ = self._tokenize(marked, places, name, add_special_tokens=not self.framed)
         if answer is not None:
             ids = torch.cat([ids, torch.tensor([self.end_id])])
             scored = torch.cat([scored, torch.tensor([True])])
@@ -235,13 +244,13 @@ class Processor:
         if self.system is not None and turns[0].role != "system":
             messages.append({"role": "system", "content": self.system})
         for turn in turns:
-            if any(mark in turn.text for mark in (SLOT, ANSWER, END)):
-                raise BadRow(f"{name}: the text holds one of the private characters U+E5C0-U+E5C2")
+            if any(mark in turn.text for mark in (SLOT, ANSWER, END, CONTEXT)):
+                raise BadRow(f"{name}: the text holds one of the private characters U+E5C0-U+E5C3")
             content = "".join(SLOT if part is None else part for part in turn.content)
             if turn.role == "assistant":
                 if not (turn.text.strip() or open_answer):  # a model may have answered nothing
                     raise BadRow(f"{name}: expected an answer, found an empty assistant turn")
-                content = f"{ANSWER}{content.strip()}{END}"
+                content = f"{ANSWER if turn.scored else CONTEXT}{content.strip()}{END}"
             messages.append({"role": turn.role, "content": content})
         try:
             return self.text_tokenizer.apply_chat_template(
@@ -305,7 +314,7 @@ class Processor:
             resize = self.pixel_spec.resize_record(sizes[box.image])
             written.append(self.loc.write(box.xyxy_px, resize))
         return tuple(
-            Turn(t.role, tuple(written[p] if isinstance(p, int) else p for p in t.content))
+            replace(t, content=tuple(written[p] if isinstance(p, int) else p for p in t.content))
             for t in example.turns
         )
 
@@ -366,10 +375,12 @@ class Processor:
 
     def _ids(
         self, turns: Sequence[Turn], places: list[int], name: str, open_answer: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        ids, scored = self._tokenize(self.render(turns, name, open_answer), places, name)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, the mask of scored ones and the mask of answers that are not scored."""
+        marked = self.render(turns, name, open_answer)
+        ids, scored, unscored = self._tokenize(marked, places, name)
         if open_answer:
-            return ids, torch.zeros_like(scored)
+            return ids, torch.zeros_like(scored), unscored
         ids_list, scored_list = ids.tolist(), scored.tolist()
         last = len(ids_list)
         for t in range(len(ids_list)):
@@ -377,7 +388,7 @@ class Processor:
                 end = self._end_after(ids_list, t, name)
                 scored[t : end + 1] = True
                 last = end + 1
-        return ids[:last], scored[:last]
+        return ids[:last], scored[:last], unscored[:last]
 
     def _end_after(self, ids: list[int], last: int, name: str) -> int:
         """The place of the end token after an answer whose last token stands at `last`."""
@@ -393,9 +404,10 @@ class Processor:
 
     def _tokenize(
         self, marked: str, places: list[int], name: str, add_special_tokens: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Ids and answer mask of a marked text. Text before, between and after images becomes ids
-        piece by piece, each as it would after a special token."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids of a marked text, and masks of its answers, of scored ones and of the others. Text
+        before, between and after images becomes ids piece by piece, each as it would after a
+        special token."""
         try:
             marked.encode()
         except UnicodeEncodeError as error:
@@ -408,24 +420,28 @@ class Processor:
                 f"{len(places)} images"
             )
         ids: list[int] = []
-        scored: list[bool] = []
-        answering = False
+        within: list[str] = []  # the mark that opened what each id stands in
+        opened = END
         for number, piece in enumerate(pieces):
             if number:
                 ids += [IMAGE] * places[number - 1]
-                scored += [False] * places[number - 1]
+                within += [END] * places[number - 1]
             for part in _apart(piece) if self.prefix else (piece,):
                 text, inside = "", []
                 for character in part:
-                    if character in (ANSWER, END):
-                        answering = character == ANSWER
+                    if character in (ANSWER, CONTEXT, END):
+                        opened = character
                     else:
                         text += character
-                        inside.append(answering)
+                        inside.append(opened)
                 part_ids, offsets = self._piece(text, bool(ids), add_special_tokens)
                 ids += part_ids
-                scored += [any(inside[start:end]) for start, end in offsets]
-        return torch.tensor(ids, dtype=torch.long), torch.tensor(scored, dtype=torch.bool)
+                within += [_mark_of(inside[start:end]) for start, end in offsets]
+        scored, unscored = (
+            torch.tensor([found == mark for found in within], dtype=torch.bool)
+            for mark in (ANSWER, CONTEXT)
+        )
+        return torch.tensor(ids, dtype=torch.long), scored, unscored
 
     def _piece(
         self, text: str, continues: bool, add_special_tokens: bool
@@ -466,7 +482,13 @@ class Processor:
             places=row.places[:kept],
             boxes=tuple(box for box in row.boxes if box.image < kept),
             cut=int((row.ids[end:] != IMAGE).sum()),
+            unscored=None if row.unscored is None else row.unscored[:end],
         )
+
+
+def _mark_of(inside: list[str]) -> str:
+    """What an id whose characters stand behind these marks is of: an answer, where one is."""
+    return next((mark for mark in (ANSWER, CONTEXT) if mark in inside), END)
 
 
 def _apart(marked: str) -> tuple[str, ...]:

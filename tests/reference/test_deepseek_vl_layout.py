@@ -278,9 +278,11 @@ def test_deepseek_vl_key_map_round_trips(kind, tmp_path):
     key_map = deepseek_vl.KEY_MAPS[kind]
     names = [deepseek_vl.published_name(key, key_map) for key in module.state_dict()]
     assert len(set(names)) == len(names)
-    assert all(deepseek_vl.first_names({n: None}, key_map, (), "") == {n: None} for n in names)
+    assert all(
+        deepseek_vl.first_names({n: None}, key_map, (), "") == ({n: None}, {}) for n in names
+    )
     theirs = set(write_folder(tmp_path, kind).state_dict())
-    renamed = deepseek_vl.first_names(dict.fromkeys(theirs), key_map, deepseek_vl.UNUSED, "")
+    renamed, _ = deepseek_vl.first_names(dict.fromkeys(theirs), key_map, deepseek_vl.UNUSED, "")
     ours = vlm.load(tmp_path, "cpu").module.state_dict()
     assert set(renamed) == {deepseek_vl.published_name(key, key_map) for key in ours}
     twice = dict.fromkeys([names[0], names[0].replace("vision_model.vision_model", "vision_model")])

@@ -113,7 +113,7 @@ def test_paligemma_reference_layout_says_the_dtype_it_holds(folder, tmp_path):
 def test_paligemma_names_all_wrong_keys_at_once(folder, tmp_path):
     broken = shutil.copytree(folder, tmp_path / "broken")
     state = load_file(broken / "model.safetensors")
-    renamed = first_names(state, paligemma.KEY_MAP, paligemma.UNUSED, "")
+    renamed, _ = first_names(state, paligemma.KEY_MAP, paligemma.UNUSED, "")
     del renamed["multi_modal_projector.linear.bias"]
     renamed["extra.weight"] = torch.zeros(1)
     save_file(renamed, broken / "model.safetensors", {"format": "pt"})
@@ -173,7 +173,7 @@ def test_paligemma_full_sizes_hold_the_published_parameters(size):
     side = sizes.vision["image_size"] // 14
     assert module.tokenizer.tokens_for((300, 700)) == side**2
     expected = {published_name(key, paligemma.KEY_MAP) for key in module.state_dict()}
-    theirs = first_names(peer.state_dict(), paligemma.KEY_MAP, paligemma.UNUSED, "peer")
+    theirs, _ = first_names(peer.state_dict(), paligemma.KEY_MAP, paligemma.UNUSED, "peer")
     assert set(theirs) == expected
     assign_rates(module, (("tokenizer.*", 1e-5), ("adaptor.*", 1e-5), ("text.*", 1e-5)))
 

@@ -31,7 +31,7 @@ def check_box(
     >>> check_box([10, 20, 30.5, 40.2], "row 1", (40, 60))
     (10.0, 20.0, 30.5, 40.0)
     """
-    box = _four_numbers(xyxy_px, place)
+    box = four_numbers(xyxy_px, place)
     x0, y0, x1, y1 = box
     if x1 < x0 or y1 < y0:
         raise BadRow(
@@ -81,7 +81,8 @@ def check_boxes(
     )
 
 
-def _four_numbers(values: Any, place: str) -> tuple[float, ...]:
+def four_numbers(values: Any, place: str) -> tuple[float, ...]:
+    """The values as floats. Raises BadRow where they are no four finite numbers."""
     usable = isinstance(values, Sequence) and not isinstance(values, str) and len(values) == 4
     if not usable or not all(isinstance(v, Real) and not isinstance(v, bool) for v in values):
         raise BadRow(f"{place}: expected a box of four numbers, found {str(values)[:80]}")

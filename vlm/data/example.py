@@ -7,7 +7,7 @@ loader's workers, through `vlm.pixels.open_image`, which refuses unsafe input.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROLES = ("system", "user", "assistant", "text")
@@ -52,15 +52,25 @@ class Box:
 @dataclass(frozen=True, slots=True)
 class Turn:
     """What one side says: `content` is text, with None at the place of each image, and a number i
-    at the place of the example's i-th box, which is written as `<loc>` tokens."""
+    at the place of the example's i-th box, which is written as `<loc>` tokens.
+
+    scored: whether it is learned, where it is the assistant's; else it is context, as all other
+        turns are whatever this says.
+    """
 
     role: str
     content: tuple[str | int | None, ...]
+    scored: bool = True
 
     @property
     def text(self) -> str:
         """The text alone, places of images and boxes left out."""
         return "".join(part for part in self.content if isinstance(part, str))
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether this is an answer that is scored."""
+        return self.role == "assistant" and self.scored
 
     @property
     def box_numbers(self) -> tuple[int, ...]:
@@ -131,27 +141,27 @@ class Example:
         return any(turn.role == "text" for turn in self.turns)
 
     def question(self) -> Example:
-        """The example without its last answer and what follows it, to be answered.
+        """The example without its last scored answer and what follows it, to be answered.
 
-        Raises BadRow where there is no answer, as in a document.
+        Raises BadRow where there is no such answer, as in a document.
         """
-        answers = [i for i, turn in enumerate(self.turns) if turn.role == "assistant"]
+        answers = [i for i, turn in enumerate(self.turns) if turn.is_learned]
         if not answers:
             raise BadRow(f"{self.name}: expected an answer to leave out, found none")
         turns = self.turns[: answers[-1]]
         images = self.images[: sum(turn.slots for turn in turns)]
         kept = [i for i, box in enumerate(self.boxes) if box.image < len(images)]
         turns = tuple(
-            Turn(t.role, tuple(kept.index(p) if isinstance(p, int) else p for p in t.content))
+            replace(t, content=tuple(kept.index(p) if isinstance(p, int) else p for p in t.content))
             for t in turns
         )
         return Example(self.name, turns, images, tuple(self.boxes[i] for i in kept))
 
     @property
     def answer(self) -> str:
-        """The last assistant turn, boxes as (x0, y0, x1, y1) in whole pixels; "" where there
-        is none."""
-        answers = [turn for turn in self.turns if turn.role == "assistant"]
+        """The last scored assistant turn, boxes as (x0, y0, x1, y1) in whole pixels; "" where
+        there is none."""
+        answers = [turn for turn in self.turns if turn.is_learned]
         parts = answers[-1].content if answers else ()
         written = {n: tuple(map(round, self.boxes[n].xyxy_px)) for n in parts if type(n) is int}
         return "".join(str(written.get(part, part)) for part in parts if part is not None)

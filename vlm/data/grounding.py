@@ -16,7 +16,7 @@ def ground(example: Example, prompt: str = GROUND_PROMPT, at_most: int | None = 
     up first, then those further left. The picture comes before the first question.
 
     at_most: how many labels are asked for; None asks for all.
-    Raises BadRow where there is no box, or more than one picture.
+    Raises BadRow where there is no box, one without a label, or more than one picture.
 
     >>> from vlm.data.example import Box, ImageRef
     >>> boxes = (Box(0, (5, 9, 7, 11), "cup"), Box(0, (1, 2, 3, 4), "cup"))
@@ -31,6 +31,8 @@ def ground(example: Example, prompt: str = GROUND_PROMPT, at_most: int | None = 
             f"{example.name}: expected one picture, so that an answer says where its boxes are, "
             f"found {len(example.images)}"
         )
+    if not all(box.label for box in example.boxes):
+        raise BadRow(f"{example.name}: expected boxes with labels to ask for, found one without")
     turns = []
     for label in list(dict.fromkeys(box.label for box in example.boxes))[:at_most]:
         numbers = [i for i, box in enumerate(example.boxes) if box.label == label]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlm.data.mixture import MixtureDataset
+from vlm.data.sources import Source, open_source
 from vlm.precision import Precision
 from vlm.training.checkpoint import KEEP
 from vlm.training.sharding import Shard
@@ -51,6 +52,11 @@ class BaseSettings:
     0 evaluates nothing."""
     bad_rows: Literal["raise", "skip"] = "raise"
     """Rows that cannot be read: stop and name the row, or leave them out and count them."""
+    bad_boxes: Literal["stop", "skip"] = "stop"
+    """Boxes of COCO's files that cannot be one: stop before the first step, or lose these boxes."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of rows that are left out although they change what a row means, such as: tools
+    rejected. Without this they stop the run."""
     shard: Shard = "no"
     """Part every weight, gradient and optimizer state over all processes ("all"), or over those of
     one machine with a copy on each machine ("node"): for models that do not fit one GPU. An
@@ -92,6 +98,12 @@ class BaseSettings:
     """Steps between checkpoints; 0 saves at the end only."""
     keep: int = KEEP
     """How many checkpoints are kept, the newest."""
+
+    def open(self, spec: str, prompt: str = "") -> Source:
+        """The source that `spec` names, opened as the settings say."""
+        return open_source(
+            spec, prompt=prompt, bad_boxes=self.bad_boxes, ignore_keys=self.ignore_keys
+        )
 
     def build(self) -> Any:
         """The model to train, or its parts: its `module` and its `processor`."""

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from vlm.data.augment import LEVELS
 from vlm.data.mixture import Mixture, MixtureDataset, check_weights
-from vlm.data.sources import open_source
 from vlm.data.sources.base import Source
 from vlm.inference.embed import ContrastiveModel
 from vlm.inference.engine import evaluating
@@ -188,7 +187,7 @@ class Settings(BaseSettings):
 def training_data(settings: Settings) -> MixtureDataset:
     """The mixture of the settings' sources."""
     require_share("warmup", settings.warmup)
-    sources = [open_source(spec) for spec in settings.train]
+    sources = [settings.open(spec) for spec in settings.train]
     if settings.weights is not None:
         check_weights(settings.weights, [source.name for source in sources])
     resampled = settings.epochs == "resampled"
@@ -200,7 +199,8 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
     """One run from settings to result: trains, evaluates retrieval on held-out rows, saves."""
     course = Course(settings, RECALL)
     data = settings.data()
-    held_out = open_source(settings.held_out) if settings.held_out_rows else None
+    held_out = settings.open(settings.held_out) if settings.held_out_rows else None
+    course.check(data, held_out)
     with course.accelerator.main_process_first():
         model = ContrastiveModel(settings.build())
     plan = course.stage(make_stage, model.module)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from torch import nn
 
+from vlm.data.check import check_start, say_on
 from vlm.data.mixture import MixtureDataset
 from vlm.data.sources.base import Source
 from vlm.prompts import Row
@@ -79,7 +78,7 @@ class Course:
         self.shard = sharding_of(settings, self.accelerator)
         self._gathered, self._evaluates = ExitStack(), True
         self.main = self.accelerator.is_main_process
-        self.say = Console(file=sys.stderr, quiet=not self.main, soft_wrap=True).print
+        self.say = say_on(self.main)
         reason = f"as when the run began; {choice.reason}" if kept else choice.reason
         if choice.warning():
             self.say(choice.warning(), style="yellow", highlight=False, markup=False)
@@ -103,6 +102,11 @@ class Course:
         if self.settings.shard != self.shard == "no":
             self.say(f"shard {self.settings.shard}: one process holds all there is")
         return stage
+
+    def check(self, data: MixtureDataset, *evaluated: Source | None) -> None:
+        """Looks at the first rows of all sources, and says and raises as `check_start` does."""
+        sources = [*data.sources, *(source for source in evaluated if source is not None)]
+        check_start(sources, self.settings.bad_rows, self.say)
 
     def held_out(self, model: Any, source: Source | None) -> HeldOut:
         """The rows of a source that the settings evaluate, without those that cannot be, which are

@@ -22,6 +22,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 
 from vlm.compat.accelerate import asked_for_fsdp
+from vlm.compat.versions import warn_untested
 from vlm.data.example import BadRow
 from vlm.data.mixture import split_of
 from vlm.data.sources import BadSource
@@ -44,6 +45,7 @@ ERRORS = (BadRow, BadImage, BadSource, CheckpointError, RunError, StageError, We
 def start(settings_class: type[BaseSettings], run: Callable[[Any], Any]) -> None:
     """A recipe's main: `run` with settings from the command line; one clear line where something
     is wrong."""
+    warn_untested()
     try:
         settings = read_settings(settings_class, sys.argv[1:], sys.modules["__main__"].__doc__)
         run(settings)

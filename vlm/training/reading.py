@@ -14,7 +14,6 @@ from accelerate.utils import gather_object
 from transformers import AutoTokenizer
 
 from vlm.data.mixture import Mixture, MixtureDataset, check_weights
-from vlm.data.sources import open_source
 from vlm.data.sources.base import Source
 from vlm.data.synthetic.lines import characters_of
 from vlm.draw import draw_lines
@@ -91,7 +90,7 @@ class ReadingSettings(BaseSettings):
                 "line; drawn lines are worn already"
             )
         specs = self.train or (self.drawn(ENDLESS, self.seed + 1, "train"),)
-        sources = [open_source(spec) for spec in specs]
+        sources = [self.open(spec) for spec in specs]
         if self.weights is not None:
             check_weights(self.weights, [source.name for source in sources])
         mixture = Mixture(sources, self.weights, self.seed)
@@ -99,7 +98,7 @@ class ReadingSettings(BaseSettings):
 
     def held_out_source(self) -> Source:
         """What is evaluated on."""
-        return open_source(self.held_out or self.drawn(self.held_out_rows, 0, "validation"))
+        return self.open(self.held_out or self.drawn(self.held_out_rows, 0, "validation"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +242,7 @@ def run(
     accelerator = course.accelerator
     data = settings.data()
     held_out = settings.held_out_source() if settings.held_out_rows else None
+    course.check(data, held_out)
     with accelerator.main_process_first():
         parts = settings.build()
         model = FACES[parts.module.family](parts)

@@ -16,7 +16,6 @@ from accelerate import Accelerator
 
 from vlm.data.example import BadRow, Skipped
 from vlm.data.mixture import MixtureDataset
-from vlm.data.sources import open_source
 from vlm.data.sources.base import Source
 from vlm.families.segment_attention import require_segments
 from vlm.inference.tasks import Model
@@ -59,7 +58,8 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
     course = Course(settings)
     data = training_data(settings)
     source = settings.source(settings.held_out)
-    documents = open_source(settings.text_held_out) if settings.text_held_out_rows else None
+    documents = settings.open(settings.text_held_out) if settings.text_held_out_rows else None
+    course.check(data, source if settings.held_out_rows else None, documents)
     with course.accelerator.main_process_first():
         model = settings.build()
     require_loc_tokens(data, model, settings.bad_rows)

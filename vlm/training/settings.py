@@ -13,7 +13,7 @@ from torch import nn
 
 from vlm.data.augment import LEVELS
 from vlm.data.mixture import Mixture, MixtureDataset, check_weights
-from vlm.data.sources import Source, open_source
+from vlm.data.sources import Source
 from vlm.data.sources.documents import TextOnly
 from vlm.geometry import LocTokens
 from vlm.inference.tasks import Model
@@ -77,7 +77,7 @@ class Settings(BaseSettings):
 
     def source(self, spec: str) -> Source:
         """The source that `spec` names, as rows of this run's task."""
-        return open_source(spec, prompt=self.caption_prompt)
+        return self.open(spec, self.caption_prompt)
 
     def data(self) -> MixtureDataset:
         return training_data(self)
@@ -363,7 +363,7 @@ def training_data(settings: Settings) -> MixtureDataset:
         )
     seen = [settings.source(spec) for spec in settings.train]
     prompt = settings.caption_prompt
-    read = [TextOnly(open_source(spec, prompt=prompt)) for spec in settings.text_train]
+    read = [TextOnly(settings.open(spec, prompt)) for spec in settings.text_train]
     shares = settings.weights or [len(source) for source in seen]
     check_weights(shares, [source.name for source in seen])
     share = settings.text_share

@@ -9,14 +9,40 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vlm.data.example import BadRow, Example, ImageRef
+
+if TYPE_CHECKING:
+    from vlm.data.sources.keys import UnreadKeys
+
+FIRST = 3
+"""How many places a fault is named by."""
 
 
 class BadSource(ValueError):
     """A source that cannot be opened; the message names it, what was expected and found."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something wrong in a source, of one kind.
+
+    kind: what, in words, after which a number of them stands. count: how often.
+    first: where first, at most FIRST places.
+    harmful: whether it makes the source one that has to be mended; else it was got around.
+    """
+
+    kind: str
+    count: int
+    first: tuple[str, ...]
+    harmful: bool = False
+
+    def __str__(self) -> str:
+        more = ", ..." if self.count > len(self.first) else ""
+        return f"{self.count:,} {self.kind}: {', '.join(self.first)}{more}"
 
 
 class Source(ABC):
@@ -32,6 +58,12 @@ class Source(ABC):
     """The names that captions are chosen from, in the source's own order, where it lists them."""
     files: tuple[str | Path, ...] = ()
     """The files whose rows it reads, where it knows them; none of a source that draws."""
+    faults: tuple[Fault, ...] = ()
+    """What was found wrong when it was opened, and got around."""
+    unread: UnreadKeys | None = None
+    """Keys of its rows that are not read, where rows have keys; filled as rows are read."""
+    drawn: bool = False
+    """Whether its rows are drawn, so that none can be wrong."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -89,6 +121,21 @@ class ListSource(Source):
 
     def read(self, row: int) -> Example:
         return self._examples[row]
+
+
+class Derived(Source):
+    """Another source's rows, changed as they are read; a subclass implements `read`."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.name, self.files = source.name, source.files
+        self.faults, self.unread, self.drawn = source.faults, source.unread, source.drawn
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def row_name(self, row: int) -> str:
+        return self.source.row_name(row)
 
 
 class ImageRoot(Protocol):

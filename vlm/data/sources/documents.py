@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from vlm.data.example import BadRow, Example, Turn
-from vlm.data.sources.base import BadSource, Source
+from vlm.data.sources.base import BadSource, Derived, Source
 
 SPLITS = ("train", "val")
 CHARACTERS = 400
@@ -70,17 +70,8 @@ class Documents(Source):
         return Example(self.row_name(row), (Turn("text", (self._texts[row],)),))
 
 
-class TextOnly(Source):
+class TextOnly(Derived):
     """Another source, whose rows must have no picture: reading one that has raises BadRow."""
-
-    def __init__(self, source: Source) -> None:
-        self.name, self.source, self.files = source.name, source, source.files
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def row_name(self, row: int) -> str:
-        return self.source.row_name(row)
 
     def read(self, row: int) -> Example:
         example = self.source.read(row)

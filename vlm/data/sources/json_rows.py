@@ -17,6 +17,7 @@ import numpy as np
 
 from vlm.data.example import BadRow, Example, ImageRef
 from vlm.data.sources.base import BadSource, FolderImages, ImageRoot, Source, read_bytes
+from vlm.data.sources.keys import UnreadKeys
 from vlm.data.sources.row import RowFormat, example_from_row
 from vlm.data.sources.tar import TarImages
 
@@ -56,6 +57,7 @@ class RowsSource(Source):
         self.files = (self._path,)
         self.name = name or self._path.name
         self._form = form or RowFormat()
+        self.unread = UnreadKeys(self._form.ignore)
         if not self._path.is_file():
             raise BadSource(f"{path}: expected a file of rows, found none")
         self._is_list = self._path.suffix.lower() == ".json"
@@ -76,7 +78,8 @@ class RowsSource(Source):
         name = self.row_name(row)
         start, end = int(self._starts[row]), int(self._ends[row])
         data = read_bytes(self._path, start, end - start, name)
-        return example_from_row(load_json(data, name), name, self._form, self._find)
+        values = load_json(data, name)
+        return example_from_row(values, name, self._form, self._find, unread=self.unread)
 
     def _find(self, value: Any, row_name: str) -> ImageRef:
         if not isinstance(value, str):

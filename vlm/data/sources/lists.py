@@ -9,12 +9,21 @@ the byte offsets of lines stay in memory.
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 from vlm.data.example import BadRow, Example, caption_example
 from vlm.data.sources.base import BadSource, Source, read_bytes
 from vlm.data.sources.json_rows import image_root_at, index_lines
-from vlm.data.sources.row import CAPTION_KEYS, RowFormat
+from vlm.data.sources.keys import HARMLESS, ROW_MEANING, UnreadKeys
+from vlm.data.sources.row import (
+    CAPTION_KEYS,
+    EXTRA_KEYS,
+    TALK_KEYS,
+    RowFormat,
+    example_from_row,
+)
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -25,7 +34,8 @@ class TsvSource(Source):
     path: the file, in UTF-8 with or without a mark of that, lines ending in LF or CRLF. Empty lines
         are no rows.
     form: which columns are read. image: None means "image". caption: None means "caption" or else
-        "text". Others are left alone.
+        "text". A column "system" holds system messages; others are counted, and stop where they
+        change what a row means, as keys of JSON do.
     image_root: the folder that image paths start from, or a .tar file whose members they name;
         None: the file's own folder.
     Rows are named FILE:LINE (lines count from 1, the header's too).
@@ -44,7 +54,8 @@ class TsvSource(Source):
         self.files = (self._path,)
         self.name = self._path.name
         form = form or RowFormat()
-        self._prompt = form.prompt
+        self._form = form
+        self.unread = UnreadKeys(form.ignore)
         if not self._path.is_file():
             raise BadSource(f"{path}: expected a file of rows, found none")
         starts, ends, lines = index_lines(self._path)
@@ -56,6 +67,7 @@ class TsvSource(Source):
         self._starts, self._ends, self._lines = starts[1:], ends[1:], lines[1:]
         self._images = image_root_at(self._path.parent if image_root is None else image_root)
         self.require_rows()
+        self._more = self._note_columns()
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -83,8 +95,29 @@ class TsvSource(Source):
             raise BadRow(
                 f"{name}: expected a text in the column {self._columns[self._text]}, found none"
             )
+        more = {column: fields[place] for column, place in self._more if fields[place]}
         picture = self._images.find(fields[self._image], name)
-        return caption_example(name, picture, text, self._prompt)
+        if not more:
+            return caption_example(name, picture, text, self._form.prompt)
+        form = replace(self._form, image=None, caption=None)
+        row = more | {"caption": text}
+        return example_from_row(row, name, form, self._images.find, (picture,), self.unread)
+
+    def _note_columns(self) -> list[tuple[str, int]]:
+        """The columns beside picture and text that say more of a row, with their places; those
+        that are left out are counted, each by all rows, shown by the first."""
+        says_more = {*ROW_MEANING, *EXTRA_KEYS, *TALK_KEYS} - self._form.ignore
+        more, rest = [], []
+        for place, column in enumerate(self._columns):
+            if place not in (self._image, self._text) and column not in HARMLESS:
+                (more if column in says_more else rest).append((column, place))
+        start, end = int(self._starts[0]), int(self._ends[0])
+        with contextlib.suppress(BadRow, UnicodeDecodeError):  # which reading the row says
+            fields = _fields(read_bytes(self._path, start, end - start, self.row_name(0)))
+            for column, place in rest:
+                value = fields[place] if place < len(fields) else None
+                self.unread.note(column, value, self.row_name(0), count=len(self))
+        return more
 
     def _header(self, start: int, end: int, line: int) -> list[str]:
         data = read_bytes(self._path, start, end - start, self.name)

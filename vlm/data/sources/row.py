@@ -10,8 +10,17 @@ The first is LLaVA's, the second that of chat templates. `<image>` in a TEXT is 
 A PART is {"type": "text", "text": TEXT}, where `<image>` is plain text, or {"type": "image"}.
 Rows without images are text only. Each form may add
 "boxes": [{"image": 0, "xyxy": [x0, y0, x1, y1], "label": TEXT}, ...] in the image's own pixels, as
-`vlm.data.boxes` checks them.
-Other keys are left alone.
+`vlm.data.boxes` checks them. What other tools write is read as they mean it:
+
+    "system": TEXT                  the system message (LLaMA-Factory, ms-swift)
+    "weight": 0 or "loss": false    in a turn of the assistant: it is read and not scored (OpenAI,
+                                    ms-swift)
+    "objects": {"ref": [TEXT, ...], "bbox": [[x0, y0, x1, y1], ...]}
+                                    what `<ref-object>` and `<bbox>` in the turns stand for, in
+                                    their order (ms-swift), with "image_id": [0, ...] and
+                                    "bbox_type" "real" (pixels), "norm1000" or "norm1" where given
+
+Rows with videos or sound are refused. Other keys are counted, see `vlm.data.sources.keys`.
 """
 
 from __future__ import annotations
@@ -22,10 +31,15 @@ from typing import Any
 
 from vlm.data.boxes import check_box
 from vlm.data.example import BadRow, Box, Example, ImageRef, Turn, caption_example
+from vlm.data.sources.keys import HARMLESS, MEDIA, TURN_MEANING, UnreadKeys, is_given
+from vlm.data.sources.objects import place_objects, read_objects
 
 IMAGE_MARK = "<image>"
 IMAGE_KEYS = ("image", "images")
 CAPTION_KEYS = ("caption", "text")
+TALK_KEYS = ("conversations", "messages")
+EXTRA_KEYS = ("boxes", "objects", "system", *MEDIA)
+"""Keys beside images and text that are read, or refused where they say anything."""
 ROLE_NAMES = {
     "human": "user",
     "user": "user",
@@ -33,6 +47,9 @@ ROLE_NAMES = {
     "assistant": "assistant",
     "system": "system",
 }
+
+SCORE_KEYS = ("weight", "loss")
+"""Keys of a turn that say whether it is scored."""
 
 FindImage = Callable[[Any, str], ImageRef]
 """From an image value of a row and the row's name to the picture; raises BadRow."""
@@ -49,12 +66,14 @@ class RowFormat:
         any of the three forms, captions under "caption" or else "text".
     many: whether a caption may be a list of texts, all true of the picture; each is then an answer
         to the prompt, in turn. Otherwise such a row is refused.
+    ignore: keys that are left out, whatever they mean.
     """
 
     prompt: str = ""
     image: str | None = None
     caption: str | None = None
     many: bool = False
+    ignore: frozenset[str] = frozenset()
 
 
 def example_from_row(
@@ -63,26 +82,84 @@ def example_from_row(
     form: RowFormat,
     find_image: FindImage,
     pictures: Sequence[ImageRef] | None = None,
+    unread: UnreadKeys | None = None,
 ) -> Example:
     """The example that a row describes.
 
     name: the row's name, which starts every message.
     find_image: how an image value becomes a picture.
     pictures: the pictures, where they lie beside the row and not in it; None: the row names them.
-    Raises BadRow saying what was expected and what was found.
+    unread: counts the keys that are not read.
+    Raises BadRow saying what was expected and what was found, BadSource for a key that is not read
+    and changes what the row means.
     """
     if not isinstance(row, Mapping):
         raise BadRow(f"{name}: expected an object of keys and values, found {_kind(row)}")
+    unread = UnreadKeys(form.ignore) if unread is None else unread
+    talks = [key for key in TALK_KEYS if row.get(key) is not None]
+    text_key = talks[0] if talks and form.caption is None else _caption_key(row, form)
+    _note_keys(row, name, form, text_key, pictures is not None, unread)
+    extra = {key: row[key] for key in EXTRA_KEYS if key in row and is_given(row[key])}
+    for key in extra.keys() & form.ignore:
+        del extra[key]
+    _refuse_media(extra, name)
     if pictures is None:
         pictures = tuple(find_image(value, name) for value in _image_values(row, name, form))
-    boxes = _boxes(row.get("boxes"), name)
-    talks = [key for key in ("conversations", "messages") if row.get(key) is not None]
-    if form.caption is not None or not talks:
-        example = _caption(row, name, form, pictures)
-        return Example(name, example.turns, example.images, boxes)
-    if len(talks) > 1:
+    if not talks or form.caption is not None:
+        turns = _caption_turns(row, name, form, pictures, text_key)
+    elif len(talks) > 1:
         raise BadRow(f"{name}: expected conversations or messages, found both")
-    turns = tuple(_TURNS[talks[0]](row[talks[0]], name))
+    else:
+        turns = _talk_turns(row[text_key], name, text_key, pictures, unread)
+    boxes: tuple[Box, ...] = ()
+    if "system" in extra:
+        turns = _with_system(turns, extra["system"], name)
+    if "boxes" in extra:
+        boxes = _boxes(extra["boxes"], name)
+    if "objects" in extra:
+        if boxes:
+            raise BadRow(f"{name}: expected boxes or objects, found both")
+        objects = read_objects(extra["objects"], name, pictures)
+        turns, boxes = place_objects(turns, objects, name), objects.boxes
+    return Example(name, turns, tuple(pictures), boxes)
+
+
+def _caption_key(row: Mapping, form: RowFormat) -> str | None:
+    keys = CAPTION_KEYS if form.caption is None else (form.caption,)
+    return next((key for key in keys if row.get(key) is not None), None)
+
+
+def _note_keys(
+    row: Mapping,
+    name: str,
+    form: RowFormat,
+    text_key: str | None,
+    beside: bool,
+    unread: UnreadKeys,
+) -> None:
+    """Counts the row's keys that are not read. beside: whether its pictures lie beside it, when
+    keys that name them are of no use."""
+    images = IMAGE_KEYS if form.image is None or beside else (form.image,)
+    for key in row:
+        if key == text_key or key in HARMLESS or key in images:
+            continue
+        if key not in EXTRA_KEYS or key in form.ignore:
+            unread.note(key, row[key], name)
+
+
+def _refuse_media(extra: Mapping, name: str) -> None:
+    found = [key for key in MEDIA if key in extra]
+    if found:
+        raise BadRow(
+            f"{name}: expected pictures and text alone, found {found[0]} {_kind(extra[found[0]])}; "
+            f"--ignore-keys {found[0]} reads the row without"
+        )
+
+
+def _talk_turns(
+    value: Any, name: str, key: str, pictures: Sequence[ImageRef], unread: UnreadKeys
+) -> tuple[Turn, ...]:
+    turns = tuple(_TURNS[key](value, name, unread))
     _check_order(turns, name)
     slots = sum(turn.slots for turn in turns)
     if slots != len(pictures):
@@ -91,7 +168,23 @@ def example_from_row(
             f"{name}: expected one {IMAGE_MARK} mark for each image, "
             f"found {slots} marks and {len(pictures)} images{hint}"
         )
-    return Example(name, turns, tuple(pictures), boxes)
+    return turns
+
+
+def _with_system(turns: tuple[Turn, ...], said: Any, name: str) -> tuple[Turn, ...]:
+    """The turns with the row's own system message first."""
+    if not isinstance(said, str):
+        raise BadRow(f"{name}: expected system to be text, found {_kind(said)}")
+    if not said.strip():
+        return turns
+    if turns[0].role != "system":
+        return Turn("system", (said,)), *turns
+    if turns[0].content != (said,):
+        raise BadRow(
+            f"{name}: expected one system message, found the turn {turns[0].text[:60]!r} and the "
+            f"key system {said[:60]!r}"
+        )
+    return turns
 
 
 def _image_values(row: Mapping, name: str, form: RowFormat) -> list:
@@ -123,11 +216,11 @@ def _part_images(messages: Any) -> list:
     ]
 
 
-def _caption(row: Mapping, name: str, form: RowFormat, pictures: Sequence[ImageRef]) -> Example:
-    keys = CAPTION_KEYS if form.caption is None else (form.caption,)
-    key = next((key for key in keys if row.get(key) is not None), None)
+def _caption_turns(
+    row: Mapping, name: str, form: RowFormat, pictures: Sequence[ImageRef], key: str | None
+) -> tuple[Turn, ...]:
     if key is None:
-        expected = ", ".join(keys if form.caption else ("conversations", "messages", *keys))
+        expected = ", ".join((form.caption,) if form.caption else (*TALK_KEYS, *CAPTION_KEYS))
         raise BadRow(f"{name}: expected one of the keys {expected}, found {sorted(map(str, row))}")
     captions = row[key] if form.many and isinstance(row[key], list | tuple) else [row[key]]
     if not captions or not all(isinstance(caption, str) for caption in captions):
@@ -138,22 +231,22 @@ def _caption(row: Mapping, name: str, form: RowFormat, pictures: Sequence[ImageR
     first, *others = (caption_example(name, pictures[0], text, form.prompt) for text in captions)
     again = Turn("user", (form.prompt,) if form.prompt else ())
     turns = [turn for example in others for turn in (again, example.turns[1])]
-    return Example(name, (*first.turns, *turns), first.images)
+    return (*first.turns, *turns)
 
 
-def _conversation_turns(value: Any, name: str) -> Iterator[Turn]:
-    for place, role, said in _said(value, name, "from", "value"):
+def _conversation_turns(value: Any, name: str, unread: UnreadKeys) -> Iterator[Turn]:
+    for place, role, said, scored in _said(value, name, "from", "value", unread):
         if not isinstance(said, str):
             raise BadRow(f"{place}: expected value to be text, found {_kind(said)}")
-        yield Turn(role, split_marks(said))
+        yield Turn(role, split_marks(said), scored)
 
 
-def _message_turns(value: Any, name: str) -> Iterator[Turn]:
-    for place, role, said in _said(value, name, "role", "content"):
+def _message_turns(value: Any, name: str, unread: UnreadKeys) -> Iterator[Turn]:
+    for place, role, said, scored in _said(value, name, "role", "content", unread):
         if isinstance(said, str):
-            yield Turn(role, split_marks(said))
+            yield Turn(role, split_marks(said), scored)
         elif isinstance(said, list):
-            yield Turn(role, tuple(_part(part, place) for part in said))
+            yield Turn(role, tuple(_part(part, place) for part in said), scored)
         else:
             raise BadRow(f"{place}: expected content to be text or parts, found {_kind(said)}")
 
@@ -161,8 +254,11 @@ def _message_turns(value: Any, name: str) -> Iterator[Turn]:
 _TURNS = {"conversations": _conversation_turns, "messages": _message_turns}
 
 
-def _said(value: Any, name: str, role_key: str, text_key: str) -> Iterator[tuple[str, str, Any]]:
-    """(place for messages, role, what is said) of each turn."""
+def _said(
+    value: Any, name: str, role_key: str, text_key: str, unread: UnreadKeys
+) -> Iterator[tuple[str, str, Any, bool]]:
+    """(place for messages, role, what is said, whether it is scored where it is an answer) of each
+    turn."""
     if not isinstance(value, list) or not value:
         raise BadRow(f"{name}: expected a list of turns, found {_kind(value)}")
     for number, turn in enumerate(value):
@@ -175,7 +271,34 @@ def _said(value: Any, name: str, role_key: str, text_key: str) -> Iterator[tuple
             raise BadRow(
                 f"{place}: expected {role_key} to be one of {', '.join(ROLE_NAMES)}, found {role!r}"
             )
-        yield place, ROLE_NAMES[role], turn[text_key]
+        scored = True
+        if len(turn) > 2:
+            for key in turn:
+                if key not in (role_key, text_key) and (
+                    key not in SCORE_KEYS or key in unread.ignore
+                ):
+                    unread.note(key, turn[key], place, TURN_MEANING)
+            scored = _is_scored(turn, ROLE_NAMES[role], place, unread.ignore)
+        yield place, ROLE_NAMES[role], turn[text_key], scored
+
+
+def _is_scored(turn: Mapping, role: str, place: str, ignore: frozenset[str]) -> bool:
+    """Whether a turn's `weight` and `loss` leave it to be learned, where it is an answer."""
+    said = {k: turn[k] for k in SCORE_KEYS if turn.get(k) is not None and k not in ignore}
+    for key, value in said.items():
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise BadRow(
+                f"{place}: expected {key} to be 0 (not scored) or 1, found {value!r}; other "
+                "weights are not read"
+            )
+        if value and role != "assistant":
+            raise BadRow(
+                f"{place}: expected {key} 1 on answers alone, which are what is learned, found it "
+                f"on a {role} turn"
+            )
+    if len(set(map(bool, said.values()))) > 1:
+        raise BadRow(f"{place}: expected weight and loss to say the same, found {said}")
+    return role != "assistant" or all(said.values())
 
 
 def _part(part: Any, place: str) -> str | None:
@@ -223,8 +346,6 @@ def _check_order(turns: Sequence[Turn], name: str) -> None:
 
 
 def _boxes(value: Any, name: str) -> tuple[Box, ...]:
-    if value is None:
-        return ()
     if not isinstance(value, list):
         raise BadRow(f"{name}: expected boxes to be a list, found {_kind(value)}")
     return tuple(_box(box, f"{name}: box {number}") for number, box in enumerate(value))

@@ -3,6 +3,8 @@
 The key of `photos/cat.left.png` is `photos/cat`, its extension `left.png`: the name is cut at the
 first dot after the last slash. Members without an extension, and those of which the key begins
 and ends with two underscores, belong to no sample.
+Source: webdataset, `tariterators.py`, `base_plus_ext` and `group_by_keys`; hidden files, which the
+former takes for extensions of their folder, belong to no sample here.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ from tqdm import tqdm
 
 from vlm.assets import cache_folder
 from vlm.data.example import BadRow, Example, ImageRef, caption_example
-from vlm.data.sources.base import BadSource, Source, read_bytes
+from vlm.data.sources.base import FIRST, BadSource, Fault, Source, read_bytes
 from vlm.data.sources.json_rows import load_json
-from vlm.data.sources.row import CAPTION_KEYS, RowFormat, example_from_row
+from vlm.data.sources.keys import MEDIA_EXTENSIONS, UnreadKey, UnreadKeys
+from vlm.data.sources.row import CAPTION_KEYS, TALK_KEYS, RowFormat, example_from_row
 from vlm.data.sources.tar import walk_members
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
-INDEX_FORMAT = 1
+INDEX_FORMAT = 2
 KEPT_FROM = 50_000
 """Samples from which on the index of shards is kept in the cache, for the next start and the other
 ranks of a machine."""
@@ -42,7 +45,10 @@ class ShardSource(Source):
     A sample is its pictures in order, with KEY.json (a row of any form that `row` reads) or
     KEY.txt (a caption, in UTF-8); the JSON is read first, the text where it holds no caption.
     Rows are named SHARD:KEY, the shard relative to the folder that all shards share.
-    Raises BadSource where a shard is missing, cut short, or its samples are not side by side.
+    Members that are not read are counted as keys of rows are, under ".EXTENSION".
+    faults: samples of which the names differ behind the first dot, which are one by the rule.
+    Raises BadSource where a shard is missing, cut short, or its samples are not side by side, where
+    a sample has two members of one extension, or videos or sound.
     """
 
     text_extension = "txt"
@@ -60,7 +66,28 @@ class ShardSource(Source):
         self._names = [os.path.relpath(path, folder) for path in self._paths]
         self.name = name or str(shards if isinstance(shards, str | Path) else self._names[0])
         self._index = _Index.of(self._paths, self._form.image, self.text_extension)
+        self.unread = UnreadKeys(self._form.ignore)
+        self._tell_notes()
         self.require_rows()
+
+    def _tell_notes(self) -> None:
+        """What the walk through the shards found beside samples, as faults and keys."""
+        notes = self._index.notes
+        if count := notes["merged"]["count"]:
+            kind = "samples with members that differ behind the first dot (they are one sample)"
+            first = [self._named(*place) for place in notes["merged"]["first"]]
+            self.faults = (Fault(kind, count, tuple(first)),)
+        for extension, (count, *place) in notes["unread"].items():
+            key, name = f".{extension}", self._named(*place)
+            if extension in MEDIA_EXTENSIONS and key not in self._form.ignore:
+                raise BadSource(
+                    f"{name}: expected pictures and text alone, found {count:,} members {key}; "
+                    f"--ignore-keys {key} leaves them out"
+                )
+            self.unread.found[key] = UnreadKey(count, name, "a member of the sample")
+
+    def _named(self, shard: int, said: str) -> str:
+        return f"{self._names[shard]}:{said}"
 
     def __len__(self) -> int:
         return len(self._index.sample_shard)
@@ -75,7 +102,7 @@ class ShardSource(Source):
         if (data := self._part(row, self._index.json_place, name)) is not None:
             values = load_json(data, name)
             if not self._lacks_caption(values):
-                return example_from_row(values, name, self._form, _no_image, pictures)
+                return self._example(values, name, pictures)
         if (data := self._part(row, self._index.text_place, name)) is not None:
             if len(pictures) != 1:
                 raise BadRow(f"{name}: expected one image for the text, found {len(pictures)}")
@@ -83,17 +110,22 @@ class ShardSource(Source):
                 text = data.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise BadRow(f"{name}: expected UTF-8 in the text, found other bytes") from error
-            return caption_example(name, pictures[0], text, self._form.prompt)
+            if values is None:
+                return caption_example(name, pictures[0], text, self._form.prompt)
+            values = {**values, self._form.caption or CAPTION_KEYS[0]: text}
         if values is not None:
-            return example_from_row(values, name, self._form, _no_image, pictures)
+            return self._example(values, name, pictures)
         raise BadRow(
             f"{name}: expected {self._index.key(row)}.json or .txt beside it, "
             f"found {len(pictures)} images alone"
         )
 
+    def _example(self, values: object, name: str, pictures: tuple[ImageRef, ...]) -> Example:
+        return example_from_row(values, name, self._form, _no_image, pictures, self.unread)
+
     def _lacks_caption(self, values: object) -> bool:
         keys = (self._form.caption,) if self._form.caption else CAPTION_KEYS
-        keys += () if self._form.caption else ("conversations", "messages")
+        keys += () if self._form.caption else TALK_KEYS
         return isinstance(values, dict) and all(values.get(key) is None for key in keys)
 
     def _part(self, row: int, places: np.ndarray, name: str) -> bytes | None:
@@ -148,6 +180,8 @@ class _Index:
     sample_shard: int32[N]. json_place, text_place: int64[N, 2], offset and size, -1 where there
     is none. image_end: int64[N], the pictures up to and with each sample. image_place:
     int64[M, 2]. image_extension: int16[M] into `extensions`. Keys lie in one run of bytes.
+    notes: "merged", the count of samples of several names and the first, each (shard, key and
+    extensions), and "unread", for each extension that nothing reads its count, shard and key.
     """
 
     ARRAYS = ("sample_shard", "json_place", "text_place", "image_end", "image_place",
@@ -174,6 +208,7 @@ class _Index:
             for name in cls.ARRAYS:
                 setattr(index, name, held[name])
             index.extensions = held["extensions"].tolist()
+            index.notes = json.loads(str(held["notes"]))
         return index
 
     def _write(self, path: Path) -> None:
@@ -183,7 +218,8 @@ class _Index:
         part = path.with_name(f".{path.stem}.{os.getpid()}.npz")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(part, extensions=np.array(self.extensions, dtype=str), **arrays)
+            extensions = np.array(self.extensions, dtype=str)
+            np.savez(part, extensions=extensions, notes=json.dumps(self.notes), **arrays)
             part.rename(path)
         except OSError:
             part.unlink(missing_ok=True)
@@ -195,6 +231,7 @@ class _Index:
         index, sample_shard, image_end, key_end = cls(), array("i"), array("q"), array("q")
         json_place, text_place, image_place = array("q"), array("q"), array("q")
         image_extensions, codes, keys = array("h"), {}, bytearray()
+        notes, twice = _Notes(), []
         for shard, path in enumerate(tqdm(paths, "shards", disable=len(paths) < 100)):
             seen: set[str] = set()  # of this shard only
             key, extensions = None, set()
@@ -203,6 +240,7 @@ class _Index:
                 if match is None or re.fullmatch("__.*__", match[1]):
                     continue
                 if match[1] != key:
+                    notes.sample(shard, key, extensions, text_extension)
                     key, extensions = match[1], set()
                     if key in seen:
                         raise BadSource(
@@ -219,7 +257,8 @@ class _Index:
                     text_place.extend((-1, 0))
                 extension = match[2].lower()
                 if extension in extensions:
-                    raise BadSource(f"{path}: expected one member {member.name}, found two")
+                    twice.append(f"{path}: {member.name}")
+                    continue
                 extensions.add(extension)
                 if extension == "json":
                     json_place[-2], json_place[-1] = member.offset, member.size
@@ -229,6 +268,16 @@ class _Index:
                     image_place.extend((member.offset, member.size))
                     image_extensions.append(codes.setdefault(extension, len(codes)))
                     image_end[-1] += 1
+                else:
+                    notes.unread(shard, key, extension)
+            notes.sample(shard, key, extensions, text_extension)
+        if twice:
+            raise BadSource(
+                f"expected one member of each extension in a sample (upper and lower case are the "
+                f"same, and a sample's name ends at the first dot), found {len(twice):,} more: "
+                f"{', '.join(twice[:FIRST])}{', ...' if len(twice) > FIRST else ''}"
+            )
+        index.notes = notes.found
         index.sample_shard = np.array(sample_shard, np.int32)
         index.image_end = np.array(image_end, np.int64)
         index.json_place = np.array(json_place, np.int64).reshape(-1, 2)
@@ -245,6 +294,39 @@ class _Index:
         start = int(self.key_end[row - 1]) if row else 0
         end = int(self.key_end[row])
         return self.keys[start:end].tobytes().decode("utf-8", "surrogateescape")
+
+
+class _Notes:
+    """What a walk through shards finds that is not as most samples are; see `_Index`."""
+
+    def __init__(self) -> None:
+        self.found: dict = {"merged": {"count": 0, "first": []}, "unread": {}}
+
+    def sample(self, shard: int, key: str | None, extensions: set[str], text: str) -> None:
+        """A sample that is whole now: whether it is several, by names that go on behind the first
+        dot. Several pictures beside one row of JSON are meant to be one."""
+        if len(extensions) < 2 or not any("." in extension for extension in extensions):
+            return
+        stems = {e.rpartition(".")[0] for e in extensions if _is_read(e, text)}
+        rows = {e for e in extensions if e.rpartition(".")[2] in ("json", text)}
+        if len(stems) < 2 or rows == {"json"}:
+            return
+        merged = self.found["merged"]
+        merged["count"] += 1
+        if len(merged["first"]) < FIRST:
+            merged["first"].append((shard, f"{key} ({', '.join(sorted(extensions))})"))
+
+    def unread(self, shard: int, key: str, extension: str) -> None:
+        """A member that nothing reads, counted by what stands behind its last dot; "*." before it
+        says that it would be read if no other dot stood there."""
+        first, _, last = extension.rpartition(".")
+        extension = f"*.{last}" if first and last in (*IMAGE_EXTENSIONS, "json", "txt") else last
+        count, *place = self.found["unread"].get(extension, (0, shard, key))
+        self.found["unread"][extension] = (count + 1, *place)
+
+
+def _is_read(extension: str, text: str) -> bool:
+    return extension.rpartition(".")[2] in (*IMAGE_EXTENSIONS, "json", text)
 
 
 def _is_picture(extension: str, wanted: str | None) -> bool:

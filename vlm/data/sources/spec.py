@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -20,7 +20,7 @@ from vlm.data.sources.tables import TableSource, load_table
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent.parent / "sample"
 SAMPLE_SPLITS = ("train", "val", "transfer")
-OPTIONS = ("prompt", "image", "caption", "root", "config", "task")
+OPTIONS = ("prompt", "image", "caption", "root", "config", "task", "bad_boxes")
 ACCEPTED = """\
     sample:SPLIT                packaged drawings with captions: train, val, transfer
     scenes:COUNT:KEY=VALUE...   drawn scenes, such as scenes:1000:seed=3
@@ -50,6 +50,8 @@ def open_source(
     config: str | None = None,
     task: str | None = None,
     many: bool = False,
+    bad_boxes: str | None = None,
+    ignore_keys: Collection[str] = (),
 ) -> Source:
     """The source that `spec` names, one of:
 
@@ -78,7 +80,11 @@ def open_source(
         a .tar file too. None: the folder of the rows.
     config: a hub set's configuration.
     task: "ground" asks where each label of a row's boxes is, in place of what the row says.
+    bad_boxes: of COCO's files: "stop" (or None) refuses one with boxes that cannot be one, "skip"
+        loses these boxes.
     many: whether a caption may be a list of texts; an argument only, as few uses can take it.
+    ignore_keys: keys of rows that are left out although they change what a row means (see
+        `vlm.data.sources.keys`); an argument only.
     Raises BadSource where nothing opens, listing what is accepted.
 
     >>> open_source("scenes:10:seed=3")
@@ -86,22 +92,26 @@ def open_source(
     """
     text, *suffix = _SUFFIX.split(spec, maxsplit=1)
     options = {"prompt": prompt, "image": image, "caption": caption, "root": root}
-    options |= {"config": config, "task": task}
+    options |= {"config": config, "task": task, "bad_boxes": bad_boxes}
     own = _options(suffix[0], spec) if suffix else {}
     options |= own
     kind, open_kind = _kind(text, spec)
-    # The argument `prompt` is for sources of captions among others; behind the text it is for this.
+    # These arguments are for the sources that read them among others; behind the text they are for
+    # this one.
     given = {key for key, value in options.items() if value}
     given -= {"prompt"} - set(own) if kind in _WITHOUT_PROMPT else set()
+    given -= {"bad_boxes"} - set(own) if kind != "coco" else set()
     unread = given - set(_READS[kind])
     if unread:
         raise BadSource(
             f"{spec}: {kind} takes the options {', '.join(_READS[kind])}, found {sorted(unread)}"
         )
-    root, config, task = (options.pop(key) for key in ("root", "config", "task"))
+    apart = {key: options.pop(key) for key in ("root", "config", "task", "bad_boxes")}
+    task = apart.pop("task")
     if task not in (None, "ground"):
         raise BadSource(f"{spec}: expected the task ground, found {task!r}")
-    source = open_kind(text, RowFormat(**options, many=many), root, config)
+    form = RowFormat(**options, many=many, ignore=frozenset(ignore_keys))
+    source = open_kind(text, form, **apart)
     return source if task is None else Grounded(source)
 
 
@@ -114,8 +124,8 @@ _READS = {
     "list": ("prompt", "image", "caption", "root"),
     "shards": ("prompt", "image", "caption", "task"),
     "table": ("prompt", "image", "caption", "root", "task"),
-    "datasets": OPTIONS,
-    "coco": ("root",),
+    "datasets": ("prompt", "image", "caption", "root", "config", "task"),
+    "coco": ("root", "bad_boxes"),
     "clip_benchmark": ("prompt",),
     "python": (),
     "text": (),
@@ -132,13 +142,13 @@ def _kind(text: str, spec: str) -> tuple[str, Callable[..., Source]]:
     if colon and name in _NAMED:
         return name, _NAMED[name]
     if suffix == ".tar":
-        return "shards", lambda text, form, *_: ShardSource(text, form)
+        return "shards", lambda text, form, **_: ShardSource(text, form)
     if suffix == ".txt":
-        return "text", lambda text, *_: Documents.from_file(text)
+        return "text", lambda text, _, **__: Documents.from_file(text)
     if suffix in (".json", ".jsonl"):
-        return "rows", lambda text, form, root, _: RowsSource(text, form, image_root=root)
+        return "rows", lambda text, form, root, **_: RowsSource(text, form, image_root=root)
     if suffix == ".tsv":
-        return "list", lambda text, form, root, _: TsvSource(text, form, root)
+        return "list", lambda text, form, root, **_: TsvSource(text, form, root)
     if suffix == ".parquet" or Path(_body_and_split(text)[0]).is_dir():
         return "table", _table
     raise BadSource(
@@ -157,7 +167,7 @@ def _options(text: str, spec: str) -> dict[str, str]:
     return options
 
 
-def _sample(text: str, form: RowFormat, *_) -> Source:
+def _sample(text: str, form: RowFormat, **_) -> Source:
     split = text.removeprefix("sample:")
     if split not in SAMPLE_SPLITS:
         raise BadSource(f"{text}: expected one of {', '.join(SAMPLE_SPLITS)}")
@@ -166,25 +176,25 @@ def _sample(text: str, form: RowFormat, *_) -> Source:
     )
 
 
-def _scenes(text: str, form: RowFormat, *_) -> Source:
+def _scenes(text: str, form: RowFormat, **_) -> Source:
     from vlm.data.synthetic.scenes import Scenes  # which needs this package
 
     return Scenes.from_text(text.removeprefix("scenes:"), prompt=form.prompt)
 
 
-def _lines(text: str, *_) -> Source:
+def _lines(text: str, _, **__) -> Source:
     from vlm.data.synthetic.lines import Lines  # which needs this package
 
     return Lines.from_text(text.removeprefix("lines:"))
 
 
-def _pages(text: str, form: RowFormat, *_) -> Source:
+def _pages(text: str, form: RowFormat, **_) -> Source:
     from vlm.data.synthetic.pages import Pages  # which needs this package
 
     return Pages.from_text(text.removeprefix("pages:"), prompt=form.prompt)
 
 
-def _table(text: str, form: RowFormat, root: str | Path | None, config: str | None) -> Source:
+def _table(text: str, form: RowFormat, root: str | Path | None, config: str | None, **_) -> Source:
     text = text.removeprefix("datasets:")
     body, split = _body_and_split(text)
     if not body:
@@ -202,16 +212,16 @@ def _body_and_split(text: str) -> tuple[str, str | None]:
     return (body, split) if colon else (text, None)
 
 
-def _coco(text: str, _, root: str | Path | None, *__) -> Source:
-    return CocoSource(text.removeprefix("coco:"), root)
+def _coco(text: str, _, root: str | Path | None, bad_boxes: str | None, **__) -> Source:
+    return CocoSource(text.removeprefix("coco:"), root, bad_boxes or "stop")
 
 
-def _clip_benchmark(text: str, form: RowFormat, *_) -> Source:
+def _clip_benchmark(text: str, form: RowFormat, **_) -> Source:
     folder, split = _body_and_split(text.removeprefix("clip_benchmark:"))
     return ClipBenchmark(folder, split or "test", form)
 
 
-def _manual(text: str, *_) -> Source:
+def _manual(text: str, _, **__) -> Source:
     return Documents.from_manual(text.removeprefix("python:"))
 
 

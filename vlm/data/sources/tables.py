@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from vlm.data.example import BadRow, Example, ImageRef
 from vlm.data.sources.base import BadSource, FolderImages, Source
-from vlm.data.sources.row import CAPTION_KEYS, IMAGE_KEYS, RowFormat, example_from_row
+from vlm.data.sources.keys import HARMLESS, ROW_MEANING, UnreadKeys
+from vlm.data.sources.row import (
+    CAPTION_KEYS,
+    EXTRA_KEYS,
+    IMAGE_KEYS,
+    TALK_KEYS,
+    RowFormat,
+    example_from_row,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -47,7 +55,7 @@ class TableSource(Source):
         for wanted in (form.image, form.caption):
             if wanted is not None and wanted not in columns:
                 raise BadSource(f"{name}: expected column {wanted!r}, found {sorted(columns)}")
-        texts = ("conversations", "messages", *CAPTION_KEYS)
+        texts = (*TALK_KEYS, *CAPTION_KEYS)
         if form.caption is None and not columns.intersection(texts):
             if LABEL_KEY not in columns or not hasattr(table.features[LABEL_KEY], "names"):
                 raise BadSource(
@@ -58,13 +66,24 @@ class TableSource(Source):
         self._form = form
         images = IMAGE_KEYS if form.image is None else (form.image,)
         captions = texts if form.caption is None else (form.caption,)
-        read = [key for key in (*images, *captions, "boxes") if key in columns]
+        known = (*images, *captions, *EXTRA_KEYS, *ROW_MEANING, LABEL_KEY)
+        read = [key for key in dict.fromkeys(known) if key in columns]
+        self.unread = UnreadKeys(form.ignore)
+        self._note_columns(table, read)
         table = table.select_columns(read)
         feature = table.features[form.caption] if form.caption else None
         names = getattr(feature, "names", None)
         self.classes = None if names is None else tuple(names)
         self._table = _undecoded(table)
         self.require_rows()
+
+    def _note_columns(self, table: Dataset, read: list[str]) -> None:
+        """Counts the columns that are left out: each by all rows, shown by the first."""
+        rest = [key for key in table.column_names if key not in read and key not in HARMLESS]
+        if rest and len(table):
+            first = _undecoded(table.select_columns(rest))[0]
+            for key in rest:
+                self.unread.note(key, first[key], self.row_name(0), count=len(table))
 
     def __len__(self) -> int:
         return len(self._table)
@@ -80,7 +99,7 @@ class TableSource(Source):
             if not 0 <= label < len(self.classes):
                 raise BadRow(f"{name}: expected a label with a name, found {label}")
             values = values | {self._form.caption: self.classes[label]}
-        return example_from_row(values, name, self._form, self._find)
+        return example_from_row(values, name, self._form, self._find, unread=self.unread)
 
     def _find(self, value: Any, row_name: str) -> ImageRef:
         path = value
@@ -151,14 +170,15 @@ def _one_split(table: Dataset | DatasetDict, body: str, split: str | None) -> Da
 
 
 def _undecoded(table: Dataset) -> Dataset:
-    """The table with every picture column, or list of pictures, left encoded."""
-    from datasets import Image, LargeList, List
+    """The table with every column of pictures, sound or videos, or lists of these, left encoded."""
+    from datasets import Audio, Image, LargeList, List, Video
 
+    encoded = (Image, Audio, Video)
     for column, feature in table.features.items():
-        if isinstance(feature, Image):
-            table = table.cast_column(column, Image(decode=False))
-        elif isinstance(feature, List | LargeList) and isinstance(feature.feature, Image):
-            undecoded = type(feature)(Image(decode=False))
+        if isinstance(feature, encoded):
+            table = table.cast_column(column, type(feature)(decode=False))
+        elif isinstance(feature, List | LargeList) and isinstance(feature.feature, encoded):
+            undecoded = type(feature)(type(feature.feature)(decode=False))
             with contextlib.suppress(AttributeError):
                 undecoded.length = feature.length
             table = table.cast_column(column, undecoded)

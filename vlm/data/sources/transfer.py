@@ -7,14 +7,14 @@ from dataclasses import replace
 from string import Formatter
 
 from vlm.data.example import BadRow, Example, Turn
-from vlm.data.sources.base import BadSource, Source
+from vlm.data.sources.base import BadSource, Derived, Source
 from vlm.data.synthetic.scene import Dice
 
 SEPARATOR = " ; "
 """Stands between the things that are asked for at once, and between the boxes of an answer."""
 
 
-class Prompted(Source):
+class Prompted(Derived):
     """Another source's questions put as a prompt.
 
     prompt: `{question}` is the place of what the user says beside the pictures, which come first;
@@ -25,14 +25,8 @@ class Prompted(Source):
 
     def __init__(self, source: Source, prompt: str) -> None:
         _require_fields(prompt, ("question",))
-        self.name, self.source, self.files = source.name, source, source.files
+        super().__init__(source)
         self.prompt = prompt
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def row_name(self, row: int) -> str:
-        return self.source.row_name(row)
 
     def read(self, row: int) -> Example:
         example = self.source.read(row)
@@ -47,7 +41,7 @@ class Prompted(Source):
         return replace(example, turns=(Turn("user", (*[None] * asked.slots, text)), answer))
 
 
-class Detect(Source):
+class Detect(Derived):
     """Another source's pictures and boxes, some labels of each picture asked for at once; what its
     rows say is left out.
 
@@ -60,14 +54,8 @@ class Detect(Source):
     def __init__(self, source: Source, prompt: str, seed: int = 0) -> None:
         if _require_fields(prompt, ("phrase",)) != {"phrase"}:
             raise BadSource(f"prompt: expected {{phrase}} where labels go, found {prompt!r}")
-        self.name, self.source, self.files = source.name, source, source.files
+        super().__init__(source)
         self.prompt, self.seed = prompt, seed
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def row_name(self, row: int) -> str:
-        return self.source.row_name(row)
 
     def read(self, row: int) -> Example:
         example = self.source.read(row)
@@ -97,6 +85,8 @@ def detection(example: Example, labels: Sequence[str], prompt: str) -> Example:
             f"{example.name}: expected one picture, so that an answer says where its boxes are, "
             f"found {len(example.images)}"
         )
+    if "" in labels:
+        raise BadRow(f"{example.name}: expected boxes with labels to ask for, found one without")
     answer: list[str | int] = []
     for label in labels:
         numbers = [i for i, box in enumerate(example.boxes) if box.label == label]

@@ -77,6 +77,8 @@ class Lines(Source):
     Raises BadSource, BadFont or BadText naming what does not fit.
     """
 
+    drawn = True
+
     def __init__(
         self,
         count: int,

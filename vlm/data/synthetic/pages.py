@@ -78,6 +78,8 @@ class Pages(Source):
     Raises BadSource, BadFont or BadText naming what does not fit.
     """
 
+    drawn = True
+
     def __init__(
         self,
         count: int,

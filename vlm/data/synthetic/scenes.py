@@ -38,6 +38,8 @@ class Scenes(Source):
     Pictures are PNG bytes, drawn when a row is read. Rows are named NAME[ROW].
     """
 
+    drawn = True
+
     def __init__(
         self,
         count: int,
