@@ -1,16 +1,20 @@
 """What decides what a run learns: data that changed are noticed, changes are named or refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from tests import tiny, training
+from vlm.data.example import Turn
 from vlm.data.mixture import Mixture, MixtureDataset
 from vlm.data.sources import ListSource, open_source
+from vlm.training.base_settings import BaseSettings, deciding
 from vlm.training.checkpoint_format import CheckpointError
 from vlm.training.decided import decided_by, differences, fingerprint
 
+SETTINGS = BaseSettings(out=Path("run"), steps=1, batch=1)
 ROW = {"image": "a.png", "caption": "a cat"}
 
 
@@ -95,3 +99,12 @@ def test_changed_setting_is_said_once_with_what_follows_from_it():
         "steps: 6 then, 8 now"
     ]
     assert len(differences(old, new, ("rate", "stage"), Path("step_1"))) == 3  # asked for by name
+
+
+def test_runs_of_earlier_versions_go_on():
+    """What came later decides nothing where it says what was done before it."""
+    assert repr(Turn("user", (None, "what?"))) == "Turn(role='user', content=(None, 'what?'))"
+    assert "scored=False" in repr(Turn("assistant", ("a",), scored=False))
+    assert not {"bad_boxes", "ignore_keys"} & deciding(SETTINGS).keys()
+    stricter = dataclasses.replace(SETTINGS, bad_boxes="skip", ignore_keys=("tools",))
+    assert deciding(stricter).items() >= {"bad_boxes": "skip", "ignore_keys": ["tools"]}.items()

@@ -22,7 +22,6 @@ import torch
 Precision = Literal["auto", "bf16", "fp32"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-
 SMALL = (64, 256, 256)
 """Rows, inputs and outputs of the first products of a probe: milliseconds where bf16 is slow."""
 MEDIUM = (128, 512, 512)
@@ -72,12 +71,12 @@ class Choice:
         return DTYPES[self.name]
 
     def warning(self) -> str | None:
-        """One line for a precision that was asked for and is slow here; None where it is not."""
+        """One line for a precision that is slow on the device; None where it is not."""
         if self.slower is None or self.name == "fp32":
             return None
         return (
-            f"{self.name} was asked for, and this device multiplies {self.slower:.3g} times as "
-            f"fast in fp32 ({self.reason}); auto would take fp32"
+            f"computing in {self.name}, though this device multiplies {self.slower:.3g} times as "
+            f"fast in fp32 ({self.reason})"
         )
 
 

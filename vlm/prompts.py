@@ -4,6 +4,7 @@ The language model's own chat template writes the prompt. Images and answers are
 template runs by private-use characters, which are taken out before the text becomes ids: what the
 model reads is exactly what its template writes, and a text that spells "<image>" stays text.
 Exactly the answers and the end token after each are scored, but for those whose turn says not to.
+Longer than most files here: template, marks, boxes, masks and cutting are one way through a row.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Box:
     score: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Turn:
     """What one side says: `content` is text, with None at the place of each image, and a number i
     at the place of the example's i-th box, which is written as `<loc>` tokens.
@@ -61,6 +61,11 @@ class Turn:
     role: str
     content: tuple[str | int | None, ...]
     scored: bool = True
+
+    def __repr__(self) -> str:
+        """`scored` where it is not the default alone: fingerprints of data hold turns so."""
+        more = "" if self.scored else ", scored=False"
+        return f"Turn(role={self.role!r}, content={self.content!r}{more})"
 
     @property
     def text(self) -> str:

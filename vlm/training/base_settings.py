@@ -168,10 +168,18 @@ FREE = ("out", "resume", "change", "keep", "threads", "workers", "eval_every", "
 """Settings that may change when a run is resumed: they decide nothing that is learned."""
 
 
+LATER = {"bad_boxes": "stop", "ignore_keys": ()}
+"""Settings that runs of earlier versions do not have, and what they did: left out where they say
+that, so that such a run goes on."""
+
+
 def deciding(settings: BaseSettings) -> dict[str, Any]:
     """The settings that decide what is learned, as plain values."""
-    values = dataclasses.asdict(settings)
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in FREE}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(settings).items()
+        if name not in FREE and not (name in LATER and value == LATER[name])
+    }
 
 
 def recorded(settings: BaseSettings) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class Course:
         self._gathered, self._evaluates = ExitStack(), True
         self.main = self.accelerator.is_main_process
         self.say = say_on(self.main)
-        reason = f"as when the run began; {choice.reason}" if kept else choice.reason
+        reason = "as when the run began" if kept else choice.reason
         if choice.warning():
             self.say(choice.warning(), style="yellow", highlight=False, markup=False)
         self.folder = Run(

@@ -95,4 +95,5 @@ def device_use(figures: dict[str, Any]) -> str:
     """
     if "mfu" in figures:
         return f"MFU {figures['mfu']:.0%}"
-    return f"{figures['gflops_per_s']:,.0f} GFLOP/s"
+    rate = figures["gflops_per_s"]
+    return f"{rate:,.0f} GFLOP/s" if rate >= 10 else f"{rate:.2g} GFLOP/s"
