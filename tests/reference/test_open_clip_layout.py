@@ -147,7 +147,7 @@ def test_half_precision_stays_and_old_weight_files_are_read(tmp_path):
     shutil.copytree(tmp_path / "new", tmp_path / "old")
     (tmp_path / "old" / layout.WEIGHTS).unlink()
     torch.save(theirs.state_dict(), tmp_path / "old" / layout.OLD_WEIGHTS)
-    new, old = (vlm.load(tmp_path / name) for name in ("new", "old"))
+    new, old = (vlm.load(tmp_path / name, "cpu", "stored") for name in ("new", "old"))
     assert same_bits(new.module.state_dict(), old.module.state_dict())
     assert new.module.text_head.weight.dtype == torch.bfloat16
     assert new.module.log_scale.dtype == torch.float32
