@@ -3,7 +3,8 @@
 torch's fused attention there computes scores in parts that are too small for its products, backward
 more so than forward. For the few hundred places of a picture or of an example, a product for many
 heads at once, a softmax and one more product take half its time. The backward pass computes the
-shares again, as the fused one does, so that nothing is kept beside what went in.
+shares again, as the fused one does, so that nothing is kept beside what went in. In fp32 the fused
+attention is the faster one, forward by half and backward by a third, at lengths from 24 to 600.
 
 Scores are rounded to 16 bits before the softmax, as in transformers' `eager` attention; keys, once
 scaled, too.
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlm.compat.torch import softmax_backward
+from vlm.precision import supports
 
 MOST_PLACES, MOST_CAUSAL = 1024, 512
 """Longest runs for which it gains; longer ones, where a place sees only earlier ones, are as fast
@@ -61,7 +63,7 @@ def on_cpu(tensor: Tensor) -> bool:
 
 @cache
 def _has_tiles() -> bool:
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    return supports("amx_bf16")
 
 
 def whole_products(
