@@ -64,7 +64,7 @@ def test_gradients_are_those_of_the_derivative():
 
 def test_they_are_taken_where_they_gain(monkeypatch):
     query = torch.zeros(1, 1, 4, 8, dtype=torch.bfloat16)
-    monkeypatch.setattr(attention, "_has_tiles", lambda: False)
+    monkeypatch.setattr(attention, "_has_instructions", lambda: True)
     assert attention.gains(query, attention.MOST_PLACES)
     assert not attention.gains(query, attention.MOST_PLACES + 1)
     assert attention.gains(query, attention.MOST_CAUSAL, causal=True)
@@ -74,8 +74,23 @@ def test_they_are_taken_where_they_gain(monkeypatch):
     with attention.as_on_gpus():
         assert not attention.gains(query, 4)
     assert attention.gains(query, 4)
-    monkeypatch.setattr(attention, "_has_tiles", lambda: True)
+    monkeypatch.setattr(attention, "_has_instructions", lambda: False)
     assert not attention.gains(query, 4)
+
+
+@pytest.mark.parametrize(
+    ("found", "gain"),
+    [
+        ({"avx2"}, False),
+        ({"avx2", "avx512_f"}, False),
+        ({"avx2", "avx512_f", "avx512_bf16"}, True),
+        ({"avx2", "avx512_f", "avx512_bf16", "amx_bf16"}, False),
+        ({"neon", "bf16"}, True),
+    ],
+)
+def test_cpus_without_instructions_for_bf16_take_the_fused_attention(found, gain, monkeypatch):
+    monkeypatch.setattr(attention, "supports", lambda capability: capability in found)
+    assert attention._has_instructions.__wrapped__() == gain
 
 
 def test_packed_rows_are_read_by_them(monkeypatch):
@@ -92,8 +107,8 @@ def test_packed_rows_are_read_by_them(monkeypatch):
 
     monkeypatch.setattr("vlm.families.segment_attention.whole_products", counted)
     read = []
-    for tiles in (True, False):
-        monkeypatch.setattr(attention, "_has_tiles", lambda tiles=tiles: tiles)
+    for gains in (False, True):
+        monkeypatch.setattr(attention, "_has_instructions", lambda gains=gains: gains)
         read.append(segment_attention(None, *given, row, scaling=0.3)[0])
     assert calls == [{"causal": True, "lengths": (5, 16)}]
     torch.testing.assert_close(*read, atol=4e-2, rtol=4e-2)

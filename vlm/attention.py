@@ -1,9 +1,11 @@
-"""Attention by whole products, for 16-bit work on CPUs without matrix tiles (AMX).
+"""Attention by whole products, for work in bf16 on CPUs with instructions for it but no matrix tiles
+(AMX).
 
 torch's fused attention there computes scores in parts that are too small for its products, backward
 more so than forward. For the few hundred places of a picture or of an example, a product for many
 heads at once, a softmax and one more product take half its time. The backward pass computes the
-shares again, as the fused one does, so that nothing is kept beside what went in.
+shares again, as the fused one does, so that nothing is kept beside what went in. In fp32 the fused
+attention is the faster one, forward and backward.
 
 Scores are rounded to 16 bits before the softmax, as in transformers' `eager` attention; keys, once
 scaled, too.
@@ -24,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlm.compat.torch import softmax_backward
+from vlm.precision import supports
 
 MOST_PLACES, MOST_CAUSAL = 1024, 512
 """Longest runs for which it gains; longer ones, where a place sees only earlier ones, are as fast
@@ -50,7 +53,7 @@ def gains(query: Tensor, longest: int, *, causal: bool = False) -> bool:
         query.dtype == torch.bfloat16
         and on_cpu(query)
         and longest <= (MOST_CAUSAL if causal else MOST_PLACES)
-        and not _has_tiles()
+        and _has_instructions()
     )
 
 
@@ -60,8 +63,10 @@ def on_cpu(tensor: Tensor) -> bool:
 
 
 @cache
-def _has_tiles() -> bool:
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+def _has_instructions() -> bool:
+    """Whether the CPU multiplies bf16 by instructions of its own, and without tiles. Where it has
+    none, whole products in bf16 are as slow as all others, and the fused attention's are not."""
+    return (supports("avx512_bf16") or supports("bf16")) and not supports("amx_bf16")
 
 
 def whole_products(

@@ -1,6 +1,6 @@
 """Insides of torch that are no public API, tested with 2.14.
 
-- Operators without a public function: `linear_prepacked`, `prepack_linear`, `can_prepack_bf16`
+- Operators without a public function: `linear_prepacked`, `prepack_linear`, `can_prepack`
   (weights in oneDNN's layout, `vlm.inference.packed`), `softmax_backward` (`vlm.attention`),
   `silu_backward` (`vlm.training.lean`), `multiply_all_` and `copy_all_` (clipping and working
   weights), and those whose flops and shapes are counted by hand (`CPU_ATTENTION`,
@@ -47,7 +47,7 @@ __all__ = [
     "FakeTensorMode",
     "TorchDispatchMode",
     "base_of",
-    "can_prepack_bf16",
+    "can_prepack",
     "checkpoint",
     "copy_all_",
     "has_forward_pre_hook",
@@ -82,9 +82,11 @@ without_torch_functions = torch._C.DisableTorchFunction
 """Within `with without_torch_functions():` no mode of torch functions sees a call."""
 
 
-def can_prepack_bf16() -> bool:
-    """Whether this CPU's oneDNN has products in bfloat16, and layouts of its own for them."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def can_prepack(dtype: torch.dtype) -> bool:
+    """Whether this CPU's oneDNN has products in a dtype, and layouts of its own for them."""
+    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def prepack_linear(weight: Tensor, rows: int) -> Tensor:
