@@ -3,11 +3,12 @@
     python eval/contrastive_beside_open_clip.py
 
 Both train the same architecture, layer by layer with as many parameters, on the packaged drawings
-(one vendor's): the same number of steps and of pairs in each, batch, rate, schedule and weight
-decay, in bf16 under autocast, one after the other on the same machine. Both are then judged by the
-same embeddings and figures: retrieval among another vendor's drawings of the same things and their
-names, and ours besides by zero-shot classification into their groups. Seconds are those of training
-alone, from the end of the first step to the end of the last, as each program logs them.
+(one vendor's): the same number of steps and of pairs in each, batch, rate, schedule, weight decay
+and precision (bf16 is what open_clip calls amp_bf16), one after the other on the same machine. Both
+are then judged by the same embeddings and figures: retrieval among another vendor's drawings of the
+same things and their names, and ours besides by zero-shot classification into their groups. Seconds
+are those of training alone, from the end of the first step to the end of the last, as each program
+logs them.
 
 open_clip's run is `open_clip_train.main` with `--siglip`, CSV data and one worker. Its picture's
 tower is a SigLIP trunk of timm's, pooled by attention, as in open_clip's own SigLIP models; its
@@ -36,6 +37,7 @@ from typing import Any
 
 import open_clip
 import torch
+from bench import add_precision, chosen
 from timm.models import VisionTransformer, register_model
 from torch import Tensor, nn
 
@@ -51,6 +53,8 @@ from vlm.training.contrastive import Settings
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN, HELD_OUT = "sample:train", "sample:transfer"
 NAME, PEER = "beside", "peer"
+PEER_PRECISIONS = {"bf16": "amp_bf16", "fp32": "fp32"}
+"""What open_clip's program calls a precision."""
 SIZES = Settings()
 
 
@@ -122,7 +126,7 @@ def train_ours(settings: argparse.Namespace, folder: Path, steps: int) -> float:
             *("--steps", str(steps), "--batch", str(settings.batch)),
             *("--image-rate", str(settings.rate), "--text-rate", str(settings.rate)),
             *("--head-rate", str(settings.rate), "--save-every", "0"),
-            *("--seed", str(settings.seed), "--floor", "0"),
+            *("--seed", str(settings.seed), "--floor", "0", "--precision", settings.precision),
         ],
         check=True,
     )
@@ -154,7 +158,8 @@ def train_peer(settings: argparse.Namespace, folder: Path, epochs: int, steps: i
             *("--batch-size", str(settings.batch), "--epochs", str(epochs)),
             *("--lr", str(settings.rate), "--wd", "0.1", "--beta2", "0.95"),
             *("--warmup", str(round(0.05 * steps)), "--grad-clip-norm", "1.0"),
-            *("--precision", "amp_bf16", "--device", "cpu", "--workers", "1"),
+            *("--precision", PEER_PRECISIONS[settings.precision]),
+            *("--device", "cpu", "--workers", "1"),
             *("--seed", str(settings.seed), "--logs", str(folder), "--name", "open_clip"),
             *("--log-every-n-steps", "1", "--save-frequency", str(epochs)),
         ],
@@ -202,10 +207,12 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="keep both runs here; default: a folder that goes")
+    add_precision(parser)
     settings = parser.parse_args()
     rows = len(open_source(TRAIN))
     if not 1 <= settings.batch <= rows:
         parser.error(f"--batch must be 1 to {rows}, the rows of {TRAIN}, found {settings.batch}")
+    chosen(settings)
     epochs = whole_epochs(settings.steps, settings.batch, rows)
     steps = epochs * (rows // settings.batch)
     with tempfile.TemporaryDirectory() as temporary:

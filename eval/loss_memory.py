@@ -3,6 +3,7 @@
     python eval/loss_memory.py --out runs/loss_memory                 # 1k to 64k pairs, one process
     python eval/loss_memory.py --out runs/loss_memory --ranks 1 2 4   # gloo processes instead
 
+Embeddings, and with them the products of open_clip's losses, are of one precision on both sides.
 Every figure is the peak resident memory of a fresh process during one forward and backward pass,
 above what it held before with the embeddings made: so it counts the embeddings' gradients and all
 that the loss needs besides. glibc is told to give back what is freed at once, for both sides, so
@@ -28,7 +29,6 @@ import gc
 import json
 import math
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -41,11 +41,13 @@ import matplotlib
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from bench import add_precision, chosen
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from vlm.losses.contrastive import sigmoid_loss, softmax_loss
+from vlm.precision import DTYPES, machine
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -53,7 +55,7 @@ from matplotlib import pyplot
 LOSSES = ("softmax", "sigmoid")
 SIDES = ("ours", "open_clip")
 MATRICES, MATRICES_PER_RANK = 2, 3
-"""Matrices of fp32 logits, local batch squared, that open_clip's losses hold at once, and how many
+"""Matrices of logits, local batch squared, that open_clip's losses hold at once, and how many
 more for each rank: about what is measured, used where no smaller point was."""
 
 
@@ -96,16 +98,17 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(call: Callable[..., Tensor], batch: int, width: int, seed: int = 0) -> dict[str, float]:
+def measure(
+    call: Callable[..., Tensor], batch: int, width: int, dtype: torch.dtype, seed: int = 0
+) -> dict[str, float]:
     """One forward and backward pass: peak MB above the state before, MB of the whole process at its
-    peak, seconds, and the loss."""
+    peak, seconds, and the loss. dtype: of the embeddings."""
 
     def tensors(count: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
         vectors = [F.normalize(torch.randn(count, width, generator=generator)) for _ in range(2)]
-        return [
-            t.requires_grad_() for t in (*vectors, torch.tensor(math.log(10)), torch.tensor(-10.0))
-        ]
+        scalars = torch.tensor(math.log(10)), torch.tensor(-10.0)
+        return [t.requires_grad_() for t in (*(x.to(dtype) for x in vectors), *scalars)]
 
     call(*tensors(64)).backward()  # what torch sets up once is not the loss's
     inputs = tensors(batch)
@@ -141,14 +144,14 @@ def against_batch(settings: argparse.Namespace) -> list[dict]:
     for batch, loss, side in tqdm(plan, desc="points", unit="point"):
         point = {"side": side, "loss": loss, "batch": batch}
         if side == "open_clip":
-            needed, room = estimate(points, loss, batch), available_mb()
+            needed, room = estimate(points, loss, batch, settings.precision), available_mb()
             if needed > settings.room * room:
                 reason = f"needs about {needed:.0f} MB, {room:.0f} MB are available"
                 tqdm.write(f"open_clip {loss} at {batch} is skipped: {reason}")
                 points.append({**point, "skipped": reason, "estimated_mb": needed})
                 continue
         command = [sys.executable, __file__, "--only", side, loss, str(batch)]
-        command += ["--width", str(settings.width)]
+        command += ["--width", str(settings.width), "--precision", settings.precision]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
@@ -156,11 +159,11 @@ def against_batch(settings: argparse.Namespace) -> list[dict]:
     return points
 
 
-def estimate(points: list[dict], loss: str, batch: int) -> float:
+def estimate(points: list[dict], loss: str, batch: int, precision: str) -> float:
     """MB that open_clip needs: by the square of the batch from its largest point so far."""
     known = [p for p in points if p["side"] == "open_clip" and p["loss"] == loss]
     if not known:
-        return (MATRICES + MATRICES_PER_RANK) * 4 * batch**2 / 2**20
+        return (MATRICES + MATRICES_PER_RANK) * DTYPES[precision].itemsize * batch**2 / 2**20
     last = max(known, key=lambda point: point["batch"])
     peak = last.get("peak_mb", last.get("estimated_mb"))
     return peak * (batch / last["batch"]) ** 2
@@ -178,7 +181,8 @@ def against_ranks(settings: argparse.Namespace) -> list[dict]:
         point = {"side": side, "loss": loss, "ranks": ranks, "local_batch": settings.local_batch}
         if side == "open_clip":
             matrices = MATRICES + MATRICES_PER_RANK * ranks
-            needed, room = matrices * 4 * settings.local_batch**2 / 2**20, available_mb()
+            size = DTYPES[settings.precision].itemsize * settings.local_batch**2
+            needed, room = matrices * size / 2**20, available_mb()
             if ranks * needed > settings.room * room:
                 reason = f"{ranks} x {needed:.0f} MB are needed, {room:.0f} MB are available"
                 points.append({**point, "skipped": reason, "estimated_mb": needed})
@@ -186,7 +190,7 @@ def against_ranks(settings: argparse.Namespace) -> list[dict]:
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(
                 measure_rank,
-                (ranks, folder, side, loss, settings.local_batch, settings.width),
+                (ranks, folder, side, loss, settings),
                 nprocs=ranks,
             )
             found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
@@ -201,13 +205,14 @@ def against_ranks(settings: argparse.Namespace) -> list[dict]:
 
 
 def measure_rank(
-    rank: int, ranks: int, folder: str, side: str, loss: str, batch: int, width: int
+    rank: int, ranks: int, folder: str, side: str, loss: str, settings: argparse.Namespace
 ) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks
     )
-    found = measure(loss_of(side, loss, rank, ranks), batch, width, seed=rank)
+    call, dtype = loss_of(side, loss, rank, ranks), DTYPES[settings.precision]
+    found = measure(call, settings.local_batch, settings.width, dtype, seed=rank)
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
@@ -226,7 +231,7 @@ def series(points: list[dict], side: str, loss: str) -> list[dict]:
     return [point for point in points if point["side"] == side and point["loss"] == loss]
 
 
-def draw_batches(points: list[dict], width: int, path: Path) -> None:
+def draw_batches(points: list[dict], settings: argparse.Namespace, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     for side, colour in zip(SIDES, ("tab:blue", "tab:orange")):
         for loss, line, mark in zip(LOSSES, ("-", "--"), ("o", "s")):
@@ -246,13 +251,13 @@ def draw_batches(points: list[dict], width: int, path: Path) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("pairs in the batch")
     axes.set_ylabel("peak memory of forward and backward pass, MB")
-    axes.set_title(f"Contrastive losses, one process, width {width}, fp32")
+    axes.set_title(f"Contrastive losses, one process, width {settings.width}, {settings.precision}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
 
 
-def draw_ranks(points: list[dict], width: int, batch: int, path: Path) -> None:
+def draw_ranks(points: list[dict], settings: argparse.Namespace, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     for side, loss, colour in (
         ("ours", "sigmoid", "tab:blue"),
@@ -275,7 +280,10 @@ def draw_ranks(points: list[dict], width: int, batch: int, path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("gloo processes")
     axes.set_ylabel("peak memory of one rank, forward and backward pass, MB")
-    axes.set_title(f"Contrastive losses, {batch} pairs on each rank, width {width}, fp32")
+    axes.set_title(
+        f"Contrastive losses, {settings.local_batch} pairs on each rank, width {settings.width}, "
+        f"{settings.precision}"
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -295,26 +303,29 @@ def main() -> None:
     parser.add_argument(
         "--room", type=float, default=0.8, help="share of available memory that a point may need"
     )
+    add_precision(parser)
     parser.add_argument("--only", nargs=3, help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.only:
         side, loss, batch = settings.only
-        print(json.dumps(measure(loss_of(side, loss), int(batch), settings.width)))
+        dtype = DTYPES[settings.precision]
+        print(json.dumps(measure(loss_of(side, loss), int(batch), settings.width, dtype)))
         return
     if settings.out is None:
         parser.error("--out is needed: the folder for figures and plot")
+    chosen(settings)
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**18))  # read as a process starts
     settings.out.mkdir(parents=True, exist_ok=True)
     settings.batches.sort()
     about = {
         "width": settings.width,
-        "dtype": "fp32",
+        "precision": settings.precision,
         "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": machine(),
     }
     if settings.ranks:
         points = against_ranks(settings)
-        draw_ranks(points, settings.width, settings.local_batch, settings.out / "ranks.png")
+        draw_ranks(points, settings, settings.out / "ranks.png")
         (settings.out / "ranks.json").write_text(json.dumps({**about, "points": points}, indent=1))
         print(
             f"{'side':10} {'loss':8} {'ranks':>6} {'peak MB':>9} {'of first':>9} {'process MB':>11}"
@@ -331,7 +342,7 @@ def main() -> None:
             )
         return
     points = against_batch(settings)
-    draw_batches(points, settings.width, settings.out / "batch.png")
+    draw_batches(points, settings, settings.out / "batch.png")
     (settings.out / "batch.json").write_text(json.dumps({**about, "points": points}, indent=1))
     print(f"{'side':10} {'loss':8} {'batch':>7} {'peak MB':>9} {'seconds':>8} {'value':>10}")
     for point in points:

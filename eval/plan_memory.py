@@ -4,10 +4,11 @@
 
 For each case, of every family that trains here, a step is rehearsed without data (see
 `vlm.training.rehearsal`), and two steps are carried out in a fresh process by the same objective,
-working weights and optimizer as `fit`'s. Measured is the process's peak resident memory during the
-second step, above what it held before the model was built, when a small model of the same kind had
-already run once, so that libraries and their compiled kernels are not counted. glibc is told to
-give back what is freed at once: so the figure is what is held, not what the allocator kept.
+working weights and optimizer as `fit`'s, in the same precision. Measured is the process's peak
+resident memory during the second step, above what it held before the model was built, when a small
+model of the same kind had already run once, so that libraries and their compiled kernels are not
+counted. glibc is told to give back what is freed at once: so the figure is what is held, not what
+the allocator kept.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench import add_precision, autocast, chosen
 from speed_training import llava, ours_from, peak_mb, reset_peak
 from torch import nn
 
 from vlm.lines import LineRow
 from vlm.pairs import Pair
 from vlm.placement import IMAGE
+from vlm.precision import DTYPES
 from vlm.prompts import Row
 from vlm.systems import line_reader, scratch
 from vlm.training.lean import lean, lean_ways
@@ -49,7 +52,6 @@ class Case:
     make: Callable[[bool], tuple[nn.Module, list[Any], Objective]]
     rates: tuple[tuple[str, float | None], ...] = (("*", 1e-4),)
     micro_batches: int = 1
-    precision: torch.dtype = torch.bfloat16
 
     @property
     def stage(self) -> Stage:
@@ -119,7 +121,6 @@ ADAPTOR = (("adaptor.*", 1e-3), ("*", FROZEN))
 CASES = {
     "decoder-only, adaptor": Case(make=decoder_only, rates=ADAPTOR),
     "decoder-only, all": Case(make=decoder_only),
-    "decoder-only, all, fp32": Case(make=decoder_only, precision=torch.float32),
     "decoder-only, all, 2 micro-batches": Case(make=decoder_only, micro_batches=2),
     "decoder-only, vocabulary of 128k": Case(
         make=lambda small: decoder_only(small, 131072), rates=ADAPTOR
@@ -127,7 +128,6 @@ CASES = {
     "contrastive, all": Case(make=contrastive),
     "contrastive, all, 2 micro-batches": Case(make=contrastive, micro_batches=2),
     "line reader, all": Case(make=lines),
-    "line reader, all, fp32": Case(make=lines, precision=torch.float32),
 }
 
 
@@ -137,10 +137,10 @@ def parts(rows: Sequence[Any], count: int) -> list[Sequence[Any]]:
     return [rows[number * size : (number + 1) * size] for number in range(count)]
 
 
-def planned_mb(case: Case) -> float:
+def planned_mb(case: Case, dtype: torch.dtype) -> float:
     """The peak of a rehearsed step in MB."""
     module, rows, objective = case.make(False)
-    rehearsal = Rehearsal(module, case.stage, objective, case.precision, gpu=False)
+    rehearsal = Rehearsal(module, case.stage, objective, dtype, gpu=False)
     return rehearsal.step(parts(rows, case.micro_batches)).peak.total / 2**20
 
 
@@ -152,15 +152,14 @@ def resident_mb() -> float:
     return int(line.split()[1]) / 1024
 
 
-def learn(case: Case, small: bool, before_last: Callable[[], None]) -> None:
+def learn(case: Case, dtype: torch.dtype, small: bool, before_last: Callable[[], None]) -> None:
     """Two steps as `fit` makes them; calls `before_last` between them."""
     module, rows, objective = case.make(small)
     ways = lean_ways(module)
-    prepare(module, case.stage, case.precision)
+    prepare(module, case.stage, dtype)
     optimizer = optimizer_for(module, case.stage)
-    working = WorkingWeights(module, case.precision)
+    working = WorkingWeights(module, dtype)
     trained = [p for p in module.parameters() if p.requires_grad]
-    low = case.precision == torch.bfloat16
     count = 1 if small else case.micro_batches
     batches = [batch for part in parts(rows, count) for batch in objective.collate(part)]
     del rows
@@ -168,19 +167,17 @@ def learn(case: Case, small: bool, before_last: Callable[[], None]) -> None:
         if last:
             before_last()
         with working.in_use(), lean(module, ways):
-            objective.backward(
-                module, batches, 100, lambda: torch.autocast("cpu", torch.bfloat16, enabled=low)
-            )
+            objective.backward(module, batches, 100, lambda: autocast(dtype))
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 
-def measured_mb(name: str) -> float:
+def measured_mb(name: str, dtype: torch.dtype) -> float:
     """The peak of a real step in this process, in MB above what it held before the model."""
-    learn(CASES[name], True, lambda: None)
+    learn(CASES[name], dtype, True, lambda: None)
     before = resident_mb()
-    learn(CASES[name], False, lambda: (resident_mb(), reset_peak()))
+    learn(CASES[name], dtype, False, lambda: (resident_mb(), reset_peak()))
     return peak_mb() - before
 
 
@@ -189,16 +186,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    add_precision(parser)
     parser.add_argument("--only", choices=list(CASES), help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.only:
-        print(json.dumps(measured_mb(settings.only)))
+        print(json.dumps(measured_mb(settings.only, DTYPES[settings.precision])))
         return
+    dtype = chosen(settings).dtype
     give_back = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_ARENA_MAX": "1"}
     print(f"{'case':36} {'planned MB':>11} {'measured MB':>12} {'difference':>11}")
     for name in settings.cases:
-        planned = planned_mb(CASES[name])
-        command = [sys.executable, __file__, "--only", name]
+        planned = planned_mb(CASES[name], dtype)
+        command = [sys.executable, __file__, "--only", name, "--precision", settings.precision]
         out = subprocess.run(
             command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | give_back
         ).stdout

@@ -5,11 +5,11 @@
 ViT-B/32 with random weights, softmax loss, batch 64, captions of 6 to 24 tokens. First both give
 their loss in fp32, which must agree to 1e-4. Then each variant trains in a process of its own, in
 turn, for several rounds: ours with the preparation, working weights, objective and optimizer of
-`fit`; open_clip with its model, `ClipLoss` and AdamW as its training script has them, in its
-precisions `amp_bf16` (fp32 weights under autocast) and `pure_bf16` (bf16 weights, its fastest,
-which loses small updates). Reported are the medians of samples/s and of the process's peak memory
-while it trains (building the model left out), and the ratios, which alone carry over to other
-machines.
+`fit`; open_clip with its model, `ClipLoss` and AdamW as its training script has them. In bf16 its
+precisions are `amp_bf16` (fp32 weights under autocast) and `pure_bf16` (bf16 weights, its fastest,
+which loses small updates), in fp32 there is `fp32` alone. Reported are the medians of samples/s and
+of the process's peak memory while it trains (building the model left out), and the ratios, which
+alone carry over to other machines of the kind.
 
 Where ours gains: open_clip's text tower computes all 77 places of every caption; in a causal tower
 read at the end token those behind it change nothing, and ours stops at the batch's longest.
@@ -28,6 +28,7 @@ import time
 
 import open_clip
 import torch
+from bench import add_precision, autocast, chosen
 from speed_training import peak_mb, reset_peak
 from torch import Tensor
 
@@ -36,12 +37,16 @@ from vlm.image_tokens import ViewGroup
 from vlm.losses.contrastive import softmax_loss
 from vlm.pairs import PairBatch
 from vlm.pixels import OPENAI, PixelSpec
+from vlm.precision import DTYPES
 from vlm.systems import clip, open_clip_config, open_clip_layout
 from vlm.training.objectives import Contrast
 from vlm.training.stages import Stage, optimizer_for, prepare
 from vlm.training.working import WorkingWeights
 
-VARIANTS = ("ours", "open_clip-amp_bf16", "open_clip-pure_bf16")
+VARIANTS = {
+    "bf16": ("ours", "open_clip-amp_bf16", "open_clip-pure_bf16"),
+    "fp32": ("ours", "open_clip-fp32"),
+}
 ARCHITECTURE = "ViT-B-32"
 BATCH = 64
 BEGIN, END = 49406, 49407
@@ -97,11 +102,10 @@ def losses(count: int = 8) -> tuple[float, float]:
         return float(mine), float(open_clip.ClipLoss()(images, texts, scale))
 
 
-def train(variant: str, steps: int) -> dict[str, float]:
+def train(variant: str, steps: int, dtype: torch.dtype) -> dict[str, float]:
     """Trains all weights; samples/s (median step), peak memory of the process in MB, last loss."""
     model = peer()
     ours, theirs = batches()
-    autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
     if variant == "ours":
         module = ours_from(model)
         del model
@@ -109,13 +113,13 @@ def train(variant: str, steps: int) -> dict[str, float]:
             name="speed", rates=(("*", 1e-4),), steps=steps, batch=BATCH, micro_batch=BATCH,
             warmup=0, weight_decay=0.2, betas=(0.9, 0.98),
         )  # fmt: skip
-        prepare(module, stage, torch.bfloat16)
+        prepare(module, stage, dtype)
         optimizer = optimizer_for(module, stage)
-        objective, working = Contrast("softmax"), WorkingWeights(module, torch.bfloat16)
+        objective, working = Contrast("softmax"), WorkingWeights(module, dtype)
 
         def learn() -> float:
             with working.in_use():
-                loss = objective.backward(module, [ours], BATCH, autocast)
+                loss = objective.backward(module, [ours], BATCH, lambda: autocast(dtype))
             optimizer.step()
             objective.after_step(module)
             return loss
@@ -132,7 +136,7 @@ def train(variant: str, steps: int) -> dict[str, float]:
         criterion = open_clip.ClipLoss()
 
         def learn() -> float:
-            with torch.autocast("cpu", torch.bfloat16, enabled=not pure):
+            with autocast(torch.float32 if pure else dtype):
                 images, texts, scale = model(pixels, theirs)
                 loss = criterion(images, texts, scale)
             loss.backward()
@@ -164,20 +168,24 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=4, help="steps in each; the first is not timed"
     )
-    parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
+    add_precision(parser)
+    parser.add_argument("--only", choices=sum(VARIANTS.values(), ()), help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.only:
-        print(json.dumps(train(settings.only, settings.steps)))
+        print(json.dumps(train(settings.only, settings.steps, DTYPES[settings.precision])))
         return
+    chosen(settings)
+    variants = VARIANTS[settings.precision]
     mine, theirs = losses()
     difference = abs(mine - theirs)
     print(f"fp32 loss: ours {mine:.6f}, open_clip {theirs:.6f}, difference {difference:.1e}")
     if difference > 1e-4:
         sys.exit("the losses differ: speeds would mean nothing")
-    found = {variant: [] for variant in VARIANTS}
+    found = {variant: [] for variant in variants}
     for _ in range(settings.rounds):
-        for variant in VARIANTS:
+        for variant in variants:
             command = [sys.executable, __file__, "--only", variant, "--steps", str(settings.steps)]
+            command += ["--precision", settings.precision]
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found[variant].append(json.loads(out.strip().splitlines()[-1]))
     medians = {

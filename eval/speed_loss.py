@@ -8,10 +8,10 @@ head: transformers' (as its Llava and PaliGemma classes do: logits at every plac
 cross-entropy of shifted labels), our plain one (logits at scored places only) and ours in chunks.
 
 First all three give loss and gradients in fp32 at a few places, which must agree to 1e-5. Then each
-runs in bf16 in a process of its own, in turn, for several rounds. Reported are the medians of
-seconds, of the processor's seconds (which other work on the machine changes less) and of the peak
-memory of a pass forward and backward above that of states and head, and the ratios, which alone
-carry over to other machines.
+runs in the same precision in a process of its own, in turn, for several rounds. Reported are the
+medians of seconds, of the processor's seconds (which other work on the machine changes less) and of
+the peak memory of a pass forward and backward above that of states and head, and the ratios, which
+alone carry over to other machines of the kind.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ import time
 from collections.abc import Callable
 
 import torch
+from bench import add_precision, chosen
 from speed_training import peak_mb, reset_peak
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from vlm.losses.token import backward_state_losses, token_losses
+from vlm.precision import DTYPES
 
 VARIANTS = ("ours", "ours-plain", "transformers")
 HEADS = ("frozen", "trainable")
@@ -101,7 +103,7 @@ def compare(settings: argparse.Namespace) -> float:
 
 def measure(variant: str, head: str, settings: argparse.Namespace) -> dict[str, float]:
     """Median seconds and peak MB of a pass above what is there before it."""
-    layer, states, *rest = inputs(settings, head, torch.bfloat16, settings.places)
+    layer, states, *rest = inputs(settings, head, DTYPES[settings.precision], settings.places)
     run = passes(variant, layer, states, *rest)
     seconds, busy, peaks = [], [], []
     for _ in range(settings.steps + 1):
@@ -133,16 +135,19 @@ def main() -> None:
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=HEADS)
     parser.add_argument("--rounds", type=int, default=3, help="processes of each variant")
     parser.add_argument("--steps", type=int, default=1, help="passes in each; one more goes before")
+    add_precision(parser)
     parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.only:
         print(json.dumps(measure(*settings.only, settings)))
         return
+    chosen(settings)
     if compare(settings) > TOLERANCE:
         sys.exit("losses or gradients differ: speeds would mean nothing")
     print(
-        f"bf16, {settings.places} places, {settings.scored:.0%} scored, width {settings.width}, "
-        f"{settings.vocab} ids; time and memory: ours / variant, lower is better"
+        f"{settings.precision}, {settings.places} places, {settings.scored:.0%} scored, "
+        f"width {settings.width}, {settings.vocab} ids; time and memory: ours / variant, lower is "
+        "better"
     )
     print(
         f"{'head':10} {'variant':13} {'s':>7} {'cpu s':>7} {'peak MB':>8} {'loss':>9} "
@@ -153,7 +158,7 @@ def main() -> None:
         for _ in range(settings.rounds):
             for variant in VARIANTS:
                 command = [sys.executable, __file__, "--only", variant, head]
-                for name in ("width", "vocab", "places", "scored", "steps"):
+                for name in ("width", "vocab", "places", "scored", "steps", "precision"):
                     command += [f"--{name}", str(getattr(settings, name))]
                 out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 found[variant].append(json.loads(out.strip().splitlines()[-1]))

@@ -4,9 +4,11 @@
     python eval/speed_retrieval.py --large 200000
 
 Embeddings are drawn from a seed: each text lies near its image, so that some are found and some are
-not. CLIP_benchmark's metric is written out here from its definition, for comparison only: all
-scores as one matrix, all right pairs as another, and for each k the share of queries with a right
-candidate among their k best, by one-hot vectors of the k best in batches of 64 queries.
+not; in bf16 they are rounded to it, as a model that computes in it gives them, and both metrics
+compute in fp32, as ours always does. CLIP_benchmark's metric is written out here from its
+definition, for comparison only: all scores as one matrix, all right pairs as another, and for each
+k the share of queries with a right candidate among their k best, by one-hot vectors of the k best
+in batches of 64 queries.
 Each variant runs in a process of its own, in turn, for several rounds. Reported are the medians
 of its seconds and of the memory it takes at its peak beyond what the process held before, with the
 embeddings; and the ratios, which alone carry over to other machines. Ours gives median ranks,
@@ -29,10 +31,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from bench import add_precision, chosen
 from torch import Tensor
 from torch.nn import functional
 
 from vlm.metrics.retrieval import retrieval
+from vlm.precision import DTYPES
 
 VARIANTS = ("ours", "clip_benchmark")
 KS = (1, 5, 10)
@@ -40,9 +44,16 @@ PEER_BATCH = 64
 
 
 def embeddings(
-    images: int, captions: int, width: int, noise: float, seed: int, device: str
+    images: int,
+    captions: int,
+    width: int,
+    noise: float,
+    seed: int,
+    device: str,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit rows float32[N, U] and [M, U] and each text's image int64[M], in a shuffled order."""
+    """Unit rows float32[N, U] and [M, U], rounded to `dtype`, and each text's image int64[M], in a
+    shuffled order."""
     generator = torch.Generator().manual_seed(seed)
     x = functional.normalize(torch.randn(images, width, generator=generator))
     owner = torch.randperm(images * captions, generator=generator) % images
@@ -50,6 +61,8 @@ def embeddings(
     for start in range(0, len(owner), 1 << 14):  # no second copy of all rows
         part = slice(start, start + (1 << 14))
         y[part] = functional.normalize(y[part] + x[owner[part]])
+    if dtype != torch.float32:
+        x, y = x.to(dtype).float(), y.to(dtype).float()
     return x.to(device), y.to(device), owner.to(device)
 
 
@@ -126,7 +139,8 @@ def run(variant: str, settings: argparse.Namespace) -> dict[str, float | dict[st
         (settings.large, 1) if settings.large else (settings.images, settings.captions)
     )
     device = settings.device
-    data = embeddings(count, captions, settings.width, settings.noise, settings.seed, device)
+    dtype = DTYPES[settings.precision]
+    data = embeddings(count, captions, settings.width, settings.noise, settings.seed, device, dtype)
     if device == "cpu":
         before = resident_mb("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
@@ -150,8 +164,9 @@ def run(variant: str, settings: argparse.Namespace) -> dict[str, float | dict[st
     }
 
 
-def in_own_process(variant: str) -> dict[str, float | dict[str, float]]:
+def in_own_process(variant: str, precision: str) -> dict[str, float | dict[str, float]]:
     command = [sys.executable, __file__, "--only", variant, *sys.argv[1:]]
+    command += ["--precision", precision]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(out.strip().splitlines()[-1])
 
@@ -182,18 +197,20 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each variant")
     parser.add_argument("--large", type=int, metavar="N", help="ours alone on N images, N texts")
+    add_precision(parser)
     parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.only:
         print(json.dumps(run(settings.only, settings)))
         return
+    precision = chosen(settings, settings.device).name
     if settings.large:
-        print_large(in_own_process("ours"), settings)
+        print_large(in_own_process("ours", precision), settings)
         return
     found = {variant: [] for variant in VARIANTS}
     for _ in range(settings.rounds):
         for variant in VARIANTS:
-            found[variant].append(in_own_process(variant))
+            found[variant].append(in_own_process(variant, precision))
     recalls = [run["recalls"] for runs in found.values() for run in runs]
     print(f"{'recall':18} {'ours':>10} {'clip_benchmark':>15}")
     for name, value in recalls[0].items():

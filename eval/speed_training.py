@@ -5,15 +5,16 @@
 Sizes are SigLIP-B/16-224 and SmolLM2-135M with random weights, batch 8, answers of unequal lengths.
 Stage 1 trains the adaptor, stage 2 the language model too, stage 3 all. First both give their loss
 in fp32, which must agree to 1e-4. Then each variant trains in a process of its own, in turn, for
-several rounds: ours with the step of `fit` (packed rows, working weights in bf16, fp32 masters, the
-loss in chunks), with a token cache too where the image tokenizer is frozen, Llava under autocast
-with fp32 weights (what a Trainer does with bf16=True), and Llava in pure bf16, trained weights too.
-Reported are the medians of samples/s and of the process's peak memory while it trains (building the
-model left out), and the ratios; the share of a bf16 matrix product's speed that our steps reach;
-and, with --profile, which operations their time goes to.
+several rounds: ours with the step of `fit` (packed rows, the loss in chunks, in bf16 working
+weights beside fp32 masters), with a token cache too where the image tokenizer is frozen. In bf16
+Llava trains under autocast with fp32 weights (what a Trainer does with bf16=True) and in pure bf16,
+trained weights too; in fp32 it has one variant. Reported are the medians of samples/s and of the
+process's peak memory while it trains (building the model left out), and the ratios; the operations
+a second that our steps reach; and, with --profile, which operations their time goes to.
 
-With --nanovlm, the folder of a checkout of nanoVLM, the same is done beside it, under autocast as
-its own training does, for a model of its structure: SigLIP's normed tokens and one linear map.
+With --nanovlm, the folder of a checkout of nanoVLM, the same is done beside it, in bf16 under
+autocast as its own training does, for a model of its structure: SigLIP's normed tokens and one
+linear map.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench import add_precision, autocast, chosen
 from nanovlm import nanovlm_of
 from torch import Tensor, nn
 from transformers import (
@@ -50,13 +52,13 @@ from vlm.image_tokens import ViewGroup
 from vlm.losses.token import token_losses
 from vlm.pixels import HALF, PixelSpec
 from vlm.placement import IMAGE, Batch
+from vlm.precision import DTYPES
 from vlm.prompts import Row
 from vlm.tokenizers.encoders import ENCODERS
 from vlm.tokenizers.transformers import TransformersTokenizer
 from vlm.training.flops import flop_counter
 from vlm.training.lean import lean, lean_ways
 from vlm.training.memory import give_back_large_blocks
-from vlm.training.meter import peak_flops
 from vlm.training.objectives import NextToken
 from vlm.training.stages import FROZEN, Stage, optimizer_for, prepare
 from vlm.training.token_cache import cached_tokens
@@ -65,7 +67,7 @@ from vlm.training.working import WorkingWeights
 Step = Callable[[], float]
 FlopsOf = Callable[[], int]
 
-VARIANTS = ("ours", "llava-autocast", "llava-bf16")
+VARIANTS = {"bf16": ("ours", "llava-autocast", "llava-bf16"), "fp32": ("ours", "llava-fp32")}
 CACHED = "ours, tokens kept"
 """Ours where the image tokenizer is frozen, from the second epoch on."""
 NANO = ("ours-linear", "nanovlm")
@@ -226,7 +228,11 @@ def rows_of(batch: Batch) -> list[Row]:
 
 
 def step_of_ours(
-    peer: LlavaForConditionalGeneration, stage: int, linear: bool = False, cached: bool = False
+    peer: LlavaForConditionalGeneration,
+    stage: int,
+    dtype: torch.dtype,
+    linear: bool = False,
+    cached: bool = False,
 ) -> tuple[Step, FlopsOf]:
     """A step as `vlm.training.fit` makes it, and one whose operations are to be counted. cached:
     with a token cache, as long as the process lasts."""
@@ -237,9 +243,9 @@ def step_of_ours(
         name="speed", rates=RATES[stage], steps=1, batch=BATCH, micro_batch=BATCH, warmup=0
     )
     ways = lean_ways(module)
-    prepare(module, rates, torch.bfloat16)
+    prepare(module, rates, dtype)
     optimizer = optimizer_for(module, rates)
-    working = WorkingWeights(module, torch.bfloat16)
+    working = WorkingWeights(module, dtype)
     if cached:
         held = contextlib.ExitStack()
         atexit.register(held.close)
@@ -250,12 +256,12 @@ def step_of_ours(
     scored = sum(objective.count(part).scored for part in batches)
     trained = [p for p in module.parameters() if p.requires_grad]
 
-    def autocast() -> contextlib.AbstractContextManager:
-        return torch.autocast("cpu", torch.bfloat16)
+    def computes() -> contextlib.AbstractContextManager:
+        return autocast(dtype)
 
     def step() -> float:
         with working.in_use(), lean(module, ways):
-            loss = objective.backward(module, batches, scored, autocast)
+            loss = objective.backward(module, batches, scored, computes)
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -263,7 +269,7 @@ def step_of_ours(
 
     def counted() -> int:
         with flop_counter() as counter, working.in_use():
-            objective.backward(module, batches, scored, autocast)
+            objective.backward(module, batches, scored, computes)
         optimizer.zero_grad(set_to_none=True)
         return counter.get_total_flops()
 
@@ -282,7 +288,7 @@ def step_of_llava(peer: LlavaForConditionalGeneration, stage: int, variant: str)
     peer.train()
 
     def loss() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=variant == "llava-autocast"):
+        with autocast(torch.bfloat16 if variant == "llava-autocast" else torch.float32):
             given = theirs
             if variant == "llava-bf16":
                 given = theirs | {"pixel_values": theirs["pixel_values"].bfloat16()}
@@ -291,7 +297,9 @@ def step_of_llava(peer: LlavaForConditionalGeneration, stage: int, variant: str)
     return step_of_peer(peer, loss)
 
 
-def step_of_nanovlm(peer: LlavaForConditionalGeneration, stage: int, folder: Path) -> Step:
+def step_of_nanovlm(
+    peer: LlavaForConditionalGeneration, stage: int, dtype: torch.dtype, folder: Path
+) -> Step:
     """A step as nanoVLM's own training makes it."""
     _, theirs = batch_for(peer, BATCH)
     model = nanovlm_of(folder, ours_from(peer, linear=True), peer.config.image_token_id)
@@ -301,7 +309,7 @@ def step_of_nanovlm(peer: LlavaForConditionalGeneration, stage: int, folder: Pat
     model.train()
 
     def loss() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(dtype):
             return nanovlm_loss(model, theirs)
 
     return step_of_peer(model, loss)
@@ -323,25 +331,24 @@ def step_of_peer(model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
     return step
 
 
-def train(
-    variant: str, stage: int, steps: int, profiled: bool, folder: Path | None
-) -> dict[str, Any]:
-    """Trains; samples/s (median step), peak memory in MB, the first loss, and of ours the share of
-    a matrix product's speed and, where asked for, a table of operations."""
+def train(variant: str, stage: int, settings: argparse.Namespace) -> dict[str, Any]:
+    """Trains; samples/s (median step), peak memory in MB, the first loss, and of ours the GFLOP/s
+    and, where asked for, a table of operations."""
+    dtype = DTYPES[settings.precision]
     peer = llava()
     counted = None
     if variant in ("ours", "ours-linear", CACHED):
         linear, cached = variant == "ours-linear", variant == CACHED
-        step, counted = step_of_ours(peer, stage, linear, cached)
+        step, counted = step_of_ours(peer, stage, dtype, linear, cached)
     elif variant == "nanovlm":
-        step = step_of_nanovlm(peer, stage, folder)
+        step = step_of_nanovlm(peer, stage, dtype, settings.nanovlm)
     else:
         step = step_of_llava(peer, stage, variant)
     del peer
     gc.collect()
     reset_peak()
     seconds, first = [], None
-    for _ in range(steps):
+    for _ in range(settings.steps):
         start = time.perf_counter()
         loss = step()
         first = loss if first is None else first
@@ -352,9 +359,8 @@ def train(
         "loss": first,
     }
     if counted is not None:
-        peak, _ = peak_flops(torch.device("cpu"), torch.bfloat16)
-        found["mfu"] = counted() / statistics.median(seconds[1:]) / peak
-    if profiled:
+        found["gflops"] = counted() / statistics.median(seconds[1:]) / 1e9
+    if settings.profile:
         with torch.profiler.profile() as profile:
             step()
         table = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=14)
@@ -373,20 +379,23 @@ def main() -> None:
     )
     parser.add_argument("--profile", action="store_true", help="where the time of ours goes")
     parser.add_argument("--nanovlm", type=Path, help="a checkout of nanoVLM, to compare beside")
-    parser.add_argument("--only", choices=(*VARIANTS, CACHED, *NANO), help=argparse.SUPPRESS)
+    add_precision(parser)
+    names = (*sum(VARIANTS.values(), ()), CACHED, *NANO)
+    parser.add_argument("--only", choices=names, help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.steps < 2:
         parser.error(f"--steps: expected at least 2, found {settings.steps}")
     if settings.only:
         (stage,) = settings.stages
-        found = train(settings.only, stage, settings.steps, settings.profile, settings.nanovlm)
-        print(json.dumps(found))
+        print(json.dumps(train(settings.only, stage, settings)))
         return
+    chosen(settings)
+    variants = VARIANTS[settings.precision]
     require_same(*losses(llava()), "Llava")
     if settings.nanovlm:
         require_same(*losses_beside_nanovlm(llava(), settings.nanovlm), "nanoVLM")
     for stage in settings.stages:
-        compare(stage, (*VARIANTS, CACHED) if stage < 3 else VARIANTS, settings)
+        compare(stage, (*variants, CACHED) if stage < 3 else variants, settings)
         if settings.nanovlm:
             compare(stage, NANO, settings)
     print("speed: ours / variant, higher is better; memory: ours / variant, lower is better")
@@ -406,7 +415,7 @@ def compare(stage: int, variants: tuple[str, ...], settings: argparse.Namespace)
     for _ in range(settings.rounds):
         for variant in variants:
             command = [sys.executable, __file__, "--only", variant, "--steps", str(settings.steps)]
-            command += ["--stages", str(stage)]
+            command += ["--stages", str(stage), "--precision", settings.precision]
             if settings.nanovlm:
                 command += ["--nanovlm", str(settings.nanovlm)]
             if settings.profile and variant == ours and not found[variant]:
@@ -418,8 +427,8 @@ def compare(stage: int, variants: tuple[str, ...], settings: argparse.Namespace)
         variant: {key: statistics.median(run[key] for run in runs) for key in keys}
         for variant, runs in found.items()
     }
-    mfu = statistics.median(run["mfu"] for run in found[ours])
-    print(f"\nstage {stage}; ours at {mfu:.0%} of a bf16 matrix product's speed")
+    gflops = statistics.median(run["gflops"] for run in found[ours])
+    print(f"\nstage {stage}; ours at {gflops:,.0f} GFLOP/s")
     print(f"{'variant':18} {'samples/s':>10} {'peak MB':>9} {'loss':>8} {'speed':>7} {'memory':>7}")
     for variant, figures in medians.items():
         print(

@@ -1,5 +1,4 @@
-"""Attention by whole products, for work in bf16 on CPUs with instructions for it but no matrix tiles
-(AMX).
+"""Attention by whole products, for bf16 on CPUs with instructions for it but no matrix tiles (AMX).
 
 torch's fused attention there computes scores in parts that are too small for its products, backward
 more so than forward. For the few hundred places of a picture or of an example, a product for many

@@ -125,9 +125,10 @@ def test_what_open_clip_cannot_represent_is_refused_by_its_key():
         open_clip_config.siglip_model_cfg(published)
 
 
-def test_the_timed_model_of_open_clip_is_of_our_recipes_size(tmp_path):
+def test_the_timed_model_of_open_clip_is_of_our_recipes_size(tmp_path, monkeypatch):
     """That of eval/contrastive_beside_open_clip.py."""
     path = Path(__file__).parents[2] / "eval/contrastive_beside_open_clip.py"
+    monkeypatch.syspath_prepend(path.parent)  # as for a script, whose neighbours it finds
     spec = importlib.util.spec_from_file_location("eval_beside_open_clip", path)
     beside = importlib.util.module_from_spec(spec)
     sys.modules["eval_beside_open_clip"] = beside  # where timm looks up who registers a model
