@@ -100,7 +100,7 @@ def test_command_checks_the_others_where_a_source_does_not_open(folder, capsys):
     path = write(folder, GOOD)
     assert check(folder / "gone.jsonl", path) == 1
     out = capsys.readouterr().out
-    assert "gone.jsonl: cannot be opened" in out
+    assert "gone.jsonl: cannot be read" in out
     assert "1 rows checked" in out
 
 

@@ -172,10 +172,12 @@ def test_resumed_run_keeps_its_precision_and_says_so(tmp_path, measured, capsys,
 def test_processes_compute_in_what_all_are_fast_in(monkeypatch, measured):
     measured(2.0)
     slow = Choice(name="fp32", reason="slow")
-    monkeypatch.setattr(launch, "gather_object", lambda mine: [*mine, slow])
+    monkeypatch.setattr(launch, "gather_object", lambda mine: [*mine, ("auto", slow)])
     settings = SimpleNamespace(precision="auto")
     state = SimpleNamespace(device=torch.device("cpu"), num_processes=2)
     assert launch._agreed(settings, state) == slow
+    monkeypatch.setattr(launch, "gather_object", lambda mine: [*mine, ("fp32", slow)])
+    assert launch._agreed(settings, state).name == "bf16"  # and `_require_alike` refuses
 
 
 def test_plan_takes_the_precision_of_the_machine_that_is_planned_for(measured):

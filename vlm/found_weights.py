@@ -76,6 +76,12 @@ def weights_in(found: Any, path: Path, state: str | None = None) -> dict[str, Te
     if not plain and len(averaged) > 1:
         raise WeightsError(f"{path}: holds averaged weights alone: {_choices(path, averaged)}")
     taken = (named or plain or averaged)[0]
+    others = [key for key in plain if key != taken]
+    if others:
+        warnings.warn(
+            f"{path}: {taken!r} is taken; other weights are there too: {_choices(path, others)}",
+            stacklevel=2,
+        )
     if taken in averaged:
         warnings.warn(f"{path}: averaged weights, {taken!r}, are taken: no others are there",
                       stacklevel=2)  # fmt: skip

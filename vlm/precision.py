@@ -26,6 +26,9 @@ SMALL = (64, 256, 256)
 """Rows, inputs and outputs of the first products of a probe: milliseconds where bf16 is slow."""
 MEDIUM = (128, 512, 512)
 LARGE = (512, 1024, 1024)
+FASTER = 1.1
+"""How many times as fast bf16 must be to be taken unasked, so that two runs on a machine that is
+alike in both do not differ."""
 SLOW = 4.0
 """Dtypes of which one is slower by this factor in small products need no larger ones."""
 INSTRUCTIONS = (
@@ -58,8 +61,8 @@ class Choice:
     """The precision of a run or a model on a device.
 
     name: "bf16" or "fp32". reason: why, for people, such as "AMD EPYC (AVX2): bf16 products at
-    0.06x the speed of fp32". slower: how many times slower than the other precision this one is;
-    None where it is not, or where that is not known.
+    0.06x the speed of fp32". slower: how many times slower than fp32 bf16 is, where it is taken all
+    the same; else None.
     """
 
     name: str
@@ -72,7 +75,7 @@ class Choice:
 
     def warning(self) -> str | None:
         """One line for a precision that is slow on the device; None where it is not."""
-        if self.slower is None or self.name == "fp32":
+        if self.slower is None:
             return None
         return (
             f"computing in {self.name}, though this device multiplies {self.slower:.3g} times as "
@@ -88,15 +91,16 @@ def choose(asked: Precision, device: torch.device | str) -> Choice:
     """
     if asked not in ("auto", *DTYPES):
         raise ValueError(f"precision is one of auto, {', '.join(DTYPES)}, found {asked!r}")
+    if asked == "fp32":
+        return Choice(name="fp32", reason="as asked")
     device = torch.device(device)
     ratio, reason = speed_ratio(device, torch.bfloat16)
     if asked == "auto":
-        return Choice(name="bf16" if ratio > 1 else "fp32", reason=reason)
-    if asked == "fp32":
-        return Choice(name="fp32", reason="as asked", slower=ratio if ratio > 1 else None)
+        return Choice(name="bf16" if ratio > FASTER else "fp32", reason=reason)
     if ratio == 0:
         raise PrecisionError(
-            f"precision bf16: expected a device that computes in it, found {reason}"
+            f"precision bf16: the device does not compute in it ({reason}); take fp32 or auto, for "
+            "a run that is resumed with --change precision"
         )
     return Choice(name="bf16", reason=reason, slower=1 / ratio if ratio < 1 else None)
 
@@ -124,6 +128,8 @@ def _speed_ratio(device: str, dtype: torch.dtype) -> tuple[float, str]:
         return 0.5, f"{known} has no units for {name}"
     try:
         seconds = _probe(torch.device(device), dtype)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         return 0.0, f"{device_name(device)}: {str(error).strip().splitlines()[0][:120]}"
     ratio = seconds[torch.float32] / seconds[dtype]
@@ -155,9 +161,11 @@ def _rounds(
 ) -> dict[torch.dtype, float]:
     products = {kind: _products(device, kind, shape) for kind in (torch.float32, dtype)}
     best = dict.fromkeys(products, float("inf"))
-    for _ in range(rounds):
+    for number in range(rounds):
         for kind, run in products.items():
             best[kind] = min(best[kind], run())
+        if number and max(best.values()) > SLOW * min(best.values()):
+            break
     return best
 
 

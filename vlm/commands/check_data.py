@@ -58,10 +58,10 @@ class CheckData:
         bad_boxes = "tell" if self.bad_boxes == "stop" else "skip"
         try:
             source = open_source(spec, bad_boxes=bad_boxes, ignore_keys=self.ignore_keys)
+            report = check_source(source, self.rows, self.workers or os.cpu_count() or 1)
         except BadSource as error:
-            console.print(f"{spec}: cannot be opened: {error}", style="bold red", markup=False)
+            console.print(f"{spec}: cannot be read: {error}", style="bold red", markup=False)
             return False
-        report = check_source(source, self.rows, self.workers or os.cpu_count() or 1)
         show_report(report, console)
         return report.clean
 

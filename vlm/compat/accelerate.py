@@ -17,16 +17,22 @@ def launch(arguments: list[str]) -> tuple[int, str]:
     torch's elastic agent in this one, whose log only repeats their exit codes.
     """
     import logging
+    import signal
     import subprocess
 
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    # A terminal sends Ctrl-C to the child as well, which saves and ends, and is waited for.
+    signal.signal(signal.SIGINT, lambda *_: None)
     parser = launch_command_parser()
     parser.prog = "vlm launch"
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         launch_command(parser.parse_args(arguments))
+    except SignalException as error:
+        return 128 + error.sigval, ""
     except subprocess.CalledProcessError as error:
         code = error.returncode
     except ChildFailedError as error:

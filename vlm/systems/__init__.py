@@ -81,7 +81,7 @@ def compute_in(module: nn.Module, dtype: str, device: str) -> None:
     """
     import torch
 
-    from vlm.precision import speed_ratio
+    from vlm.precision import FASTER, speed_ratio
     from vlm.weights import cast_parameters
 
     _require_dtype(dtype)
@@ -90,11 +90,12 @@ def compute_in(module: nn.Module, dtype: str, device: str) -> None:
     chosen = _own_dtype(module) if dtype == "auto" else getattr(torch, dtype)
     if chosen in (torch.bfloat16, torch.float16):
         ratio, reason = speed_ratio(device, chosen)
-        if dtype == "auto" and ratio <= 1:
+        if dtype == "auto" and ratio <= FASTER:
             chosen = torch.float32
         elif ratio == 0:
             raise ValueError(
-                f"dtype {dtype!r}: expected one that the device computes in, found {reason}"
+                f"dtype {dtype!r}: the device does not compute in it ({reason}); "
+                "take auto or float32"
             )
         elif ratio < 1:
             warnings.warn(
@@ -237,6 +238,8 @@ def _of_file(source: str | Path) -> Pairing | None:
     from vlm.systems import weights_file
 
     file = weights_file.file_of(source)
+    if file is None:
+        return None
     if file.model is None and (file.path.parent / CONFIGS[0]).is_file():
         if file.state is not None:
             raise ValueError(

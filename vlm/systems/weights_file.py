@@ -96,15 +96,16 @@ def file_of(source: str | Path) -> File | None:
 
 
 def _newest(folder: Path) -> File | None:
-    """The last checkpoint of an open_clip training; None for another folder."""
+    """The last checkpoint of an open_clip training; None for another folder, also one of a training
+    that has written none yet. epoch_latest.pt, where it is, was written last."""
     if not (folder / PARAMS).is_file():
         return None
     there = {int(EPOCH.fullmatch(p.name)[1]): p for p in folder.glob("checkpoints/epoch_*.pt")
              if EPOCH.fullmatch(p.name)}  # fmt: skip
     latest = folder / "checkpoints" / "epoch_latest.pt"
-    if there:
-        return File(there[max(there)], None, None)
-    return File(latest, None, None) if latest.is_file() else None
+    if latest.is_file():
+        return File(latest, None, None)
+    return File(there[max(there)], None, None) if there else None
 
 
 def load(file: File) -> Pairing:

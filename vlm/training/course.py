@@ -105,8 +105,9 @@ class Course:
 
     def check(self, data: MixtureDataset, *evaluated: Source | None) -> None:
         """Looks at the first rows of all sources, and says and raises as `check_start` does."""
-        sources = [*data.sources, *(source for source in evaluated if source is not None)]
-        check_start(sources, self.settings.bad_rows, self.say)
+        check_start(data.sources, self.settings.bad_rows, self.say)
+        evaluated_on = [source for source in evaluated if source is not None]
+        check_start(evaluated_on, None, self.say)  # `held_out` judges the rows that are evaluated
 
     def held_out(self, model: Any, source: Source | None) -> HeldOut:
         """The rows of a source that the settings evaluate, without those that cannot be, which are

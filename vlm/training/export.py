@@ -73,8 +73,8 @@ def settings_of(run: Path, recipe: Path | None = None) -> BaseSettings:
     except ValueError as error:
         raise RunError(f"{file}: expected settings as JSON, found it broken ({error})") from error
     place, _, name = values.pop("recipe", "").rpartition(":")
-    for name in ("stage", PRECISION_REASON):
-        values.pop(name, None)
+    for key in ("stage", PRECISION_REASON):
+        values.pop(key, None)
     if recipe is not None:
         found = recipe_in(recipe).Settings
     elif place.startswith("vlm."):

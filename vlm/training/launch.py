@@ -210,12 +210,16 @@ def accelerator_for(settings: BaseSettings) -> tuple[Accelerator, int, Choice]:
 
 
 def _agreed(settings: BaseSettings, state: PartialState) -> Choice:
-    """The precision that all processes compute in."""
+    """The precision that all processes compute in; where they were asked for different ones, each
+    has its own, which `_require_alike` refuses."""
     choice = choose(settings.precision, state.device)
-    if state.num_processes > 1 and settings.precision == "auto":
-        everyone = gather_object([choice])
-        choice = next((other for other in everyone if other.name == "fp32"), everyone[0])
-    return choice
+    if state.num_processes == 1:
+        return choice
+    everyone = gather_object([(settings.precision, choice)])
+    if {asked for asked, _ in everyone} != {"auto"}:
+        return choice
+    choices = [other for _, other in everyone]
+    return next((other for other in choices if other.name == "fp32"), choices[0])
 
 
 def sharding_of(settings: BaseSettings, accelerator: Accelerator) -> Shard:

@@ -40,7 +40,8 @@ def read_labels(categories: list[dict[str, Any]], used: np.ndarray, file: str) -
     (('cup',), [-1, 0], "1 categories without boxes and with another's name, left out: 0 ('cup')")
     """
     names = [_name_of(category) for category in categories]
-    belonged_to = {category.get("supercategory") for category in categories}
+    above = [category.get("supercategory") for category in categories]
+    belonged_to = {name for name in above if isinstance(name, str)}
     kept: dict[str, int] = {}
     for i, name in enumerate(names):
         held = kept.get(name)

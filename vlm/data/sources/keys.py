@@ -119,16 +119,17 @@ class UnreadKeys:
             return
         key = str(key)
         held = self.found.get(key)
-        if held is not None:
+        changes = changes_meaning(key, value, meaning)
+        if held is not None and (held.changes or not changes):
             held.count += count
             return
-        changes = changes_meaning(key, value, meaning)
         if self.stops and changes and key not in self.ignore:
             raise BadSource(
                 f"{name}: key {key!r} ({_what(key, meaning)}) is not read, and without it the row "
                 f"says something else: {short(value)}; --ignore-keys {key} leaves it out"
             )
-        self.found[key] = UnreadKey(count, name, short(value), changes)
+        before = 0 if held is None else held.count
+        self.found[key] = UnreadKey(before + count, name, short(value), changes)
         if self.tells:
             print(f"{name}: key {key!r} is not read: {short(value)}", file=sys.stderr)
 
