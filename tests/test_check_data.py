@@ -153,7 +153,7 @@ def test_run_starts_with_one_line_where_all_is_well(folder):
 
 def test_run_stops_before_its_first_step_or_counts_bad_rows(folder):
     bad = {"image": "gone.png", "caption": "x"}
-    with pytest.raises(BadRow, match=r"^rows.jsonl:2: image file 'gone.png' is not under \S+$"):
+    with pytest.raises(BadRow, match=r"^rows.jsonl:2: image file 'gone.png' is not under \S+"):
         start([open_source(write(folder, GOOD, bad))])
     source = open_source(write(folder, GOOD, bad, bad))
     with pytest.raises(BadRow, match=r"rows.jsonl:2: .*one of 2 such among the first 3 rows of"):

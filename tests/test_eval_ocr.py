@@ -199,7 +199,7 @@ def test_lines_are_told_apart_by_font_where_the_source_says(made, monkeypatch):
     )
     source.font_of = lambda row: ("serif", "brush")[row % 2]
     source.hand_of = lambda row: row % 2 == 1
-    monkeypatch.setattr(evaluation, "open_source", lambda text: source)
+    monkeypatch.setattr(evaluation, "open_source", lambda text, **_: source)
     found = run(made)["readers"]["fake"]["by"]
     assert list(found["font"]) == ["brush", "serif"]
     assert list(found["kind"]) == ["handwriting", "printed"]
