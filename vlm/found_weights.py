@@ -114,7 +114,7 @@ def _read_torch(path: Path) -> Any:
         mapped = zipfile.is_zipfile(path)  # so that an optimizer's state is not read
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, ValueError,
-            KeyError) as error:  # fmt: skip
+            KeyError, TypeError, AttributeError, IndexError) as error:  # fmt: skip
         objects = _objects_in(path)
         if objects:
             raise WeightsError(

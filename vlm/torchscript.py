@@ -72,10 +72,12 @@ class _Unpickler(pickle.Unpickler):
         self._storages: dict[str, Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
+        # A pickle may set attributes of what it is given, so it is given nothing that others use.
         if module.split(".")[0] == "__torch__":
-            return _Part
+            return type("Part", (_Part,), {})
         if (module, name) in KNOWN:
-            return KNOWN[module, name]
+            call = KNOWN[module, name]
+            return lambda *given: call(*given)
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
         raise pickle.UnpicklingError(f"{module}.{name} is not read")
