@@ -99,6 +99,7 @@ def test_first_use_names_an_untested_library_in_one_line(command, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", command],
         env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,  # the folder of the tests may hold the metadata of an editable install
         capture_output=True,
         text=True,
     )
