@@ -72,7 +72,7 @@ def ours_from(model: transformers.VisionEncoderDecoderModel) -> EncoderDecoder:
     module = trocr.build(SIZE)
     vision = module.tokenizer.config.vision_config
     key_map = trocr.key_map_for(vision)
-    state = first_names(model.state_dict(), key_map, trocr.unused_of(vision), "transformers")
+    state, _ = first_names(model.state_dict(), key_map, trocr.unused_of(vision), "transformers")
     own = {key: state[published_name(key, key_map)] for key in module.state_dict()}
     module.load_state_dict(own)
     return module
