@@ -2,9 +2,9 @@
 
 - Operators without a public function: `linear_prepacked`, `prepack_linear`, `can_prepack`
   (weights in oneDNN's layout, `vlm.inference.packed`), `softmax_backward` (`vlm.attention`),
-  `silu_backward` (`vlm.training.lean`), `multiply_all_` and `copy_all_` (clipping and working
-  weights), and those whose flops and shapes are counted by hand (`CPU_ATTENTION`,
-  `CPU_ATTENTION_BACKWARD`, `CTC`, `CTC_BACKWARD`, `SCALAR`, `UNSAFE_INDEX`).
+  `silu_backward` (`vlm.training.lean`), `gelu_` (`vlm.inference.mlp_parts`), `multiply_all_` and
+  `copy_all_` (clipping and working weights), and those whose flops and shapes are counted by hand
+  (`CPU_ATTENTION`, `CPU_ATTENTION_BACKWARD`, `CTC`, `CTC_BACKWARD`, `SCALAR`, `UNSAFE_INDEX`).
 - Fake tensors, dispatch modes and trees of tensors: `vlm.training.rehearsal`.
 - What a tensor is made of: `base_of`, `version_of`.
 - The tables of a module: `own_parameters`, `with_child`, `has_hooks`, `has_forward_pre_hook`.
@@ -50,6 +50,7 @@ __all__ = [
     "can_prepack",
     "checkpoint",
     "copy_all_",
+    "gelu_",
     "has_forward_pre_hook",
     "has_hooks",
     "linear_prepacked",
@@ -107,6 +108,11 @@ def softmax_backward(grad: Tensor, shares: Tensor) -> Tensor:
 def silu_backward(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of x from that of silu(x)."""
     return _aten.silu_backward(grad, x)
+
+
+def gelu_(x: Tensor, approximate: str) -> Tensor:
+    """GELU in place; the tensor itself."""
+    return _aten.gelu_(x, approximate=approximate)
 
 
 def multiply_all_(tensors: Sequence[Tensor], factor: float) -> None:

@@ -20,6 +20,7 @@ from vlm.compat.transformers import CACHE
 from vlm.families.encoder_decoder import EncoderDecoder, Memory
 from vlm.image_tokens import ViewGroup, map_pixels
 from vlm.inference.engine import Written, answer_losses, check_options
+from vlm.inference.mlp_parts import mlps_in_parts
 from vlm.inference.packed import packed_layers
 from vlm.inference.stepper import IMAGE_ROWS, stepper_of
 from vlm.placement import Batch
@@ -41,7 +42,7 @@ def encode(module: EncoderDecoder, groups: Sequence[ViewGroup]) -> Memory:
             rows = slice(start, start + step)
             pixels = map_pixels(lambda part, rows=rows: part[rows], group.pixels)
             parts.append(ViewGroup(pixels=pixels, owner=group.owner[rows]))
-    with packed_layers(module.tokenizer, IMAGE_ROWS):
+    with packed_layers(module.tokenizer, IMAGE_ROWS), mlps_in_parts(module.tokenizer):
         return module.encode(parts)
 
 
