@@ -91,7 +91,7 @@ def ask_rows(
     """What the model answers about each picture of the rows, in their order, on every rank.
 
     Batches of consecutive rows are dealt out to the ranks, so that a batch is the same on any
-    number of them and no row is seen twice (T19).
+    number of them and no row is seen twice.
     """
     starts = range(0, len(rows), settings.batch_size)
     mine = starts[accelerator.process_index :: accelerator.num_processes]

@@ -2,7 +2,7 @@
 
 A text is brought to ids once, here, for training, evaluation and the public model alike: cut to
 the model's context with its end token kept and the cut counted, and padded as the model was
-trained. SigLIP attends its pads, so that its texts always have the full length (T3's exception);
+trained. SigLIP attends its pads, so that its texts always have the full length;
 there is no way to ask for less.
 
 Shapes: B example, V view, T text position.

@@ -121,7 +121,7 @@ class Processor:
     @property
     def loc(self) -> LocTokens | None:
         """How boxes are written. Setting it raises ValueError where the text tokenizer lacks one of
-        the tokens (T7: each is one id)."""
+        the tokens (each is one id)."""
         return self._loc
 
     @loc.setter

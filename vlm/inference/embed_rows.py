@@ -1,7 +1,7 @@
 """The rows of a source as vectors: streamed, and shared among processes.
 
 Batches are runs of rows, dealt to processes in turn, so that what a batch holds, and with it every
-vector, is the same on any number of processes, divisible or not (T19). A process that gets none
+vector, is the same on any number of processes, divisible or not. A process that gets none
 takes part all the same. Of a picture or a text only its vector is kept.
 
 Shapes: N row, U shared embedding width, n text.

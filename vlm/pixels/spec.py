@@ -3,7 +3,7 @@
 Every published preprocessing in reach is one resize, then one window (a crop or a padding), then
 one normalisation. They differ in which box the resize aims at, how a side is rounded to whole
 pixels, which way half a pixel goes when the window is centred, and which library resamples. On
-square pictures most of these choices agree, so that mistakes hide there (trap T18): everything
+square pictures most of these choices agree, so that mistakes hide there: everything
 here is stated, and tested, for pictures and targets that are not square.
 """
 

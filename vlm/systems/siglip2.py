@@ -6,7 +6,7 @@ A picture becomes as many whole patches as the folder's image processor allows (
 whatever the folder says, unless told otherwise at each call; ours takes the folder's number, and
 `with_size` of the processor's `pixel_spec` gives another, which is saved with the model. Texts are
 lower-cased, end with `<eos>` and always have 64 places, mostly pads; the state at the last one
-stands for the text. The text tower sees no attention mask (trap T3's exception) unless the folder's
+stands for the text. The text tower sees no attention mask unless the folder's
 text tokenizer gives one, as transformers' class does when its folder says nothing
 (`model_input_names`). The fixed-size SigLIP 2 are of SigLIP's layout: see `vlm.systems.siglip`.
 

@@ -171,7 +171,7 @@ class FolderImages:
 
 
 def refuse_address(path: str, row_name: str) -> None:
-    """Raises BadRow where `path` is no file path: an address (T21), data, or nothing."""
+    """Raises BadRow where `path` is no file path: an address, data, or nothing."""
     if "://" in path or path.lower().startswith("data:"):
         raise BadRow(f"{row_name}: expected a local image path, found the address {path[:80]!r}")
     if not path or "\0" in path:
