@@ -72,8 +72,8 @@ class TextEncoder(nn.Module):
     backbone: a finished text model of transformers whose output has `last_hidden_state`.
     pooling: one of `POOLINGS`. end_id: the id that "end" looks for; None for the others.
     masked: whether the model is told which places are padding. False for CLIP (causal: no text
-        place sees the pads behind it) and for SigLIP, which attends its pads by design (T3's
-        exception); True for encoders like BERT and for causal language models.
+        place sees the pads behind it) and for SigLIP, which attends its pads by design; True
+        for encoders like BERT and for causal language models.
     Raises ValueError for a combination that does not exist.
     """
 
