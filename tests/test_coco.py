@@ -86,6 +86,12 @@ def test_crowds_are_left_out_of_rows_and_kept_for_evaluation(write):
     assert source.crowds(0) == (Box(0, (0.0, 0.0, 60.0, 12.0), "teddy bear"),)
     assert source.crowds(1) == ()
     assert (source.crowd_count, source.without_boxes) == (2, 2)
+    assert list(map(str, source.faults)) == [
+        "2 images on which no box can be asked for, left out: image 68, image 67",
+        "2 crowds (iscrowd 1), left out of answers: annotation 4 of image 70 [0, 0, 60, 12], "
+        "annotation 6 of image 68 [0, 0, 9, 9]",
+    ]
+    assert not any(fault.harmful for fault in source.faults)
 
 
 def test_boxes_equal_the_librarys(write):
@@ -236,6 +242,13 @@ def test_picture_that_loses_all_its_boxes_is_no_row(write):
     values["annotations"][0]["bbox"] = [0, 0, 0, 0]
     source = CocoSource(write(values), bad_boxes="skip")
     assert (len(source), source.without_boxes) == (1, 3)
+
+
+def test_file_of_bad_boxes_alone_says_why_it_has_no_row(write):
+    values = records()
+    values["annotations"] = [annotation(1, 69, 2, [5, 5, -4, 3])]
+    with pytest.raises(BadSource, match=r"found none: 1 boxes without area .*annotation 1 of"):
+        CocoSource(write(values), bad_boxes="skip")
 
 
 def test_file_with_a_bad_box_opens_as_fast_as_one_without(tmp_path):

@@ -174,14 +174,10 @@ def test_other_weights_are_refused(write, keys, found):
         open_source(write(row))[0]
 
 
-def test_question_cannot_be_scored_and_a_row_needs_an_answer_that_is(write):
+def test_question_cannot_be_scored(write):
     asked = talk(("human", "<image>?", {"weight": 1}), ("gpt", "a", {}), image="a.png")
-    unscored = talk(("human", "<image>?", {"loss": 0}), ("gpt", "a", {"loss": 0}), image="a.png")
-    source = open_source(write(asked, unscored))
     with pytest.raises(BadRow, match="on a user turn"):
-        source[0]
-    with pytest.raises(BadRow, match="to learn from, found 1 that are not scored"):
-        tiny.processor(tiny.decoder_only()).encode(source[1])
+        open_source(write(asked))[0]
 
 
 @pytest.mark.parametrize("key", ["video", "videos", "audio", "audios"])
@@ -220,6 +216,32 @@ def test_key_of_a_turn_is_told_by_its_turn(write):
     row = talk(("human", "<image>?", {}), ("gpt", "a", {"tool_calls": [1]}), image="a.png")
     with pytest.raises(BadSource, match=r"^rows.jsonl:1: turn 1: key 'tool_calls'"):
         open_source(write(row))[0]
+
+
+def test_conversation_without_a_scored_answer_is_refused(write):
+    row = talk(("human", "<image>?", {}), ("gpt", "a", {"weight": 0}), image="a.png")
+    with pytest.raises(BadRow, match=r"^rows.jsonl:1: expected an answer that is scored"):
+        open_source(write(row))[0]
+
+
+@pytest.mark.parametrize("mark", ["<bbox>", "<ref-object>", "<video>", "<audio>"])
+def test_mark_that_nothing_stands_for_is_counted(write, mark):
+    row = talk(("human", f"<image>What is {mark}?", {}), ("gpt", "a", {}), image="a.png")
+    source = open_source(write(row, row))
+    assert source[0].turns[0].text == f"What is {mark}?"
+    source[1]
+    assert list(source.unread.found) == [mark]
+    assert source.unread.found[mark].count == 2
+
+
+def test_model_that_reads_no_prompts_says_that_rows_have_some(write):
+    asked = talk(("human", "<image>What is it?", {}), ("gpt", "a", {}), image="a.png")
+    source = open_source(write(asked, {"image": "a.png", "caption": "x"}))
+    assert said([source]) == ["rows checked, without fault: 2 of rows.jsonl"]
+    assert said([source], reads_prompts=False)[0] == (
+        "rows.jsonl: 1 of 2 rows checked have a question or a system message, which this model "
+        "does not read; answers are"
+    )
 
 
 def said(sources, **options):

@@ -251,6 +251,14 @@ def test_broken_file_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:900])
     with pytest.raises(WeightsError, match=r"model.ckpt: broken or cut"):
         read_file(path)
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for name in ("model.ckpt", "model.safetensors"):
+        (tmp_path / name).write_bytes(pointer)
+        with pytest.raises(WeightsError, match=rf"{name}: .*pointer of Git LFS; `git lfs pull`"):
+            read_file(tmp_path / name)
+        (tmp_path / name).write_text("<!doctype html>\n<html>")
+        with pytest.raises(WeightsError, match=rf"{name}: expected weights, found text: '<!doct"):
+            read_file(tmp_path / name)
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match=r"notes.txt: expected weights in \.safetensors"):
         vlm.load(tmp_path / "notes.txt")

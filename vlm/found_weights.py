@@ -15,7 +15,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,22 @@ AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged)([._]|$)", re.IGNORECASE)
 
 
 class WeightsError(ValueError):
-    """Weights that do not fit; the message lists every key that is missing, unused or misshapen."""
+    """Weights that do not fit, or a file that holds none."""
+
+
+def misfit(
+    what: str, missing: Sequence[str], unused: Sequence[str], misshapen: Sequence[str] = ()
+) -> WeightsError:
+    """The error of weights that do not fit: how many keys of each kind, and the first of them.
+    what: the sentence before, without its full stop."""
+    said = {"missing": missing, "unused": unused, "wrong shape": misshapen}
+    lines = [f"{kind} ({len(keys)}): {_first(keys)}" for kind, keys in said.items()]
+    return WeightsError("\n".join((f"{what}.", *lines)))
+
+
+def _first(keys: Sequence[str], most: int = 12) -> str:
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return f"{list(keys[:most])}{more}"
 
 
 def read_file(path: Path, state: str | None = None) -> dict[str, Tensor]:
@@ -104,6 +119,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
+        _refuse_text(path)
         raise WeightsError(f"{path}: broken or cut safetensors file ({error})") from error
 
 
@@ -115,6 +131,7 @@ def _read_torch(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, ValueError,
             KeyError, TypeError, AttributeError, IndexError) as error:  # fmt: skip
+        _refuse_text(path)
         objects = _objects_in(path)
         if objects:
             raise WeightsError(
@@ -124,7 +141,23 @@ def _read_torch(path: Path) -> Any:
                 "whole module: its .state_dict())"
             ) from error
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise WeightsError(f"{path}: broken or cut ({reason[0][:200]})") from error
+        said = "" if "weights_only" in reason[0] else f" ({reason[0][:200]})"
+        raise WeightsError(f"{path}: broken or cut, or no file of weights{said}") from error
+
+
+LFS = b"version https://git-lfs.github.com"
+
+
+def _refuse_text(path: Path) -> None:
+    """Raises WeightsError for a file that is text, such as what Git LFS leaves in place of one."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(LFS):
+        raise WeightsError(
+            f"{path}: expected weights, found a pointer of Git LFS; `git lfs pull` fetches the file"
+        )
+    if start.isascii() and all(chr(c).isprintable() or chr(c).isspace() for c in start):
+        raise WeightsError(f"{path}: expected weights, found text: {start.decode()[:40]!r}")
 
 
 def _objects_in(path: Path) -> list[str]:

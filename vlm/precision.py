@@ -214,6 +214,13 @@ def _gflops(device: str, dtype: torch.dtype, threads: int) -> float:
     return 3 * 2 * rows * inputs * outputs / seconds / 1e9
 
 
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What kind of machine a device is, for records of measurements: "device" (its name),
     "instructions" (of CPUs, as torch may use them), "cores" and "threads" of the CPU, and "gflops"
@@ -221,7 +228,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     values: dict[str, Any] = {"device": device_name(device)}
     if torch.device(device).type == "cpu":
         values["instructions"] = instructions()
-    values |= {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    values |= {"cores": cores(), "threads": torch.get_num_threads()}
     measured = {
         str(dtype).removeprefix("torch."): round(gflops(device, dtype), 1)
         for dtype in DTYPES.values()

@@ -39,10 +39,18 @@ class SinusoidalPositions(nn.Module):
         self._norm = (norm,)  # in a tuple, so that it is no sub-module here
         self.register_buffer("table", self._made(count), persistent=False)
 
-    def forward(self, input_ids: Tensor, first: int = 0, **named: int) -> Tensor:
-        """input_ids: int64[B, T], of which the first stands at place `first`. named: that number as
-        transformers calls it, whose name for it changes. Gives float[B, T, D]."""
-        first = first + sum(named.values())
+    def forward(
+        self,
+        input_ids: Tensor,
+        first: int = 0,
+        *,
+        cache_length: int = 0,
+        past_key_values_length: int = 0,
+    ) -> Tensor:
+        """input_ids: int64[B, T], of which the first stands at place `first`. cache_length,
+        past_key_values_length: that number by the names that transformers has had for it. Gives
+        float[B, T, D]."""
+        first = first + cache_length + past_key_values_length
         places = torch.arange(input_ids.shape[1], device=input_ids.device) + first
         end = first + input_ids.shape[1]
         if end > len(self.table) - self.pad_id - 1:

@@ -17,7 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlm.compat.torch import BatchNormBase
-from vlm.found_weights import SUFFIXES, WeightsError, read_file, read_tensors, without_prefix
+from vlm.found_weights import (
+    SUFFIXES,
+    WeightsError,
+    misfit,
+    read_file,
+    read_tensors,
+    without_prefix,
+)
 from vlm.merge import Made, plain_state
 
 INDEX = "model.safetensors.index.json"
@@ -117,7 +124,8 @@ def load_weights(
 
     where: names the source in messages. name: what each of the module's names is called in `state`.
     A prefix before all of the names is taken off, see `vlm.found_weights`.
-    Raises WeightsError listing all missing, unused and wrongly shaped keys together.
+    Raises WeightsError counting all missing, unused and wrongly shaped keys together, and naming
+    the first of each.
     """
     own = {name(key): tensor for key, tensor in module.state_dict().items()}
     if not own.keys() >= state.keys():
@@ -134,12 +142,7 @@ def load_weights(
         if key in own and own[key].shape != tensor.shape
     ]
     if missing or unused or misshapen:
-        raise WeightsError(
-            f"{where}: the weights do not fit the model.\n"
-            f"missing ({len(missing)}): {missing}\n"
-            f"unused ({len(unused)}): {unused}\n"
-            f"wrong shape ({len(misshapen)}): {misshapen}"
-        )
+        raise misfit(f"{where}: the weights do not fit the model", missing, unused, misshapen)
     given = {key: state[name(key)] for key in module.state_dict() if name(key) in state}
     module.load_state_dict(given, strict=False, assign=True)
     for keys in aliases.values():

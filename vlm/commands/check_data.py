@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -54,11 +53,12 @@ class CheckData:
         """Whether a source is without fault; prints what was found."""
         from vlm.data.check import check_source
         from vlm.data.sources import BadSource, open_source
+        from vlm.precision import cores
 
         bad_boxes = "tell" if self.bad_boxes == "stop" else "skip"
         try:
             source = open_source(spec, bad_boxes=bad_boxes, ignore_keys=self.ignore_keys)
-            report = check_source(source, self.rows, self.workers or os.cpu_count() or 1)
+            report = check_source(source, self.rows, self.workers or cores())
         except BadSource as error:
             console.print(f"{spec}: cannot be read: {error}", style="bold red", markup=False)
             return False

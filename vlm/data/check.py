@@ -17,7 +17,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from vlm.data.boxes import check_boxes
-from vlm.data.example import BadRow
+from vlm.data.example import BadRow, Example
 from vlm.data.sources.base import FIRST, BadSource, Fault, Source
 from vlm.data.sources.keys import UnreadKey, UnreadKeys
 from vlm.pixels import BadImage, image_size
@@ -34,7 +34,8 @@ class Report:
 
     rows: how many were read, of `total`. bad: how many of them cannot be used. kinds: what is wrong
     with them -> how many, and the first messages. faults: what was found when it opened. unread:
-    keys that are not read; changing: those of them that change what a row means.
+    keys that are not read; changing: those of them that change what a row means. asked: rows that
+    say something before their first answer, in a question or a system message.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Report:
     faults: tuple[Fault, ...] = ()
     unread: dict[str, UnreadKey] = field(default_factory=dict)
     changing: tuple[str, ...] = ()
+    asked: int = 0
     seconds: float = 0.0
 
     @property
@@ -56,13 +58,14 @@ class Report:
         """Adds what was found in further rows of the source."""
         self.rows += other.rows
         self.bad += other.bad
+        self.asked += other.asked
         for kind, (count, first) in other.kinds.items():
             held, firsts = self.kinds.get(kind, (0, []))
             self.kinds[kind] = (held + count, [*firsts, *first][:FIRST])
 
 
-def check_row(source: Source, row: int) -> None:
-    """Reads a row as far as its pictures' headers. Raises BadRow or BadImage saying what is wrong,
+def check_row(source: Source, row: int) -> Example:
+    """A row, read as far as its pictures' headers. Raises BadRow or BadImage saying what is wrong,
     BadSource as its source does."""
     example = source[row]
     try:
@@ -70,6 +73,7 @@ def check_row(source: Source, row: int) -> None:
     except BadImage as error:
         raise BadImage(f"{example.name}: {error}") from error
     check_boxes(example.boxes, sizes_hw, example.name)
+    return example
 
 
 def check_rows(source: Source, rows: Sequence[int]) -> Report:
@@ -78,7 +82,8 @@ def check_rows(source: Source, rows: Sequence[int]) -> Report:
     for row in rows:
         report.rows += 1
         try:
-            check_row(source, row)
+            turns = check_row(source, row).turns
+            report.asked += any(t.role in ("user", "system") and t.text.strip() for t in turns)
         except (BadRow, BadImage) as error:
             report.bad += 1
             name = source.row_name(row)
@@ -151,6 +156,8 @@ def check_start(
     bad_rows: str | None,
     say: Callable[..., None],
     rows: int = START_ROWS,
+    *,
+    reads_prompts: bool = True,
 ) -> None:
     """Looks at the first rows of each source before anything is computed, and says what was found
     when it opened, which keys are not read, and which rows are left out; one line where all is
@@ -158,7 +165,8 @@ def check_start(
 
     bad_rows: "raise" stops at rows that cannot be used, "skip" counts them; None leaves them to
         whoever reads them. say: prints a text, as rich's `Console.print` does. From here on a key
-        that was not met yet is told on stderr by the process that meets it.
+        that was not met yet is told on stderr by the process that meets it. reads_prompts: whether
+        the model reads what stands before an answer; where it does not, that is said.
     Raises BadRow for the first bad row, with the count of others, and BadSource for keys that
     change what a row means.
     """
@@ -167,6 +175,10 @@ def check_start(
     for report in reports:
         for line in lines_of(report):
             say(line, highlight=False, markup=False)
+        if report.asked and not reads_prompts:
+            said = f"{report.asked:,} of {report.rows:,} rows checked have a question or a system"
+            text = f"{report.name}: {said} message, which this model does not read; answers are"
+            say(text, highlight=False, markup=False)
     for report in reports:
         if report.changing:
             key = report.changing[0]

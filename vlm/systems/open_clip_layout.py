@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlm.families.contrastive import Contrastive
-from vlm.found_weights import read_file, without_prefix
+from vlm.found_weights import misfit, read_file, without_prefix
 from vlm.merge import Made, plain_state
 from vlm.pairs import PairProcessor
 from vlm.pixels import PixelSpec, from_open_clip
@@ -70,7 +70,7 @@ def load(folder: Path, values: Mapping[str, Any]) -> Pairing:
     Raises ValueError naming the file and what does not fit, for weights every key at once;
     OSError where the text tokenizer's files are missing.
     """
-    model = assemble(values, lambda: _read(folder), folder, folder / CONFIG)
+    model = assemble(values, lambda: _read(folder), folder, folder / CONFIG, str(folder))
     return replace(model, reference=read_reference(folder, MODEL_TYPE))
 
 
@@ -79,6 +79,7 @@ def assemble(
     read: Callable[[], Mapping[str, Tensor]],
     folder: Path,
     said: str | Path,
+    where: str,
     *,
     hub: bool = False,
 ) -> Pairing:
@@ -86,11 +87,10 @@ def assemble(
     names.
 
     read: gives the weights, once the configuration is known to fit. folder: where the text
-    tokenizer's files may lie; hub: whether they are fetched where they do not. said: what the
-    configuration is called in messages.
+    tokenizer's files may lie; hub: whether they are fetched where they do not. said, where: what
+    the configuration and the weights are called in messages.
     Raises what `load` does.
     """
-    where = str(folder)
     model_cfg = values.get("model_cfg")
     if not isinstance(model_cfg, dict):
         raise ValueError(f"{said}: expected model_cfg, found {sorted(values)}")
@@ -275,8 +275,8 @@ def to_ours(
     """An open_clip model's weights under the names of our `Contrastive`, values unchanged.
 
     where: names the source in messages.
-    Raises ValueError for a model_cfg that cannot be represented; WeightsError listing every key
-    that is missing, unused or misshapen.
+    Raises ValueError for a model_cfg that cannot be represented; WeightsError counting the keys
+    that are missing, unused or misshapen.
     """
     rows = _rows(model_cfg)
     _check(state, published_shapes(model_cfg), f"{where}: the weights")
@@ -289,17 +289,14 @@ def to_ours(
 def to_open_clip(state: Mapping[str, Tensor], model_cfg: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights of our `Contrastive` under open_clip's names, values unchanged.
 
-    Raises ValueError for a model_cfg that cannot be represented; WeightsError listing every key
-    that is missing or unused, in our names, or misshapen, in open_clip's.
+    Raises ValueError for a model_cfg that cannot be represented; WeightsError counting the keys
+    that are missing or unused, in our names, or misshapen, in open_clip's.
     """
     rows = _rows(model_cfg)
     names = {key for row in rows for key in row.ours}
     missing, unused = sorted(names - set(state)), sorted(set(state) - names)
     if missing or unused:
-        raise WeightsError(
-            "the weights do not fit open_clip's layout.\n"
-            f"missing ({len(missing)}): {missing}\nunused ({len(unused)}): {unused}"
-        )
+        raise misfit("the weights do not fit open_clip's layout", missing, unused)
     published: dict[str, Tensor] = {}
     for row in rows:
         published |= zip(row.published, row.kind.write([state[key] for key in row.ours]))
@@ -335,12 +332,7 @@ def _check(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], what: 
         and not (shape.numel() == state[key].numel() == 1)
     ]
     if missing or unused or misshapen:
-        raise WeightsError(
-            f"{what} do not fit the model_cfg.\n"
-            f"missing ({len(missing)}): {missing}\n"
-            f"unused ({len(unused)}): {unused}\n"
-            f"wrong shape ({len(misshapen)}): {misshapen}"
-        )
+        raise misfit(f"{what} do not fit the model_cfg", missing, unused, misshapen)
 
 
 def _rows(model_cfg: Mapping[str, Any]) -> list[Row]:

@@ -132,7 +132,7 @@ def load(file: File) -> Pairing:
             )
         state = without_prefix(state, OPENAI_NAMES.__contains__, str(path))
         values = _openai_values(state, path)
-    return open_clip_layout.assemble(values, lambda: state, path.parent, said, hub=True)
+    return open_clip_layout.assemble(values, lambda: state, path.parent, said, str(path), hub=True)
 
 
 def _params(path: Path) -> dict[str, Any] | None:

@@ -200,7 +200,7 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
     course = Course(settings, RECALL)
     data = settings.data()
     held_out = settings.open(settings.held_out) if settings.held_out_rows else None
-    course.check(data, held_out)
+    course.check(data, held_out, reads_prompts=False)
     with course.accelerator.main_process_first():
         model = ContrastiveModel(settings.build())
     plan = course.stage(make_stage, model.module)

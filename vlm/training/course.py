@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,11 +104,14 @@ class Course:
             self.say(f"shard {self.settings.shard}: one process holds all there is")
         return stage
 
-    def check(self, data: MixtureDataset, *evaluated: Source | None) -> None:
+    def check(
+        self, data: MixtureDataset, *evaluated: Source | None, reads_prompts: bool = True
+    ) -> None:
         """Looks at the first rows of all sources, and says and raises as `check_start` does."""
-        check_start(data.sources, self.settings.bad_rows, self.say)
+        check = partial(check_start, say=self.say, reads_prompts=reads_prompts)
+        check(data.sources, self.settings.bad_rows)
         evaluated_on = [source for source in evaluated if source is not None]
-        check_start(evaluated_on, None, self.say)  # `held_out` judges the rows that are evaluated
+        check(evaluated_on, None)  # `held_out` judges the rows that are evaluated
 
     def held_out(self, model: Any, source: Source | None) -> HeldOut:
         """The rows of a source that the settings evaluate, without those that cannot be, which are

@@ -27,7 +27,7 @@ from vlm.data.example import BadRow
 from vlm.data.mixture import split_of
 from vlm.data.sources import BadSource
 from vlm.pixels import BadImage
-from vlm.precision import Choice, choose
+from vlm.precision import Choice, choose, cores
 from vlm.training.base_settings import BaseSettings, require_ranges, require_read_rates
 from vlm.training.checkpoint import CheckpointError
 from vlm.training.fit import Interrupted
@@ -258,9 +258,8 @@ def share_cores(accelerator: Accelerator, threads: int | None) -> None:
     computes on a GPU. threads is at least 1."""
     if threads is None and accelerator.device.type != "cpu":
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(threads or max(1, cores // neighbours))
+    torch.set_num_threads(threads or max(1, cores() // neighbours))
 
 
 def processes(accelerator: Accelerator, share: int) -> str:

@@ -242,7 +242,7 @@ def run(
     accelerator = course.accelerator
     data = settings.data()
     held_out = settings.held_out_source() if settings.held_out_rows else None
-    course.check(data, held_out)
+    course.check(data, held_out, reads_prompts=not isinstance(settings, LineReaderSettings))
     with accelerator.main_process_first():
         parts = settings.build()
         model = FACES[parts.module.family](parts)

@@ -99,7 +99,10 @@ class Source(ABC):
     def require_rows(self) -> None:
         """Raises BadSource where the source is empty: it would leave its share of a mixture out."""
         if len(self) == 0:
-            raise BadSource(f"{self.name}: expected at least one row, found none")
+            why = "; ".join(map(str, self.faults))
+            raise BadSource(
+                f"{self.name}: expected at least one row, found none" + (f": {why}" if why else "")
+            )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {len(self)} rows)"

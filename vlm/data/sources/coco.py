@@ -114,7 +114,21 @@ class CocoSource(Source):
         self._rows = np.flatnonzero(shown)
         self.without_boxes = int((~shown).sum())
         self.crowd_count = int(crowd[good].sum())
+        self.faults += self._left_out(
+            [_where(annotations[i]) for i in np.flatnonzero(good & (crowd == 1))[:FIRST]]
+        )
         self.require_rows()
+
+    def _left_out(self, crowds: list[str]) -> tuple[Fault, ...]:
+        """Pictures and annotations that are in no row although nothing is wrong with them.
+        crowds: the first of those annotations in words."""
+        empty = np.flatnonzero(np.isin(np.arange(len(self._ids)), self._rows, invert=True))
+        images = tuple(f"image {self._ids[i]}" for i in empty[:FIRST])
+        left = (
+            Fault("images on which no box can be asked for, left out", len(empty), images),
+            Fault("crowds (iscrowd 1), left out of answers", self.crowd_count, tuple(crowds)),
+        )
+        return tuple(fault for fault in left if fault.count)
 
     def __len__(self) -> int:
         return len(self._rows)

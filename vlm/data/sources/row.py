@@ -32,7 +32,7 @@ from typing import Any
 from vlm.data.boxes import check_box
 from vlm.data.example import BadRow, Box, Example, ImageRef, Turn, caption_example
 from vlm.data.sources.keys import HARMLESS, MEDIA, TURN_MEANING, UnreadKeys, is_given
-from vlm.data.sources.objects import place_objects, read_objects
+from vlm.data.sources.objects import BOX_MARK, REF_MARK, place_objects, read_objects
 
 IMAGE_MARK = "<image>"
 IMAGE_KEYS = ("image", "images")
@@ -47,6 +47,9 @@ ROLE_NAMES = {
     "assistant": "assistant",
     "system": "system",
 }
+
+FOREIGN_MARKS = (REF_MARK, BOX_MARK, "<video>", "<audio>")
+"""What other formats put where a box, an object's name, a video or a sound belongs."""
 
 SCORE_KEYS = ("weight", "loss")
 """Keys of a turn that say whether it is scored."""
@@ -121,7 +124,17 @@ def example_from_row(
             raise BadRow(f"{name}: expected boxes or objects, found both")
         objects = read_objects(extra["objects"], name, pictures)
         turns, boxes = place_objects(turns, objects, name), objects.boxes
+    else:
+        _note_marks(turns, name, unread)
     return Example(name, turns, tuple(pictures), boxes)
+
+
+def _note_marks(turns: Sequence[Turn], name: str, unread: UnreadKeys) -> None:
+    """Counts marks of other formats that nothing in the row stands for: they are read as text."""
+    for turn in turns:
+        for mark in FOREIGN_MARKS:
+            if mark in turn.text:
+                unread.note(mark, turn.text, name, {})
 
 
 def _caption_key(row: Mapping, form: RowFormat) -> str | None:
@@ -161,6 +174,8 @@ def _talk_turns(
 ) -> tuple[Turn, ...]:
     turns = tuple(_TURNS[key](value, name, unread))
     _check_order(turns, name)
+    if not any(turn.is_learned for turn in turns):
+        raise BadRow(f"{name}: expected an answer that is scored, found weight or loss 0 on each")
     slots = sum(turn.slots for turn in turns)
     if slots != len(pictures):
         hint = "" if pictures else "; literal marks belong in text parts of messages"
