@@ -30,13 +30,13 @@ from bench import add_precision, autocast, chosen
 from speed_training import llava, ours_from, peak_mb, reset_peak
 from torch import nn
 
+from vlm.kernels.norm_mlp import lean, lean_ways
 from vlm.lines import LineRow
 from vlm.pairs import Pair
 from vlm.placement import IMAGE
 from vlm.precision import DTYPES
 from vlm.prompts import Row
 from vlm.systems import line_reader, scratch
-from vlm.training.lean import lean, lean_ways
 from vlm.training.objectives import Contrast, NextToken, Objective, Transcribe
 from vlm.training.rehearsal import Rehearsal
 from vlm.training.stages import FROZEN, Stage, optimizer_for, prepare

@@ -49,6 +49,7 @@ from transformers import (
 from vlm import adaptors
 from vlm.families.decoder_only import DecoderOnly
 from vlm.image_tokens import ViewGroup
+from vlm.kernels.norm_mlp import lean, lean_ways
 from vlm.losses.token import token_losses
 from vlm.pixels import HALF, PixelSpec
 from vlm.placement import IMAGE, Batch
@@ -57,7 +58,6 @@ from vlm.prompts import Row
 from vlm.tokenizers.encoders import ENCODERS
 from vlm.tokenizers.transformers import TransformersTokenizer
 from vlm.training.flops import flop_counter
-from vlm.training.lean import lean, lean_ways
 from vlm.training.memory import give_back_large_blocks
 from vlm.training.objectives import NextToken
 from vlm.training.stages import FROZEN, Stage, optimizer_for, prepare

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vlm import attention
-from vlm.families.segment_attention import Segments, segment_attention
+from vlm.kernels import attention
+from vlm.kernels.packed_attention import Segments, segment_attention
 
 LONG = attention.QUERIES + 37
 
@@ -105,7 +105,7 @@ def test_packed_rows_are_read_by_them(monkeypatch):
         calls.append(options)
         return whole_products(*args, **options)
 
-    monkeypatch.setattr("vlm.families.segment_attention.whole_products", counted)
+    monkeypatch.setattr("vlm.kernels.packed_attention.whole_products", counted)
     read = []
     for gains in (False, True):
         monkeypatch.setattr(attention, "_has_instructions", lambda gains=gains: gains)

@@ -10,8 +10,8 @@ from PIL import Image
 
 from tests import tiny, training
 from vlm import assets, cli
+from vlm.commands.inspect_batch import box_line, mask_runs, row_text, show_batch
 from vlm.data.example import Box
-from vlm.inspect import box_line, mask_runs, row_text, show_batch
 
 
 def test_import_is_light():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vlm.attention import whole_products
+from vlm.kernels.attention import whole_products
 from vlm.training.flops import flop_counter
 
 

@@ -6,10 +6,10 @@ import torch
 from PIL import Image, ImageColor
 
 from tests import tiny, towers
+from vlm.commands.inspect_batch import draw_rows, show_rows
 from vlm.data.example import Skipped
 from vlm.draw import INK
 from vlm.draw_packed import BAND_PX, FILLS
-from vlm.inspect import draw_rows, show_rows
 from vlm.tokenizers.paired import PairedSpec
 from vlm.tokenizers.tiles import TilesSpec
 

@@ -6,9 +6,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tests import tiny, training
-from vlm.attention import as_on_gpus
-from vlm.training import lean as lean_module
-from vlm.training.lean import PLACES, _in_parts, lean, lean_ways
+from vlm.kernels import norm_mlp as lean_module
+from vlm.kernels.attention import as_on_gpus
+from vlm.kernels.norm_mlp import PLACES, _in_parts, lean, lean_ways
 from vlm.training.memory import saved_bytes
 
 LEAN = {  # kind -> how many norms and MLPs are known
@@ -97,7 +97,7 @@ def test_runs_are_lean(tmp_path, monkeypatch):
     chosen_model, _, history = training.train(tmp_path / "lean")
     assert len(found) == sum(LEAN["llama"])
     assert chosen(chosen_model.module.text) == (0, 0)
-    monkeypatch.setattr("vlm.training.lean._kind", lambda part: None)
+    monkeypatch.setattr("vlm.kernels.norm_mlp._kind", lambda part: None)
     _, _, plain = training.train(tmp_path / "plain")
     for a, b in zip(history, plain, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from tests.test_tokenizers_transformers import tiny
-from vlm.inference import mlp_parts
-from vlm.inference.mlp_parts import mlps_in_parts
+from vlm.kernels import mlp_parts
+from vlm.kernels.mlp_parts import mlps_in_parts
 from vlm.tokenizers.transformers import build
 
 

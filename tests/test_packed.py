@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from vlm.inference import packed as packing
-from vlm.inference.packed import _weights, packed, packed_layers
+from vlm.kernels import packed_linear as packing
+from vlm.kernels.packed_linear import _weights, packed, packed_layers
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from tests import test_prefix_decoder, tiny, training
 from vlm.data.collate import collate, collate_packed, pack_rows
-from vlm.families.segment_attention import (
+from vlm.inference import engine
+from vlm.kernels.packed_attention import (
     NAME,
     Segments,
     read_segments,
     require_segments,
     segment_attention,
 )
-from vlm.inference import engine
 from vlm.placement import IMAGE
 from vlm.prompts import Row
 from vlm.training.base_settings import deciding
@@ -278,7 +278,7 @@ def test_all_but_packed_rows_keeps_its_own_attention(kind, monkeypatch):
 
 def test_attention_that_knows_no_examples_fails_and_shows_nothing(monkeypatch):
     """Were ours not put in place again, the model's own could not read what it is given."""
-    monkeypatch.setattr("vlm.families.segment_attention._enter", lambda *_: None)
+    monkeypatch.setattr("vlm.kernels.packed_attention._enter", lambda *_: None)
     model = tiny.decoder_only().train()
     checkpoint_activations(model, ("text",))
     with pytest.raises(TypeError, match="Segments"):

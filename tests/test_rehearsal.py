@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests import test_encoder_decoder, tiny, training
+from vlm.kernels.norm_mlp import lean, lean_ways
 from vlm.lines import LineRow
 from vlm.systems import line_reader
-from vlm.training.lean import lean, lean_ways
 from vlm.training.memory import checkpoint_activations
 from vlm.training.objectives import Contrast, NextToken, Transcribe
 from vlm.training.rehearsal import Rehearsal

@@ -9,12 +9,12 @@ from rich.console import Console
 
 from tests import tiny
 from tests.test_sources_shards import write_tar
+from vlm.commands.inspect_batch import show_rows
 from vlm.data.check import check_start
 from vlm.data.example import BadRow, Box, Turn
 from vlm.data.grounding import ground
 from vlm.data.sources import BadSource, TableSource, open_source
 from vlm.data.sources.keys import MEANING
-from vlm.inspect import show_rows
 
 TALK = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "a cat"}]
 

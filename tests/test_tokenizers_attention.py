@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.test_tokenizers_transformers import tiny
-from vlm import attention as products
-from vlm.tokenizers import attention
+from vlm.kernels import attention as products
+from vlm.kernels import encoder_attention as attention
 from vlm.tokenizers.transformers import build
 
 

@@ -82,9 +82,9 @@ class InspectBatch:
     def run(self, rest: list[str]) -> None:
         from rich.console import Console
 
+        from vlm.commands.inspect_batch import draw_rows, show_rows
         from vlm.data.collate import Encoded
-        from vlm.families.segment_attention import require_segments
-        from vlm.inspect import draw_rows, show_rows
+        from vlm.kernels.packed_attention import require_segments
         from vlm.training.launch import read_settings, recipe_in
 
         if self.rows < 1:

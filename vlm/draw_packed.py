@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from vlm.draw import GREEN, GREY, INK, TEXT_PX, font_of, shorten
 
 FILLS = {"image": "#4aa8c0", "prompt": "#c9c9c9", "scored": GREEN}
-"""Of each kind of place, as `vlm.inspect` names them."""
+"""Of each kind of place, as `vlm.commands.inspect_batch` names them."""
 WORDS = {"image": "image", "prompt": "text that is read", "scored": "text that is learned"}
 LEGEND = "a border: nothing behind it sees what is before it"
 GAP, LINE_PX, OVER_PX, BAND_PX = 14, TEXT_PX + 6, 7, 34

@@ -4,11 +4,11 @@
   `vlm.inference.transcribe`).
 - `GradientCheckpointingLayer`: the class of every block; checkpointing, sharding, packed rows.
 - `sdpa_attention_forward`, `sdpa_mask`: what our attention falls back to, and what makes masks by
-  the rule of a model (`vlm.tokenizers.attention`, `vlm.families.segment_attention`).
+  the rule of a model (`vlm.kernels.encoder_attention`, `vlm.kernels.packed_attention`).
 - `attention_of`, `set_attention`, `takes_attention`, `has_recurrence`: the attention that a
   configuration names, and what a model's class says of its own; packed rows, prefix masks.
 - `Conv1D`: the linear layer of GPT-2 and its like (`vlm.lora`).
-- `SiLUActivation`: the activation of gated MLPs (`vlm.training.lean`).
+- `SiLUActivation`: the activation of gated MLPs (`vlm.kernels.norm_mlp`).
 - `BaseStreamer`: whom `generate` hands ids as they are written (`vlm.inference.engine`).
 - `random_weights`: a model of a class that no Auto class makes (image tokenizers, text encoders).
 - `sam_neck`: the neck of SAM, of which DeepSeek-VL has two (`vlm.tokenizers.sam_hybrid`).

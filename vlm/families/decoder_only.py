@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vlm.families.segment_attention import read_segments
 from vlm.image_tokens import ImageTokenizer, ViewGroup, meta_twin, pack
+from vlm.kernels.packed_attention import read_segments
 from vlm.placement import IMAGE, Batch, place
 
 

@@ -21,7 +21,7 @@ from transformers import DynamicCache, EncoderDecoderCache, MBartForCausalLM, Tr
 
 from vlm.compat.transformers import CACHE
 from vlm.families.encoder_decoder import EncoderDecoder, Memory
-from vlm.inference.packed import packed
+from vlm.kernels.packed_linear import packed
 from vlm.text_decoders import embed_positions, head_of
 
 IMAGE_ROWS = 2048

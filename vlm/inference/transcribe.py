@@ -20,9 +20,9 @@ from vlm.compat.transformers import CACHE
 from vlm.families.encoder_decoder import EncoderDecoder, Memory
 from vlm.image_tokens import ViewGroup, map_pixels
 from vlm.inference.engine import Written, answer_losses, check_options
-from vlm.inference.mlp_parts import mlps_in_parts
-from vlm.inference.packed import packed_layers
 from vlm.inference.stepper import IMAGE_ROWS, stepper_of
+from vlm.kernels.mlp_parts import mlps_in_parts
+from vlm.kernels.packed_linear import packed_layers
 from vlm.placement import Batch
 from vlm.text_decoders import first_position, positions_of
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 WHOLE_PRODUCTS = "vlm_whole_products"
-"""Our own attention, `vlm.tokenizers.attention`, which differs from "sdpa" in speed alone."""
+"""Our own attention, `vlm.kernels.encoder_attention`, which differs from "sdpa" in speed alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

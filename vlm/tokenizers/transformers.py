@@ -23,8 +23,9 @@ from torch.nn import functional as F
 
 from vlm.compat.transformers import random_weights
 from vlm.image_tokens import ImageTokenizer, ImageTokens, pixel_hw
+from vlm.kernels import encoder_attention as attention
 from vlm.pixels import PixelSpec, from_transformers
-from vlm.tokenizers import attention, cannot_load
+from vlm.tokenizers import cannot_load
 from vlm.tokenizers.encoders import ENCODERS, Encoder
 from vlm.tokenizers.parts import named_parts
 

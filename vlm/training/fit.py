@@ -22,11 +22,11 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from vlm.data.mixture import MixtureDataset, StepSampler
+from vlm.kernels.norm_mlp import lean, lean_ways
 from vlm.precision import DTYPES
 from vlm.prompts import Row
 from vlm.training.checkpoint import KEEP, Checkpoints, Progress
 from vlm.training.decided import decided_by
-from vlm.training.lean import lean, lean_ways
 from vlm.training.loading import MicroBatch, batches_of, micro_batch_loader
 from vlm.training.meter import Meter, device_use, peak_flops
 from vlm.training.objectives import NextToken, Objective

@@ -16,7 +16,7 @@ def flop_counter() -> FlopCounterMode:
 
     Fused attention counts as torch counts it on GPUs: two products forward, and backward five, of
     which one makes the scores again, those of later places that a place does not see too. That of
-    `vlm.attention` counts by the products that it makes, which leave out most of those.
+    `vlm.kernels.attention` counts by the products that it makes, which leave out most of those.
     """
     return FlopCounterMode(
         display=False,

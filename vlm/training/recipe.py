@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from vlm.data.example import BadRow, Skipped
 from vlm.data.mixture import MixtureDataset
 from vlm.data.sources.base import Source
-from vlm.families.segment_attention import require_segments
 from vlm.inference.tasks import Model
+from vlm.kernels.packed_attention import require_segments
 from vlm.pixels import open_image
 from vlm.training import launch
 from vlm.training.course import Course, MakeStage

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlm.attention import as_on_gpus
 from vlm.compat.torch import (
     CTC,
     CTC_BACKWARD,
@@ -40,8 +39,9 @@ from vlm.compat.torch import (
     unset_fake_temporarily,
     without_torch_functions,
 )
+from vlm.kernels.attention import as_on_gpus
+from vlm.kernels.norm_mlp import lean, lean_ways
 from vlm.training.flops import flop_counter
-from vlm.training.lean import lean, lean_ways
 from vlm.training.objectives import Contrast, Objective
 from vlm.training.stages import Stage, optimizer_for, prepare
 from vlm.training.working import WorkingWeights

@@ -29,7 +29,6 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
-from vlm.attention import gains, whole_products
 from vlm.compat.torch import has_forward_pre_hook
 from vlm.compat.transformers import (
     GradientCheckpointingLayer,
@@ -39,6 +38,7 @@ from vlm.compat.transformers import (
     set_attention,
     takes_attention,
 )
+from vlm.kernels.attention import gains, whole_products
 
 NAME = "vlm_segments"
 """The name of our attention and its masks in transformers' registries."""

@@ -1,5 +1,5 @@
 """Attention of transformers' vision encoders, as fast as the machine at hand allows: by whole
-products where they gain (see `vlm.attention`), else, and where masks or dropout are asked for,
+products where they gain (see `vlm.kernels.attention`), else, and where masks or dropout are asked for,
 transformers' own `sdpa`.
 """
 
@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from vlm.attention import gains, whole_products
 from vlm.compat.transformers import sdpa_attention_forward, sdpa_mask
+from vlm.kernels.attention import gains, whole_products
 from vlm.tokenizers.encoders import WHOLE_PRODUCTS
 
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from vlm.attention import on_cpu
 from vlm.compat.torch import has_hooks, silu_backward
 from vlm.compat.transformers import SiLUActivation
+from vlm.kernels.attention import on_cpu
 
 PLACES = 512
 """Places at a time on CPUs, so that what lies between two operations stays in the caches."""
