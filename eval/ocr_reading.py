@@ -23,7 +23,7 @@ from vlm.config import to_dict
 from vlm.data.example import BadRow, Skipped
 from vlm.data.sources.base import Source
 from vlm.inference.embed_rows import from_all, only_picture
-from vlm.inference.reading import Reading, Transcript, words_of
+from vlm.ocr.results import Reading, Transcript, words_of
 from vlm.pixels import BadImage, open_image
 
 UNIT = 128

@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
-from vlm.inference.reading import Token, Transcript
+from vlm.ocr.results import Token, Transcript
 
 DEJAVU = str(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
 PARAGRAPH = (

@@ -17,9 +17,9 @@ from torch import nn
 from vlm.data.example import ImageRef, caption_example
 from vlm.data.sources import ListSource
 from vlm.draw import draw_lines
-from vlm.inference.reading import Line, Reading, Token, Transcript, Word
 from vlm.metrics.calibration import calibration
 from vlm.metrics.text import compare_texts
+from vlm.ocr.results import Line, Reading, Token, Transcript, Word
 
 PATH = Path(__file__).parents[1] / "eval/ocr.py"
 spec = importlib.util.spec_from_file_location("eval_ocr", PATH)

@@ -9,8 +9,8 @@ from PIL import Image
 import vlm
 from tests.pages import PARAGRAPH, WidthReader, draw_lines, write_pdf
 from vlm import cli
-from vlm.inference.reading import Line, Reading, Token, Transcript
-from vlm.pages import read
+from vlm.ocr import pages as read
+from vlm.ocr.results import Line, Reading, Token, Transcript
 from vlm.pixels import decode
 
 

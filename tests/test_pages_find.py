@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from skimage import data
 
 from tests.pages import DEJAVU, PARAGRAPH, draw_lines, overlap
-from vlm.pages.find import cut, find_lines, runs_sideways
-from vlm.pages.order import order
+from vlm.ocr.line_detection.detect import cut, find_lines, runs_sideways
+from vlm.ocr.reading_order import order
 
 PAGE_WIDTHS = (288, 370, 370, 370, 370, 165, 223)
 """Of the lines of skimage.data.page(), in pixels, by eye."""

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from vlm.pages.find import Found
-from vlm.pages.order import order
+from vlm.ocr.line_detection.detect import Found
+from vlm.ocr.reading_order import order
 
 
 def line(x0, y0, x1, y1, degrees=0.0):

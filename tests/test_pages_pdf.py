@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from tests.pages import PARAGRAPH, draw_lines, write_pdf
-from vlm.pages.find import find_lines
-from vlm.pages.pdf import BadPdf, Pdf, count_pages, is_pdf, pdf_pages
+from vlm.ocr.line_detection.detect import find_lines
+from vlm.ocr.pdf import BadPdf, Pdf, count_pages, is_pdf, pdf_pages
 
 PADDING = bytes.fromhex("28BF4E5E4E758A4164004E56FFFA01082E2E00B6D0683E802F0CA9FE6453697A")
 

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from tests.pages import PARAGRAPH, WidthReader, draw_lines, overlap
-from vlm.inference.reading import Token, Transcript
-from vlm.pages import read
-from vlm.pages.find import find_lines
-from vlm.pages.read import keep_sure, read_each, read_pages
+from vlm.ocr import pages as read
+from vlm.ocr.line_detection.detect import find_lines
+from vlm.ocr.pages import keep_sure, read_each, read_pages
+from vlm.ocr.results import Token, Transcript
 from vlm.pixels import BadImage
 
 

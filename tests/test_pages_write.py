@@ -10,17 +10,8 @@ import pytest
 from PIL import Image
 
 from vlm.draw import draw_reading
-from vlm.inference.reading import Line, Reading, Word
-from vlm.pages.write import (
-    ALTO,
-    FORMATS,
-    XHTML,
-    PageWriter,
-    to_alto,
-    to_hocr,
-    to_json,
-    to_text,
-)
+from vlm.ocr.results import Line, Reading, Word
+from vlm.ocr.writers import ALTO, FORMATS, XHTML, PageWriter, to_alto, to_hocr, to_json, to_text
 
 LEVEL = ((10.0, 20.0), (90.0, 20.0), (90.0, 40.0), (10.0, 40.0))
 TURNED = ((10.0, 50.0), (90.0, 58.0), (88.0, 78.0), (8.0, 70.0))

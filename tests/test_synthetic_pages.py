@@ -10,8 +10,8 @@ from matplotlib import get_data_path
 from tests.pages import PARAGRAPH, overlap
 from vlm.data.sources.base import BadSource
 from vlm.data.synthetic.pages import MOST_TURN, Pages
-from vlm.pages.find import Found, find_lines
-from vlm.pages.order import order
+from vlm.ocr.line_detection.detect import Found, find_lines
+from vlm.ocr.reading_order import order
 from vlm.pixels import open_image
 
 

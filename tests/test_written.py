@@ -6,7 +6,7 @@ import pytest
 
 from tests import tiny
 from vlm.inference.engine import Generation
-from vlm.inference.written import read_written, tokens_of
+from vlm.ocr.from_generation import read_written, tokens_of
 
 
 def generation(text, probabilities=None, end=True):

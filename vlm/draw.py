@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from vlm.data.example import Box
 
 if TYPE_CHECKING:
-    from vlm.inference.reading import Reading
     from vlm.metrics.calibration import Calibration
+    from vlm.ocr.results import Reading
 
 COLOURS = (
     "#e6194b", "#1f77ff", "#008a3e", "#b35900", "#8a2be2",

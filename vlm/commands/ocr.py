@@ -23,7 +23,7 @@ from vlm.commands.model import require_least
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vlm.inference.reading import Reading
+    from vlm.ocr.results import Reading
 
 PAGES_AT_ONCE = 8
 """Pages that a model of whole pages is given together, at most."""
@@ -86,7 +86,7 @@ class Ocr:
         if left_out and (self.bad_pages == "raise" or not files):
             raise ValueError(_together(left_out, len(self.files)))
         import vlm
-        from vlm.pages.read import keep_sure
+        from vlm.ocr.pages import keep_sure
 
         model = vlm.load(self.model, device=self.device, dtype=self.dtype)
         self._check_model(model)
@@ -163,7 +163,7 @@ class Ocr:
         """The files that can be read, as far as their beginnings tell, with their numbers of pages;
         of others what is wrong is added to `left_out`."""
         from vlm.data.example import ImageRef
-        from vlm.pages.pdf import BadPdf, count_pages, is_pdf
+        from vlm.ocr.pdf import BadPdf, count_pages, is_pdf
         from vlm.pixels import BadImage, image_size
 
         files = []
@@ -184,7 +184,7 @@ class Ocr:
         """Each page with what is read on it, under a progress bar."""
         from tqdm import tqdm
 
-        from vlm.pages.read import read_each
+        from vlm.ocr.pages import read_each
 
         options: dict[str, Any] = {"num_beams": self.num_beams} if self.num_beams > 1 else {}
         held: deque[_Page] = deque()
@@ -217,7 +217,7 @@ class Ocr:
     def _pages(self, files: Iterable[Path], left_out: list[str]) -> Iterator[_Page]:
         """The pages of files in order. What is wrong with one that cannot be read is added to
         `left_out`; unless such are skipped, it is the last."""
-        from vlm.pages.pdf import BadPdf, Pdf, is_pdf
+        from vlm.ocr.pdf import BadPdf, Pdf, is_pdf
         from vlm.pixels import BadImage, open_image
 
         for path in files:
@@ -277,7 +277,7 @@ class _Results:
         self.stream = None
 
     def _begin(self, file: Path) -> None:
-        from vlm.pages.write import FORMATS, PageWriter
+        from vlm.ocr.writers import FORMATS, PageWriter
 
         self.file = file
         if self.out is None:

@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from vlm import systems
 from vlm.image_tokens import pixel_hw
-from vlm.inference import ctc
 from vlm.inference.engine import evaluating
-from vlm.inference.reading import Reading, Token, Transcript
 from vlm.lines import LineRow, by_width, collate_lines
 from vlm.metrics.calibration import UNFITTED, Temperatures, fit_scaling
 from vlm.metrics.text import normalise, pieces_right
+from vlm.ocr import ctc_decode as ctc
+from vlm.ocr.results import Reading, Token, Transcript
 from vlm.prompts import Row
 from vlm.systems.line_reader import ReaderParts
 
@@ -68,15 +68,15 @@ class LineModel:
         min_confidence: float = 0.0,
         **options,
     ) -> list[Reading]:
-        """What is written in each picture, line by line; see `vlm.pages.read.read_pages`. Texts are
-        in logical order (see `vlm.inference.reading`).
+        """What is written in each picture, line by line; see `vlm.ocr.pages.read_pages`. Texts are
+        in logical order (see `vlm.ocr.results`).
 
         images: paths, bytes, PIL images or arrays. layout: "line" takes each picture as one line,
             "page" finds its lines, "auto" decides for each.
         min_confidence: lines that are less sure are left out, with a warning that counts them.
         options: those of `read_lines`.
         """
-        from vlm.pages.read import read_pages  # which needs OpenCV
+        from vlm.ocr.pages import read_pages  # which needs OpenCV
 
         require_list(images)
         self._require_known(options)

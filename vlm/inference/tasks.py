@@ -19,9 +19,9 @@ from vlm.inference.embed import ContrastiveModel
 from vlm.inference.engine import Generation
 from vlm.inference.ground import find
 from vlm.inference.ocr import Reader
-from vlm.inference.reading import Reading
 from vlm.inference.writer import Writer
-from vlm.inference.written import read_written
+from vlm.ocr.from_generation import read_written
+from vlm.ocr.results import Reading
 from vlm.pixels import open_image
 from vlm.placement import Batch
 from vlm.prompts import Processor, Row
@@ -256,7 +256,7 @@ class PrefixModel(Model):
         self, images: Sequence, batch_size: int = 16, prompt: str | None = None, **options
     ) -> list[Reading]:
         """The text in each picture, by the lines of the answer; the model says no places (see
-        `vlm.inference.written`).
+        `vlm.ocr.from_generation`).
 
         prompt: what asks for it; None: what the model was trained on.
         options: transformers' names, greedy by default, at most OCR_TOKENS tokens.

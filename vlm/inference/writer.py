@@ -11,8 +11,8 @@ from vlm.data.collate import collate
 from vlm.inference import transcribe
 from vlm.inference.engine import Generation, Written, evaluating
 from vlm.inference.ocr import LineModel, name_of, require_list, warmed
-from vlm.inference.reading import Reading, Token, Transcript
-from vlm.inference.written import lines_of
+from vlm.ocr.from_generation import lines_of
+from vlm.ocr.results import Reading, Token, Transcript
 from vlm.pixels import open_image
 from vlm.prompts import Row
 from vlm.systems import donut
@@ -62,7 +62,7 @@ class Writer(LineModel):
             if prompt is not None:
                 raise ValueError("prompt: expected None, as this model reads lines without one")
             return super().ocr(images, layout, batch_size, num_beams, min_confidence, **options)
-        from vlm.pages.read import check_images, keep_all_sure, names_of  # which needs OpenCV
+        from vlm.ocr.pages import check_images, keep_all_sure, names_of  # which needs OpenCV
 
         require_list(images)
         self._require_known(options)

@@ -13,10 +13,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from vlm.pages.ink import Working, turned, working_copy
-from vlm.pages.judge import choose, judge
-from vlm.pages.letters import letters_of, skew, without_bars
-from vlm.pages.lines import TextLine, lines_of
+from vlm.ocr.line_detection.binarize import Working, turned, working_copy
+from vlm.ocr.line_detection.components import letters_of, skew, without_bars
+from vlm.ocr.line_detection.filtering import choose, judge
+from vlm.ocr.line_detection.grouping import TextLine, lines_of
 
 Corners = tuple[tuple[float, float], ...]
 

@@ -3,7 +3,7 @@
 The lines of several pictures are read together, so that batches are full; of how many, so that
 neither the number of pictures nor their size fills the memory, `read_each` decides.
 Columns are read from left to right, whatever way a script runs; texts are in logical order (see
-`vlm.inference.reading`).
+`vlm.ocr.results`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from vlm.data.example import ImageRef
-from vlm.inference.reading import Line, Reading, Transcript, XyxyPx, words_of
-from vlm.pages.find import MARGIN, Corners, Found, cut, find_lines, runs_sideways
-from vlm.pages.order import order
+from vlm.ocr.line_detection.detect import MARGIN, Corners, Found, cut, find_lines, runs_sideways
+from vlm.ocr.reading_order import order
+from vlm.ocr.results import Line, Reading, Transcript, XyxyPx, words_of
 from vlm.pixels import image_size, open_image
 
 Layout = Literal["auto", "line", "page"]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vlm.pages.find import Found
+from vlm.ocr.line_detection.detect import Found
 
 SHARED = 0.4
 """How far two lines reach over each other, in their heights, to share columns of pixels."""

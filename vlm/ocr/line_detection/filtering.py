@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlm.pages.ink import Pieces, Working, weighted_median
-from vlm.pages.lines import TextLine
+from vlm.ocr.line_detection.binarize import Pieces, Working, weighted_median
+from vlm.ocr.line_detection.grouping import TextLine
 
 LEAST_LINE_PX = 6
 LEAST_ALONE = 12.0

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from vlm.inference.engine import Generation
-from vlm.inference.reading import Line, Reading, Token, words_of
+from vlm.ocr.results import Line, Reading, Token, words_of
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """Ends a decoded text whose last character's bytes are not all there yet."""

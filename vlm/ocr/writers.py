@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from io import StringIO
 from typing import NamedTuple, TextIO
 
-from vlm.inference.reading import Line, Reading, Word, XyxyPx
+from vlm.ocr.results import Line, Reading, Word, XyxyPx
 
 Named = Iterable[tuple[str, Reading]]
 """Pages, each with the name of its picture."""

@@ -7,7 +7,14 @@ import math
 
 import numpy as np
 
-from vlm.pages.ink import Pieces, Working, ink_of, pieces_of, surroundings, weighted_median
+from vlm.ocr.line_detection.binarize import (
+    Pieces,
+    Working,
+    ink_of,
+    pieces_of,
+    surroundings,
+    weighted_median,
+)
 
 LEAST_PIECE_PX, LEAST_NOISY_PX = 3, 4
 """The longer side of the smallest dot, and of the smallest on a picture of more than NOISY."""

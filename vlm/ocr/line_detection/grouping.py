@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlm.pages.ink import Pieces
+from vlm.ocr.line_detection.binarize import Pieces
 
 LINK_GAP, LINK_RATIO, LINK_OVERLAP = 0.9, 2.5, 0.5
 """Neighbouring letters: the gap in heights, the ratio of heights, the shared share of the lower."""
