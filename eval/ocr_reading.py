@@ -22,9 +22,9 @@ from tqdm import tqdm
 from vlm.config import to_dict
 from vlm.data.example import BadRow, Skipped
 from vlm.data.sources.base import Source
-from vlm.inference.embed_rows import from_all, only_picture
 from vlm.ocr.results import Reading, Transcript, words_of
 from vlm.pixels import BadImage, open_image
+from vlm.retrieval.embed_rows import from_all, only_picture
 
 UNIT = 128
 """Lines that are read, and dealt to a process, at once."""

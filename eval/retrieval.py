@@ -37,11 +37,11 @@ from vlm.data.check import check_start, say_on
 from vlm.data.sources import open_source
 from vlm.data.sources.base import Source
 from vlm.draw import Hit, draw_hits
-from vlm.inference.embed_captions import Found, captions_of, embed_pairs
-from vlm.inference.embed_rows import Reading, require_contrastive, sum_of_all
 from vlm.metrics.retrieval import Direction, RetrievalResult, retrieval, top_k
 from vlm.pixels import open_image
 from vlm.precision import Precision, dtype_name
+from vlm.retrieval.embed_captions import Found, captions_of, embed_pairs
+from vlm.retrieval.embed_rows import Reading, require_contrastive, sum_of_all
 from vlm.training.held_out import held_out_rows
 from vlm.training.launch import share_cores
 from vlm.training.run import versions

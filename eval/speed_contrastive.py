@@ -38,7 +38,9 @@ from vlm.losses.contrastive import softmax_loss
 from vlm.pairs import PairBatch
 from vlm.pixels import OPENAI, PixelSpec
 from vlm.precision import DTYPES
-from vlm.systems import clip, open_clip_config, open_clip_layout
+from vlm.systems import clip
+from vlm.systems.open_clip import config as open_clip_config
+from vlm.systems.open_clip import layout as open_clip_layout
 from vlm.training.objectives import Contrast
 from vlm.training.stages import Stage, optimizer_for, prepare
 from vlm.training.working import WorkingWeights

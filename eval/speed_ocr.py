@@ -38,7 +38,7 @@ from vlm.image_tokens import ViewGroup
 from vlm.inference import transcribe
 from vlm.precision import DTYPES
 from vlm.systems import trocr
-from vlm.systems.reference import first_names, published_name
+from vlm.systems.published import first_names, published_name
 
 VARIANTS = ("ours", "transformers")
 SIZE = "small"

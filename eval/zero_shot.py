@@ -41,7 +41,11 @@ from vlm.data.sources import ClipBenchmark, open_source
 from vlm.data.sources.base import Source
 from vlm.draw import draw_reliability
 from vlm.inference.embed import ContrastiveModel, same_labels
-from vlm.inference.embed_rows import (
+from vlm.inference.engine import evaluating
+from vlm.metrics.classification import classification
+from vlm.pairs import PairProcessor
+from vlm.precision import Precision, dtype_name
+from vlm.retrieval.embed_rows import (
     Reading,
     embed_pictures,
     embed_texts,
@@ -49,10 +53,6 @@ from vlm.inference.embed_rows import (
     require_contrastive,
     sum_of_all,
 )
-from vlm.inference.engine import evaluating
-from vlm.metrics.classification import classification
-from vlm.pairs import PairProcessor
-from vlm.precision import Precision, dtype_name
 from vlm.training.held_out import held_out_rows
 from vlm.training.launch import share_cores
 from vlm.training.run import versions

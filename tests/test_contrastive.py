@@ -12,7 +12,7 @@ from vlm.families.contrastive import Contrastive
 from vlm.image_tokens import ViewGroup
 from vlm.lora import Lora, add_lora
 from vlm.pairs import PairBatch
-from vlm.text_encoders import TextEncoder
+from vlm.text.encoders import TextEncoder
 from vlm.tokenizers import timm
 
 ATTENTION = dict(kind="attention", in_width=24, heads=2, mlp_width=32)

@@ -14,8 +14,8 @@ from tests import tiny, training
 from tests.test_embed import public
 from tests.test_sources_clip_benchmark import CAPTIONS, retrieval_folder
 from vlm.data.example import BadRow
-from vlm.inference.embed_captions import _read_captions
 from vlm.metrics.retrieval import retrieval
+from vlm.retrieval.embed_captions import _read_captions
 
 PATH = Path(__file__).parents[1] / "eval/retrieval.py"
 spec = importlib.util.spec_from_file_location("eval_retrieval", PATH)

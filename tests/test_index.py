@@ -14,15 +14,16 @@ from tests.reference import test_clip, test_siglip
 from tests.test_embed import public
 from vlm import weights
 from vlm.data.example import BadRow
-from vlm.inference import index as index_file
-from vlm.inference import nearest, picture_files
-from vlm.inference.embed_rows import Reading
-from vlm.inference.index import File, Index
-from vlm.inference.origin import Origin, origin_of
-from vlm.inference.picture_files import SUFFIXES, find_pictures
 from vlm.lora import Lora, add_lora
 from vlm.pixels import BadImage
 from vlm.pixels.decode import FORMATS
+from vlm.retrieval import image_files as picture_files
+from vlm.retrieval import index as index_file
+from vlm.retrieval import nearest
+from vlm.retrieval.embed_rows import Reading
+from vlm.retrieval.fingerprint import Origin, origin_of
+from vlm.retrieval.image_files import SUFFIXES, find_pictures
+from vlm.retrieval.index import File, Index
 
 SKIP = Reading(bad_rows="skip")
 ORIGIN = Origin(model="m", dtype="auto", weights="w", settings="s", preprocessing="p", dim=6)

@@ -4,8 +4,8 @@ import transformers
 from transformers import CONFIG_MAPPING
 
 from tests import tiny
-from vlm import text_encoders
-from vlm.text_encoders import TextEncoder, build_backbone
+from vlm.text import encoders as text_encoders
+from vlm.text.encoders import TextEncoder, build_backbone
 
 SMALL = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
 IDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)

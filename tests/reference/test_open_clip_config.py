@@ -16,8 +16,8 @@ from transformers import (
 
 from tests.reference.tiny_open_clip import CASES, CLIP, PUBLISHED, SIGLIP, changed, reference_config
 from vlm.pixels import from_open_clip
-from vlm.systems import open_clip_config
-from vlm.systems import open_clip_layout as layout
+from vlm.systems.open_clip import config as open_clip_config
+from vlm.systems.open_clip import layout
 from vlm.training.contrastive import Settings
 
 

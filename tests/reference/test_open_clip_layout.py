@@ -34,7 +34,7 @@ from tests.reference.tiny_open_clip import (
 )
 from tests.tiny import picture
 from vlm import pooling
-from vlm.systems import open_clip_layout as layout
+from vlm.systems.open_clip import layout
 from vlm.weights import WeightsError, same_bits
 
 PICTURES = [picture(0, (71, 40)), picture(1, (33, 90)), picture(2, (24, 25))]

@@ -9,7 +9,7 @@ from transformers import (
 )
 
 from tests.reference.tiny_open_clip import CLIP, SIGLIP, changed, sentence_pieces, write_folder
-from vlm.systems import open_clip_layout as layout
+from vlm.systems.open_clip import layout
 
 SAME = [
     "A photo of a CAT.",

@@ -26,7 +26,7 @@ from tests.reference.tiny_open_clip import (
 )
 from tests.tiny import picture
 from vlm.pixels import from_open_clip
-from vlm.systems import open_clip_layout as layout
+from vlm.systems.open_clip import layout
 from vlm.weights import WeightsError, same_bits
 
 NAMES = {

@@ -30,7 +30,7 @@ from vlm.losses.token import token_losses
 from vlm.placement import IMAGE
 from vlm.systems import paligemma
 from vlm.systems.paligemma import PROMPTS, SEG_TOKENS
-from vlm.systems.reference import first_names, published_name
+from vlm.systems.published import first_names, published_name
 
 
 @pytest.fixture(scope="module", params=TEXTS)

@@ -13,7 +13,7 @@ from tests.reference.images_in_text import close, our_logits, reopened
 from tests.reference.tiny_paligemma import TEXTS, our_batch, their_inputs, write_folder
 from tests.tiny import picture
 from vlm.systems import paligemma
-from vlm.systems.reference import first_names, published_name
+from vlm.systems.published import first_names, published_name
 from vlm.training.stages import assign_rates
 from vlm.weights import WeightsError, same_bits
 

@@ -13,7 +13,7 @@ import transformers
 import vlm
 from tests.reference.test_naflex import PICTURES, TINY
 from vlm.systems import siglip2
-from vlm.systems.reference import published_name
+from vlm.systems.published import published_name
 from vlm.weights import WeightsError, read_weights, same_bits
 
 TEXTS = ["A cup of coffee.", "The Cat", "a", "a cat on a mat " * 8]

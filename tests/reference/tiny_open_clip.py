@@ -17,8 +17,8 @@ from transformers import (
     T5Tokenizer,
 )
 
-from vlm.systems import open_clip_config
-from vlm.systems import open_clip_layout as layout
+from vlm.systems.open_clip import config as open_clip_config
+from vlm.systems.open_clip import layout
 
 TRUNK = dict(
     img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, mlp_ratio=1.5,

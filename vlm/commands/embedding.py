@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from vlm.data.example import Skipped
     from vlm.inference.embed import ContrastiveModel
-    from vlm.inference.index import Index
+    from vlm.retrieval.index import Index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class ReadsPictures(UsesTowers):
     counted."""
 
     def reading(self):
-        from vlm.inference.embed_rows import Reading
+        from vlm.retrieval.embed_rows import Reading
 
         require_least(self, batch_size=1, workers=0)
         return Reading(batch=self.batch_size, workers=self.workers, bad_rows=self.bad_rows)
@@ -112,7 +112,7 @@ class Embed(ReadsPictures):
     def run(self) -> None:
         import numpy as np
 
-        from vlm.inference.picture_files import embed_pictures, find_pictures, require_headers
+        from vlm.retrieval.image_files import embed_pictures, find_pictures, require_headers
 
         _require_place(self.out, ".npz", "--out")
         reading = self.reading()
@@ -179,8 +179,8 @@ class MakeIndex(ReadsPictures):
 
     def run(self) -> None:
         from vlm.data.example import BadRow
-        from vlm.inference.index import Index, check_place
-        from vlm.inference.picture_files import find_pictures
+        from vlm.retrieval.image_files import find_pictures
+        from vlm.retrieval.index import Index, check_place
 
         reading = self.reading()
         if not self.folder.is_dir():
@@ -245,8 +245,8 @@ class Retrieve:
         if self.draw is not None:
             _require_place(self.draw, ".png", "--draw")
         query = self._query()
-        from vlm.inference.index import Index
-        from vlm.inference.origin import origin_of
+        from vlm.retrieval.fingerprint import origin_of
+        from vlm.retrieval.index import Index
 
         index = Index.load(self.index)
         if not index.complete:
@@ -273,8 +273,8 @@ class Retrieve:
 
     def _query(self) -> str | Path:
         """The text, or the path of a picture that can be opened."""
-        from vlm.inference.picture_files import SUFFIXES
         from vlm.pixels import BadImage, open_image
+        from vlm.retrieval.image_files import SUFFIXES
 
         given = [value for value in (self.query, self.text, self.image) if value is not None]
         if len(given) != 1:

@@ -3,7 +3,7 @@
 (`vlm.pixels.sources`).
 
 Beside these, the names of weights that its files have are relied on in
-`vlm.systems.open_clip_map`."""
+`vlm.systems.open_clip.key_map`."""
 
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from vlm.image_tokens import ImageTokenizer, ViewGroup
 from vlm.pairs import PairBatch
-from vlm.text_encoders import TextEncoder
+from vlm.text.encoders import TextEncoder
 
 SOFTMAX_SCALE = 1 / 0.07
 """Scale at the start of training with the softmax loss, without a bias. Source: CLIP, arXiv

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vlm.image_tokens import ImageTokenizer, ImageTokens, ViewGroup, pack
 from vlm.placement import Batch
-from vlm.text_decoders import head_of, memory_width, require_cross_attention
+from vlm.text.decoders import head_of, memory_width, require_cross_attention
 
 
 class Memory(NamedTuple):
@@ -39,7 +39,7 @@ class EncoderDecoder(nn.Module):
 
     tokenizer: gives image tokens; prefix tokens that it keeps are attended to like the others.
     adaptor: brings them to the width that the decoder's cross-attention takes.
-    text: a transformers causal language model with cross-attention (see `vlm.text_decoders`).
+    text: a transformers causal language model with cross-attention (see `vlm.text.decoders`).
     Raises ValueError where a part does not fit the one before it.
     """
 

@@ -22,7 +22,7 @@ from transformers import DynamicCache, EncoderDecoderCache, MBartForCausalLM, Tr
 from vlm.compat.transformers import CACHE
 from vlm.families.encoder_decoder import EncoderDecoder, Memory
 from vlm.kernels.packed_linear import packed
-from vlm.text_decoders import embed_positions, head_of
+from vlm.text.decoders import embed_positions, head_of
 
 IMAGE_ROWS = 2048
 """Image tokens for which weights that read them are laid out: those of a few views."""

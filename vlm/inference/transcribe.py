@@ -24,7 +24,7 @@ from vlm.inference.stepper import IMAGE_ROWS, stepper_of
 from vlm.kernels.mlp_parts import mlps_in_parts
 from vlm.kernels.packed_linear import packed_layers
 from vlm.placement import Batch
-from vlm.text_decoders import first_position, positions_of
+from vlm.text.decoders import first_position, positions_of
 
 LEAVE = 8
 """Rows leave once they are at least 1 in this many: each leaving copies what the others need."""

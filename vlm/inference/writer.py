@@ -17,7 +17,7 @@ from vlm.pixels import open_image
 from vlm.prompts import Row
 from vlm.systems import donut
 from vlm.systems.encoder_decoder_parts import Transcriber
-from vlm.text_decoders import positions_of
+from vlm.text.decoders import positions_of
 
 
 class Writer(LineModel):

@@ -21,7 +21,7 @@ SYSTEMS = {
     "deepseek_vl_hybrid": ("vlm.systems.deepseek_vl", "DeepSeek-VL 7B: SigLIP and SAM, LLaMA"),
     "clip": ("vlm.systems.clip", "CLIP: two towers, softmax loss"),
     "siglip": ("vlm.systems.siglip", "SigLIP, SigLIP 2 at fixed sizes: two towers, sigmoid loss"),
-    "open_clip": ("vlm.systems.open_clip_layout", "CLIP and SigLIP in open_clip's layout"),
+    "open_clip": ("vlm.systems.open_clip.layout", "CLIP and SigLIP in open_clip's layout"),
     "siglip2": ("vlm.systems.siglip2", "SigLIP 2 NaFlex: pictures at their own aspect ratio"),
     "trocr": ("vlm.systems.trocr", "TrOCR: ViT, DeiT or BEiT, text decoder; lines of text"),
     "donut": ("vlm.systems.donut", "Donut: Swin, mBART decoder; documents to JSON"),
@@ -185,7 +185,7 @@ def _kind(values: dict, where: str | Path, source: str | Path) -> str:
 
 def _refuse_tower(kind: str | None, where: str | Path, source: str | Path) -> None:
     """Raises ValueError for the configuration of one tower alone, with what it can serve as."""
-    from vlm import text_encoders
+    from vlm.text import encoders as text_encoders
     from vlm.tokenizers import naflex
     from vlm.tokenizers.encoders import ENCODERS
 

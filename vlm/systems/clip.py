@@ -21,8 +21,8 @@ from vlm.families.contrastive import SOFTMAX_SCALE, Contrastive
 from vlm.pixels import OPENAI, PixelSpec, from_transformers
 from vlm.pooling import OwnPool
 from vlm.systems.pairing import Pairing, load_published, save_published
-from vlm.systems.reference import KeyMap
-from vlm.text_encoders import TextEncoder, build_backbone, plain_config
+from vlm.systems.published import KeyMap
+from vlm.text.encoders import TextEncoder, build_backbone, plain_config
 from vlm.tokenizers import transformers as encoders
 
 SOURCE = "arXiv 2103.00020; openai/clip-vit-* and laion/CLIP-* on the hub"

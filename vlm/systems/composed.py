@@ -21,7 +21,7 @@ from vlm.geometry import LocTokens
 from vlm.prompts import MARK, Processor
 from vlm.systems import native_layout
 from vlm.systems.pretrained import DEMO, load_text, load_text_tokenizer, load_vision
-from vlm.systems.reference import Reference
+from vlm.systems.published import Reference
 from vlm.vocabulary import grow
 from vlm.weights import load_weights, read_weights
 

@@ -45,7 +45,7 @@ from vlm.pixels import PixelSpec, from_transformers, pair_from_transformers
 from vlm.pixels.spec import HALF, OPENAI
 from vlm.prompts import Processor
 from vlm.systems.composed import Composition, context_of
-from vlm.systems.reference import (
+from vlm.systems.published import (
     KeyMap,
     architecture,
     first_names,

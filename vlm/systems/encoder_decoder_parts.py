@@ -20,7 +20,7 @@ from vlm.image_tokens import Pixels
 from vlm.metrics.calibration import UNFITTED, Temperatures
 from vlm.pixels import BadImage, PixelSpec, open_image
 from vlm.prompts import Row
-from vlm.systems.reference import Reference
+from vlm.systems.published import Reference
 
 OVERFLOWS = ("drop", "shrink")
 READS = ("lines", "pages")

@@ -20,7 +20,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoProcessor
 
-from vlm import assets, config, pooling, text_encoders, tokenizers
+from vlm import assets, config, pooling, tokenizers
 from vlm.families.contrastive import SIGMOID_BIAS, SIGMOID_SCALE, SOFTMAX_SCALE, Contrastive
 from vlm.image_tokens import ImageTokenizer
 from vlm.merge import plain_state
@@ -28,7 +28,7 @@ from vlm.pairs import PairProcessor
 from vlm.pixels import PixelSpec, from_transformers
 from vlm.systems import native_layout
 from vlm.systems.pretrained import DEMO, load_vision
-from vlm.systems.reference import (
+from vlm.systems.published import (
     KeyMap,
     Reference,
     first_names,
@@ -37,7 +37,8 @@ from vlm.systems.reference import (
     read_reference,
     require_unchanged,
 )
-from vlm.text_encoders import TextEncoder
+from vlm.text import encoders as text_encoders
+from vlm.text.encoders import TextEncoder
 from vlm.weights import load_weights, read_weights, save_weights
 
 LOSSES = {"softmax": (SOFTMAX_SCALE, None), "sigmoid": (SIGMOID_SCALE, SIGMOID_BIAS)}

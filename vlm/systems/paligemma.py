@@ -43,7 +43,7 @@ from vlm.pixels import PixelSpec, from_transformers
 from vlm.pixels.spec import HALF
 from vlm.prompts import SLOT, Processor
 from vlm.systems.composed import Composition, context_of
-from vlm.systems.reference import (
+from vlm.systems.published import (
     KeyMap,
     architecture,
     first_names,

@@ -17,9 +17,9 @@ from vlm.pairs import PairProcessor
 from vlm.pixels import PixelSpec
 from vlm.pixels.spec import HALF
 from vlm.pooling import OwnPool
-from vlm.systems.open_clip_layout import clip_tokenizer
+from vlm.systems.open_clip.layout import clip_tokenizer
 from vlm.systems.pairing import LOSSES, Pairing
-from vlm.text_encoders import TextEncoder, build_backbone
+from vlm.text.encoders import TextEncoder, build_backbone
 from vlm.tokenizers import transformers as encoders
 
 HEAD_WIDTH = 64

@@ -25,8 +25,8 @@ from vlm.families.contrastive import SIGMOID_BIAS, SIGMOID_SCALE, Contrastive
 from vlm.pixels import HALF, PixelSpec, from_transformers
 from vlm.pooling import OwnPool
 from vlm.systems.pairing import Pairing, load_published, save_published
-from vlm.systems.reference import KeyMap
-from vlm.text_encoders import TextEncoder, build_backbone, plain_config
+from vlm.systems.published import KeyMap
+from vlm.text.encoders import TextEncoder, build_backbone, plain_config
 from vlm.tokenizers import transformers as encoders
 
 SOURCE = "arXiv 2303.15343 and 2502.14786; google/siglip-* and google/siglip2-* on the hub"

@@ -27,9 +27,9 @@ from vlm.pixels import HALF, PixelSpec, from_transformers
 from vlm.pixels.spec import box_of_patches
 from vlm.pooling import OwnPool
 from vlm.systems.pairing import Pairing, load_published, save_published
-from vlm.systems.reference import KeyMap, Reference
+from vlm.systems.published import KeyMap, Reference
 from vlm.systems.siglip import TOWERS, VOCABULARY_2
-from vlm.text_encoders import TextEncoder, build_backbone, plain_config
+from vlm.text.encoders import TextEncoder, build_backbone, plain_config
 from vlm.tokenizers import naflex
 
 SOURCE = "arXiv 2502.14786; google/siglip2-{base,so400m}-patch16-naflex on the hub"

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from vlm import text_decoders
 from vlm.systems.encoder_decoder_parts import LineProcessor, Transcriber
 from vlm.systems.transcriber import ids_of
+from vlm.text import decoders as text_decoders
 
 
 def with_tokenizer(model: Transcriber, text_tokenizer: Any, seed: int = 0) -> Transcriber:

@@ -19,7 +19,7 @@ from transformers import (
     TrOCRConfig,
 )
 
-from vlm import adaptors, text_decoders, tokenizers
+from vlm import adaptors, tokenizers
 from vlm.families.encoder_decoder import EncoderDecoder
 from vlm.image_tokens import ImageTokenizer
 from vlm.metrics.calibration import UNFITTED, Temperatures
@@ -27,7 +27,8 @@ from vlm.systems import native_layout
 from vlm.systems.composed import adaptor_config
 from vlm.systems.encoder_decoder_parts import LineProcessor, Transcriber
 from vlm.systems.pretrained import load_vision
-from vlm.systems.reference import open_part
+from vlm.systems.published import open_part
+from vlm.text import decoders as text_decoders
 from vlm.weights import load_weights, read_weights
 
 

@@ -35,18 +35,13 @@ from transformers import (
     TrOCRConfig,
 )
 
-from vlm import adaptors, text_decoders
+from vlm import adaptors
 from vlm.families.encoder_decoder import EncoderDecoder
 from vlm.merge import plain_state
 from vlm.pixels import HALF, PixelSpec, from_transformers
 from vlm.systems.encoder_decoder_parts import LineProcessor, Transcriber, read_said
-from vlm.systems.reference import (
-    KeyMap,
-    first_names,
-    open_part,
-    published_name,
-    read_reference,
-)
+from vlm.systems.published import KeyMap, first_names, open_part, published_name, read_reference
+from vlm.text import decoders as text_decoders
 from vlm.tokenizers import transformers as encoders
 from vlm.tokenizers.encoders import ENCODERS
 from vlm.weights import load_weights, read_weights, save_weights

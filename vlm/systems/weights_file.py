@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from vlm.found_weights import WeightsError, open_file, weights_in, without_prefix
-from vlm.systems import clip, open_clip_layout
+from vlm.systems import clip
+from vlm.systems.open_clip import layout as open_clip_layout
 from vlm.systems.pairing import Pairing
 from vlm.torchscript import is_torchscript
 

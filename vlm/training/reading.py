@@ -23,7 +23,7 @@ from vlm.metrics.text import Comparison, compare_texts
 from vlm.pixels import open_image
 from vlm.systems import line_reader, swap, transcriber
 from vlm.systems.encoder_decoder_parts import Transcriber
-from vlm.systems.reference import open_part
+from vlm.systems.published import open_part
 from vlm.systems.transcriber import DecoderSizes
 from vlm.tokenizers.columns import ColumnsConfig, ColumnsTokenizer, line_spec
 from vlm.training.base_settings import BaseSettings, require_share

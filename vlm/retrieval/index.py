@@ -24,12 +24,12 @@ from filelock import FileLock
 
 from vlm import config
 from vlm.data.example import Skipped
-from vlm.inference import nearest
 from vlm.inference.embed import ContrastiveModel
-from vlm.inference.embed_rows import Reading
-from vlm.inference.nearest import Clusters
-from vlm.inference.origin import Origin, origin_of
-from vlm.inference.picture_files import embed_pictures, find_pictures, require_headers
+from vlm.retrieval import nearest
+from vlm.retrieval.embed_rows import Reading
+from vlm.retrieval.fingerprint import Origin, origin_of
+from vlm.retrieval.image_files import embed_pictures, find_pictures, require_headers
+from vlm.retrieval.nearest import Clusters
 from vlm.weights import need_room
 
 FORMAT, VERSION = "vlm index", 2

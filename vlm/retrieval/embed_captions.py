@@ -3,7 +3,7 @@
 Rows that show the same picture (a file, or bytes, of equal content) are one image with several
 captions, and so is a row with several answers. Texts are embedded as rows are read, pictures in a
 second pass, when it is known which rows show the same; how both are shared among processes says
-`vlm.inference.embed_rows`.
+`vlm.retrieval.embed_rows`.
 
 Shapes: N image, M text, U shared embedding width.
 """
@@ -22,7 +22,9 @@ from torch import Tensor
 from vlm.data.example import BadRow, Example, ImageRef, Skipped
 from vlm.data.sources.base import Source
 from vlm.inference.embed import ContrastiveModel
-from vlm.inference.embed_rows import (
+from vlm.inference.engine import evaluating
+from vlm.pairs import PairProcessor
+from vlm.retrieval.embed_rows import (
     Reading,
     embed_pictures,
     embed_texts,
@@ -31,8 +33,6 @@ from vlm.inference.embed_rows import (
     read_batches,
     sum_of_all,
 )
-from vlm.inference.engine import evaluating
-from vlm.pairs import PairProcessor
 
 
 class Found(NamedTuple):

@@ -22,7 +22,7 @@ from transformers import (
     SiglipTokenizer,
 )
 
-from vlm.systems.open_clip_config import unfit
+from vlm.systems.open_clip.config import unfit
 
 
 def folder_tokenizer(

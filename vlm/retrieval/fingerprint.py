@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm import pooling, text_encoders, tokenizers
+from vlm import pooling, tokenizers
 from vlm.families.contrastive import Contrastive
 from vlm.inference.embed import ContrastiveModel
 from vlm.pairs import PairProcessor
+from vlm.text import encoders as text_encoders
 
 DIGITS = 16
 """Hexadecimal digits of a fingerprint."""

@@ -9,7 +9,7 @@ tokenizer; open_clip opens it as "local-dir:/path". Read and written are
 - SigLIP: a trunk of timm pooled by attention ("map"), and the text transformer without a mask,
   pooled at its last position.
 
-`vlm.systems.open_clip_config` says what is refused. What differs from the same systems in
+`vlm.systems.open_clip.config` says what is refused. What differs from the same systems in
 transformers stays as the folder says: open_clip's SigLIP 1 computes exact GELU where the authors'
 code and transformers take the tanh form (of its SigLIP 2 the text towers have the tanh form, of
 the trunks only the giant one), and CLIP's text is pooled at its largest id.
@@ -39,7 +39,7 @@ from vlm.pairs import PairProcessor
 from vlm.pixels import PixelSpec, from_open_clip
 from vlm.pooling import OwnPool
 from vlm.systems import clip, siglip
-from vlm.systems.open_clip_config import (
+from vlm.systems.open_clip.config import (
     LARGEST_ID,
     clip_model_cfg,
     reference_config,
@@ -47,10 +47,10 @@ from vlm.systems.open_clip_config import (
     system_of,
     unfit,
 )
-from vlm.systems.open_clip_map import MAPS, SAME, Row, expand
-from vlm.systems.open_clip_text import clip_tokenizer, folder_tokenizer
+from vlm.systems.open_clip.key_map import MAPS, SAME, Row, expand
+from vlm.systems.open_clip.text_tokenizer import clip_tokenizer, folder_tokenizer
 from vlm.systems.pairing import OWN_SCALARS, Pairing, in_float32, require_end
-from vlm.systems.reference import read_reference
+from vlm.systems.published import read_reference
 from vlm.weights import WeightsError, load_weights, need_room, other_weights
 
 SOURCE = "open_clip 3.3; github.com/mlfoundations/open_clip"

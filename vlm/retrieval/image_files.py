@@ -18,11 +18,11 @@ from vlm.data.example import Example, ImageRef, Skipped, Turn
 from vlm.data.sources.base import Source
 from vlm.image_tokens import ViewGroup
 from vlm.inference.embed import ContrastiveModel
-from vlm.inference.embed_rows import Reading, only_picture, read_batches
 from vlm.inference.engine import evaluating
-from vlm.inference.nearest import unit_vectors
 from vlm.pairs import Pair, PairProcessor
 from vlm.pixels import BadImage, image_size
+from vlm.retrieval.embed_rows import Reading, only_picture, read_batches
+from vlm.retrieval.nearest import unit_vectors
 
 SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff",

@@ -19,7 +19,7 @@ import torch
 from open_clip import CLIPTextCfg, CLIPVisionCfg
 from torch import nn
 
-from vlm.systems.open_clip_map import SIGLIP_VISION_MAP, expand
+from vlm.systems.open_clip.key_map import SIGLIP_VISION_MAP, expand
 
 LARGEST_ID = 2
 """transformers' `eos_token_id` that stands for "text is pooled at its largest id"."""
