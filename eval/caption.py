@@ -54,9 +54,9 @@ from vlm.pixels import BadImage, open_image
 from vlm.precision import Precision, dtype_name
 from vlm.prompts import Row
 from vlm.systems.pretrained import load_vision
-from vlm.training.launch import share_cores
-from vlm.training.recipe import held_out_rows
-from vlm.training.run import draw_captions, versions
+from vlm.training.run_folder import draw_captions, versions
+from vlm.training.runs.decoder_only import held_out_rows
+from vlm.training.runs.launch import share_cores
 
 PICTURES = 16
 SCORERS = ("pycocoevalcap", "sacrebleu")

@@ -48,7 +48,7 @@ from vlm.metrics.classification import classification
 from vlm.metrics.retrieval import retrieval
 from vlm.pixels import open_image
 from vlm.systems.scratch import HEAD_WIDTH
-from vlm.training.contrastive import Settings
+from vlm.training.runs.contrastive import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN, HELD_OUT = "sample:train", "sample:transfer"

@@ -47,8 +47,8 @@ from vlm.metrics.boxes import BoxTable, coco_precision, phrases_found
 from vlm.metrics.share import wilson
 from vlm.pixels import open_image
 from vlm.precision import Precision, dtype_name
-from vlm.training.launch import share_cores
-from vlm.training.run import versions
+from vlm.training.run_folder import versions
+from vlm.training.runs.launch import share_cores
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,11 +149,6 @@ def warm_up() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot
 
-    import vlm.training.contrastive
-    import vlm.training.fit
-    import vlm.training.reading
-    import vlm.training.recipe  # noqa: F401 - for the forks
-
     torch.set_num_threads(1)
 
 
@@ -265,14 +260,14 @@ def writing(checkpoints: Path) -> set[str]:
 
 
 def whole(checkpoints: Path) -> list[Path]:
-    from vlm.training.checkpoint import list_checkpoints
+    from vlm.training.checkpoints.checkpoint import list_checkpoints
 
     return list_checkpoints(checkpoints)
 
 
 def after_kill(attempt: Attempt, counts: Counts) -> None:
     """Looks at what a kill has left."""
-    from vlm.training import checkpoint_format
+    from vlm.training.checkpoints import format as checkpoint_format
 
     counts.kills += 1
     counts.during_saves += bool(writing(attempt.checkpoints) - attempt.seen)

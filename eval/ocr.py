@@ -51,9 +51,9 @@ from vlm.metrics.text import (
 )
 from vlm.pixels import open_image
 from vlm.precision import Precision, dtype_name
-from vlm.training.held_out import held_out_rows
-from vlm.training.launch import share_cores
-from vlm.training.run import versions
+from vlm.training.run_folder import versions
+from vlm.training.runs.held_out import held_out_rows
+from vlm.training.runs.launch import share_cores
 
 WORST = 20
 """Lines on the page of the worst."""

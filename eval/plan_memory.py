@@ -3,7 +3,7 @@
     python eval/plan_memory.py
 
 For each case, of every family that trains here, a step is rehearsed without data (see
-`vlm.training.rehearsal`), and two steps are carried out in a fresh process by the same objective,
+`vlm.training.memory.simulate`), and two steps are carried out in a fresh process by the same objective,
 working weights and optimizer as `fit`'s, in the same precision. Measured is the process's peak
 resident memory during the second step, above what it held before the model was built, when a small
 model of the same kind had already run once, so that libraries and their compiled kernels are not
@@ -37,10 +37,10 @@ from vlm.placement import IMAGE
 from vlm.precision import DTYPES
 from vlm.prompts import Row
 from vlm.systems import line_reader, scratch
-from vlm.training.objectives import Contrast, NextToken, Objective, Transcribe
-from vlm.training.rehearsal import Rehearsal
+from vlm.training.master_weights import WorkingWeights
+from vlm.training.memory.simulate import Rehearsal
+from vlm.training.objectives.base import Contrast, NextToken, Objective, Transcribe
 from vlm.training.stages import FROZEN, Stage, optimizer_for, prepare
-from vlm.training.working import WorkingWeights
 
 CHARACTERS = "".join(map(chr, range(33, 127)))
 

@@ -42,9 +42,9 @@ from vlm.pixels import open_image
 from vlm.precision import Precision, dtype_name
 from vlm.retrieval.embed_captions import Found, captions_of, embed_pairs
 from vlm.retrieval.embed_rows import Reading, require_contrastive, sum_of_all
-from vlm.training.held_out import held_out_rows
-from vlm.training.launch import share_cores
-from vlm.training.run import versions
+from vlm.training.run_folder import versions
+from vlm.training.runs.held_out import held_out_rows
+from vlm.training.runs.launch import share_cores
 
 KS = (1, 5, 10)
 QUERIES, HITS = 6, 5

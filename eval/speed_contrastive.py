@@ -41,9 +41,9 @@ from vlm.precision import DTYPES
 from vlm.systems import clip
 from vlm.systems.open_clip import config as open_clip_config
 from vlm.systems.open_clip import layout as open_clip_layout
-from vlm.training.objectives import Contrast
+from vlm.training.master_weights import WorkingWeights
+from vlm.training.objectives.base import Contrast
 from vlm.training.stages import Stage, optimizer_for, prepare
-from vlm.training.working import WorkingWeights
 
 VARIANTS = {
     "bf16": ("ours", "open_clip-amp_bf16", "open_clip-pure_bf16"),

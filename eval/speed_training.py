@@ -57,12 +57,12 @@ from vlm.precision import DTYPES
 from vlm.prompts import Row
 from vlm.tokenizers.encoders import ENCODERS
 from vlm.tokenizers.transformers import TransformersTokenizer
+from vlm.training.activation_checkpointing import give_back_large_blocks
 from vlm.training.flops import flop_counter
-from vlm.training.memory import give_back_large_blocks
-from vlm.training.objectives import NextToken
+from vlm.training.loading.token_cache import cached_tokens
+from vlm.training.master_weights import WorkingWeights
+from vlm.training.objectives.base import NextToken
 from vlm.training.stages import FROZEN, Stage, optimizer_for, prepare
-from vlm.training.token_cache import cached_tokens
-from vlm.training.working import WorkingWeights
 
 Step = Callable[[], float]
 FlopsOf = Callable[[], int]

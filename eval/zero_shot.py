@@ -53,9 +53,9 @@ from vlm.retrieval.embed_rows import (
     require_contrastive,
     sum_of_all,
 )
-from vlm.training.held_out import held_out_rows
-from vlm.training.launch import share_cores
-from vlm.training.run import versions
+from vlm.training.run_folder import versions
+from vlm.training.runs.held_out import held_out_rows
+from vlm.training.runs.launch import share_cores
 
 CONFUSIONS = 20
 """How many pairs of classes are listed as taken for one another."""

@@ -16,9 +16,9 @@ import fnmatch
 
 from torch import nn
 
-from vlm.training import launch
-from vlm.training.contrastive import Settings, run
-from vlm.training.layer_rates import layer_rates
+from vlm.training.layer_decay import layer_rates
+from vlm.training.runs import launch
+from vlm.training.runs.contrastive import Settings, run
 from vlm.training.stages import FROZEN, Stage
 
 

@@ -13,10 +13,10 @@ and fine-tuning the shipped reader on lines of your own (a table of pictures and
 
 from torch import nn
 
-from vlm.training import launch
-from vlm.training.objectives import Transcribe
-from vlm.training.reading import LineReaderSettings as Settings
-from vlm.training.reading import run
+from vlm.training.objectives.base import Transcribe
+from vlm.training.runs import launch
+from vlm.training.runs.reading import LineReaderSettings as Settings
+from vlm.training.runs.reading import run
 from vlm.training.stages import Stage
 
 

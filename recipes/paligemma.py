@@ -24,9 +24,9 @@ from vlm.data.sources.transfer import Detect, Prompted
 from vlm.families.prefix_decoder import PrefixDecoder
 from vlm.inference.tasks import Model
 from vlm.systems.paligemma import PROMPTS, ask_as_published
-from vlm.training import recipe
 from vlm.training.base_settings import Usual
-from vlm.training.settings import FromParts, load_stored, tuned
+from vlm.training.runs import decoder_only as recipe
+from vlm.training.runs.decoder_only_settings import FromParts, load_stored, tuned
 from vlm.training.stages import Stage
 
 NEW = "new"

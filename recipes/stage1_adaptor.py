@@ -14,8 +14,8 @@ from pathlib import Path
 
 from torch import nn
 
-from vlm.training import recipe
-from vlm.training.settings import FromParts, tuned
+from vlm.training.runs import decoder_only as recipe
+from vlm.training.runs.decoder_only_settings import FromParts, tuned
 from vlm.training.stages import FROZEN, Stage
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torch import nn
 
-from vlm.training import recipe
 from vlm.training.base_settings import Augmentation, Usual
-from vlm.training.settings import FromRun, Mode, high_resolution_frozen, tuned
+from vlm.training.runs import decoder_only as recipe
+from vlm.training.runs.decoder_only_settings import FromRun, Mode, high_resolution_frozen, tuned
 from vlm.training.stages import Stage
 
 

@@ -17,10 +17,10 @@ import fnmatch
 
 from torch import nn
 
-from vlm.training import launch
-from vlm.training.objectives import NextToken
-from vlm.training.reading import TranscriberSettings as Settings
-from vlm.training.reading import run
+from vlm.training.objectives.base import NextToken
+from vlm.training.runs import launch
+from vlm.training.runs.reading import TranscriberSettings as Settings
+from vlm.training.runs.reading import run
 from vlm.training.stages import Stage
 
 

@@ -8,8 +8,8 @@ import transformers
 
 from tests import tiny, towers
 from tests.test_stages_chain import stage_of
-from vlm.training import contrastive
-from vlm.training.contrastive import Settings
+from vlm.training.runs import contrastive
+from vlm.training.runs.contrastive import Settings
 
 TINY = dict(image_px=16, patch_px=8, width=64, depth=1, text_width=64, text_depth=1, embed_width=16,
             length=12)  # fmt: skip

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from vlm.training import launch, room
 from vlm.training.base_settings import BaseSettings
+from vlm.training.memory import preflight as room
+from vlm.training.runs import launch
 
 
 @dataclass(frozen=True, kw_only=True)

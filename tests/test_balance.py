@@ -14,14 +14,14 @@ from vlm.families.decoder_only import DecoderOnly
 from vlm.image_tokens import pixel_shape
 from vlm.pixels import BadImage
 from vlm.tokenizers.tiles import TilesTokenizer
-from vlm.training.balance import Costs, Dealt, deal, deal_step
 from vlm.training.base_settings import deciding
+from vlm.training.flop_cost import Work, work_of
 from vlm.training.flops import flop_counter
-from vlm.training.loading import micro_batch_loader
-from vlm.training.objectives import NextToken
-from vlm.training.settings import FromParts
+from vlm.training.loading.balance import Costs, Dealt, deal, deal_step
+from vlm.training.loading.loader import micro_batch_loader
+from vlm.training.objectives.base import NextToken
+from vlm.training.runs.decoder_only_settings import FromParts
 from vlm.training.stages import FROZEN
-from vlm.training.work import Work, work_of
 
 BATCH, MICRO, STEPS = 32, 4, 3
 

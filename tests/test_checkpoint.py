@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from vlm.training import checkpoint, checkpoint_format
-from vlm.training.checkpoint import (
+from vlm.training.checkpoints import checkpoint
+from vlm.training.checkpoints import format as checkpoint_format
+from vlm.training.checkpoints.checkpoint import (
     CheckpointError,
     Checkpoints,
     Progress,

@@ -10,8 +10,8 @@ from tests.contrastive_runs import SHORT, TINY, run, write_bert, write_decoder
 from tests.test_composed import write_parts
 from tests.test_stages_chain import stage_of
 from vlm.systems.pretrained import load_vision
-from vlm.training import recipe
-from vlm.training.contrastive import Settings
+from vlm.training.runs import decoder_only as recipe
+from vlm.training.runs.contrastive import Settings
 from vlm.weights import same_bits
 
 

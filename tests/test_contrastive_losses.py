@@ -275,7 +275,7 @@ def test_towers_of_two_dtypes_get_gradients_of_their_own(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_saved_bytes_are_flat_in_blocks_and_linear_in_batch(name):
     """T12."""
-    from vlm.training.memory import saved_bytes
+    from vlm.training.activation_checkpointing import saved_bytes
 
     def kept(count, block):
         with saved_bytes() as found:
@@ -291,7 +291,7 @@ def test_saved_bytes_are_flat_in_blocks_and_linear_in_batch(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_value_alone_keeps_nothing_for_gradients(name):
-    from vlm.training.memory import saved_bytes
+    from vlm.training.activation_checkpointing import saved_bytes
 
     tensors = inputs(name)
     with torch.no_grad(), saved_bytes() as kept:

@@ -26,7 +26,7 @@ from tests.test_stages_chain import weights
 from vlm import cli
 from vlm.data.example import BadRow
 from vlm.pixels import BadImage
-from vlm.training.contrastive import Settings
+from vlm.training.runs.contrastive import Settings
 
 
 @pytest.mark.parametrize(

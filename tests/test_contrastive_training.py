@@ -13,9 +13,9 @@ from tests.contrastive_runs import assert_close, assert_follows
 from tests.test_fit import launch, learned, lines
 from vlm.data.sources import ListSource
 from vlm.metrics.retrieval import retrieval
-from vlm.training.contrastive import retrieval_on
-from vlm.training.objectives import Contrast
-from vlm.training.run import Run
+from vlm.training.objectives.base import Contrast
+from vlm.training.run_folder import Run
+from vlm.training.runs.contrastive import retrieval_on
 from vlm.weights import same_bits
 
 LOSSES = ("softmax", "sigmoid")

@@ -11,8 +11,8 @@ from vlm.data.example import Turn
 from vlm.data.mixture import Mixture, MixtureDataset
 from vlm.data.sources import ListSource, open_source
 from vlm.training.base_settings import BaseSettings, deciding
-from vlm.training.checkpoint_format import CheckpointError
-from vlm.training.decided import decided_by, differences, fingerprint
+from vlm.training.checkpoints.format import CheckpointError
+from vlm.training.checkpoints.run_identity import decided_by, differences, fingerprint
 
 SETTINGS = BaseSettings(out=Path("run"), steps=1, batch=1)
 ROW = {"image": "a.png", "caption": "a cat"}

@@ -7,9 +7,9 @@ from tests import tiny, training
 from vlm.data.mixture import Mixture, MixtureDataset
 from vlm.data.sources import ListSource
 from vlm.placement import IMAGE
-from vlm.training.estimate import Estimate, rows_of_run, with_text_places
-from vlm.training.objectives import Contrast, NextToken
-from vlm.training.rehearsal import Held, Rehearsal, Step
+from vlm.training.memory.estimate import Estimate, rows_of_run, with_text_places
+from vlm.training.memory.simulate import Held, Rehearsal, Step
+from vlm.training.objectives.base import Contrast, NextToken
 from vlm.training.stages import Stage
 
 STAGE = Stage(name="t", rates=(("*", 1e-3),), steps=2, batch=4, micro_batch=4, warmup=0)

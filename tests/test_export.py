@@ -9,11 +9,11 @@ import vlm
 from recipes.line_reader import stage
 from tests.test_reading_training import settings
 from vlm import cli
-from vlm.training.checkpoint import CheckpointError
-from vlm.training.export import export, settings_of
-from vlm.training.objectives import Transcribe
-from vlm.training.reading import LineReaderSettings, run
-from vlm.training.run import RunError
+from vlm.training.checkpoints.checkpoint import CheckpointError
+from vlm.training.objectives.base import Transcribe
+from vlm.training.run_folder import RunError
+from vlm.training.runs.export import export, settings_of
+from vlm.training.runs.reading import LineReaderSettings, run
 from vlm.weights import read_weights, same_bits
 
 
@@ -63,9 +63,9 @@ def test_no_file_is_run_because_a_run_names_it(trained, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
     recipe = copy / "mine.py"
-    recipe.write_text("from vlm.training.reading import LineReaderSettings as Settings\n")
+    recipe.write_text("from vlm.training.runs.reading import LineReaderSettings as Settings\n")
     values = json.loads((copy / "settings.json").read_text())
-    assert values["recipe"] == "vlm.training.reading:LineReaderSettings"
+    assert values["recipe"] == "vlm.training.runs.reading:LineReaderSettings"
     for place in (f"{recipe}:Settings", "recipes/../mine.py:Settings", "os:path"):
         (copy / "settings.json").write_text(json.dumps(values | {"recipe": place}))
         with pytest.raises(RunError, match="name it with --recipe"):

@@ -19,11 +19,13 @@ from torch import nn
 from tests import tiny, training
 from vlm.data.example import BadRow, Example, ImageRef, Turn
 from vlm.pixels import BadImage
-from vlm.training import checkpoint_format, objectives, stages
-from vlm.training.checkpoint import CheckpointError, list_checkpoints
+from vlm.training import stages
+from vlm.training.checkpoints import format as checkpoint_format
+from vlm.training.checkpoints.checkpoint import CheckpointError, list_checkpoints
 from vlm.training.fit import Interrupted
-from vlm.training.loading import _leave_stopping_to_the_loop
-from vlm.training.run import Run, RunError
+from vlm.training.loading.loader import _leave_stopping_to_the_loop
+from vlm.training.objectives import base as objectives
+from vlm.training.run_folder import Run, RunError
 from vlm.training.stages import FROZEN, StageError
 from vlm.weights import same_bits
 

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from vlm.training import launch
-from vlm.training.contrastive import Settings
+from vlm.training.runs import launch
+from vlm.training.runs.contrastive import Settings
 
 FAILS = """
 import os, sys, time

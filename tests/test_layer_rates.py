@@ -7,7 +7,7 @@ import torch
 
 from tests import tiny, towers, training
 from vlm.text.encoders import TextEncoder, build_backbone
-from vlm.training.layer_rates import layer_rates
+from vlm.training.layer_decay import layer_rates
 from vlm.training.stages import StageError, assign_rates, optimizer_for, prepare
 
 

@@ -9,7 +9,7 @@ from tests import tiny, training
 from vlm.kernels import norm_mlp as lean_module
 from vlm.kernels.attention import as_on_gpus
 from vlm.kernels.norm_mlp import PLACES, _in_parts, lean, lean_ways
-from vlm.training.memory import saved_bytes
+from vlm.training.activation_checkpointing import saved_bytes
 
 LEAN = {  # kind -> how many norms and MLPs are known
     "llama": (5, 2),

@@ -21,7 +21,7 @@ from vlm.losses.ctc import ctc_losses, least_columns
 from vlm.ocr import ctc_decode as ctc
 from vlm.systems import line_reader
 from vlm.tokenizers.columns import STRIDE, level
-from vlm.training.objectives import Transcribe
+from vlm.training.objectives.base import Transcribe
 
 
 def parts(characters="abc ", seed=0):

@@ -6,7 +6,7 @@ from tests import tiny, towers, training
 from vlm.inference import engine
 from vlm.lora import Lora, add_lora
 from vlm.tokenizers.paired import AverageNeck, PairedTokenizer
-from vlm.training.memory import checkpoint_activations, kept_parts, saved_bytes
+from vlm.training.activation_checkpointing import checkpoint_activations, kept_parts, saved_bytes
 from vlm.training.stages import FROZEN, Stage, prepare
 from vlm.vocabulary import train_rows
 

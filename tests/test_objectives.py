@@ -9,8 +9,8 @@ from torch import nn
 
 from tests import training
 from vlm.pairs import collate_pairs
-from vlm.training.memory import checkpoint_activations
-from vlm.training.objectives import Contrast
+from vlm.training.activation_checkpointing import checkpoint_activations
+from vlm.training.objectives.base import Contrast
 from vlm.training.stages import FROZEN, StageError, prepare
 
 LOSSES = ("softmax", "sigmoid")

@@ -22,11 +22,11 @@ from vlm.kernels.packed_attention import (
 )
 from vlm.placement import IMAGE
 from vlm.prompts import Row
+from vlm.training.activation_checkpointing import checkpoint_activations
 from vlm.training.base_settings import deciding
-from vlm.training.memory import checkpoint_activations
-from vlm.training.objectives import NextToken
-from vlm.training.rehearsal import Rehearsal
-from vlm.training.settings import FromRun, training_data
+from vlm.training.memory.simulate import Rehearsal
+from vlm.training.objectives.base import NextToken
+from vlm.training.runs.decoder_only_settings import FromRun, training_data
 
 SHAPES = {
     "llama": {},

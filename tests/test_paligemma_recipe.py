@@ -20,7 +20,8 @@ from vlm.data.write_coco import main as write_coco_main
 from vlm.data.write_coco import write_coco
 from vlm.families.prefix_decoder import PrefixDecoder
 from vlm.pixels import open_image
-from vlm.training import launch, recipe
+from vlm.training.runs import decoder_only as recipe
+from vlm.training.runs import launch
 from vlm.training.stages import FROZEN
 from vlm.weights import same_bits
 

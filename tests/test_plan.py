@@ -4,9 +4,9 @@ import pytest
 
 from vlm import cli
 from vlm.data.mixture import split_of
-from vlm.training.plan import machine_of, make_plan
-from vlm.training.rehearsal import Held
-from vlm.training.room import GIB
+from vlm.training.memory.plan import machine_of, make_plan
+from vlm.training.memory.preflight import GIB
+from vlm.training.memory.simulate import Held
 
 
 class Even:

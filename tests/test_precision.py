@@ -25,9 +25,9 @@ from vlm.precision import (
     machine_line,
     speed_ratio,
 )
-from vlm.training import launch
-from vlm.training.checkpoint_format import CheckpointError
-from vlm.training.plan import machine_of
+from vlm.training.checkpoints.format import CheckpointError
+from vlm.training.memory.plan import machine_of
+from vlm.training.runs import launch
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from tests.tiny import picture
 from vlm.inference.ocr import Reader
 from vlm.inference.writer import Writer
 from vlm.systems.encoder_decoder_parts import Transcriber
-from vlm.training.objectives import NextToken, Transcribe
+from vlm.training.objectives.base import NextToken, Transcribe
 from vlm.weights import cast_parameters
 
 TEXTS = ("ab", "cab a")

@@ -25,8 +25,8 @@ from vlm.data.example import BadRow
 from vlm.inference.writer import Writer
 from vlm.systems import line_reader, swap, transcriber
 from vlm.systems.transcriber import DecoderSizes
-from vlm.training.objectives import NextToken, Transcribe
-from vlm.training.reading import LineReaderSettings, TranscriberSettings, run
+from vlm.training.objectives.base import NextToken, Transcribe
+from vlm.training.runs.reading import LineReaderSettings, TranscriberSettings, run
 from vlm.vocabulary import character_tokenizer
 
 LINES = f":fonts={FOLDER}:kind=clean:longest=6"

@@ -142,7 +142,7 @@ def test_processes_share_the_cores(threads, monkeypatch):
     import torch
     from accelerate import Accelerator
 
-    from vlm.training.launch import share_cores
+    from vlm.training.runs.launch import share_cores
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     for neighbours, asked, expected in (("1", None, 6), ("4", None, 1), ("2", 5, 5)):

@@ -11,11 +11,11 @@ from tests import test_encoder_decoder, tiny, training
 from vlm.kernels.norm_mlp import lean, lean_ways
 from vlm.lines import LineRow
 from vlm.systems import line_reader
-from vlm.training.memory import checkpoint_activations
-from vlm.training.objectives import Contrast, NextToken, Transcribe
-from vlm.training.rehearsal import Rehearsal
+from vlm.training.activation_checkpointing import checkpoint_activations
+from vlm.training.master_weights import WorkingWeights
+from vlm.training.memory.simulate import Rehearsal
+from vlm.training.objectives.base import Contrast, NextToken, Transcribe
 from vlm.training.stages import FROZEN, Stage, optimizer_for, prepare
-from vlm.training.working import WorkingWeights
 
 ALL = (("*", 1e-3),)
 ADAPTOR = (("adaptor.*", 1e-3), ("*", FROZEN))

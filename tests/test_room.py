@@ -11,12 +11,20 @@ from safetensors.torch import load_file, save_file
 from tests import training
 from tests.contrastive_runs import TINY, run
 from tests.test_ranks import run_two
-from vlm.training import contrastive, room
-from vlm.training.estimate import Estimate, rows_of_run
-from vlm.training.memory import checkpoint_activations
-from vlm.training.objectives import Contrast, NextToken, Transcribe
-from vlm.training.rehearsal import Held, Rehearsal
-from vlm.training.room import MOST, Room, free_memory, largest_within, require_room, size
+from vlm.training.activation_checkpointing import checkpoint_activations
+from vlm.training.memory import preflight as room
+from vlm.training.memory.estimate import Estimate, rows_of_run
+from vlm.training.memory.preflight import (
+    MOST,
+    Room,
+    free_memory,
+    largest_within,
+    require_room,
+    size,
+)
+from vlm.training.memory.simulate import Held, Rehearsal
+from vlm.training.objectives.base import Contrast, NextToken, Transcribe
+from vlm.training.runs import contrastive
 from vlm.training.stages import Stage
 
 STAGE = Stage(name="t", rates=(("*", 1e-3),), steps=2, batch=4, micro_batch=4, warmup=0)

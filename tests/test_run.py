@@ -2,7 +2,7 @@
 
 from matplotlib import pyplot as plt
 
-from vlm.training.run import plot_loss
+from vlm.training.run_folder import plot_loss
 
 
 def drawn(history, path, monkeypatch):

@@ -12,9 +12,10 @@ import torch
 import vlm
 from tests import tiny
 from tests.test_composed import write_parts
-from vlm.training import launch, recipe
-from vlm.training.run import RunError
-from vlm.training.settings import training_data
+from vlm.training.run_folder import RunError
+from vlm.training.runs import decoder_only as recipe
+from vlm.training.runs import launch
+from vlm.training.runs.decoder_only_settings import training_data
 from vlm.weights import same_bits
 
 SCENES = "scenes:40:seed=1:size=64x96:task=mixed"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import tiny, training
-from vlm.training.token_cache import cached_tokens, fingerprint
+from vlm.training.loading.token_cache import cached_tokens, fingerprint
 
 PIXELS = torch.randn(3, 3, 8, 12, generator=torch.Generator().manual_seed(0))
 

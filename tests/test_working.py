@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests import training
-from vlm.training.working import WorkingWeights
+from vlm.training.master_weights import WorkingWeights
 
 
 class Net(nn.Module):

@@ -27,14 +27,14 @@ from vlm.inference.tasks import Model
 from vlm.pairs import PairProcessor
 from vlm.systems.composed import Composition
 from vlm.systems.pairing import Pairing
-from vlm.training.contrastive import retrieval_on
 from vlm.training.fit import Interrupted, Pace, fit
-from vlm.training.objectives import Contrast, NextToken, Transcribe
-from vlm.training.run import Run
+from vlm.training.flop_cost import work_of
+from vlm.training.objectives.base import Contrast, NextToken, Transcribe
+from vlm.training.run_folder import Run
+from vlm.training.runs.contrastive import retrieval_on
 from vlm.training.sharding import gathered, whole_on_first
 from vlm.training.stages import FROZEN, Stage
 from vlm.training.step import Step
-from vlm.training.work import work_of
 
 STAGE = Stage(
     name="tiny",

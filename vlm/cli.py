@@ -85,7 +85,7 @@ class InspectBatch:
         from vlm.commands.inspect_batch import draw_rows, show_rows
         from vlm.data.collate import Encoded
         from vlm.kernels.packed_attention import require_segments
-        from vlm.training.launch import read_settings, recipe_in
+        from vlm.training.runs.launch import read_settings, recipe_in
 
         if self.rows < 1:
             raise ValueError(f"--rows must be at least 1, found {self.rows}")
@@ -130,7 +130,7 @@ Command = (
 
 def recipe_help(command: str, path: Path) -> None:
     """Prints what a recipe's own settings mean, ahead of the command's help."""
-    from vlm.training.launch import recipe_in
+    from vlm.training.runs.launch import recipe_in
 
     with contextlib.suppress(SystemExit):  # help ends a program
         tyro.cli(recipe_in(path).Settings, args=["--help"], prog=f"vlm {command} {path}")

@@ -18,7 +18,7 @@ from tests.reference.tiny_open_clip import CASES, CLIP, PUBLISHED, SIGLIP, chang
 from vlm.pixels import from_open_clip
 from vlm.systems.open_clip import config as open_clip_config
 from vlm.systems.open_clip import layout
-from vlm.training.contrastive import Settings
+from vlm.training.runs.contrastive import Settings
 
 
 @pytest.mark.parametrize("name", [*CASES, *PUBLISHED])

@@ -31,7 +31,7 @@ class Export:
     """The recipe that the run was made by, where it is no recipe of ours."""
 
     def run(self) -> None:
-        from vlm.training.export import export
+        from vlm.training.runs.export import export
 
         path = export(
             self.run_folder,

@@ -24,7 +24,7 @@ from vlm.pairs import Pair, PairBatch, PairProcessor, collate_pairs
 from vlm.placement import IMAGE, Batch
 from vlm.prompts import Processor, Row
 from vlm.tokenizers.columns import STRIDE
-from vlm.training.objectives import NextToken
+from vlm.training.objectives.base import NextToken
 
 SCORED, RUN, PAD, BORDER = "bold green", "bold cyan", "dim", "bold magenta"
 UNSCORED = "strike yellow"

@@ -12,8 +12,8 @@ import tyro
 from vlm.commands.model import require_least
 
 if TYPE_CHECKING:
-    from vlm.training.estimate import Estimate
-    from vlm.training.plan import Machine, Plan
+    from vlm.training.memory.estimate import Estimate
+    from vlm.training.memory.plan import Machine, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,9 @@ class MakePlan:
         from dataclasses import replace
 
         from vlm.data.mixture import split_of
-        from vlm.training.launch import read_settings, recipe_in
-        from vlm.training.plan import machine_of, make_plan, require_shares
-        from vlm.training.room import asked, remedies
+        from vlm.training.memory.plan import machine_of, make_plan, require_shares
+        from vlm.training.memory.preflight import asked, remedies
+        from vlm.training.runs.launch import read_settings, recipe_in
 
         require_least(self, rows=1, tokens=1)
         require_shares(self.mfu, self.reserve, self.price)
@@ -86,9 +86,14 @@ class MakePlan:
     def _estimate(self, recipe: Any, settings: Any, machine: Machine) -> tuple[Estimate, str]:
         """Rehearsed steps of a recipe, and the name of its stage."""
         from vlm.precision import DTYPES
-        from vlm.training.estimate import Estimate, objective_for, rows_of_run, with_text_places
-        from vlm.training.memory import checkpoint_activations, kept_parts
-        from vlm.training.rehearsal import Rehearsal
+        from vlm.training.activation_checkpointing import checkpoint_activations, kept_parts
+        from vlm.training.memory.estimate import (
+            Estimate,
+            objective_for,
+            rows_of_run,
+            with_text_places,
+        )
+        from vlm.training.memory.simulate import Rehearsal
 
         data = settings.data()
         model = settings.build()
@@ -109,7 +114,7 @@ class MakePlan:
         from rich.console import Console
         from rich.table import Table
 
-        from vlm.training.room import GIB, MOST
+        from vlm.training.memory.preflight import GIB, MOST
 
         unit, size = ("GiB", GIB) if plan.held.total >= GIB else ("MiB", GIB / 1024)
 

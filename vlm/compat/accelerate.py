@@ -1,5 +1,5 @@
 """Insides of accelerate that are no public API, tested with 1.15: what `accelerate launch` tells
-the processes that it starts (`vlm.training.launch`)."""
+the processes that it starts (`vlm.training.runs.launch`)."""
 
 import os
 

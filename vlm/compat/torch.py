@@ -5,13 +5,13 @@
   `silu_backward` (`vlm.kernels.norm_mlp`), `gelu_` (`vlm.kernels.mlp_parts`), `multiply_all_` and
   `copy_all_` (clipping and working weights), and those whose flops and shapes are counted by hand
   (`CPU_ATTENTION`, `CPU_ATTENTION_BACKWARD`, `CTC`, `CTC_BACKWARD`, `SCALAR`, `UNSAFE_INDEX`).
-- Fake tensors, dispatch modes and trees of tensors: `vlm.training.rehearsal`.
+- Fake tensors, dispatch modes and trees of tensors: `vlm.training.memory.simulate`.
 - What a tensor is made of: `base_of`, `version_of`.
 - The tables of a module: `own_parameters`, `with_child`, `has_hooks`, `has_forward_pre_hook`.
 - `BatchNormBase`: the class of all batch norms, synchronised ones included.
-- `checkpoint`: activation checkpointing of a module in place (`vlm.training.memory`).
+- `checkpoint`: activation checkpointing of a module in place (`vlm.training.activation_checkpointing`).
 - FSDP: `make_root`, `unsharded_class` (`vlm.training.sharding`).
-- `stop_workers`: the end of a loader's processes (`vlm.training.loading`).
+- `stop_workers`: the end of a loader's processes (`vlm.training.loading.loader`).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from vlm.data.mixture import MixtureDataset
 from vlm.data.sources import Source, open_source
 from vlm.precision import Precision
-from vlm.training.checkpoint import KEEP
+from vlm.training.checkpoints.checkpoint import KEEP
 from vlm.training.sharding import Shard
 from vlm.training.stages import Stage
 

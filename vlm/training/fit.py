@@ -25,12 +25,14 @@ from vlm.data.mixture import MixtureDataset, StepSampler
 from vlm.kernels.norm_mlp import lean, lean_ways
 from vlm.precision import DTYPES
 from vlm.prompts import Row
-from vlm.training.checkpoint import KEEP, Checkpoints, Progress
-from vlm.training.decided import decided_by
-from vlm.training.loading import MicroBatch, batches_of, micro_batch_loader
+from vlm.training.checkpoints.checkpoint import KEEP, Checkpoints, Progress
+from vlm.training.checkpoints.run_identity import decided_by
+from vlm.training.loading.loader import MicroBatch, batches_of, micro_batch_loader
+from vlm.training.loading.token_cache import cached_tokens
+from vlm.training.master_weights import WorkingWeights
 from vlm.training.meter import Meter, device_use, peak_flops
-from vlm.training.objectives import NextToken, Objective
-from vlm.training.run import Run
+from vlm.training.objectives.base import NextToken, Objective
+from vlm.training.run_folder import Run
 from vlm.training.sharding import (
     Shard,
     allow_unused,
@@ -46,8 +48,6 @@ from vlm.training.stages import (
     prepare,
 )
 from vlm.training.step import Step, audit_gradients
-from vlm.training.token_cache import cached_tokens
-from vlm.training.working import WorkingWeights
 
 
 class Interrupted(Exception):
@@ -107,11 +107,11 @@ def fit(
     shard: over which processes weights are parted, see `vlm.training.sharding`; the module stays
         so when the run is over.
     token_cache: where tokens of a frozen image tokenizer are kept, see
-        `vlm.training.token_cache`; not with sharding.
-    balance: what a row costs, by which those of a step are dealt out, see `vlm.training.balance`;
+        `vlm.training.loading.token_cache`; not with sharding.
+    balance: what a row costs, by which those of a step are dealt out, see `vlm.training.loading.balance`;
         None deals them out by number.
     resume: go on from the newest whole checkpoint. change: names of settings that may differ from
-        the checkpoint's, see `vlm.training.decided.differences`.
+        the checkpoint's, see `vlm.training.checkpoints.run_identity.differences`.
     evaluate: figures to log between steps, called on every rank; the end is the caller's.
     Raises StageError, BadRow, BadImage naming what does not fit; Interrupted after SIGINT or
     SIGTERM, when all is saved; OSError before the first step where the disk has too little room;

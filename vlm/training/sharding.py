@@ -37,7 +37,7 @@ from vlm.compat.torch import make_root, multiply_all_, own_parameters, unsharded
 from vlm.compat.transformers import GradientCheckpointingLayer
 from vlm.image_tokens import ImageTokenizer, ViewGroup, blank_pixels
 from vlm.placement import Batch
-from vlm.training.memory import PROBE_HW
+from vlm.training.activation_checkpointing import PROBE_HW
 from vlm.training.stages import StageError, hold_in
 from vlm.weights import castable
 

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from vlm.data.example import BadRow
-from vlm.training.loading import MicroBatch
+from vlm.training.loading.loader import MicroBatch
+from vlm.training.master_weights import WorkingWeights
 from vlm.training.meter import Meter
-from vlm.training.objectives import Count, Objective
+from vlm.training.objectives.base import Count, Objective
 from vlm.training.sharding import clip_gradients, is_sharded, sum_unsharded
 from vlm.training.stages import Stage, StageError, set_rates
-from vlm.training.working import WorkingWeights
 
 BUCKET_ELEMENTS = 2**24
 """Numbers of gradients that ranks exchange at once."""

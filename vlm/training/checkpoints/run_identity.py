@@ -16,7 +16,7 @@ from vlm.data.example import BadRow, ImageRef
 from vlm.data.mixture import MixtureDataset
 from vlm.data.sources.base import Source
 from vlm.pixels import BadImage
-from vlm.training.checkpoint_format import CheckpointError
+from vlm.training.checkpoints.format import CheckpointError
 from vlm.training.stages import Stage
 
 SETTINGS, STAGE, MIXTURE, DATA = "settings", "stage", "mixture", "data"

@@ -25,9 +25,9 @@ from vlm.pairs import Pair, PairBatch, collate_pairs
 from vlm.placement import Batch
 from vlm.prompts import Row
 from vlm.tokenizers.columns import STRIDE
+from vlm.training.flop_cost import Work
 from vlm.training.sharding import level, passes_of_ranks
 from vlm.training.stages import StageError
-from vlm.training.work import Work
 
 Autocast = Callable[[], AbstractContextManager]
 LARGEST_SCALE = 100.0

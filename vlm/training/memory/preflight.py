@@ -19,9 +19,9 @@ from torch import nn
 from vlm.data.mixture import MixtureDataset
 from vlm.precision import DTYPES
 from vlm.training.base_settings import BaseSettings
-from vlm.training.estimate import ROWS, Estimate, rows_of_run
-from vlm.training.objectives import Objective
-from vlm.training.rehearsal import Held, Rehearsal
+from vlm.training.memory.estimate import ROWS, Estimate, rows_of_run
+from vlm.training.memory.simulate import Held, Rehearsal
+from vlm.training.objectives.base import Objective
 from vlm.training.sharding import Shard
 from vlm.training.stages import Stage
 

@@ -20,7 +20,7 @@ from vlm.inference.tasks import Model
 from vlm.lora import Lora, add_lora, lora_of, quantize_4bit
 from vlm.systems.composed import CAPTION_PROMPT, add_loc_tokens
 from vlm.training.base_settings import BaseSettings, Usual, require_share
-from vlm.training.run import RunError
+from vlm.training.run_folder import RunError
 from vlm.training.stages import FROZEN
 from vlm.vocabulary import train_rows
 

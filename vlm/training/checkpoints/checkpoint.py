@@ -1,6 +1,6 @@
 """Checkpoints: the trainable weights, the optimizer and the position, written all or not at all.
 
-A checkpoint is a folder `checkpoints/step_00000120`, as `vlm.training.checkpoint_format` describes
+A checkpoint is a folder `checkpoints/step_00000120`, as `vlm.training.checkpoints.format` describes
 it. Frozen weights are not in it: the run's settings rebuild them, and a fingerprint proves that
 they are the same ones.
 
@@ -28,10 +28,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vlm.training import checkpoint_format as disk
-from vlm.training.checkpoint_format import CheckpointError, Together
-from vlm.training.decided import differences
-from vlm.training.run import versions
+from vlm.training.checkpoints import format as disk
+from vlm.training.checkpoints.format import CheckpointError, Together
+from vlm.training.checkpoints.run_identity import differences
+from vlm.training.run_folder import versions
 from vlm.weights import need_room
 
 NAME = re.compile(r"step_(\d{8})")
@@ -64,7 +64,7 @@ class Checkpoints:
 
     folder: where they lie, on a disk that all processes share.
     module, optimizer: whose state is saved, as `prepare` and `optimizer_for` left them.
-    decided: what decides what is learned, see `vlm.training.decided`; the first process's counts.
+    decided: what decides what is learned, see `vlm.training.checkpoints.run_identity`; the first process's counts.
     keep: how many are kept, the newest. say: shows a line to people.
     """
 

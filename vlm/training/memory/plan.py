@@ -1,6 +1,6 @@
 """What a run takes of a machine, on paper: memory by part, the largest micro-batch, time and price.
 
-Memory is that of a rehearsed step (`vlm.training.rehearsal`): the run's own code on tensors without
+Memory is that of a rehearsed step (`vlm.training.memory.simulate`): the run's own code on tensors without
 values, no formula of layers. What sharding changes is reckoned from it: weights, gradients and
 moments are divided by the ranks of a shard group, and the blocks at work are held whole. Time is
 counted operations at a stated share of the machine's peak.
@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vlm.data.mixture import split_of
-from vlm.training.estimate import Estimate
+from vlm.training.memory.estimate import Estimate
+from vlm.training.memory.preflight import GIB, Room, room_for
 from vlm.training.meter import PEAK_TFLOPS
-from vlm.training.room import GIB, Room, room_for
 
 MEMORY_GIB = {"A100": 80, "H100": 80, "H200": 141, "B200": 180, "L40S": 48, "4090": 24}
 """Memory of a GPU where the machine's name does not state it. Source: each maker's data sheet."""

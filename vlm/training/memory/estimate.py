@@ -6,7 +6,7 @@ refused that never fills them. What is foreseen is what surely comes instead. Th
 rows meet in one of 360 micro-batches of n at the rarest (n about 6), so that any run of some length
 has steps as heavy; micro-batches of more than 16 are as heavy as rows at random make them. A few
 rows of every source are among them, however rarely it is drawn. Rows that are longer still may
-come, and `vlm.training.room` says so where little room is left.
+come, and `vlm.training.memory.preflight` says so where little room is left.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from vlm.pairs import Pair
 from vlm.pixels import BadImage
 from vlm.placement import IMAGE
 from vlm.prompts import Row
-from vlm.training.objectives import Contrast, NextToken, Objective, Transcribe
-from vlm.training.rehearsal import Held, Rehearsal, Step
+from vlm.training.memory.simulate import Held, Rehearsal, Step
+from vlm.training.objectives.base import Contrast, NextToken, Objective, Transcribe
 from vlm.training.sharding import units_of
 from vlm.training.step import BUCKET_ELEMENTS
 

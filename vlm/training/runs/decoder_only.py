@@ -1,7 +1,7 @@
 """What the decoder-only recipes share: a run from settings to result.
 
 A recipe file states its stage as a value and its own defaults; what can be set is in
-`vlm.training.settings`, everything else here.
+`vlm.training.runs.decoder_only_settings`, everything else here.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from vlm.data.sources.base import Source
 from vlm.inference.tasks import Model
 from vlm.kernels.packed_attention import require_segments
 from vlm.pixels import open_image
-from vlm.training import launch
-from vlm.training.course import Course, MakeStage
-from vlm.training.evaluate import image_gain_on, text_loss_on
-from vlm.training.held_out import held_out_rows
-from vlm.training.objectives import NextToken
-from vlm.training.run import draw_captions
-from vlm.training.settings import Settings, training_data
-from vlm.training.work import work_of
+from vlm.training.runs import launch
+from vlm.training.runs.run import (Course, MakeStage)
+from vlm.training.runs.evaluate import (image_gain_on, text_loss_on)
+from vlm.training.runs.held_out import held_out_rows
+from vlm.training.objectives.base import NextToken
+from vlm.training.run_folder import draw_captions
+from vlm.training.runs.decoder_only_settings import (Settings, training_data)
+from vlm.training.flop_cost import work_of
 from vlm.weights import cast_parameters
 
 PICTURES = 16

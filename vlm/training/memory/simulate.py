@@ -42,9 +42,9 @@ from vlm.compat.torch import (
 from vlm.kernels.attention import as_on_gpus
 from vlm.kernels.norm_mlp import lean, lean_ways
 from vlm.training.flops import flop_counter
-from vlm.training.objectives import Contrast, Objective
+from vlm.training.master_weights import WorkingWeights
+from vlm.training.objectives.base import Contrast, Objective
 from vlm.training.stages import Stage, optimizer_for, prepare
-from vlm.training.working import WorkingWeights
 
 aten = torch.ops.aten
 

@@ -22,9 +22,9 @@ from vlm.metrics.retrieval import retrieval
 from vlm.pairs import collate_pairs
 from vlm.systems import pairing, scratch
 from vlm.training.base_settings import Augmentation, BaseSettings, Usual, require_share
-from vlm.training.course import Course, MakeStage
-from vlm.training.objectives import Contrast
-from vlm.training.run import Curves
+from vlm.training.runs.run import (Course, MakeStage)
+from vlm.training.objectives.base import Contrast
+from vlm.training.run_folder import Curves
 
 NEW = "new"
 SIZES = tuple(field.name for field in dataclasses.fields(scratch.ScratchConfig))

@@ -27,9 +27,9 @@ from vlm.systems.published import open_part
 from vlm.systems.transcriber import DecoderSizes
 from vlm.tokenizers.columns import ColumnsConfig, ColumnsTokenizer, line_spec
 from vlm.training.base_settings import BaseSettings, require_share
-from vlm.training.course import Course, MakeStage
-from vlm.training.objectives import Objective
-from vlm.training.run import Curves
+from vlm.training.runs.run import (Course, MakeStage)
+from vlm.training.objectives.base import Objective
+from vlm.training.run_folder import Curves
 from vlm.vocabulary import character_tokenizer
 
 NEW = "new"

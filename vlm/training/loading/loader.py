@@ -20,8 +20,8 @@ from vlm.data.example import BadRow, Skipped
 from vlm.data.mixture import MixtureDataset, StepSampler
 from vlm.pixels import BadImage
 from vlm.prompts import Row
-from vlm.training.balance import Costs, Dealt
-from vlm.training.objectives import Objective
+from vlm.training.loading.balance import Costs, Dealt
+from vlm.training.objectives.base import Objective
 
 
 @dataclass(frozen=True, slots=True)
