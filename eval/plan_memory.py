@@ -3,12 +3,12 @@
     python eval/plan_memory.py
 
 For each case, of every family that trains here, a step is rehearsed without data (see
-`vlm.training.memory.simulate`), and two steps are carried out in a fresh process by the same objective,
-working weights and optimizer as `fit`'s, in the same precision. Measured is the process's peak
-resident memory during the second step, above what it held before the model was built, when a small
-model of the same kind had already run once, so that libraries and their compiled kernels are not
-counted. glibc is told to give back what is freed at once: so the figure is what is held, not what
-the allocator kept.
+`vlm.training.memory.simulate`), and two steps are carried out in a fresh process by the same
+objective, working weights and optimizer as `fit`'s, in the same precision. Measured is the
+process's peak resident memory during the second step, above what it held before the model was
+built, when a small model of the same kind had already run once, so that libraries and their
+compiled kernels are not counted. glibc is told to give back what is freed at once: so the figure
+is what is held, not what the allocator kept.
 """
 
 from __future__ import annotations

@@ -1,15 +1,17 @@
 """Insides of torch that are no public API, tested with 2.14.
 
 - Operators without a public function: `linear_prepacked`, `prepack_linear`, `can_prepack`
-  (weights in oneDNN's layout, `vlm.kernels.packed_linear`), `softmax_backward` (`vlm.kernels.attention`),
-  `silu_backward` (`vlm.kernels.norm_mlp`), `gelu_` (`vlm.kernels.mlp_parts`), `multiply_all_` and
-  `copy_all_` (clipping and working weights), and those whose flops and shapes are counted by hand
-  (`CPU_ATTENTION`, `CPU_ATTENTION_BACKWARD`, `CTC`, `CTC_BACKWARD`, `SCALAR`, `UNSAFE_INDEX`).
+  (weights in oneDNN's layout, `vlm.kernels.packed_linear`), `softmax_backward`
+  (`vlm.kernels.attention`), `silu_backward` (`vlm.kernels.norm_mlp`), `gelu_`
+  (`vlm.kernels.mlp_parts`), `multiply_all_` and `copy_all_` (clipping and working weights), and
+  those whose flops and shapes are counted by hand (`CPU_ATTENTION`, `CPU_ATTENTION_BACKWARD`,
+  `CTC`, `CTC_BACKWARD`, `SCALAR`, `UNSAFE_INDEX`).
 - Fake tensors, dispatch modes and trees of tensors: `vlm.training.memory.simulate`.
 - What a tensor is made of: `base_of`, `version_of`.
 - The tables of a module: `own_parameters`, `with_child`, `has_hooks`, `has_forward_pre_hook`.
 - `BatchNormBase`: the class of all batch norms, synchronised ones included.
-- `checkpoint`: activation checkpointing of a module in place (`vlm.training.activation_checkpointing`).
+- `checkpoint`: activation checkpointing of a module in place
+(`vlm.training.activation_checkpointing`).
 - FSDP: `make_root`, `unsharded_class` (`vlm.training.sharding`).
 - `stop_workers`: the end of a loader's processes (`vlm.training.loading.loader`).
 """

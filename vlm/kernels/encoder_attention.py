@@ -1,6 +1,6 @@
 """Attention of transformers' vision encoders, as fast as the machine at hand allows: by whole
-products where they gain (see `vlm.kernels.attention`), else, and where masks or dropout are asked for,
-transformers' own `sdpa`.
+products where they gain (see `vlm.kernels.attention`), else, and where masks or dropout are asked
+for, transformers' own `sdpa`.
 """
 
 from __future__ import annotations

@@ -108,8 +108,8 @@ def fit(
         so when the run is over.
     token_cache: where tokens of a frozen image tokenizer are kept, see
         `vlm.training.loading.token_cache`; not with sharding.
-    balance: what a row costs, by which those of a step are dealt out, see `vlm.training.loading.balance`;
-        None deals them out by number.
+    balance: what a row costs, by which those of a step are dealt out, see
+        `vlm.training.loading.balance`; None deals them out by number.
     resume: go on from the newest whole checkpoint. change: names of settings that may differ from
         the checkpoint's, see `vlm.training.checkpoints.run_identity.differences`.
     evaluate: figures to log between steps, called on every rank; the end is the caller's.

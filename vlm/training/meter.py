@@ -3,7 +3,8 @@ peak is known, the share of it (MFU).
 
 Floating-point operations are counted, not estimated from a formula: torch's own counter runs over
 one extra pass of the first micro-batch, forward and backward, and the count is scaled by what
-the objective says that a pass's cost goes by: operations reckoned by `vlm.training.flop_cost`, or pairs.
+the objective says that a pass's cost goes by: operations reckoned by `vlm.training.flop_cost`, or
+pairs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What a run takes of a machine, on paper: memory by part, the largest micro-batch, time and price.
 
-Memory is that of a rehearsed step (`vlm.training.memory.simulate`): the run's own code on tensors without
-values, no formula of layers. What sharding changes is reckoned from it: weights, gradients and
-moments are divided by the ranks of a shard group, and the blocks at work are held whole. Time is
-counted operations at a stated share of the machine's peak.
+Memory is that of a rehearsed step (`vlm.training.memory.simulate`): the run's own code on tensors
+without values, no formula of layers. What sharding changes is reckoned from it: weights, gradients
+and moments are divided by the ranks of a shard group, and the blocks at work are held whole. Time
+is counted operations at a stated share of the machine's peak.
 """
 
 from __future__ import annotations
