@@ -46,13 +46,13 @@ from vlm.data.collate import collate, group_views
 from vlm.data.example import BadRow, Example, Skipped
 from vlm.data.sources import open_source
 from vlm.data.sources.base import Source
+from vlm.families.decoder_only import generate as engine
+from vlm.families.decoder_only.processor import Row
 from vlm.image_tokens import ImageTokenizer
-from vlm.inference import engine
 from vlm.inference.tasks import Model
 from vlm.metrics.caption import Pair, caption_figures, cider_d, exact_matches
 from vlm.pixels import BadImage, open_image
 from vlm.precision import Precision, dtype_name
-from vlm.prompts import Row
 from vlm.systems.pretrained import load_vision
 from vlm.training.run_folder import draw_captions, versions
 from vlm.training.runs.decoder_only import held_out_rows

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 import vlm
 from vlm.data.sources import open_source
-from vlm.families.contrastive import SIGMOID_BIAS, SIGMOID_SCALE
+from vlm.families.contrastive.module import SIGMOID_BIAS, SIGMOID_SCALE
 from vlm.metrics.classification import classification
 from vlm.metrics.retrieval import retrieval
 from vlm.pixels import open_image

@@ -41,7 +41,7 @@ from vlm.data.example import Box
 from vlm.data.sources import CocoSource, open_source
 from vlm.data.sources.base import Source
 from vlm.draw import draw_boxes, draw_page
-from vlm.inference.ground import MAX_NEW_TOKENS, find, require_prompt
+from vlm.families.decoder_only.ground import MAX_NEW_TOKENS, find, require_prompt
 from vlm.inference.tasks import Model
 from vlm.metrics.boxes import BoxTable, coco_precision, phrases_found
 from vlm.metrics.share import wilson

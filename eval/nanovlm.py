@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from vlm.families.decoder_only import DecoderOnly
+from vlm.families.decoder_only.module import DecoderOnly
 
 VISION = {
     "layer_norm1": "ln1",

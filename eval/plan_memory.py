@@ -30,13 +30,14 @@ from bench import add_precision, autocast, chosen
 from speed_training import llava, ours_from, peak_mb, reset_peak
 from torch import nn
 
+from vlm.families.contrastive.processor import Pair
+from vlm.families.decoder_only.processor import Row
+from vlm.families.line_reader import layout as line_reader
+from vlm.families.line_reader.processor import LineRow
 from vlm.kernels.norm_mlp import lean, lean_ways
-from vlm.lines import LineRow
-from vlm.pairs import Pair
 from vlm.placement import IMAGE
 from vlm.precision import DTYPES
-from vlm.prompts import Row
-from vlm.systems import line_reader, scratch
+from vlm.systems import scratch
 from vlm.training.master_weights import WorkingWeights
 from vlm.training.memory.simulate import Rehearsal
 from vlm.training.objectives.base import Contrast, NextToken, Objective, Transcribe

@@ -33,9 +33,9 @@ from bench import add_precision, chosen
 from speed_training import peak_mb, reset_peak
 from torch import Tensor
 
-from vlm.families.encoder_decoder import EncoderDecoder
+from vlm.families.encoder_decoder import generate as transcribe
+from vlm.families.encoder_decoder.module import EncoderDecoder
 from vlm.image_tokens import ViewGroup
-from vlm.inference import transcribe
 from vlm.precision import DTYPES
 from vlm.systems import trocr
 from vlm.systems.published import first_names, published_name

@@ -47,14 +47,14 @@ from transformers import (
 )
 
 from vlm import adaptors
-from vlm.families.decoder_only import DecoderOnly
+from vlm.families.decoder_only.module import DecoderOnly
+from vlm.families.decoder_only.processor import Row
 from vlm.image_tokens import ViewGroup
 from vlm.kernels.norm_mlp import lean, lean_ways
 from vlm.losses.token import token_losses
 from vlm.pixels import HALF, PixelSpec
 from vlm.placement import IMAGE, Batch
 from vlm.precision import DTYPES
-from vlm.prompts import Row
 from vlm.tokenizers.encoders import ENCODERS
 from vlm.tokenizers.transformers import TransformersTokenizer
 from vlm.training.activation_checkpointing import give_back_large_blocks

@@ -40,10 +40,10 @@ from vlm.data.example import BadRow, Example
 from vlm.data.sources import ClipBenchmark, open_source
 from vlm.data.sources.base import Source
 from vlm.draw import draw_reliability
-from vlm.inference.embed import ContrastiveModel, same_labels
-from vlm.inference.engine import evaluating
+from vlm.families.contrastive.model import ContrastiveModel, same_labels
+from vlm.families.contrastive.processor import PairProcessor
+from vlm.families.decoder_only.generate import evaluating
 from vlm.metrics.classification import classification
-from vlm.pairs import PairProcessor
 from vlm.precision import Precision, dtype_name
 from vlm.retrieval.embed_rows import (
     Reading,

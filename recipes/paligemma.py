@@ -21,7 +21,7 @@ from torch import nn
 
 from vlm.data.sources import Source
 from vlm.data.sources.transfer import Detect, Prompted
-from vlm.families.prefix_decoder import PrefixDecoder
+from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.inference.tasks import Model
 from vlm.systems.paligemma import PROMPTS, ask_as_published
 from vlm.training.base_settings import Usual

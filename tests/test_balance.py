@@ -10,7 +10,7 @@ from tests import tiny, towers, training
 from tests.test_fit import launch, lines
 from vlm.data.example import BadRow, Example, ImageRef, Skipped, Turn
 from vlm.data.mixture import StepSampler
-from vlm.families.decoder_only import DecoderOnly
+from vlm.families.decoder_only.module import DecoderOnly
 from vlm.image_tokens import pixel_shape
 from vlm.pixels import BadImage
 from vlm.tokenizers.tiles import TilesTokenizer

@@ -5,8 +5,8 @@ import torch
 
 from tests import tiny, training
 from vlm.data.example import BadRow
-from vlm.inference import engine
-from vlm.inference.chat import Chat
+from vlm.families.decoder_only import generate as engine
+from vlm.families.decoder_only.chat import Chat
 from vlm.pixels import BadImage
 
 

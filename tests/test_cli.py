@@ -210,7 +210,7 @@ class Typed(io.StringIO):
 
 def test_chat_command_answers_a_line_a_question(opened, monkeypatch, capsys):
     """From a pipe; the pictures are encoded once, and after /reset the first one again."""
-    from vlm.inference.chat import Chat
+    from vlm.families.decoder_only.chat import Chat
 
     model, files = opened
     seen = []

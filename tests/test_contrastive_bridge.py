@@ -62,8 +62,8 @@ def test_trained_tokenizer_begins_stage_1(scratch, tmp_path, image_px):
 def test_timm_tower_crosses_the_bridge(tmp_path, image, size_hw):
     """T16: patch tokens alone, whatever the pooling read; positions resized."""
     from tests.test_contrastive import model
-    from vlm.inference.embed import ContrastiveModel
-    from vlm.systems.pairing import Pairing
+    from vlm.families.contrastive.layout import Pairing
+    from vlm.families.contrastive.model import ContrastiveModel
 
     trained = model(image)
     processor = training.contrastive_model().processor

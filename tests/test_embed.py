@@ -11,12 +11,12 @@ from tests import tiny
 from tests.reference import test_clip, test_siglip
 from tests.test_contrastive import IMAGES, model
 from tests.test_pairs import text_tokenizer
-from vlm.inference.embed import ContrastiveModel, same_labels
+from vlm.families.contrastive import layout as pairing
+from vlm.families.contrastive.layout import Pairing
+from vlm.families.contrastive.model import ContrastiveModel, same_labels
+from vlm.families.contrastive.processor import PairProcessor
 from vlm.lora import Lora, add_lora
-from vlm.pairs import PairProcessor
 from vlm.pixels import BadImage
-from vlm.systems import pairing
-from vlm.systems.pairing import Pairing
 from vlm.systems.pretrained import load_vision
 from vlm.weights import WeightsError, same_bits
 

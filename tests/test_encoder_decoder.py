@@ -12,9 +12,9 @@ from tests.tiny import picture
 from vlm import adaptors
 from vlm.data.collate import collate
 from vlm.data.example import BadRow, Skipped, caption_example
-from vlm.families.encoder_decoder import EncoderDecoder
+from vlm.families.encoder_decoder.module import EncoderDecoder
+from vlm.families.encoder_decoder.processor import LineProcessor
 from vlm.losses.token import token_losses
-from vlm.systems.encoder_decoder_parts import LineProcessor
 from vlm.text.decoders import build
 from vlm.training.objectives.base import NextToken
 

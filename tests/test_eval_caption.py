@@ -17,10 +17,10 @@ from vlm import adaptors, tokenizers
 from vlm.config import to_dict
 from vlm.data.example import ImageRef, caption_example
 from vlm.data.sources import ListSource
-from vlm.families.decoder_only import DecoderOnly
+from vlm.families.decoder_only.layout import Composition
+from vlm.families.decoder_only.module import DecoderOnly
 from vlm.inference.tasks import Model
 from vlm.pixels import BadImage
-from vlm.systems.composed import Composition
 
 PATH = Path(__file__).parents[1] / "eval/caption.py"
 spec = importlib.util.spec_from_file_location("eval_caption", PATH)

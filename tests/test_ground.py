@@ -23,12 +23,12 @@ from vlm.data.example import Box, Example, Turn
 from vlm.data.grounding import ground
 from vlm.data.sources import open_source
 from vlm.draw import draw_boxes, draw_page
-from vlm.families.decoder_only import DecoderOnly
+from vlm.families.decoder_only.ground import NO_AREA, NO_BOX, NOT_FOURS, find, read_answer
+from vlm.families.decoder_only.layout import Composition, add_loc_tokens
+from vlm.families.decoder_only.module import DecoderOnly
 from vlm.geometry import LocTokens
-from vlm.inference.ground import NO_AREA, NO_BOX, NOT_FOURS, find, read_answer
 from vlm.inference.tasks import Model
 from vlm.pixels import BadImage, PixelSpec
-from vlm.systems.composed import Composition, add_loc_tokens
 
 ROOT = Path(__file__).parent.parent
 
@@ -374,7 +374,7 @@ def evaluate(script, monkeypatch, tmp_path, data, answers=None, **settings):
     made = model(bins=1024, size_hw=(64, 64))
     monkeypatch.setattr(vlm, "load", lambda *_, **__: made, raising=False)
     if answers is not None:
-        monkeypatch.setattr("vlm.inference.ground._answers", answers(made))
+        monkeypatch.setattr("vlm.families.decoder_only.ground._answers", answers(made))
     return script.run(
         script.Settings(model="tiny", data=data, out=tmp_path / "out", pictures=2, **settings)
     )

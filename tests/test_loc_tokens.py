@@ -10,8 +10,8 @@ from tests.test_composed import write_parts
 from tests.test_geometry import RECORDS, random_boxes
 from vlm.data.example import BadRow, Box, Example, Turn
 from vlm.data.grounding import ground
+from vlm.families.decoder_only.layout import Composition, add_loc_tokens
 from vlm.geometry import LocTokens
-from vlm.systems.composed import Composition, add_loc_tokens
 from vlm.vocabulary import grow
 
 

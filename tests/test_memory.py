@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from tests import tiny, towers, training
-from vlm.inference import engine
+from vlm.families.decoder_only import generate as engine
 from vlm.lora import Lora, add_lora
 from vlm.tokenizers.paired import AverageNeck, PairedTokenizer
 from vlm.training.activation_checkpointing import checkpoint_activations, kept_parts, saved_bytes

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from tests import test_prefix_decoder, tiny, training
 from vlm.data.collate import collate, collate_packed, pack_rows
-from vlm.inference import engine
+from vlm.families.decoder_only import generate as engine
+from vlm.families.decoder_only.processor import Row
 from vlm.kernels.packed_attention import (
     NAME,
     Segments,
@@ -21,7 +22,6 @@ from vlm.kernels.packed_attention import (
     segment_attention,
 )
 from vlm.placement import IMAGE
-from vlm.prompts import Row
 from vlm.training.activation_checkpointing import checkpoint_activations
 from vlm.training.base_settings import deciding
 from vlm.training.memory.simulate import Rehearsal

@@ -18,7 +18,7 @@ from vlm.data.sources import BadSource, CocoSource, ListSource, open_source
 from vlm.data.sources.transfer import Detect, Prompted, detection
 from vlm.data.write_coco import main as write_coco_main
 from vlm.data.write_coco import write_coco
-from vlm.families.prefix_decoder import PrefixDecoder
+from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.pixels import open_image
 from vlm.training.runs import decoder_only as recipe
 from vlm.training.runs import launch

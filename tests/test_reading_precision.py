@@ -9,9 +9,9 @@ import torch
 from tests import test_encoder_decoder, test_line_reader
 from tests.test_line_reader import line
 from tests.tiny import picture
+from vlm.families.encoder_decoder.model import Writer
+from vlm.families.encoder_decoder.processor import Transcriber
 from vlm.inference.ocr import Reader
-from vlm.inference.writer import Writer
-from vlm.systems.encoder_decoder_parts import Transcriber
 from vlm.training.objectives.base import NextToken, Transcribe
 from vlm.weights import cast_parameters
 

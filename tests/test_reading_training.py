@@ -22,9 +22,11 @@ from tests.contrastive_runs import assert_close, assert_follows
 from tests.test_fit import lines
 from tests.test_synthetic_lines import FOLDER, few_lines  # noqa: F401 - a fixture
 from vlm.data.example import BadRow
-from vlm.inference.writer import Writer
-from vlm.systems import line_reader, swap, transcriber
-from vlm.systems.transcriber import DecoderSizes
+from vlm.families.encoder_decoder import layout as transcriber
+from vlm.families.encoder_decoder import swap_text_tokenizer as swap
+from vlm.families.encoder_decoder.layout import DecoderSizes
+from vlm.families.encoder_decoder.model import Writer
+from vlm.families.line_reader import layout as line_reader
 from vlm.training.objectives.base import NextToken, Transcribe
 from vlm.training.runs.reading import LineReaderSettings, TranscriberSettings, run
 from vlm.vocabulary import character_tokenizer

@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests import test_encoder_decoder, tiny, training
+from vlm.families.line_reader import layout as line_reader
+from vlm.families.line_reader.processor import LineRow
 from vlm.kernels.norm_mlp import lean, lean_ways
-from vlm.lines import LineRow
-from vlm.systems import line_reader
 from vlm.training.activation_checkpointing import checkpoint_activations
 from vlm.training.master_weights import WorkingWeights
 from vlm.training.memory.simulate import Rehearsal

@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests import tiny
-from vlm.families.decoder_only import DecoderOnly
+from vlm.families.decoder_only.module import DecoderOnly
 from vlm.training.sharding import mesh_for, shard_module
 from vlm.training.stages import Stage, choose_trained
 from vlm.weights import load_weights, read_weights, save_weights

@@ -8,9 +8,9 @@ import pytest
 import vlm
 from vlm.data.sources import open_source
 from vlm.data.synthetic.text import ASCII, MARKS
+from vlm.families.line_reader.layout import SHIPPED
 from vlm.metrics.text import compare_texts
 from vlm.pixels import open_image
-from vlm.systems.line_reader import SHIPPED
 
 
 @pytest.fixture(scope="module")

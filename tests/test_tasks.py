@@ -10,10 +10,10 @@ import vlm
 from tests import tiny, training
 from vlm.data.collate import collate
 from vlm.data.example import BadRow, Example, Turn
-from vlm.inference import engine
+from vlm.families.decoder_only import generate as engine
+from vlm.families.decoder_only.layout import Composition
 from vlm.losses.token import token_losses
 from vlm.pixels import BadImage
-from vlm.systems.composed import Composition
 from vlm.weights import WeightsError, same_bits
 
 
@@ -274,7 +274,7 @@ def timm_model():
     """A composed model of real kinds: a timm ViT of tiny width, so that it can be rebuilt."""
     from vlm import adaptors, tokenizers
     from vlm.config import to_dict
-    from vlm.families.decoder_only import DecoderOnly
+    from vlm.families.decoder_only.module import DecoderOnly
     from vlm.inference.tasks import Model
 
     def build(kind):

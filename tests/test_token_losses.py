@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests import test_encoder_decoder, test_prefix_decoder, tiny, training
 from vlm.data.collate import collate
-from vlm.inference import engine
+from vlm.families.decoder_only import generate as engine
 from vlm.losses import token
 from vlm.losses.token import backward_state_losses, state_losses, sum_by_row, token_losses
 from vlm.training.activation_checkpointing import checkpoint_activations

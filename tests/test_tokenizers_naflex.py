@@ -9,11 +9,11 @@ from tests.tokenizer_laws import check_laws, encode, picture, spec
 from vlm import adaptors, tokenizers
 from vlm.config import from_dict, to_dict
 from vlm.data.collate import group_views
-from vlm.families.decoder_only import Places
+from vlm.families.decoder_only.module import Places
+from vlm.families.decoder_only.processor import Row
 from vlm.image_tokens import pack
 from vlm.pixels import HALF, PixelSpec
 from vlm.pixels.spec import box_of_patches
-from vlm.prompts import Row
 from vlm.tokenizers.naflex import NaflexConfig, build, load
 from vlm.tokenizers.tiles import TilesSpec
 

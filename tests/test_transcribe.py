@@ -4,7 +4,8 @@ import torch
 from tests import test_encoder_decoder as law
 from tests.tiny import picture
 from vlm.data.collate import collate
-from vlm.inference import stepper, transcribe
+from vlm.families.encoder_decoder import cached_decoder as stepper
+from vlm.families.encoder_decoder import generate as transcribe
 
 KINDS = list(law.SHAPES)
 START, PAD = [257], 256

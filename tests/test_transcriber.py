@@ -10,10 +10,10 @@ from tests.tiny import picture
 from vlm import systems
 from vlm.data.collate import collate
 from vlm.data.example import caption_example
-from vlm.inference import transcribe
+from vlm.families.encoder_decoder import generate as transcribe
+from vlm.families.encoder_decoder import layout as transcriber
+from vlm.families.encoder_decoder.layout import DecoderSizes, build
 from vlm.losses.token import token_losses
-from vlm.systems import transcriber
-from vlm.systems.transcriber import DecoderSizes, build
 
 SIZES = DecoderSizes(width=32, depth=2, heads=4, mlp_width=48, length=40)
 VIT = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,

@@ -10,9 +10,9 @@ import vlm
 from tests import test_line_reader, tiny
 from tests.reference import test_donut, test_trocr
 from vlm import cli
-from vlm.inference.engine import Generation
+from vlm.families.decoder_only.generate import Generation
+from vlm.families.encoder_decoder.model import Writer
 from vlm.inference.ocr import Reader
-from vlm.inference.writer import Writer
 from vlm.metrics.calibration import Temperatures
 from vlm.systems import donut
 

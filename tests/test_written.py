@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tests import tiny
-from vlm.inference.engine import Generation
+from vlm.families.decoder_only.generate import Generation
 from vlm.ocr.from_generation import read_written, tokens_of
 
 

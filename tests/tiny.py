@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from vlm import adaptors
 from vlm.data.example import Example, Turn
-from vlm.families.decoder_only import DecoderOnly, Places
+from vlm.families.decoder_only.module import DecoderOnly, Places
+from vlm.families.decoder_only.processor import Processor
 from vlm.image_tokens import ImageTokenizer, ImageTokens
 from vlm.pixels import PixelSpec
-from vlm.prompts import Processor
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"

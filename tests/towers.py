@@ -5,11 +5,11 @@ import torch
 from tests import tiny
 from vlm import adaptors
 from vlm.data.collate import collate
-from vlm.families.decoder_only import DecoderOnly
+from vlm.families.decoder_only.layout import Composition
+from vlm.families.decoder_only.module import DecoderOnly
 from vlm.inference.tasks import Model
 from vlm.losses.token import token_losses
 from vlm.pixels import PixelSpec
-from vlm.systems.composed import Composition
 
 SPEC = PixelSpec(
     size_hw=(32, 48), fit="stretch", resample="bilinear", backend="pil",

@@ -21,12 +21,12 @@ from vlm.data.collate import collate
 from vlm.data.example import caption_example
 from vlm.data.mixture import Draw, Mixture, MixtureDataset
 from vlm.data.sources import ListSource
-from vlm.inference.embed import ContrastiveModel
+from vlm.families.contrastive.layout import Pairing
+from vlm.families.contrastive.model import ContrastiveModel
+from vlm.families.contrastive.processor import PairProcessor
+from vlm.families.decoder_only.layout import Composition
 from vlm.inference.ocr import Reader
 from vlm.inference.tasks import Model
-from vlm.pairs import PairProcessor
-from vlm.systems.composed import Composition
-from vlm.systems.pairing import Pairing
 from vlm.training.fit import Interrupted, Pace, fit
 from vlm.training.flop_cost import work_of
 from vlm.training.objectives.base import Contrast, NextToken, Transcribe

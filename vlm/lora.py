@@ -20,7 +20,7 @@ from torch import nn
 from vlm.compat.peft import ADAPTER, is_lora, mark_packed, settings_of
 from vlm.compat.transformers import Conv1D
 from vlm.config import from_dict, to_dict
-from vlm.families.decoder_only import DecoderOnly
+from vlm.families.decoder_only.module import DecoderOnly
 from vlm.image_tokens import ImageTokenizer, meta_pixels, meta_twin
 
 PROBE_HW = (256, 192)

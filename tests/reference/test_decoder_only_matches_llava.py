@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlm.inference import engine
+from vlm.families.decoder_only import generate as engine
 from vlm.losses.token import token_losses
 
 PATH = Path(__file__).parents[2] / "eval/speed_training.py"

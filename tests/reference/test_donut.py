@@ -13,8 +13,8 @@ from tests.tokenizer_laws import check_laws, spec
 from vlm import systems
 from vlm.data.collate import collate
 from vlm.data.example import caption_example
-from vlm.inference import transcribe
-from vlm.inference.writer import Writer
+from vlm.families.encoder_decoder import generate as transcribe
+from vlm.families.encoder_decoder.model import Writer
 from vlm.pixels import from_transformers
 from vlm.systems import donut
 from vlm.tokenizers.transformers import TransformersConfig, build

@@ -24,8 +24,8 @@ from vlm import cli
 from vlm.data.collate import collate
 from vlm.data.example import BadRow, Box, Example, Turn
 from vlm.data.sources.transfer import detection
-from vlm.inference import engine
-from vlm.inference.ground import NOT_FOURS, find
+from vlm.families.decoder_only import generate as engine
+from vlm.families.decoder_only.ground import NOT_FOURS, find
 from vlm.losses.token import token_losses
 from vlm.placement import IMAGE
 from vlm.systems import paligemma

@@ -12,7 +12,7 @@ from tests.tiny import picture
 from vlm import systems
 from vlm.data.collate import collate
 from vlm.data.example import caption_example
-from vlm.inference import transcribe
+from vlm.families.encoder_decoder import generate as transcribe
 from vlm.losses.token import token_losses
 from vlm.systems import trocr
 from vlm.weights import WeightsError, same_bits

@@ -125,7 +125,7 @@ class Chat(UsesDecoder):
     """Longest answer."""
 
     def run(self) -> None:
-        from vlm.inference.chat import Chat as Conversation
+        from vlm.families.decoder_only.chat import Chat as Conversation
 
         conversation = Conversation(self.load(self.images))
         waiting = list(self.images)  # pictures that stand before the next question
@@ -201,7 +201,7 @@ class Ground(UsesDecoder):
             self.draw.suffix.lower() != ".png" or not self.draw.absolute().parent.is_dir()
         ):
             raise ValueError(f"--draw: expected a .png file in a folder, found {self.draw}")
-        from vlm.inference.ground import find, require_prompt
+        from vlm.families.decoder_only.ground import find, require_prompt
 
         if self.prompt is not None:
             require_prompt(self.prompt)

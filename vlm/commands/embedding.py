@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vlm.data.example import Skipped
-    from vlm.inference.embed import ContrastiveModel
+    from vlm.families.contrastive.model import ContrastiveModel
     from vlm.retrieval.index import Index
 
 
@@ -66,7 +66,7 @@ class Classify(UsesTowers):
     """One JSON object a picture and line instead of text."""
 
     def run(self) -> None:
-        from vlm.inference.embed import require_labels, require_templates
+        from vlm.families.contrastive.model import require_labels, require_templates
         from vlm.pixels import open_image
 
         if not self.images:

@@ -16,13 +16,13 @@ from torchvision.transforms.v2.functional import to_pil_image
 from vlm.data.collate import collate, pack_rows
 from vlm.data.example import Box, Skipped
 from vlm.draw_packed import Segment, draw_packed
-from vlm.families.line_reader import LineBatch
+from vlm.families.contrastive.processor import Pair, PairBatch, PairProcessor, collate_pairs
+from vlm.families.decoder_only.processor import Processor, Row
+from vlm.families.line_reader.module import LineBatch
+from vlm.families.line_reader.processor import LineProcessor, LineRow, by_width, collate_lines
 from vlm.image_tokens import Pixels
-from vlm.lines import LineProcessor, LineRow, by_width, collate_lines
 from vlm.losses.ctc import least_columns
-from vlm.pairs import Pair, PairBatch, PairProcessor, collate_pairs
 from vlm.placement import IMAGE, Batch
-from vlm.prompts import Processor, Row
 from vlm.tokenizers.columns import STRIDE
 from vlm.training.objectives.base import NextToken
 

@@ -1,7 +1,7 @@
 """Insides of transformers that are no public API, tested with 5.23 and 5.24.
 
-- `CACHE`: the name under which models take a cache of keys and values (`vlm.inference.stepper`,
-  `vlm.inference.transcribe`).
+- `CACHE`: the name under which models take a cache of keys and values
+  (`vlm.families.encoder_decoder.cached_decoder`, `vlm.families.encoder_decoder.generate`).
 - `GradientCheckpointingLayer`: the class of every block; checkpointing, sharding, packed rows.
 - `sdpa_attention_forward`, `sdpa_mask`: what our attention falls back to, and what makes masks by
   the rule of a model (`vlm.kernels.encoder_attention`, `vlm.kernels.packed_attention`).
@@ -9,14 +9,15 @@
   configuration names, and what a model's class says of its own; packed rows, prefix masks.
 - `Conv1D`: the linear layer of GPT-2 and its like (`vlm.lora`).
 - `SiLUActivation`: the activation of gated MLPs (`vlm.kernels.norm_mlp`).
-- `BaseStreamer`: whom `generate` hands ids as they are written (`vlm.inference.engine`).
+- `BaseStreamer`: whom `generate` hands ids as they are written
+(`vlm.families.decoder_only.generate`).
 - `random_weights`: a model of a class that no Auto class makes (image tokenizers, text encoders).
 - `sam_neck`: the neck of SAM, of which DeepSeek-VL has two (`vlm.tokenizers.sam_hybrid`).
 - `resizing_backends`: how an image processor resizes (`vlm.pixels.sources`).
 
 Beside these, the names of weights and layers that published folders have are relied on where a
-model is taken apart: TrOCR's and mBART's decoders in `vlm.inference.stepper`, encoders in
-`vlm.tokenizers.encoders`.
+model is taken apart: TrOCR's and mBART's decoders in
+`vlm.families.encoder_decoder.cached_decoder`, encoders in `vlm.tokenizers.encoders`.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlm.data.example import BadRow, Example, Skipped
+from vlm.families.decoder_only.processor import Processor, Row
 from vlm.image_tokens import Pixels, ViewGroup, pixel_shape
 from vlm.pixels import BadImage
 from vlm.placement import Batch
-from vlm.prompts import Processor, Row
 
 
 def collate(rows: Sequence[Row], pad_id: int, padding: str = "right") -> Batch:

@@ -11,15 +11,15 @@ import torch
 from tqdm import tqdm
 
 from vlm import systems
+from vlm.families.decoder_only.generate import evaluating
+from vlm.families.decoder_only.processor import Row
+from vlm.families.line_reader.layout import ReaderParts
+from vlm.families.line_reader.processor import LineRow, by_width, collate_lines
 from vlm.image_tokens import pixel_hw
-from vlm.inference.engine import evaluating
-from vlm.lines import LineRow, by_width, collate_lines
 from vlm.metrics.calibration import UNFITTED, Temperatures, fit_scaling
 from vlm.metrics.text import normalise, pieces_right
 from vlm.ocr import ctc_decode as ctc
 from vlm.ocr.results import Reading, Token, Transcript
-from vlm.prompts import Row
-from vlm.systems.line_reader import ReaderParts
 
 TASKS = {
     "caption": "decoder-only and prefix decoder models",

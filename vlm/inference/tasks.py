@@ -12,21 +12,21 @@ from tqdm import tqdm
 from vlm import systems
 from vlm.data.collate import collate
 from vlm.data.example import Box, Example, Turn
-from vlm.families.decoder_only import DecoderOnly
-from vlm.inference import engine
-from vlm.inference.chat import Chat, read_messages
-from vlm.inference.embed import ContrastiveModel
-from vlm.inference.engine import Generation
-from vlm.inference.ground import find
+from vlm.families.contrastive.model import ContrastiveModel
+from vlm.families.decoder_only import generate as engine
+from vlm.families.decoder_only import layout as composed
+from vlm.families.decoder_only.chat import Chat, read_messages
+from vlm.families.decoder_only.generate import Generation
+from vlm.families.decoder_only.ground import find
+from vlm.families.decoder_only.layout import ANSWER_PROMPT, Composition
+from vlm.families.decoder_only.module import DecoderOnly
+from vlm.families.decoder_only.processor import Processor, Row
+from vlm.families.encoder_decoder.model import Writer
 from vlm.inference.ocr import Reader
-from vlm.inference.writer import Writer
 from vlm.ocr.from_generation import read_written
 from vlm.ocr.results import Reading
 from vlm.pixels import open_image
 from vlm.placement import Batch
-from vlm.prompts import Processor, Row
-from vlm.systems import composed
-from vlm.systems.composed import ANSWER_PROMPT, Composition
 
 WINDOW = 8
 """Batches of rows that are sorted by length together."""
@@ -57,7 +57,7 @@ def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Model
 
 def build(*, dtype: str = "auto", **settings) -> Model:
     """A model composed of pretrained parts and a fresh adaptor, on the CPU; dtype is that of
-    `load`, the other settings are those of `vlm.systems.composed.build`."""
+    `load`, the other settings are those of `vlm.families.decoder_only.layout.build`."""
     parts = composed.build(**settings)
     systems.compute_in(parts.module, dtype, "cpu")
     return FACES[parts.module.family](parts)
@@ -111,10 +111,10 @@ class Model:
     ) -> str | Iterator[str]:
         """The answer to the last message of a conversation.
 
-        messages: transformers' chat format, see `vlm.inference.chat`; the last is the user's.
-        stream: gives pieces of the answer as they are written; joined, they are the answer.
+        messages: transformers' chat format, see `vlm.families.decoder_only.chat`; the last is the
+        user's. stream: gives pieces of the answer as they are written; joined, they are the answer.
         To go on with a conversation without encoding its pictures anew, keep a
-        `vlm.inference.chat.Chat`.
+        `vlm.families.decoder_only.chat.Chat`.
         Raises ValueError naming the message, what was expected and what was found.
         """
         turns = read_messages(messages)
@@ -134,7 +134,7 @@ class Model:
         being their label; their scores lie in 0 to 1.
 
         phrases: for each picture one, or a list. A phrase whose answer cannot be read has no box;
-        `vlm.inference.ground.find`, which takes the same options, says why.
+        `vlm.families.decoder_only.ground.find`, which takes the same options, says why.
         Raises ValueError for a model without <loc> tokens.
         """
         found = find(self, images, phrases, batch_size, **options)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlm.families.line_reader import BLANK
+from vlm.families.line_reader.module import BLANK
 
 
 def ctc_losses(logits: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:

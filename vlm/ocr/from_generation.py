@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from vlm.inference.engine import Generation
+from vlm.families.decoder_only.generate import Generation
 from vlm.ocr.results import Line, Reading, Token, words_of
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from vlm.data.example import BadRow, Example, ImageRef, Skipped
 from vlm.data.sources.base import Source
-from vlm.inference.embed import ContrastiveModel
-from vlm.inference.engine import evaluating
-from vlm.pairs import PairProcessor
+from vlm.families.contrastive.model import ContrastiveModel
+from vlm.families.contrastive.processor import PairProcessor
+from vlm.families.decoder_only.generate import evaluating
 from vlm.retrieval.embed_rows import (
     Reading,
     embed_pictures,

@@ -24,10 +24,10 @@ from tqdm import tqdm
 from vlm.data.collate import group_views
 from vlm.data.example import BadRow, Example, Skipped
 from vlm.data.sources.base import Source
+from vlm.families.contrastive.model import ContrastiveModel, require_directions
+from vlm.families.contrastive.processor import Pair, PairProcessor
+from vlm.families.decoder_only.generate import evaluating
 from vlm.image_tokens import ViewGroup
-from vlm.inference.embed import ContrastiveModel, require_directions
-from vlm.inference.engine import evaluating
-from vlm.pairs import Pair, PairProcessor
 from vlm.pixels import BadImage
 
 T = TypeVar("T")

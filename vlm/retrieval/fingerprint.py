@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from vlm import pooling, tokenizers
-from vlm.families.contrastive import Contrastive
-from vlm.inference.embed import ContrastiveModel
-from vlm.pairs import PairProcessor
+from vlm.families.contrastive.model import ContrastiveModel
+from vlm.families.contrastive.module import Contrastive
+from vlm.families.contrastive.processor import PairProcessor
 from vlm.text import encoders as text_encoders
 
 DIGITS = 16

@@ -24,7 +24,7 @@ from filelock import FileLock
 
 from vlm import config
 from vlm.data.example import Skipped
-from vlm.inference.embed import ContrastiveModel
+from vlm.families.contrastive.model import ContrastiveModel
 from vlm.retrieval import nearest
 from vlm.retrieval.embed_rows import Reading
 from vlm.retrieval.fingerprint import Origin, origin_of

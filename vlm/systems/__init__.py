@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-    from vlm.systems.composed import Composition
-    from vlm.systems.encoder_decoder_parts import Transcriber
-    from vlm.systems.pairing import Pairing
+    from vlm.families.contrastive.layout import Pairing
+    from vlm.families.decoder_only.layout import Composition
+    from vlm.families.encoder_decoder.processor import Transcriber
 
 SYSTEMS = {
-    "vlm": ("vlm.systems.composed", "any image tokenizer and text model, our own layout"),
+    "vlm": (
+        "vlm.families.decoder_only.layout",
+        "any image tokenizer and text model, our own layout",
+    ),
     "deepseek_vl": ("vlm.systems.deepseek_vl", "DeepSeek-VL 1.3B: SigLIP, MLP, LLaMA"),
     "deepseek_vl_hybrid": ("vlm.systems.deepseek_vl", "DeepSeek-VL 7B: SigLIP and SAM, LLaMA"),
     "clip": ("vlm.systems.clip", "CLIP: two towers, softmax loss"),
@@ -32,11 +35,11 @@ configuration is open_clip_config.json is "open_clip"; one of transformers'
 VisionEncoderDecoderModel is "donut" or "trocr", by its encoder."""
 
 NATIVE = {
-    "decoder_only": "vlm.systems.composed",
-    "prefix_decoder": "vlm.systems.composed",
-    "contrastive": "vlm.systems.pairing",
-    "encoder_decoder": "vlm.systems.transcriber",
-    "line_reader": "vlm.systems.line_reader",
+    "decoder_only": "vlm.families.decoder_only.layout",
+    "prefix_decoder": "vlm.families.decoder_only.layout",
+    "contrastive": "vlm.families.contrastive.layout",
+    "encoder_decoder": "vlm.families.encoder_decoder.layout",
+    "line_reader": "vlm.families.line_reader.layout",
 }
 """Family of a model -> the module that reads and writes it in our own layout."""
 
@@ -218,7 +221,7 @@ def _config(folder: Path) -> Path | None:
 
 def _shipped(source: str | Path) -> Path | None:
     """The folder of a model that comes with the package, where `source` is its name."""
-    from vlm.systems import line_reader
+    from vlm.families.line_reader import layout as line_reader
 
     if str(source) != line_reader.NAME:
         return None

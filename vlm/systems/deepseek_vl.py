@@ -38,13 +38,13 @@ from transformers import (
 )
 
 from vlm import adaptors
-from vlm.families.decoder_only import DecoderOnly, Places
+from vlm.families.decoder_only.layout import Composition, context_of
+from vlm.families.decoder_only.module import DecoderOnly, Places
+from vlm.families.decoder_only.processor import Processor
 from vlm.image_tokens import ImageTokenizer
 from vlm.merge import plain_state
 from vlm.pixels import PixelSpec, from_transformers, pair_from_transformers
 from vlm.pixels.spec import HALF, OPENAI
-from vlm.prompts import Processor
-from vlm.systems.composed import Composition, context_of
 from vlm.systems.published import (
     KeyMap,
     architecture,

@@ -22,10 +22,10 @@ from typing import Any
 
 from transformers import MBartConfig
 
-from vlm.families.encoder_decoder import EncoderDecoder
+from vlm.families.encoder_decoder.module import EncoderDecoder
+from vlm.families.encoder_decoder.processor import LineProcessor, Transcriber
 from vlm.pixels import HALF, PixelSpec
 from vlm.systems import trocr
-from vlm.systems.encoder_decoder_parts import LineProcessor, Transcriber
 
 SOURCE = "arXiv 2111.15664; naver-clova-ix/donut-* on the hub"
 KIND = "donut"

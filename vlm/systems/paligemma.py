@@ -34,15 +34,15 @@ from transformers import (
 )
 
 from vlm import adaptors
-from vlm.families.decoder_only import Places
-from vlm.families.prefix_decoder import PrefixDecoder
+from vlm.families.decoder_only.layout import Composition, context_of
+from vlm.families.decoder_only.module import Places
+from vlm.families.decoder_only.processor import SLOT, Processor
+from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.geometry import LocTokens
 from vlm.image_tokens import ImageTokenizer
 from vlm.merge import plain_state
 from vlm.pixels import PixelSpec, from_transformers
 from vlm.pixels.spec import HALF
-from vlm.prompts import SLOT, Processor
-from vlm.systems.composed import Composition, context_of
 from vlm.systems.published import (
     KeyMap,
     architecture,

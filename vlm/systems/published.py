@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
+from vlm.families.contrastive.processor import PairProcessor
+from vlm.families.decoder_only.processor import Processor
 from vlm.found_weights import without_prefix
-from vlm.pairs import PairProcessor
 from vlm.pixels import PixelSpec
-from vlm.prompts import Processor
 from vlm.tokenizers.transformers import BOOKKEEPING
 from vlm.weights import INDEX, WeightsError
 

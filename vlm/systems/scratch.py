@@ -12,13 +12,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
-from vlm.families.contrastive import Contrastive
-from vlm.pairs import PairProcessor
+from vlm.families.contrastive.layout import LOSSES, Pairing
+from vlm.families.contrastive.module import Contrastive
+from vlm.families.contrastive.processor import PairProcessor
 from vlm.pixels import PixelSpec
 from vlm.pixels.spec import HALF
 from vlm.pooling import OwnPool
 from vlm.systems.open_clip.layout import clip_tokenizer
-from vlm.systems.pairing import LOSSES, Pairing
 from vlm.text.encoders import TextEncoder, build_backbone
 from vlm.tokenizers import transformers as encoders
 

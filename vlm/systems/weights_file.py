@@ -29,10 +29,10 @@ import open_clip
 import torch
 from torch import Tensor
 
+from vlm.families.contrastive.layout import Pairing
 from vlm.found_weights import WeightsError, open_file, weights_in, without_prefix
 from vlm.systems import clip
 from vlm.systems.open_clip import layout as open_clip_layout
-from vlm.systems.pairing import Pairing
 from vlm.torchscript import is_torchscript
 
 OPTIONS = ("model", "state")

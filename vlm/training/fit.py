@@ -22,9 +22,9 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from vlm.data.mixture import MixtureDataset, StepSampler
+from vlm.families.decoder_only.processor import Row
 from vlm.kernels.norm_mlp import lean, lean_ways
 from vlm.precision import DTYPES
-from vlm.prompts import Row
 from vlm.training.checkpoints.checkpoint import KEEP, Checkpoints, Progress
 from vlm.training.checkpoints.run_identity import decided_by
 from vlm.training.loading.loader import MicroBatch, batches_of, micro_batch_loader

@@ -32,10 +32,11 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlm.families.contrastive import Contrastive
+from vlm.families.contrastive.layout import OWN_SCALARS, Pairing, in_float32, require_end
+from vlm.families.contrastive.module import Contrastive
+from vlm.families.contrastive.processor import PairProcessor
 from vlm.found_weights import misfit, read_file, without_prefix
 from vlm.merge import Made, plain_state
-from vlm.pairs import PairProcessor
 from vlm.pixels import PixelSpec, from_open_clip
 from vlm.pooling import OwnPool
 from vlm.systems import clip, siglip
@@ -49,7 +50,6 @@ from vlm.systems.open_clip.config import (
 )
 from vlm.systems.open_clip.key_map import MAPS, SAME, Row, expand
 from vlm.systems.open_clip.text_tokenizer import clip_tokenizer, folder_tokenizer
-from vlm.systems.pairing import OWN_SCALARS, Pairing, in_float32, require_end
 from vlm.systems.published import read_reference
 from vlm.weights import WeightsError, load_weights, need_room, other_weights
 

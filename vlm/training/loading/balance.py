@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 
 from vlm.data.example import BadRow, Skipped
 from vlm.data.mixture import MixtureDataset, StepSampler
+from vlm.families.decoder_only.processor import Processor, Row
 from vlm.pixels import BadImage
-from vlm.prompts import Processor, Row
 
 
 def deal(costs: Sequence[int], parts: int) -> list[list[int]]:

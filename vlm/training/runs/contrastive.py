@@ -16,15 +16,16 @@ from tqdm import tqdm
 from vlm.data.augment import LEVELS
 from vlm.data.mixture import Mixture, MixtureDataset, check_weights
 from vlm.data.sources.base import Source
-from vlm.inference.embed import ContrastiveModel
-from vlm.inference.engine import evaluating
+from vlm.families.contrastive import layout as pairing
+from vlm.families.contrastive.model import ContrastiveModel
+from vlm.families.contrastive.processor import collate_pairs
+from vlm.families.decoder_only.generate import evaluating
 from vlm.metrics.retrieval import retrieval
-from vlm.pairs import collate_pairs
-from vlm.systems import pairing, scratch
+from vlm.systems import scratch
 from vlm.training.base_settings import Augmentation, BaseSettings, Usual, require_share
-from vlm.training.runs.run import (Course, MakeStage)
 from vlm.training.objectives.base import Contrast
 from vlm.training.run_folder import Curves
+from vlm.training.runs.run import Course, MakeStage
 
 NEW = "new"
 SIZES = tuple(field.name for field in dataclasses.fields(scratch.ScratchConfig))

@@ -20,14 +20,14 @@ from vlm.data.sources.base import Source
 from vlm.inference.tasks import Model
 from vlm.kernels.packed_attention import require_segments
 from vlm.pixels import open_image
-from vlm.training.runs import launch
-from vlm.training.runs.run import (Course, MakeStage)
-from vlm.training.runs.evaluate import (image_gain_on, text_loss_on)
-from vlm.training.runs.held_out import held_out_rows
+from vlm.training.flop_cost import work_of
 from vlm.training.objectives.base import NextToken
 from vlm.training.run_folder import draw_captions
-from vlm.training.runs.decoder_only_settings import (Settings, training_data)
-from vlm.training.flop_cost import work_of
+from vlm.training.runs import launch
+from vlm.training.runs.decoder_only_settings import Settings, training_data
+from vlm.training.runs.evaluate import image_gain_on, text_loss_on
+from vlm.training.runs.held_out import held_out_rows
+from vlm.training.runs.run import Course, MakeStage
 from vlm.weights import cast_parameters
 
 PICTURES = 16

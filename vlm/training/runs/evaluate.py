@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from vlm.data.collate import collate
 from vlm.data.sources.base import Source
-from vlm.inference.engine import answer_losses, image_gain
+from vlm.families.decoder_only.generate import answer_losses, image_gain
 from vlm.inference.tasks import Model
 from vlm.placement import Batch
 

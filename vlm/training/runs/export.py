@@ -16,11 +16,11 @@ from vlm import config
 from vlm.inference.tasks import FACES
 from vlm.precision import DTYPES
 from vlm.training.base_settings import RECIPES, BaseSettings
-from vlm.training.checkpoints.checkpoint import (is_of, newest_whole)
-from vlm.training.checkpoints.format import (CheckpointError, read, read_about, stored)
-from vlm.training.runs.run import PRECISION_REASON
-from vlm.training.runs.launch import recipe_in
+from vlm.training.checkpoints.checkpoint import is_of, newest_whole
+from vlm.training.checkpoints.format import CheckpointError, read, read_about, stored
 from vlm.training.run_folder import RunError
+from vlm.training.runs.launch import recipe_in
+from vlm.training.runs.run import PRECISION_REASON
 from vlm.training.stages import hold_in
 
 

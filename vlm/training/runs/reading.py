@@ -17,19 +17,21 @@ from vlm.data.mixture import Mixture, MixtureDataset, check_weights
 from vlm.data.sources.base import Source
 from vlm.data.synthetic.lines import characters_of
 from vlm.draw import draw_lines
+from vlm.families.encoder_decoder import layout as transcriber
+from vlm.families.encoder_decoder import swap_text_tokenizer as swap
+from vlm.families.encoder_decoder.layout import DecoderSizes
+from vlm.families.encoder_decoder.processor import Transcriber
+from vlm.families.line_reader import layout as line_reader
 from vlm.inference.ocr import LineModel
 from vlm.inference.tasks import FACES
 from vlm.metrics.text import Comparison, compare_texts
 from vlm.pixels import open_image
-from vlm.systems import line_reader, swap, transcriber
-from vlm.systems.encoder_decoder_parts import Transcriber
 from vlm.systems.published import open_part
-from vlm.systems.transcriber import DecoderSizes
 from vlm.tokenizers.columns import ColumnsConfig, ColumnsTokenizer, line_spec
 from vlm.training.base_settings import BaseSettings, require_share
-from vlm.training.runs.run import (Course, MakeStage)
 from vlm.training.objectives.base import Objective
 from vlm.training.run_folder import Curves
+from vlm.training.runs.run import Course, MakeStage
 from vlm.vocabulary import character_tokenizer
 
 NEW = "new"

@@ -16,16 +16,16 @@ from torch import nn
 from vlm.data.check import check_start, say_on
 from vlm.data.mixture import MixtureDataset
 from vlm.data.sources.base import Source
-from vlm.prompts import Row
+from vlm.families.decoder_only.processor import Row
+from vlm.training.activation_checkpointing import checkpoint_activations, kept_parts
 from vlm.training.base_settings import BaseSettings, deciding, recorded
 from vlm.training.checkpoints.checkpoint import Progress
 from vlm.training.fit import Interrupted, Pace, fit
-from vlm.training.runs.held_out import (held_out_rows, usable_rows)
-from vlm.training.runs.launch import (accelerator_for, processes, sharding_of, wait_for_main)
-from vlm.training.activation_checkpointing import (checkpoint_activations, kept_parts)
-from vlm.training.objectives.base import Objective
 from vlm.training.memory.preflight import require_room
-from vlm.training.run_folder import (CAPTIONS, Curves, Run)
+from vlm.training.objectives.base import Objective
+from vlm.training.run_folder import CAPTIONS, Curves, Run
+from vlm.training.runs.held_out import held_out_rows, usable_rows
+from vlm.training.runs.launch import accelerator_for, processes, sharding_of, wait_for_main
 from vlm.training.sharding import gathered, whole_on_first
 from vlm.training.stages import Stage
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from vlm.data.collate import collate
 from vlm.data.example import BadRow, Turn
-from vlm.inference import engine
-from vlm.prompts import Row
+from vlm.families.decoder_only import generate as engine
+from vlm.families.decoder_only.processor import Row
 
 if TYPE_CHECKING:
     from vlm.inference.tasks import Model

@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from vlm import adaptors, tokenizers
 from vlm.data.grounding import GROUND_PROMPT
-from vlm.families.decoder_only import DecoderOnly, Places
-from vlm.families.prefix_decoder import PrefixDecoder
+from vlm.families import native_layout
+from vlm.families.decoder_only.module import DecoderOnly, Places
+from vlm.families.decoder_only.processor import MARK, Processor
+from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.geometry import LocTokens
-from vlm.prompts import MARK, Processor
-from vlm.systems import native_layout
 from vlm.systems.pretrained import DEMO, load_text, load_text_tokenizer, load_vision
 from vlm.systems.published import Reference
 from vlm.vocabulary import grow

@@ -8,15 +8,15 @@ import torch
 from transformers import GenerationConfig
 
 from vlm.data.collate import collate
-from vlm.inference import transcribe
-from vlm.inference.engine import Generation, Written, evaluating
+from vlm.families.decoder_only.generate import Generation, Written, evaluating
+from vlm.families.decoder_only.processor import Row
+from vlm.families.encoder_decoder import generate as transcribe
+from vlm.families.encoder_decoder.processor import Transcriber
 from vlm.inference.ocr import LineModel, name_of, require_list, warmed
 from vlm.ocr.from_generation import lines_of
 from vlm.ocr.results import Reading, Token, Transcript
 from vlm.pixels import open_image
-from vlm.prompts import Row
 from vlm.systems import donut
-from vlm.systems.encoder_decoder_parts import Transcriber
 from vlm.text.decoders import positions_of
 
 

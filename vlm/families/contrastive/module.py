@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlm.families.contrastive.processor import PairBatch
 from vlm.image_tokens import ImageTokenizer, ViewGroup
-from vlm.pairs import PairBatch
 from vlm.text.encoders import TextEncoder
 
 SOFTMAX_SCALE = 1 / 0.07

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlm.data.example import BadRow, Example
-from vlm.families.line_reader import BLANK, LineBatch
+from vlm.families.line_reader.module import BLANK, LineBatch
 from vlm.losses.ctc import least_columns
 from vlm.pixels import PixelSpec, open_image
 from vlm.tokenizers.columns import STRIDE

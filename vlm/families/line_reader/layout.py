@@ -15,17 +15,17 @@ import torch
 from torch import nn
 
 from vlm import tokenizers
-from vlm.families.line_reader import LineReader
-from vlm.lines import LineProcessor
+from vlm.families import native_layout
+from vlm.families.line_reader.module import LineReader
+from vlm.families.line_reader.processor import LineProcessor
 from vlm.metrics.calibration import UNFITTED, Temperatures
-from vlm.systems import native_layout
 from vlm.tokenizers.columns import ColumnsConfig, ColumnsTokenizer, line_spec
 from vlm.weights import load_weights, read_weights, save_weights
 
 SOURCE = "our own"
 NAME = "line-reader"
 """What `vlm.load` calls the reader that is shipped."""
-SHIPPED = Path(__file__).resolve().parent.parent / "data" / "line_reader"
+SHIPPED = Path(__file__).resolve().parents[2] / "data" / "line_reader"
 
 
 @dataclass(kw_only=True, slots=True)

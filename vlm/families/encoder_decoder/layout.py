@@ -20,12 +20,12 @@ from transformers import (
 )
 
 from vlm import adaptors, tokenizers
-from vlm.families.encoder_decoder import EncoderDecoder
+from vlm.families import native_layout
+from vlm.families.decoder_only.layout import adaptor_config
+from vlm.families.encoder_decoder.module import EncoderDecoder
+from vlm.families.encoder_decoder.processor import LineProcessor, Transcriber
 from vlm.image_tokens import ImageTokenizer
 from vlm.metrics.calibration import UNFITTED, Temperatures
-from vlm.systems import native_layout
-from vlm.systems.composed import adaptor_config
-from vlm.systems.encoder_decoder_parts import LineProcessor, Transcriber
 from vlm.systems.pretrained import load_vision
 from vlm.systems.published import open_part
 from vlm.text import decoders as text_decoders

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoProcessor
 
 from vlm import assets, config, pooling, tokenizers
-from vlm.families.contrastive import SIGMOID_BIAS, SIGMOID_SCALE, SOFTMAX_SCALE, Contrastive
+from vlm.families import native_layout
+from vlm.families.contrastive.module import SIGMOID_BIAS, SIGMOID_SCALE, SOFTMAX_SCALE, Contrastive
+from vlm.families.contrastive.processor import PairProcessor
 from vlm.image_tokens import ImageTokenizer
 from vlm.merge import plain_state
-from vlm.pairs import PairProcessor
 from vlm.pixels import PixelSpec, from_transformers
-from vlm.systems import native_layout
 from vlm.systems.pretrained import DEMO, load_vision
 from vlm.systems.published import (
     KeyMap,

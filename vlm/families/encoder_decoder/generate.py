@@ -1,8 +1,9 @@
 """Writing and scoring for encoder-decoder models: one encoded picture, any number of texts.
 
-Greedy writing is our own, for speed: one id of each row at a time (`vlm.inference.stepper`), rows
-that have ended leave the batch, and no processor touches the logits. Its slow twin, `greedy_plain`,
-computes the whole stream anew for each id. Beams are transformers'.
+Greedy writing is our own, for speed: one id of each row at a time
+(`vlm.families.encoder_decoder.cached_decoder`), rows that have ended leave the batch, and no
+processor touches the logits. Its slow twin, `greedy_plain`, computes the whole stream anew for
+each id. Beams are transformers'.
 
 Shapes: B example, Z vocabulary.
 """
@@ -17,10 +18,10 @@ from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache
 
 from vlm.compat.transformers import CACHE
-from vlm.families.encoder_decoder import EncoderDecoder, Memory
+from vlm.families.decoder_only.generate import Written, answer_losses, check_options
+from vlm.families.encoder_decoder.cached_decoder import IMAGE_ROWS, stepper_of
+from vlm.families.encoder_decoder.module import EncoderDecoder, Memory
 from vlm.image_tokens import ViewGroup, map_pixels
-from vlm.inference.engine import Written, answer_losses, check_options
-from vlm.inference.stepper import IMAGE_ROWS, stepper_of
 from vlm.kernels.mlp_parts import mlps_in_parts
 from vlm.kernels.packed_linear import packed_layers
 from vlm.placement import Batch

@@ -15,11 +15,11 @@ import torch
 
 from vlm.compat.torch import with_child
 from vlm.data.example import BadRow, Example, Skipped
-from vlm.families.encoder_decoder import EncoderDecoder
+from vlm.families.decoder_only.processor import Row
+from vlm.families.encoder_decoder.module import EncoderDecoder
 from vlm.image_tokens import Pixels
 from vlm.metrics.calibration import UNFITTED, Temperatures
 from vlm.pixels import BadImage, PixelSpec, open_image
-from vlm.prompts import Row
 from vlm.systems.published import Reference
 
 OVERFLOWS = ("drop", "shrink")

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from vlm.systems.encoder_decoder_parts import LineProcessor, Transcriber
-from vlm.systems.transcriber import ids_of
+from vlm.families.encoder_decoder.layout import ids_of
+from vlm.families.encoder_decoder.processor import LineProcessor, Transcriber
 from vlm.text import decoders as text_decoders
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache, MBartForCausalLM, TrOCRForCausalLM
 
 from vlm.compat.transformers import CACHE
-from vlm.families.encoder_decoder import EncoderDecoder, Memory
+from vlm.families.encoder_decoder.module import EncoderDecoder, Memory
 from vlm.kernels.packed_linear import packed
 from vlm.text.decoders import embed_positions, head_of
 

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from vlm import systems
 from vlm.data.collate import group_views
-from vlm.families.contrastive import Contrastive
-from vlm.inference.engine import evaluating
-from vlm.pairs import Pair, PairProcessor
-from vlm.systems.pairing import Pairing
+from vlm.families.contrastive.layout import Pairing
+from vlm.families.contrastive.module import Contrastive
+from vlm.families.contrastive.processor import Pair, PairProcessor
+from vlm.families.decoder_only.generate import evaluating
 
 WINDOW = 8
 """Batches of texts that are sorted by length together."""

@@ -22,10 +22,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from vlm.data.collate import collate
 from vlm.data.example import Box, Example, Turn
+from vlm.families.decoder_only import generate as engine
+from vlm.families.decoder_only.processor import Processor, Row
 from vlm.geometry import Resize
-from vlm.inference import engine
 from vlm.pixels import open_image
-from vlm.prompts import Processor, Row
 
 if TYPE_CHECKING:
     from vlm.inference.tasks import Model

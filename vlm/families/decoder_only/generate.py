@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from vlm.compat.transformers import BaseStreamer
-from vlm.families.decoder_only import DecoderOnly
+from vlm.families.decoder_only.module import DecoderOnly
 from vlm.losses.token import state_losses, sum_by_row
 from vlm.placement import Batch
 
