@@ -42,13 +42,12 @@ from vlm.commands.evaluation import require_writable
 from vlm.commands.model import require_least
 from vlm.config import to_dict
 from vlm.data.check import check_start, say_on
-from vlm.data.collate import collate, group_views
 from vlm.data.example import BadRow, Example, Skipped
 from vlm.data.sources import open_source
 from vlm.data.sources.base import Source
 from vlm.families.decoder_only import generate as engine
-from vlm.families.decoder_only.processor import Row
-from vlm.image_tokens import ImageTokenizer
+from vlm.families.decoder_only.batch import Row, collate
+from vlm.image_tokens import ImageTokenizer, group_views
 from vlm.inference.tasks import Model
 from vlm.metrics.caption import Pair, caption_figures, cider_d, exact_matches
 from vlm.pixels import BadImage, open_image

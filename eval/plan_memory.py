@@ -30,12 +30,11 @@ from bench import add_precision, autocast, chosen
 from speed_training import llava, ours_from, peak_mb, reset_peak
 from torch import nn
 
-from vlm.families.contrastive.processor import Pair
-from vlm.families.decoder_only.processor import Row
+from vlm.families.contrastive.batch import Pair
+from vlm.families.decoder_only.batch import IMAGE, Row
 from vlm.families.line_reader import layout as line_reader
-from vlm.families.line_reader.processor import LineRow
+from vlm.families.line_reader.batch import LineRow
 from vlm.kernels.norm_mlp import lean, lean_ways
-from vlm.placement import IMAGE
 from vlm.precision import DTYPES
 from vlm.systems import scratch
 from vlm.training.master_weights import WorkingWeights

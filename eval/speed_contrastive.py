@@ -32,8 +32,8 @@ from bench import add_precision, autocast, chosen
 from speed_training import peak_mb, reset_peak
 from torch import Tensor
 
+from vlm.families.contrastive.batch import PairBatch
 from vlm.families.contrastive.module import Contrastive
-from vlm.families.contrastive.processor import PairBatch
 from vlm.image_tokens import ViewGroup
 from vlm.losses.contrastive import softmax_loss
 from vlm.pixels import OPENAI, PixelSpec

@@ -47,13 +47,12 @@ from transformers import (
 )
 
 from vlm import adaptors
+from vlm.families.decoder_only.batch import IMAGE, Batch, Row
 from vlm.families.decoder_only.module import DecoderOnly
-from vlm.families.decoder_only.processor import Row
 from vlm.image_tokens import ViewGroup
 from vlm.kernels.norm_mlp import lean, lean_ways
 from vlm.losses.token import token_losses
 from vlm.pixels import HALF, PixelSpec
-from vlm.placement import IMAGE, Batch
 from vlm.precision import DTYPES
 from vlm.tokenizers.encoders import ENCODERS
 from vlm.tokenizers.transformers import TransformersTokenizer

@@ -8,8 +8,8 @@ from tests import tiny
 from tests.test_text_encoders import backbone
 from tests.towers import SPEC, timm_net
 from vlm import pooling
+from vlm.families.contrastive.batch import PairBatch
 from vlm.families.contrastive.module import Contrastive
-from vlm.families.contrastive.processor import PairBatch
 from vlm.image_tokens import ViewGroup
 from vlm.lora import Lora, add_lora
 from vlm.text.encoders import TextEncoder

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from tests import tiny
-from vlm.data.collate import collate
-from vlm.placement import IMAGE
+from vlm.families.decoder_only.batch import IMAGE, collate
 
 KINDS = list(tiny.TEXT_SHAPES)
 

@@ -3,10 +3,10 @@
 import pytest
 
 from tests import tiny
-from vlm.data.collate import collate
 from vlm.data.example import BadRow, Example, Turn
 from vlm.data.sources import BadSource, open_source
 from vlm.data.sources.documents import Documents, TextOnly, sized
+from vlm.families.decoder_only.batch import collate
 
 
 def test_manual_splits_share_no_paragraph():

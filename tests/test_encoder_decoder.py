@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from tests import tiny
 from tests.tiny import picture
 from vlm import adaptors
-from vlm.data.collate import collate
 from vlm.data.example import BadRow, Skipped, caption_example
+from vlm.families.decoder_only.batch import collate
 from vlm.families.encoder_decoder.module import EncoderDecoder
 from vlm.families.encoder_decoder.processor import LineProcessor
 from vlm.losses.token import token_losses

@@ -6,7 +6,7 @@ import torch
 from tests import tiny, training
 from vlm.data.mixture import Mixture, MixtureDataset
 from vlm.data.sources import ListSource
-from vlm.placement import IMAGE
+from vlm.families.decoder_only.batch import IMAGE
 from vlm.training.memory.estimate import Estimate, rows_of_run, with_text_places
 from vlm.training.memory.simulate import Held, Rehearsal, Step
 from vlm.training.objectives.base import Contrast, NextToken

@@ -14,11 +14,11 @@ from tests import tiny
 from tests import tokenizer_laws as laws
 from vlm.data.example import BadRow
 from vlm.families.line_reader import layout as line_reader
-from vlm.families.line_reader.module import BLANK
-from vlm.families.line_reader.processor import LineProcessor, LineRow, by_width, collate_lines
+from vlm.families.line_reader.batch import LineRow, by_width, collate_lines
+from vlm.families.line_reader.processor import LineProcessor
 from vlm.inference import ocr
 from vlm.inference.ocr import Reader, warmed
-from vlm.losses.ctc import ctc_losses, least_columns
+from vlm.losses.ctc import BLANK, ctc_losses, least_columns
 from vlm.ocr import ctc_decode as ctc
 from vlm.tokenizers.columns import STRIDE, level
 from vlm.training.objectives.base import Transcribe

@@ -115,7 +115,7 @@ def test_lora_dropout_is_the_same_when_computed_again():
 def test_checkpointed_model_generates_the_same():
     module = tiny.decoder_only("qwen3")
     processor = tiny.processor(module)
-    from vlm.data.collate import collate
+    from vlm.families.decoder_only.batch import collate
 
     rows = [processor.encode_prompt(tiny.example(f"r{i}").question()) for i in range(2)]
     batch = collate(rows, processor.pad_id, "left")

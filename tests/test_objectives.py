@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tests import training
-from vlm.families.contrastive.processor import collate_pairs
+from vlm.families.contrastive.batch import collate_pairs
 from vlm.training.activation_checkpointing import checkpoint_activations
 from vlm.training.objectives.base import Contrast
 from vlm.training.stages import FROZEN, StageError, prepare

@@ -11,9 +11,8 @@ from transformers import CONFIG_MAPPING as CONFIGS
 from transformers import AutoModelForCausalLM
 
 from tests import test_prefix_decoder, tiny, training
-from vlm.data.collate import collate, collate_packed, pack_rows
 from vlm.families.decoder_only import generate as engine
-from vlm.families.decoder_only.processor import Row
+from vlm.families.decoder_only.batch import IMAGE, Row, collate, collate_packed, pack_rows
 from vlm.kernels.packed_attention import (
     NAME,
     Segments,
@@ -21,7 +20,6 @@ from vlm.kernels.packed_attention import (
     require_segments,
     segment_attention,
 )
-from vlm.placement import IMAGE
 from vlm.training.activation_checkpointing import checkpoint_activations
 from vlm.training.base_settings import deciding
 from vlm.training.memory.simulate import Rehearsal

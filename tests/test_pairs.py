@@ -6,7 +6,8 @@ from tokenizers import Regex, normalizers, processors
 
 from tests import tiny
 from vlm.data.example import BadRow, Example, ImageRef, Turn, caption_example
-from vlm.families.contrastive.processor import Pair, PairBatch, PairProcessor, collate_pairs
+from vlm.families.contrastive.batch import Pair, PairBatch, collate_pairs
+from vlm.families.contrastive.processor import PairProcessor
 from vlm.pixels import BadImage
 
 SPEC = tiny.Patches().pixel_spec

@@ -11,14 +11,13 @@ from transformers import PreTrainedTokenizerFast
 import vlm
 from tests import tiny, training
 from tests.test_composed import write_parts
-from vlm.data.collate import collate
 from vlm.data.example import BadRow, Example, Turn
 from vlm.families.decoder_only import generate as engine
+from vlm.families.decoder_only.batch import IMAGE, collate
 from vlm.families.decoder_only.layout import Composition
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.inference.tasks import PrefixModel
-from vlm.placement import IMAGE
 from vlm.weights import same_bits
 
 KINDS = list(tiny.TEXT_SHAPES)

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests import test_encoder_decoder, tiny, training
 from vlm.families.line_reader import layout as line_reader
-from vlm.families.line_reader.processor import LineRow
+from vlm.families.line_reader.batch import LineRow
 from vlm.kernels.norm_mlp import lean, lean_ways
 from vlm.training.activation_checkpointing import checkpoint_activations
 from vlm.training.master_weights import WorkingWeights

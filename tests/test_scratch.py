@@ -5,7 +5,7 @@ import torch
 
 from tests import tiny
 from vlm.data.example import ImageRef, caption_example
-from vlm.families.contrastive.processor import collate_pairs
+from vlm.families.contrastive.batch import collate_pairs
 from vlm.systems import scratch
 from vlm.weights import same_bits
 

@@ -10,7 +10,7 @@ import vlm
 from tests import tiny, training
 from tests.contrastive_runs import assert_close
 from tests.test_fit import launch, lines
-from vlm.data.collate import collate
+from vlm.families.decoder_only.batch import collate
 from vlm.training.sharding import _blank_views, units_of
 
 EVERY = {"rates": [["*", 1e-2]]}

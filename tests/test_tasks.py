@@ -8,9 +8,9 @@ from PIL import Image
 
 import vlm
 from tests import tiny, training
-from vlm.data.collate import collate
 from vlm.data.example import BadRow, Example, Turn
 from vlm.families.decoder_only import generate as engine
+from vlm.families.decoder_only.batch import collate
 from vlm.families.decoder_only.layout import Composition
 from vlm.losses.token import token_losses
 from vlm.pixels import BadImage

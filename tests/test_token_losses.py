@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests import test_encoder_decoder, test_prefix_decoder, tiny, training
-from vlm.data.collate import collate
 from vlm.families.decoder_only import generate as engine
+from vlm.families.decoder_only.batch import collate
 from vlm.losses import token
 from vlm.losses.token import backward_state_losses, state_losses, sum_by_row, token_losses
 from vlm.training.activation_checkpointing import checkpoint_activations

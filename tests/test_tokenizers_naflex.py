@@ -8,10 +8,9 @@ from PIL import Image
 from tests.tokenizer_laws import check_laws, encode, picture, spec
 from vlm import adaptors, tokenizers
 from vlm.config import from_dict, to_dict
-from vlm.data.collate import group_views
+from vlm.families.decoder_only.batch import Row
 from vlm.families.decoder_only.module import Places
-from vlm.families.decoder_only.processor import Row
-from vlm.image_tokens import pack
+from vlm.image_tokens import group_views, pack
 from vlm.pixels import HALF, PixelSpec
 from vlm.pixels.spec import box_of_patches
 from vlm.tokenizers.naflex import NaflexConfig, build, load

@@ -3,7 +3,7 @@ import torch
 
 from tests import test_encoder_decoder as law
 from tests.tiny import picture
-from vlm.data.collate import collate
+from vlm.families.decoder_only.batch import collate
 from vlm.families.encoder_decoder import cached_decoder as stepper
 from vlm.families.encoder_decoder import generate as transcribe
 

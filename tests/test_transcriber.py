@@ -8,8 +8,8 @@ from tests import test_encoder_decoder as law
 from tests import tiny
 from tests.tiny import picture
 from vlm import systems
-from vlm.data.collate import collate
 from vlm.data.example import caption_example
+from vlm.families.decoder_only.batch import collate
 from vlm.families.encoder_decoder import generate as transcribe
 from vlm.families.encoder_decoder import layout as transcriber
 from vlm.families.encoder_decoder.layout import DecoderSizes, build

@@ -4,7 +4,7 @@ import torch
 
 from tests import tiny
 from vlm import adaptors
-from vlm.data.collate import collate
+from vlm.families.decoder_only.batch import collate
 from vlm.families.decoder_only.layout import Composition
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.inference.tasks import Model

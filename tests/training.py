@@ -17,13 +17,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from tests import test_contrastive, test_encoder_decoder, test_line_reader, test_pairs, tiny
-from vlm.data.collate import collate
 from vlm.data.example import caption_example
 from vlm.data.mixture import Draw, Mixture, MixtureDataset
 from vlm.data.sources import ListSource
 from vlm.families.contrastive.layout import Pairing
 from vlm.families.contrastive.model import ContrastiveModel
 from vlm.families.contrastive.processor import PairProcessor
+from vlm.families.decoder_only.batch import collate
 from vlm.families.decoder_only.layout import Composition
 from vlm.inference.ocr import Reader
 from vlm.inference.tasks import Model

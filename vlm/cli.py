@@ -83,7 +83,7 @@ class InspectBatch:
         from rich.console import Console
 
         from vlm.commands.inspect_batch import draw_rows, show_rows
-        from vlm.data.collate import Encoded
+        from vlm.data.encoded import Encoded
         from vlm.kernels.packed_attention import require_segments
         from vlm.training.runs.launch import read_settings, recipe_in
 

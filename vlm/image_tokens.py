@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from vlm.families.decoder_only.batch import Row
 
 if TYPE_CHECKING:
     from vlm.pixels import PixelSpec
@@ -239,3 +241,23 @@ def blank_pixels(view_hw: tuple, **options) -> Pixels:
     if isinstance(view_hw[0], tuple):
         return tuple(blank_pixels(part, **options) for part in view_hw)
     return torch.zeros(1, 3, *view_hw, **options)
+
+
+def group_views(rows: Sequence[Row]) -> tuple[ViewGroup, ...]:
+    """All views of the rows, those of one pixel size together, each with its owner."""
+    groups: dict[tuple, tuple[list, list]] = {}
+    for b, row in enumerate(rows):
+        for pixels, (image, view) in row.views:
+            views, owners = groups.setdefault(pixel_shape(pixels), ([], []))
+            views.append(pixels)
+            owners.append((b, image, view))
+    return tuple(
+        ViewGroup(pixels=_stack(views), owner=torch.tensor(owners))
+        for views, owners in groups.values()
+    )
+
+
+def _stack(views: Sequence[Pixels]) -> Pixels:
+    if isinstance(views[0], Tensor):
+        return torch.stack(list(views))
+    return tuple(_stack(part) for part in zip(*views))

@@ -24,10 +24,9 @@ from tests.reference.tiny_deepseek_vl import (
 from tests.tiny import picture
 from tests.tokenizer_laws import check_laws, spec
 from vlm import cli
-from vlm.data.collate import collate
 from vlm.data.example import Example, Turn
+from vlm.families.decoder_only.batch import IMAGE, collate
 from vlm.image_tokens import ImageTokens
-from vlm.placement import IMAGE
 from vlm.systems import deepseek_vl
 from vlm.tokenizers import paired, sam_hybrid
 from vlm.training.stages import FROZEN, assign_rates

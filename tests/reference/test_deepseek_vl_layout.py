@@ -19,7 +19,7 @@ from tests.reference.tiny_deepseek_vl import (
     write_folder,
 )
 from tests.tiny import picture
-from vlm.data.collate import collate
+from vlm.families.decoder_only.batch import collate
 from vlm.lora import Lora, add_lora
 from vlm.systems import deepseek_vl
 from vlm.weights import WeightsError, same_bits

@@ -11,8 +11,8 @@ from tests.reference.test_trocr import load, text_tokenizer
 from tests.tiny import picture
 from tests.tokenizer_laws import check_laws, spec
 from vlm import systems
-from vlm.data.collate import collate
 from vlm.data.example import caption_example
+from vlm.families.decoder_only.batch import collate
 from vlm.families.encoder_decoder import generate as transcribe
 from vlm.families.encoder_decoder.model import Writer
 from vlm.pixels import from_transformers

@@ -21,13 +21,12 @@ from tests.reference.tiny_paligemma import (
 )
 from tests.tiny import picture
 from vlm import cli
-from vlm.data.collate import collate
 from vlm.data.example import BadRow, Box, Example, Turn
 from vlm.data.sources.transfer import detection
 from vlm.families.decoder_only import generate as engine
+from vlm.families.decoder_only.batch import IMAGE, collate
 from vlm.families.decoder_only.ground import NOT_FOURS, find
 from vlm.losses.token import token_losses
-from vlm.placement import IMAGE
 from vlm.systems import paligemma
 from vlm.systems.paligemma import PROMPTS, SEG_TOKENS
 from vlm.systems.published import first_names, published_name

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests.tiny import picture
 from vlm import systems
-from vlm.data.collate import collate
 from vlm.data.example import caption_example
+from vlm.families.decoder_only.batch import collate
 from vlm.families.encoder_decoder import generate as transcribe
 from vlm.losses.token import token_losses
 from vlm.systems import trocr

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import picture
 from vlm.data.example import Example, Turn
-from vlm.placement import IMAGE
+from vlm.families.decoder_only.batch import IMAGE
 from vlm.systems import deepseek_vl
 
 BOS, EOS, MARK = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", deepseek_vl.IMAGE_MARK

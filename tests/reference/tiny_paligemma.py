@@ -4,9 +4,8 @@ import torch
 import transformers
 
 from tests.tiny import picture
-from vlm.data.collate import collate
 from vlm.data.example import Example, Turn
-from vlm.placement import IMAGE
+from vlm.families.decoder_only.batch import IMAGE, collate
 
 SIDE_PX, PLACES = 32, 16
 SIGLIP = dict(model_type="siglip_vision_model", hidden_size=16, intermediate_size=24,

@@ -13,16 +13,16 @@ from rich.text import Text
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from vlm.data.collate import collate, pack_rows
 from vlm.data.example import Box, Skipped
 from vlm.draw_packed import Segment, draw_packed
-from vlm.families.contrastive.processor import Pair, PairBatch, PairProcessor, collate_pairs
-from vlm.families.decoder_only.processor import Processor, Row
-from vlm.families.line_reader.module import LineBatch
-from vlm.families.line_reader.processor import LineProcessor, LineRow, by_width, collate_lines
+from vlm.families.contrastive.batch import Pair, PairBatch, collate_pairs
+from vlm.families.contrastive.processor import PairProcessor
+from vlm.families.decoder_only.batch import IMAGE, Batch, Row, collate, pack_rows
+from vlm.families.decoder_only.processor import Processor
+from vlm.families.line_reader.batch import LineBatch, LineRow, by_width, collate_lines
+from vlm.families.line_reader.processor import LineProcessor
 from vlm.image_tokens import Pixels
 from vlm.losses.ctc import least_columns
-from vlm.placement import IMAGE, Batch
 from vlm.tokenizers.columns import STRIDE
 from vlm.training.objectives.base import NextToken
 

@@ -11,10 +11,10 @@ import torch
 from tqdm import tqdm
 
 from vlm import systems
+from vlm.families.decoder_only.batch import Row
 from vlm.families.decoder_only.generate import evaluating
-from vlm.families.decoder_only.processor import Row
+from vlm.families.line_reader.batch import LineRow, by_width, collate_lines
 from vlm.families.line_reader.layout import ReaderParts
-from vlm.families.line_reader.processor import LineRow, by_width, collate_lines
 from vlm.image_tokens import pixel_hw
 from vlm.metrics.calibration import UNFITTED, Temperatures, fit_scaling
 from vlm.metrics.text import normalise, pieces_right

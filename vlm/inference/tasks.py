@@ -10,23 +10,22 @@ import torch
 from tqdm import tqdm
 
 from vlm import systems
-from vlm.data.collate import collate
 from vlm.data.example import Box, Example, Turn
 from vlm.families.contrastive.model import ContrastiveModel
 from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only import layout as composed
+from vlm.families.decoder_only.batch import Batch, Row, collate
 from vlm.families.decoder_only.chat import Chat, read_messages
 from vlm.families.decoder_only.generate import Generation
 from vlm.families.decoder_only.ground import find
 from vlm.families.decoder_only.layout import ANSWER_PROMPT, Composition
 from vlm.families.decoder_only.module import DecoderOnly
-from vlm.families.decoder_only.processor import Processor, Row
+from vlm.families.decoder_only.processor import Processor
 from vlm.families.encoder_decoder.model import Writer
 from vlm.inference.ocr import Reader
 from vlm.ocr.from_generation import read_written
 from vlm.ocr.results import Reading
 from vlm.pixels import open_image
-from vlm.placement import Batch
 
 WINDOW = 8
 """Batches of rows that are sorted by length together."""

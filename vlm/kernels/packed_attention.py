@@ -50,8 +50,8 @@ LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 class Segments:
     """The examples of a packed row, and what a place of each sees.
 
-    bounds: int32[S + 1], as in `vlm.placement.Batch`; lengths: the places of each example.
-    prefix: how many first places of each example see each other; 0 where none does.
+    bounds: int32[S + 1], as in `vlm.families.decoder_only.batch.Batch`; lengths: the places of
+    each example. prefix: how many first places of each example see each other; 0 where none does.
     masks: bool[1, 1, L, L] of each example, rows see columns; None where it is plainly causal.
         Empty before a model has said its rule.
     """
@@ -94,8 +94,8 @@ def read_segments(
     """A language model's final states float[1, T, D] of a packed row.
 
     vectors: float[1, T, D]. positions: int64[1, T], from 0 in each example. bounds: int32[S + 1],
-    as in `vlm.placement.Batch`. prefix: int64[S], how many first places of each example see each
-    other; None where none does.
+    as in `vlm.families.decoder_only.batch.Batch`. prefix: int64[S], how many first places of each
+    example see each other; None where none does.
     Raises ValueError as `require_segments` does, and for a prefix with flash attention.
     """
     require_segments(text)

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlm.families.line_reader.module import BLANK
-
 
 def ctc_losses(logits: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
     """Negative log-probability of each line's characters in nats, fp32[V].
@@ -35,3 +33,7 @@ def least_columns(ids: Sequence[int]) -> int:
     6
     """
     return len(ids) + sum(a == b for a, b in pairwise(ids))
+
+
+BLANK = 0
+"""The id that says nothing; characters are numbered from 1."""

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlm.families.line_reader.module import BLANK
-from vlm.losses.ctc import ctc_losses, least_columns
+from vlm.losses.ctc import BLANK, ctc_losses, least_columns
 
 KEPT = 12
 """Characters of a token that a search looks at."""

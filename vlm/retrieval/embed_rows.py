@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from vlm.data.collate import group_views
 from vlm.data.example import BadRow, Example, Skipped
 from vlm.data.sources.base import Source
+from vlm.families.contrastive.batch import Pair
 from vlm.families.contrastive.model import ContrastiveModel, require_directions
-from vlm.families.contrastive.processor import Pair, PairProcessor
+from vlm.families.contrastive.processor import PairProcessor
 from vlm.families.decoder_only.generate import evaluating
-from vlm.image_tokens import ViewGroup
+from vlm.image_tokens import ViewGroup, group_views
 from vlm.pixels import BadImage
 
 T = TypeVar("T")

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from vlm.data.mixture import MixtureDataset, StepSampler
-from vlm.families.decoder_only.processor import Row
+from vlm.families.decoder_only.batch import Row
 from vlm.kernels.norm_mlp import lean, lean_ways
 from vlm.precision import DTYPES
 from vlm.training.checkpoints.checkpoint import KEEP, Checkpoints, Progress

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vlm.families.decoder_only.processor import Row
+from vlm.families.decoder_only.batch import Batch, Row
 from vlm.image_tokens import Pixels, map_pixels, meta_twin, pixel_shape
-from vlm.placement import Batch
 from vlm.training.flops import flop_counter
 from vlm.training.stages import FROZEN, assign_rates
 

@@ -35,8 +35,8 @@ from torch.distributed.tensor import DTensor
 
 from vlm.compat.torch import make_root, multiply_all_, own_parameters, unsharded_class
 from vlm.compat.transformers import GradientCheckpointingLayer
+from vlm.families.decoder_only.batch import Batch
 from vlm.image_tokens import ImageTokenizer, ViewGroup, blank_pixels
-from vlm.placement import Batch
 from vlm.training.activation_checkpointing import PROBE_HW
 from vlm.training.stages import StageError, hold_in
 from vlm.weights import castable

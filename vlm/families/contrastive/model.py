@@ -16,11 +16,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from vlm import systems
-from vlm.data.collate import group_views
+from vlm.families.contrastive.batch import Pair
 from vlm.families.contrastive.layout import Pairing
 from vlm.families.contrastive.module import Contrastive
-from vlm.families.contrastive.processor import Pair, PairProcessor
+from vlm.families.contrastive.processor import PairProcessor
 from vlm.families.decoder_only.generate import evaluating
+from vlm.image_tokens import group_views
 
 WINDOW = 8
 """Batches of texts that are sorted by length together."""

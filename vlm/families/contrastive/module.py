@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm.families.contrastive.processor import PairBatch
+from vlm.families.contrastive.batch import PairBatch
 from vlm.image_tokens import ImageTokenizer, ViewGroup
 from vlm.text.encoders import TextEncoder
 

@@ -20,10 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlm.data.collate import collate
 from vlm.data.example import BadRow, Turn
 from vlm.families.decoder_only import generate as engine
-from vlm.families.decoder_only.processor import Row
+from vlm.families.decoder_only.batch import Row, collate
 
 if TYPE_CHECKING:
     from vlm.inference.tasks import Model

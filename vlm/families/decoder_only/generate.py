@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from vlm.compat.transformers import BaseStreamer
+from vlm.families.decoder_only.batch import Batch
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.losses.token import state_losses, sum_by_row
-from vlm.placement import Batch
 
 GREEDY = {"do_sample": False, "num_beams": 1, "max_new_tokens": 64}
 """What generation does where nothing is asked; names are transformers'."""

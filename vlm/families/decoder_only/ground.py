@@ -20,10 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from vlm.data.collate import collate
 from vlm.data.example import Box, Example, Turn
 from vlm.families.decoder_only import generate as engine
-from vlm.families.decoder_only.processor import Processor, Row
+from vlm.families.decoder_only.batch import Row, collate
+from vlm.families.decoder_only.processor import Processor
 from vlm.geometry import Resize
 from vlm.pixels import open_image
 

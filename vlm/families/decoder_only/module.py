@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from vlm.families.decoder_only.batch import IMAGE, Batch, place
 from vlm.image_tokens import ImageTokenizer, ViewGroup, meta_twin, pack
 from vlm.kernels.packed_attention import read_segments
-from vlm.placement import IMAGE, Batch, place
 
 
 class Places:

@@ -10,47 +10,22 @@ Longer than most files here: template, marks, boxes, masks and cutting are one w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from vlm.data.boxes import check_boxes
-from vlm.data.example import BadRow, Box, Example, Skipped, Turn
+from vlm.data.example import BadRow, Example, Skipped, Turn
+from vlm.families.decoder_only.batch import IMAGE, Row
 from vlm.geometry import LocTokens
-from vlm.image_tokens import Pixels, map_pixels, meta_pixels
+from vlm.image_tokens import map_pixels, meta_pixels
 from vlm.pixels import BadImage, image_size, open_image
-from vlm.placement import IMAGE
 
 SLOT, ANSWER, END, CONTEXT = map(chr, range(0xE5C0, 0xE5C4))  # private-use marks, a character each
 MARK = "<image>"
 """Stands for an image in a literal prompt (`generate`, `score`), unless a published system has its
 own mark."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One example, ready to be batched.
-
-    name: the example's own name.
-    ids: int64[T], IMAGE at image places; scored: bool[T], True at targets of the loss.
-    views: pixels of each view, without a view axis, with its (image, view) numbers.
-    places: the number of places that each image takes.
-    boxes: the example's boxes, in the pixels of its original images.
-    unscored: bool[T], True at the text of answers that are context alone; None where there is none.
-    system: the system message that was put in; None where that was left to the chat template.
-    cut: the number of text tokens that had to go to fit the context.
-    """
-
-    name: str
-    ids: Tensor
-    scored: Tensor
-    views: tuple[tuple[Pixels, tuple[int, int]], ...]
-    places: tuple[int, ...]
-    boxes: tuple[Box, ...] = ()
-    cut: int = 0
-    unscored: Tensor | None = None
-    system: str | None = None
 
 
 PROBE = (Turn("user", ("a",)), Turn("assistant", ("b",)))

@@ -18,13 +18,13 @@ from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache
 
 from vlm.compat.transformers import CACHE
+from vlm.families.decoder_only.batch import Batch
 from vlm.families.decoder_only.generate import Written, answer_losses, check_options
 from vlm.families.encoder_decoder.cached_decoder import IMAGE_ROWS, stepper_of
 from vlm.families.encoder_decoder.module import EncoderDecoder, Memory
 from vlm.image_tokens import ViewGroup, map_pixels
 from vlm.kernels.mlp_parts import mlps_in_parts
 from vlm.kernels.packed_linear import packed_layers
-from vlm.placement import Batch
 from vlm.text.decoders import first_position, positions_of
 
 LEAVE = 8

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from transformers import GenerationConfig
 
-from vlm.data.collate import collate
+from vlm.families.decoder_only.batch import Row, collate
 from vlm.families.decoder_only.generate import Generation, Written, evaluating
-from vlm.families.decoder_only.processor import Row
 from vlm.families.encoder_decoder import generate as transcribe
 from vlm.families.encoder_decoder.processor import Transcriber
 from vlm.inference.ocr import LineModel, name_of, require_list, warmed

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vlm.families.decoder_only.batch import Batch
 from vlm.image_tokens import ImageTokenizer, ImageTokens, ViewGroup, pack
-from vlm.placement import Batch
 from vlm.text.decoders import head_of, memory_width, require_cross_attention
 
 

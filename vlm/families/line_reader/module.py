@@ -9,39 +9,10 @@ Shapes: V view (a line), L image tokens, D width, Z characters and the blank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
-import torch
 from torch import Tensor, nn
 
+from vlm.families.line_reader.batch import LineBatch
 from vlm.image_tokens import ImageTokenizer
-
-BLANK = 0
-"""The id that says nothing; characters are numbered from 1."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LineBatch:
-    """Lines of one width.
-
-    pixels: float[V, 3, H, W].
-    ids: int64[sum of lengths], the characters of all lines, one after another; none to be read.
-    lengths: int64[V], characters of each line. names: each line's own name.
-    """
-
-    pixels: Tensor
-    ids: Tensor
-    lengths: Tensor
-    names: tuple[str, ...]
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> LineBatch:
-        """The batch on a device; pixels also in `dtype` (None keeps theirs)."""
-        return replace(
-            self,
-            pixels=self.pixels.to(device, dtype),
-            ids=self.ids.to(device),
-            lengths=self.lengths.to(device),
-        )
 
 
 class LineReader(nn.Module):

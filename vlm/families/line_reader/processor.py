@@ -4,37 +4,11 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from vlm.data.example import BadRow, Example
-from vlm.families.line_reader.module import BLANK, LineBatch
-from vlm.losses.ctc import least_columns
+from vlm.families.line_reader.batch import LineRow
+from vlm.losses.ctc import BLANK
 from vlm.pixels import PixelSpec, open_image
-from vlm.tokenizers.columns import STRIDE
-
-
-@dataclass(frozen=True, slots=True)
-class LineRow:
-    """One line: pixels float[3, H, W], its characters as ids, and how many of them were cut (none
-    are)."""
-
-    name: str
-    pixels: Tensor
-    ids: tuple[int, ...]
-    cut: int = 0
-
-    @property
-    def views(self) -> tuple[tuple[Tensor, tuple[int, int]], ...]:
-        """Its one view with its (image, view) numbers, as other rows have them."""
-        return ((self.pixels, (0, 0)),)
-
-    @property
-    def fits(self) -> bool:
-        """Whether the picture has tokens enough for the text; such a line is not learned from."""
-        return least_columns(self.ids) <= self.pixels.shape[-1] // STRIDE
 
 
 class LineProcessor:
@@ -95,28 +69,3 @@ class LineProcessor:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; blanks are left out."""
         return "".join(self.characters[id - 1] for id in ids if id != BLANK)
-
-
-def collate_lines(rows: Sequence[LineRow]) -> LineBatch:
-    """Lines of one width. Raises ValueError where they have several."""
-    widths = {row.pixels.shape[-1] for row in rows}
-    if len(widths) != 1:
-        raise ValueError(f"expected lines of one width, found {sorted(widths)}")
-    return LineBatch(
-        pixels=torch.stack([row.pixels for row in rows]),
-        ids=torch.tensor([id for row in rows for id in row.ids], dtype=torch.long),
-        lengths=torch.tensor([len(row.ids) for row in rows]),
-        names=tuple(row.name for row in rows),
-    )
-
-
-def by_width(widths: Sequence[int]) -> list[list[int]]:
-    """Numbers of lines in groups of one width, narrow ones first, each group in order.
-
-    >>> by_width([100, 300, 100])
-    [[0, 2], [1]]
-    """
-    groups: dict[int, list[int]] = {}
-    for number, width in enumerate(widths):
-        groups.setdefault(width, []).append(number)
-    return [groups[width] for width in sorted(groups)]

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from vlm.compat.transformers import attention_of
+from vlm.families.decoder_only.batch import Batch
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.image_tokens import ImageTokenizer
 from vlm.kernels.packed_attention import read_segments
-from vlm.placement import Batch
 
 
 class PrefixDecoder(DecoderOnly):

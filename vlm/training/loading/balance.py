@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 
 from vlm.data.example import BadRow, Skipped
 from vlm.data.mixture import MixtureDataset, StepSampler
-from vlm.families.decoder_only.processor import Processor, Row
+from vlm.families.decoder_only.batch import Row
+from vlm.families.decoder_only.processor import Processor
 from vlm.pixels import BadImage
 
 

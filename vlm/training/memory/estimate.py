@@ -20,15 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm.data.collate import Encoded
+from vlm.data.encoded import Encoded
 from vlm.data.example import BadRow, Skipped
 from vlm.data.mixture import MixtureDataset, permuted
-from vlm.families.contrastive.processor import Pair
-from vlm.families.decoder_only.processor import Row
-from vlm.families.line_reader.processor import LineRow
+from vlm.families.contrastive.batch import Pair
+from vlm.families.decoder_only.batch import IMAGE, Row
+from vlm.families.line_reader.batch import LineRow
 from vlm.image_tokens import Pixels
 from vlm.pixels import BadImage
-from vlm.placement import IMAGE
 from vlm.training.memory.simulate import Held, Rehearsal, Step
 from vlm.training.objectives.base import Contrast, NextToken, Objective, Transcribe
 from vlm.training.sharding import units_of

@@ -14,16 +14,14 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from vlm.data.collate import collate, collate_packed, pack_rows
+from vlm.families.contrastive.batch import Pair, PairBatch, collate_pairs
 from vlm.families.contrastive.module import Contrastive, Embedded
-from vlm.families.contrastive.processor import Pair, PairBatch, collate_pairs
-from vlm.families.decoder_only.processor import Row
-from vlm.families.line_reader.module import LineBatch, LineReader
-from vlm.families.line_reader.processor import LineRow, by_width, collate_lines
+from vlm.families.decoder_only.batch import Batch, Row, collate, collate_packed, pack_rows
+from vlm.families.line_reader.batch import LineBatch, LineRow, by_width, collate_lines
+from vlm.families.line_reader.module import LineReader
 from vlm.losses.contrastive import RefusedRows, sigmoid_loss, softmax_loss
 from vlm.losses.ctc import ctc_losses, least_columns
 from vlm.losses.token import backward_state_losses
-from vlm.placement import Batch
 from vlm.tokenizers.columns import STRIDE
 from vlm.training.flop_cost import Work
 from vlm.training.sharding import level, passes_of_ranks

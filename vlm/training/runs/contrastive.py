@@ -17,8 +17,8 @@ from vlm.data.augment import LEVELS
 from vlm.data.mixture import Mixture, MixtureDataset, check_weights
 from vlm.data.sources.base import Source
 from vlm.families.contrastive import layout as pairing
+from vlm.families.contrastive.batch import collate_pairs
 from vlm.families.contrastive.model import ContrastiveModel
-from vlm.families.contrastive.processor import collate_pairs
 from vlm.families.decoder_only.generate import evaluating
 from vlm.metrics.retrieval import retrieval
 from vlm.systems import scratch

@@ -9,11 +9,10 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from vlm.data.collate import collate
 from vlm.data.sources.base import Source
+from vlm.families.decoder_only.batch import Batch, collate
 from vlm.families.decoder_only.generate import answer_losses, image_gain
 from vlm.inference.tasks import Model
-from vlm.placement import Batch
 
 
 def image_gain_on(

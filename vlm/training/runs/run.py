@@ -16,7 +16,7 @@ from torch import nn
 from vlm.data.check import check_start, say_on
 from vlm.data.mixture import MixtureDataset
 from vlm.data.sources.base import Source
-from vlm.families.decoder_only.processor import Row
+from vlm.families.decoder_only.batch import Row
 from vlm.training.activation_checkpointing import checkpoint_activations, kept_parts
 from vlm.training.base_settings import BaseSettings, deciding, recorded
 from vlm.training.checkpoints.checkpoint import Progress

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlm.data.example import Box
+from vlm.image_tokens import Pixels, ViewGroup, group_views
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One example, ready to be batched.
+
+    name: the example's own name.
+    ids: int64[T], IMAGE at image places; scored: bool[T], True at targets of the loss.
+    views: pixels of each view, without a view axis, with its (image, view) numbers.
+    places: the number of places that each image takes.
+    boxes: the example's boxes, in the pixels of its original images.
+    unscored: bool[T], True at the text of answers that are context alone; None where there is none.
+    system: the system message that was put in; None where that was left to the chat template.
+    cut: the number of text tokens that had to go to fit the context.
+    """
+
+    name: str
+    ids: Tensor
+    scored: Tensor
+    views: tuple[tuple[Pixels, tuple[int, int]], ...]
+    places: tuple[int, ...]
+    boxes: tuple[Box, ...] = ()
+    cut: int = 0
+    unscored: Tensor | None = None
+    system: str | None = None
+
+
+def collate(rows: Sequence[Row], pad_id: int, padding: str = "right") -> Batch:
+    """A batch of rows, in their order, padded on one side ("right" or "left").
+
+    No padding lies between an image and its text: a row stays one unbroken run.
+    """
+    if padding not in ("right", "left"):
+        raise ValueError(f"padding is 'right' or 'left', found {padding!r}")
+    T = max((len(row.ids) for row in rows), default=0)
+    ids = torch.full((len(rows), T), pad_id)
+    valid = torch.zeros(len(rows), T, dtype=torch.bool)
+    scored = torch.zeros(len(rows), T, dtype=torch.bool)
+    for b, row in enumerate(rows):
+        start = 0 if padding == "right" else T - len(row.ids)
+        stop = start + len(row.ids)
+        ids[b, start:stop] = row.ids
+        valid[b, start:stop] = True
+        scored[b, start:stop] = row.scored
+        scored[b, start] = False  # nothing stands before the first place to predict it
+    return Batch(
+        ids=ids,
+        valid=valid,
+        scored=scored,
+        groups=group_views(rows),
+        names=tuple(row.name for row in rows),
+        padding=padding,
+    )
+
+
+def collate_packed(rows: Sequence[Row]) -> Batch:
+    """A batch of rows, at least one, as one packed row: end to end in their order, no padding.
+
+    The first place of each is no target, since nothing of its own stands before it.
+    """
+    lengths = torch.tensor([len(row.ids) for row in rows])
+    bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    scored = torch.cat([row.scored for row in rows])
+    scored[bounds[:-1]] = False
+    return Batch(
+        ids=torch.cat([row.ids for row in rows])[None],
+        valid=torch.ones(1, len(scored), dtype=torch.bool),
+        scored=scored[None],
+        groups=group_views(rows),
+        names=tuple(row.name for row in rows),
+        bounds=bounds.int(),
+    )
+
+
+def pack_rows(rows: Sequence[Row], most: int) -> list[list[Row]]:
+    """The rows in few parts of at most `most` places each, every part in the rows' own order. A
+    longer row is a part of its own: none is left out or cut.
+
+    First fit decreasing: the longest row first, each into the first part that has room for it.
+    """
+    parts: list[list[int]] = []
+    room: list[int] = []
+    for number in sorted(range(len(rows)), key=lambda number: -len(rows[number].ids)):
+        length = len(rows[number].ids)
+        part = next((part for part, left in enumerate(room) if left >= length), len(parts))
+        if part == len(parts):
+            parts.append([])
+            room.append(most)
+        parts[part].append(number)
+        room[part] -= length
+    return [[rows[number] for number in sorted(part)] for part in parts]
+
+
+IMAGE = -1
+"""Stands in `ids` where an image token is placed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Examples as padded rows, or end to end in one packed row, with the views of their images.
+
+    ids: int64[B, T], text ids, IMAGE at image places, any valid id at padding.
+    valid: bool[B, T], False at padding, which is all on one side.
+    scored: bool[B, T], True where the id is a target of the loss; never at IMAGE, padding or the
+        first place of an example.
+    groups: the views of all images, grouped by pixel size; empty for text alone. Their owners are
+        numbers of examples.
+    names: each example's own name, for messages and records.
+    padding: "right" or "left", the side that padding lies on.
+    bounds: int32[S + 1], where each example of a packed row begins, and the row's end; None where
+        each has a row of its own.
+    ghosts: blank views that go through the image tokenizer and the adaptor and are placed nowhere,
+        so that sharded processes make the same calls whatever their rows hold.
+    """
+
+    ids: Tensor
+    valid: Tensor
+    scored: Tensor
+    groups: tuple[ViewGroup, ...]
+    names: tuple[str, ...]
+    padding: str = "right"
+    bounds: Tensor | None = None
+    ghosts: tuple[ViewGroup, ...] = ()
+
+    @property
+    def example(self) -> Tensor:
+        """The number of each place's example among `names`, int64[B, T]."""
+        numbers = torch.arange(len(self.names), device=self.ids.device)
+        if self.bounds is None:
+            return numbers[:, None].expand(self.ids.shape)
+        T = self.ids.shape[1]
+        return numbers.repeat_interleave(self.bounds.diff(), output_size=T)[None]
+
+    @property
+    def positions(self) -> Tensor:
+        """The number of each place within its example, from 0, int64[B, T]; padding gets 0."""
+        if self.bounds is None:
+            return positions(self.valid)
+        places = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return places - self.bounds[self.example]
+
+    @property
+    def prefix(self) -> Tensor:
+        """The places before an example's first target, bool[B, T]: image and prompt."""
+        seen = self.scored.cumsum(1)
+        if self.bounds is not None:
+            seen = seen - seen[0, self.bounds[:-1]][self.example]
+        return self.valid & (seen == 0)
+
+    @property
+    def targets(self) -> Tensor:
+        """The ids to predict, int64[N], row by row."""
+        return self.ids[self.scored]
+
+    @property
+    def target_rows(self) -> Tensor:
+        """The number of each target's example among `names`, int64[N]."""
+        return self.example[self.scored]
+
+    def to(self, device: torch.device | str, pixel_dtype: torch.dtype | None = None) -> Batch:
+        """The batch on a device; pixels also in `pixel_dtype` (None keeps theirs)."""
+        return replace(
+            self,
+            ids=self.ids.to(device),
+            valid=self.valid.to(device),
+            scored=self.scored.to(device),
+            groups=tuple(group.to(device, pixel_dtype) for group in self.groups),
+            bounds=None if self.bounds is None else self.bounds.to(device),
+            ghosts=tuple(group.to(device, pixel_dtype) for group in self.ghosts),
+        )
+
+
+def place(
+    text: Tensor,
+    is_image: Tensor,
+    tokens: Tensor,
+    example: Tensor,
+    names: Sequence[str],
+    bounds: Tensor | None = None,
+) -> Tensor:
+    """The stream of vectors: image tokens at their places, text vectors elsewhere.
+
+    text: float[B, T, D]; what it holds at image places is ignored.
+    is_image: bool[B, T], True at image places.
+    tokens: float[P, D], in stream order; example: int64[P], the example of each.
+    names: each example's name, for messages. bounds: of a packed row, as in `Batch`.
+    Raises ValueError where an example has more or fewer places than tokens, naming every such one
+    and both numbers.
+
+    >>> text = torch.zeros(1, 3, 1)
+    >>> is_image = torch.tensor([[False, True, True]])
+    >>> image_tokens = torch.tensor([[5.0], [7.0]])
+    >>> place(text, is_image, image_tokens, torch.tensor([0, 0]), ["row"])[0, :, 0].tolist()
+    [0.0, 5.0, 7.0]
+    """
+    found = torch.bincount(example, minlength=len(names))
+    if bounds is None:
+        places = is_image.sum(1)
+    else:
+        places = F.pad(is_image[0].cumsum(0), (1, 0))[bounds].diff()
+    wrong = (found != places).nonzero()[:, 0].tolist()
+    if wrong or len(found) != len(names):
+        rows = "; ".join(
+            f"{names[row]}: {int(places[row])} image places in the text, "
+            f"{int(found[row])} image tokens from its images"
+            for row in wrong
+        )
+        raise ValueError(f"image places and image tokens differ in {len(wrong)} rows: {rows}")
+    return text.masked_scatter(is_image[..., None], tokens.to(text.dtype))
+
+
+def positions(valid: Tensor) -> Tensor:
+    """Positions int64[B, T] that count real places from 0 whatever side the padding lies on;
+    padding gets 0.
+
+    >>> positions(torch.tensor([[False, True, True]])).tolist()
+    [[0, 0, 1]]
+    """
+    return (valid.long().cumsum(1) - 1).clamp(min=0)
