@@ -39,7 +39,10 @@ from vlm.precision import DTYPES
 from vlm.systems import scratch
 from vlm.training.master_weights import WorkingWeights
 from vlm.training.memory.simulate import Rehearsal
-from vlm.training.objectives.base import Contrast, NextToken, Objective, Transcribe
+from vlm.training.objectives.base import Objective
+from vlm.training.objectives.contrastive import Contrast
+from vlm.training.objectives.ctc import Transcribe
+from vlm.training.objectives.next_token import NextToken
 from vlm.training.stages import FROZEN, Stage, optimizer_for, prepare
 
 CHARACTERS = "".join(map(chr, range(33, 127)))

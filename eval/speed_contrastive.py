@@ -42,7 +42,7 @@ from vlm.systems import clip
 from vlm.systems.open_clip import config as open_clip_config
 from vlm.systems.open_clip import layout as open_clip_layout
 from vlm.training.master_weights import WorkingWeights
-from vlm.training.objectives.base import Contrast
+from vlm.training.objectives.contrastive import Contrast
 from vlm.training.stages import Stage, optimizer_for, prepare
 
 VARIANTS = {

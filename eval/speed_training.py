@@ -60,7 +60,7 @@ from vlm.training.activation_checkpointing import give_back_large_blocks
 from vlm.training.flops import flop_counter
 from vlm.training.loading.token_cache import cached_tokens
 from vlm.training.master_weights import WorkingWeights
-from vlm.training.objectives.base import NextToken
+from vlm.training.objectives.next_token import NextToken
 from vlm.training.stages import FROZEN, Stage, optimizer_for, prepare
 
 Step = Callable[[], float]

@@ -13,9 +13,9 @@ and fine-tuning the shipped reader on lines of your own (a table of pictures and
 
 from torch import nn
 
-from vlm.training.objectives.base import Transcribe
+from vlm.training.objectives.ctc import Transcribe
 from vlm.training.runs import launch
-from vlm.training.runs.reading import LineReaderSettings as Settings
+from vlm.training.runs.line_reader import LineReaderSettings as Settings
 from vlm.training.runs.reading import run
 from vlm.training.stages import Stage
 

@@ -17,9 +17,9 @@ import fnmatch
 
 from torch import nn
 
-from vlm.training.objectives.base import NextToken
+from vlm.training.objectives.next_token import NextToken
 from vlm.training.runs import launch
-from vlm.training.runs.reading import TranscriberSettings as Settings
+from vlm.training.runs.encoder_decoder import TranscriberSettings as Settings
 from vlm.training.runs.reading import run
 from vlm.training.stages import Stage
 

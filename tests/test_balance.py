@@ -19,7 +19,7 @@ from vlm.training.flop_cost import Work, work_of
 from vlm.training.flops import flop_counter
 from vlm.training.loading.balance import Costs, Dealt, deal, deal_step
 from vlm.training.loading.loader import micro_batch_loader
-from vlm.training.objectives.base import NextToken
+from vlm.training.objectives.next_token import NextToken
 from vlm.training.runs.decoder_only_settings import FromParts
 from vlm.training.stages import FROZEN
 

@@ -13,7 +13,7 @@ from tests.contrastive_runs import assert_close, assert_follows
 from tests.test_fit import launch, learned, lines
 from vlm.data.sources import ListSource
 from vlm.metrics.retrieval import retrieval
-from vlm.training.objectives.base import Contrast
+from vlm.training.objectives.contrastive import Contrast
 from vlm.training.run_folder import Run
 from vlm.training.runs.contrastive import retrieval_on
 from vlm.weights import same_bits

@@ -16,7 +16,7 @@ from vlm.families.encoder_decoder.module import EncoderDecoder
 from vlm.families.encoder_decoder.processor import LineProcessor
 from vlm.losses.token import token_losses
 from vlm.text.decoders import build
-from vlm.training.objectives.base import NextToken
+from vlm.training.objectives.next_token import NextToken
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 PLACES = dict(vocab_size=300, max_position_embeddings=64)

@@ -9,7 +9,8 @@ from vlm.data.sources import ListSource
 from vlm.families.decoder_only.batch import IMAGE
 from vlm.training.memory.estimate import Estimate, rows_of_run, with_text_places
 from vlm.training.memory.simulate import Held, Rehearsal, Step
-from vlm.training.objectives.base import Contrast, NextToken
+from vlm.training.objectives.contrastive import Contrast
+from vlm.training.objectives.next_token import NextToken
 from vlm.training.stages import Stage
 
 STAGE = Stage(name="t", rates=(("*", 1e-3),), steps=2, batch=4, micro_batch=4, warmup=0)

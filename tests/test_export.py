@@ -10,10 +10,11 @@ from recipes.line_reader import stage
 from tests.test_reading_training import settings
 from vlm import cli
 from vlm.training.checkpoints.checkpoint import CheckpointError
-from vlm.training.objectives.base import Transcribe
+from vlm.training.objectives.ctc import Transcribe
 from vlm.training.run_folder import RunError
 from vlm.training.runs.export import export, settings_of
-from vlm.training.runs.reading import LineReaderSettings, run
+from vlm.training.runs.line_reader import LineReaderSettings
+from vlm.training.runs.reading import run
 from vlm.weights import read_weights, same_bits
 
 

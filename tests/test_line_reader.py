@@ -21,7 +21,7 @@ from vlm.inference.ocr import Reader, warmed
 from vlm.losses.ctc import BLANK, ctc_losses, least_columns
 from vlm.ocr import ctc_decode as ctc
 from vlm.tokenizers.columns import STRIDE, level
-from vlm.training.objectives.base import Transcribe
+from vlm.training.objectives.ctc import Transcribe
 
 
 def parts(characters="abc ", seed=0):

@@ -10,7 +10,7 @@ from torch import nn
 from tests import training
 from vlm.families.contrastive.batch import collate_pairs
 from vlm.training.activation_checkpointing import checkpoint_activations
-from vlm.training.objectives.base import Contrast
+from vlm.training.objectives.contrastive import Contrast
 from vlm.training.stages import FROZEN, StageError, prepare
 
 LOSSES = ("softmax", "sigmoid")

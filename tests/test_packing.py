@@ -23,7 +23,7 @@ from vlm.kernels.packed_attention import (
 from vlm.training.activation_checkpointing import checkpoint_activations
 from vlm.training.base_settings import deciding
 from vlm.training.memory.simulate import Rehearsal
-from vlm.training.objectives.base import NextToken
+from vlm.training.objectives.next_token import NextToken
 from vlm.training.runs.decoder_only_settings import FromRun, training_data
 
 SHAPES = {

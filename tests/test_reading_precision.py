@@ -12,7 +12,8 @@ from tests.tiny import picture
 from vlm.families.encoder_decoder.model import Writer
 from vlm.families.encoder_decoder.processor import Transcriber
 from vlm.inference.ocr import Reader
-from vlm.training.objectives.base import NextToken, Transcribe
+from vlm.training.objectives.ctc import Transcribe
+from vlm.training.objectives.next_token import NextToken
 from vlm.weights import cast_parameters
 
 TEXTS = ("ab", "cab a")

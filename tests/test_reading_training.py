@@ -27,8 +27,11 @@ from vlm.families.encoder_decoder import swap_text_tokenizer as swap
 from vlm.families.encoder_decoder.layout import DecoderSizes
 from vlm.families.encoder_decoder.model import Writer
 from vlm.families.line_reader import layout as line_reader
-from vlm.training.objectives.base import NextToken, Transcribe
-from vlm.training.runs.reading import LineReaderSettings, TranscriberSettings, run
+from vlm.training.objectives.ctc import Transcribe
+from vlm.training.objectives.next_token import NextToken
+from vlm.training.runs.encoder_decoder import TranscriberSettings
+from vlm.training.runs.line_reader import LineReaderSettings
+from vlm.training.runs.reading import run
 from vlm.vocabulary import character_tokenizer
 
 LINES = f":fonts={FOLDER}:kind=clean:longest=6"

@@ -14,7 +14,9 @@ from vlm.kernels.norm_mlp import lean, lean_ways
 from vlm.training.activation_checkpointing import checkpoint_activations
 from vlm.training.master_weights import WorkingWeights
 from vlm.training.memory.simulate import Rehearsal
-from vlm.training.objectives.base import Contrast, NextToken, Transcribe
+from vlm.training.objectives.contrastive import Contrast
+from vlm.training.objectives.ctc import Transcribe
+from vlm.training.objectives.next_token import NextToken
 from vlm.training.stages import FROZEN, Stage, optimizer_for, prepare
 
 ALL = (("*", 1e-3),)

@@ -23,7 +23,9 @@ from vlm.training.memory.preflight import (
     size,
 )
 from vlm.training.memory.simulate import Held, Rehearsal
-from vlm.training.objectives.base import Contrast, NextToken, Transcribe
+from vlm.training.objectives.contrastive import Contrast
+from vlm.training.objectives.ctc import Transcribe
+from vlm.training.objectives.next_token import NextToken
 from vlm.training.runs import contrastive
 from vlm.training.stages import Stage
 

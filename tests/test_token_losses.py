@@ -17,7 +17,7 @@ from vlm.losses import token
 from vlm.losses.token import backward_state_losses, state_losses, sum_by_row, token_losses
 from vlm.training.activation_checkpointing import checkpoint_activations
 from vlm.training.master_weights import WorkingWeights
-from vlm.training.objectives.base import NextToken
+from vlm.training.objectives.next_token import NextToken
 from vlm.vocabulary import train_rows
 
 TEXTS = ("word " * 6, "a longer one", "ab")

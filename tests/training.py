@@ -29,7 +29,9 @@ from vlm.inference.ocr import Reader
 from vlm.inference.tasks import Model
 from vlm.training.fit import Interrupted, Pace, fit
 from vlm.training.flop_cost import work_of
-from vlm.training.objectives.base import Contrast, NextToken, Transcribe
+from vlm.training.objectives.contrastive import Contrast
+from vlm.training.objectives.ctc import Transcribe
+from vlm.training.objectives.next_token import NextToken
 from vlm.training.run_folder import Run
 from vlm.training.runs.contrastive import retrieval_on
 from vlm.training.sharding import gathered, whole_on_first

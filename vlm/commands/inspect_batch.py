@@ -24,7 +24,7 @@ from vlm.families.line_reader.processor import LineProcessor
 from vlm.image_tokens import Pixels
 from vlm.losses.ctc import least_columns
 from vlm.tokenizers.columns import STRIDE
-from vlm.training.objectives.base import NextToken
+from vlm.training.objectives.next_token import NextToken
 
 SCORED, RUN, PAD, BORDER = "bold green", "bold cyan", "dim", "bold magenta"
 UNSCORED = "strike yellow"

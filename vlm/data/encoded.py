@@ -1,3 +1,5 @@
+"""Examples as rows, images decoded in the loader's workers."""
+
 from __future__ import annotations
 
 from torch.utils.data import Dataset

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from vlm import config
-from vlm.systems.published import Reference, open_part, read_reference
+from vlm.families.published_files import Reference, open_part, read_reference
 from vlm.weights import read_tensors, save_weights
 
 FORMAT = "vlm"

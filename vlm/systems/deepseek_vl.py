@@ -41,6 +41,7 @@ from vlm import adaptors
 from vlm.families.decoder_only.layout import Composition, context_of
 from vlm.families.decoder_only.module import DecoderOnly, Places
 from vlm.families.decoder_only.processor import Processor
+from vlm.families.published_files import open_part, read_reference
 from vlm.image_tokens import ImageTokenizer
 from vlm.merge import plain_state
 from vlm.pixels import PixelSpec, from_transformers, pair_from_transformers
@@ -50,9 +51,7 @@ from vlm.systems.published import (
     architecture,
     first_names,
     listed_stop_ids,
-    open_part,
     published_name,
-    read_reference,
     write_config,
     write_grown_tokenizer,
 )

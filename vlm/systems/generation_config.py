@@ -1,3 +1,5 @@
+"""What a folder says of how its model writes (`generation_config.json`)."""
+
 from __future__ import annotations
 
 import json

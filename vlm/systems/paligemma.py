@@ -38,6 +38,7 @@ from vlm.families.decoder_only.layout import Composition, context_of
 from vlm.families.decoder_only.module import Places
 from vlm.families.decoder_only.processor import SLOT, Processor
 from vlm.families.prefix_decoder.module import PrefixDecoder
+from vlm.families.published_files import open_part, read_reference
 from vlm.geometry import LocTokens
 from vlm.image_tokens import ImageTokenizer
 from vlm.merge import plain_state
@@ -48,9 +49,7 @@ from vlm.systems.published import (
     architecture,
     first_names,
     listed_stop_ids,
-    open_part,
     published_name,
-    read_reference,
     write_config,
     write_grown_tokenizer,
 )

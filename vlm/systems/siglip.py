@@ -21,11 +21,12 @@ from typing import Any
 
 from torch import nn
 
-from vlm.families.contrastive.layout import Pairing, load_published, save_published
+from vlm.families.contrastive.layout import Pairing
 from vlm.families.contrastive.module import SIGMOID_BIAS, SIGMOID_SCALE, Contrastive
 from vlm.pixels import HALF, PixelSpec, from_transformers
 from vlm.pooling import OwnPool
 from vlm.systems.published import KeyMap
+from vlm.systems.published_contrastive import load_published, save_published
 from vlm.text.encoders import TextEncoder, build_backbone, plain_config
 from vlm.tokenizers import transformers as encoders
 

@@ -22,12 +22,14 @@ from typing import Any
 
 from torch import nn
 
-from vlm.families.contrastive.layout import Pairing, load_published, save_published
+from vlm.families.contrastive.layout import Pairing
 from vlm.families.contrastive.module import SIGMOID_BIAS, SIGMOID_SCALE, Contrastive
+from vlm.families.published_files import Reference
 from vlm.pixels import HALF, PixelSpec, from_transformers
 from vlm.pixels.spec import box_of_patches
 from vlm.pooling import OwnPool
-from vlm.systems.published import KeyMap, Reference
+from vlm.systems.published import KeyMap
+from vlm.systems.published_contrastive import load_published, save_published
 from vlm.systems.siglip import TOWERS, VOCABULARY_2
 from vlm.text.encoders import TextEncoder, build_backbone, plain_config
 from vlm.tokenizers import naflex

@@ -38,10 +38,11 @@ from transformers import (
 from vlm import adaptors
 from vlm.families.encoder_decoder.module import EncoderDecoder
 from vlm.families.encoder_decoder.processor import LineProcessor, Transcriber
+from vlm.families.published_files import open_part, read_reference
 from vlm.merge import plain_state
 from vlm.pixels import HALF, PixelSpec, from_transformers
 from vlm.systems.generation_config import read_said
-from vlm.systems.published import KeyMap, first_names, open_part, published_name, read_reference
+from vlm.systems.published import KeyMap, first_names, published_name
 from vlm.text import decoders as text_decoders
 from vlm.tokenizers import transformers as encoders
 from vlm.tokenizers.encoders import ENCODERS

@@ -31,7 +31,8 @@ from vlm.training.loading.loader import MicroBatch, batches_of, micro_batch_load
 from vlm.training.loading.token_cache import cached_tokens
 from vlm.training.master_weights import WorkingWeights
 from vlm.training.meter import Meter, device_use, peak_flops
-from vlm.training.objectives.base import NextToken, Objective
+from vlm.training.objectives.base import Objective
+from vlm.training.objectives.next_token import NextToken
 from vlm.training.run_folder import Run
 from vlm.training.sharding import (
     Shard,

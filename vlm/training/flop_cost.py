@@ -28,7 +28,7 @@ class Work:
         views cost nothing.
     By default one for each place: the measure where nothing is known of the model.
 
-    >>> from vlm.data.collate import collate_packed
+    >>> from vlm.families.decoder_only.batch import collate_packed
     >>> ids = torch.arange(5)
     >>> row = Row(name="row", ids=ids, scored=ids > 2, views=(), places=())
     >>> work = Work(place=100, pair=1, target=10)

@@ -1,3 +1,8 @@
+"""Images and their captions as rows and batches.
+
+Shapes: B example, V view, T text position.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -68,13 +73,13 @@ class Texts(NamedTuple):
 def collate_pairs(pairs: Sequence[Pair]) -> PairBatch:
     """A batch of pairs, in their order, texts padded behind to the longest."""
     rows = [(pair.ids, pair.valid, pair.pad_id) for pair in pairs]
-    ids, valid = _stack(rows)
+    ids, valid = stack_ids(rows)
     return PairBatch(
         ids=ids, valid=valid, groups=group_views(pairs), names=tuple(pair.name for pair in pairs)
     )
 
 
-def _stack(
+def stack_ids(
     rows: Sequence[tuple[Tensor, Tensor | None, int]], length: int | None = None, left: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Rows of (ids, valid or None, pad id) as ids int64[B, T] and valid bool[B, T]."""

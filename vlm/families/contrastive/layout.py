@@ -7,39 +7,23 @@ folder's small files, in `reference/`.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoProcessor
 
 from vlm import assets, config, pooling, tokenizers
 from vlm.families import native_layout
 from vlm.families.contrastive.module import SIGMOID_BIAS, SIGMOID_SCALE, SOFTMAX_SCALE, Contrastive
 from vlm.families.contrastive.processor import PairProcessor
+from vlm.families.published_files import Reference
 from vlm.image_tokens import ImageTokenizer
-from vlm.merge import plain_state
-from vlm.pixels import PixelSpec, from_transformers
+from vlm.pixels import PixelSpec
 from vlm.systems.pretrained import DEMO, load_vision
-from vlm.systems.published import (
-    KeyMap,
-    Reference,
-    first_names,
-    open_part,
-    published_name,
-    read_reference,
-    require_unchanged,
-)
 from vlm.text import encoders as text_encoders
-from vlm.text.encoders import TextEncoder
-from vlm.weights import load_weights, read_weights, save_weights
+from vlm.weights import load_weights, read_weights
 
 LOSSES = {"softmax": (SOFTMAX_SCALE, None), "sigmoid": (SIGMOID_SCALE, SIGMOID_BIAS)}
 """Loss -> the scale and bias that training begins with."""
@@ -217,106 +201,6 @@ def load(folder: Path, values: dict[str, Any]) -> Pairing:
     )
 
 
-OWN_SCALARS = ("log_scale", "bias")
-
-
-def in_float32(state: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
-    """A state in which the named tensors, where they are there, are scalars in float32: published
-    files hold shapes () and (1,), and any dtype."""
-    scalars = {
-        name: state[name].float().reshape(())
-        for name in names
-        if name in state and state[name].numel() == 1
-    }
-    return state | scalars
-
-
-def load_published(
-    folder: Path,
-    model_type: str,
-    key_map: KeyMap,
-    unused: tuple[str, ...],
-    compose: Callable[[Any, Any], Contrastive],
-    *,
-    pad_to_length: bool,
-) -> Pairing:
-    """The model in a folder of transformers' layout.
-
-    compose: the module, its weights still to come, from the folder's configuration and processor.
-    pad_to_length: whether texts always have the trained length.
-    Raises ValueError naming the file and what does not fit; for weights, every key at once.
-    """
-    where = str(folder)
-    values, reader = open_part(AutoConfig, folder), open_part(AutoProcessor, folder)
-    state, kept = first_names(read_weights(folder), key_map, unused, where)
-    with init_empty_weights(include_buffers=False):
-        module = compose(values, reader)
-    state = in_float32(state, ("logit_scale", "logit_bias"))
-    load_weights(module, state, where, lambda key: published_name(key, key_map))
-    processor = PairProcessor(
-        reader.tokenizer,
-        module.tokenizer.pixel_spec,
-        length=values.text_config.max_position_embeddings,
-        pad_to_length=pad_to_length,
-    )
-    require_end(module.text, processor, where)
-    return Pairing(
-        module=module.eval(),
-        processor=processor,
-        reference=read_reference(folder, model_type, kept),
-    )
-
-
-def save_published(
-    model: Pairing, folder: Path, key_map: KeyMap, scalar_shape: tuple[int, ...]
-) -> None:
-    """Writes transformers' layout: the files of the folder that the model came from, with its
-    weights and their dtype as they are now.
-
-    scalar_shape: of the published scale and bias.
-    Raises ValueError for what the layout has no place for, before anything is written.
-    """
-    module = model.module
-    with TemporaryDirectory() as written:  # what will be read from these files
-        model.reference.write(Path(written))
-        values, reader = (open_part(part, Path(written)) for part in (AutoConfig, AutoProcessor))
-    require_unchanged(
-        model.processor,
-        from_transformers(reader.image_processor),
-        values.text_config.max_position_embeddings,
-    )
-    root = nn.Module()  # our module's parts beside scalars of the published shape
-    for name, part in module.named_children():
-        root.add_module(name, part)
-    for name in OWN_SCALARS:
-        if getattr(module, name) is not None:
-            value = getattr(module, name).detach().reshape(scalar_shape)
-            root.register_parameter(name, nn.Parameter(value, requires_grad=False))
-    for key in plain_state(root):
-        published_name(key, key_map)
-    model.reference.write(folder)
-    values = model.reference.config
-    dtype = str(next(module.text.parameters()).dtype).removeprefix("torch.")
-    for part in (values, *(value for value in values.values() if isinstance(value, dict))):
-        for name in {"dtype", "torch_dtype"} & part.keys():
-            part[name] = dtype
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    name = partial(published_name, key_map=key_map)
-    save_weights(root, folder, name, beside=model.reference.unused)
-
-
-def require_end(text: TextEncoder, processor: PairProcessor, where: str) -> None:
-    """Raises ValueError where the text encoder looks for an end id that the text tokenizer never
-    writes: every text would be read at its first place."""
-    end_id = text.end_id
-    (row,), _ = processor.rows(["a"])
-    if end_id is not None and end_id not in row:
-        raise ValueError(
-            f"{where}: the text model reads a text at its end id {end_id} (text_config."
-            f"eos_token_id), but the text tokenizer ends texts with {row[-1]}"
-        )
-
-
 def _tokenizer_config(tokenizer: ImageTokenizer, spec: PixelSpec) -> dict[str, Any]:
     """The configuration of an image tokenizer with the preprocessing `spec`, which may have been
     changed since the tokenizer was made. Raises ValueError where it cannot be the tokenizer's."""
@@ -354,3 +238,17 @@ def _missing_end(text_tokenizer) -> int | None:
     ids = text_tokenizer("a")["input_ids"]
     special = text_tokenizer.all_special_ids
     return None if ids[-1] in special else text_tokenizer.eos_token_id
+
+
+OWN_SCALARS = ("log_scale", "bias")
+
+
+def in_float32(state: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
+    """A state in which the named tensors, where they are there, are scalars in float32: published
+    files hold shapes () and (1,), and any dtype."""
+    scalars = {
+        name: state[name].float().reshape(())
+        for name in names
+        if name in state and state[name].numel() == 1
+    }
+    return state | scalars

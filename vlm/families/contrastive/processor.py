@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlm.data.example import BadRow, Example
 from vlm.families.contrastive.batch import Pair, Texts
-from vlm.image_tokens import Pixels, _stack
+from vlm.image_tokens import Pixels
 from vlm.pixels import BadImage, PixelSpec, open_image
 
 
@@ -144,7 +144,7 @@ class PairProcessor:
             length = self.length
         left = self.pad_to_length and self.text_tokenizer.padding_side == "left"
         whole = [(torch.tensor(row, dtype=torch.long), None, self.pad_id) for row in rows]
-        return _stack(whole, length, left)
+        return stack_ids(whole, length, left)
 
     def views(self, picture, name: str) -> list[tuple[Pixels, tuple[int, int]]]:
         """The pixels of each view of a picture, with its (image, view) numbers.

@@ -1,3 +1,13 @@
+"""Rows and batches of families whose images stand in the text stream.
+
+A row is one stream of positions: a text id at each, or IMAGE where an image token stands. IMAGE is
+no id of any vocabulary, so text that happens to spell an image mark can never be taken for an
+image. A batch holds rows padded to the longest, or packed: its only row holds all examples end to
+end, and none of them sees another.
+
+Shapes: B row, S example, T position, V view, P packed image tokens, N target, D decoder width.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -19,9 +19,9 @@ from vlm.families import native_layout
 from vlm.families.decoder_only.module import DecoderOnly, Places
 from vlm.families.decoder_only.processor import MARK, Processor
 from vlm.families.prefix_decoder.module import PrefixDecoder
+from vlm.families.published_files import Reference
 from vlm.geometry import LocTokens
 from vlm.systems.pretrained import DEMO, load_text, load_text_tokenizer, load_vision
-from vlm.systems.published import Reference
 from vlm.vocabulary import grow
 from vlm.weights import load_weights, read_weights
 

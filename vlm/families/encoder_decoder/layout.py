@@ -24,10 +24,10 @@ from vlm.families import native_layout
 from vlm.families.decoder_only.layout import adaptor_config
 from vlm.families.encoder_decoder.module import EncoderDecoder
 from vlm.families.encoder_decoder.processor import LineProcessor, Transcriber
+from vlm.families.published_files import open_part
 from vlm.image_tokens import ImageTokenizer
 from vlm.metrics.calibration import UNFITTED, Temperatures
 from vlm.systems.pretrained import load_vision
-from vlm.systems.published import open_part
 from vlm.text import decoders as text_decoders
 from vlm.weights import load_weights, read_weights
 

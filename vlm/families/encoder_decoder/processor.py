@@ -15,10 +15,10 @@ from vlm.compat.torch import with_child
 from vlm.data.example import BadRow, Example, Skipped
 from vlm.families.decoder_only.batch import Row
 from vlm.families.encoder_decoder.module import EncoderDecoder
+from vlm.families.published_files import Reference
 from vlm.image_tokens import Pixels
 from vlm.metrics.calibration import UNFITTED, Temperatures
 from vlm.pixels import BadImage, PixelSpec, open_image
-from vlm.systems.published import Reference
 
 OVERFLOWS = ("drop", "shrink")
 READS = ("lines", "pages")

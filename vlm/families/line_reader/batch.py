@@ -1,3 +1,5 @@
+"""Lines as rows and batches of one width."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

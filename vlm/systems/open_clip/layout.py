@@ -32,9 +32,10 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlm.families.contrastive.layout import OWN_SCALARS, Pairing, in_float32, require_end
+from vlm.families.contrastive.layout import OWN_SCALARS, Pairing, in_float32
 from vlm.families.contrastive.module import Contrastive
 from vlm.families.contrastive.processor import PairProcessor
+from vlm.families.published_files import read_reference
 from vlm.found_weights import misfit, read_file, without_prefix
 from vlm.merge import Made, plain_state
 from vlm.pixels import PixelSpec, from_open_clip
@@ -50,7 +51,7 @@ from vlm.systems.open_clip.config import (
 )
 from vlm.systems.open_clip.key_map import MAPS, SAME, Row, expand
 from vlm.systems.open_clip.text_tokenizer import clip_tokenizer, folder_tokenizer
-from vlm.systems.published import read_reference
+from vlm.systems.published_contrastive import require_end
 from vlm.weights import WeightsError, load_weights, need_room, other_weights
 
 SOURCE = "open_clip 3.3; github.com/mlfoundations/open_clip"

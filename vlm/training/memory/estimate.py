@@ -29,7 +29,10 @@ from vlm.families.line_reader.batch import LineRow
 from vlm.image_tokens import Pixels
 from vlm.pixels import BadImage
 from vlm.training.memory.simulate import Held, Rehearsal, Step
-from vlm.training.objectives.base import Contrast, NextToken, Objective, Transcribe
+from vlm.training.objectives.base import Objective
+from vlm.training.objectives.contrastive import Contrast
+from vlm.training.objectives.ctc import Transcribe
+from vlm.training.objectives.next_token import NextToken
 from vlm.training.sharding import units_of
 from vlm.training.step import BUCKET_ELEMENTS
 

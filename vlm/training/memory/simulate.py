@@ -43,7 +43,8 @@ from vlm.kernels.attention import as_on_gpus
 from vlm.kernels.norm_mlp import lean, lean_ways
 from vlm.training.flops import flop_counter
 from vlm.training.master_weights import WorkingWeights
-from vlm.training.objectives.base import Contrast, Objective
+from vlm.training.objectives.base import Objective
+from vlm.training.objectives.contrastive import Contrast
 from vlm.training.stages import Stage, optimizer_for, prepare
 
 aten = torch.ops.aten

@@ -23,7 +23,7 @@ from vlm.families.decoder_only.generate import evaluating
 from vlm.metrics.retrieval import retrieval
 from vlm.systems import scratch
 from vlm.training.base_settings import Augmentation, BaseSettings, Usual, require_share
-from vlm.training.objectives.base import Contrast
+from vlm.training.objectives.contrastive import Contrast
 from vlm.training.run_folder import Curves
 from vlm.training.runs.run import Course, MakeStage
 

@@ -21,7 +21,7 @@ from vlm.inference.tasks import Model
 from vlm.kernels.packed_attention import require_segments
 from vlm.pixels import open_image
 from vlm.training.flop_cost import work_of
-from vlm.training.objectives.base import NextToken
+from vlm.training.objectives.next_token import NextToken
 from vlm.training.run_folder import draw_captions
 from vlm.training.runs import launch
 from vlm.training.runs.decoder_only_settings import Settings, training_data

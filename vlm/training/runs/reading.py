@@ -6,35 +6,24 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from transformers import AutoTokenizer
 
 from vlm.data.mixture import Mixture, MixtureDataset, check_weights
 from vlm.data.sources.base import Source
 from vlm.data.synthetic.lines import characters_of
 from vlm.draw import draw_lines
-from vlm.families.encoder_decoder import layout as transcriber
-from vlm.families.encoder_decoder import swap_text_tokenizer as swap
-from vlm.families.encoder_decoder.layout import DecoderSizes
-from vlm.families.encoder_decoder.processor import Transcriber
-from vlm.families.line_reader import layout as line_reader
 from vlm.inference.ocr import LineModel
 from vlm.inference.tasks import FACES
 from vlm.metrics.text import Comparison, compare_texts
 from vlm.pixels import open_image
-from vlm.systems.published import open_part
-from vlm.tokenizers.columns import ColumnsConfig, ColumnsTokenizer, line_spec
 from vlm.training.base_settings import BaseSettings, require_share
 from vlm.training.objectives.base import Objective
 from vlm.training.run_folder import Curves
 from vlm.training.runs.run import Course, MakeStage
-from vlm.vocabulary import character_tokenizer
 
-NEW = "new"
 ENDLESS = 1_000_000_000
 WORST = 24
 """Lines on the page of the worst."""
@@ -49,7 +38,12 @@ ERRORS = Curves(
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingSettings(BaseSettings):
-    """Settings of any run that teaches reading. A subclass says what is built."""
+    """Settings of any run that teaches reading. A subclass says what is built.
+
+    reads_prompts: whether what is built reads what stands before a text.
+    """
+
+    reads_prompts: ClassVar[bool] = True
 
     alphabet: str = "english"
     """Characters that are read: english, latin, cyrillic, greek, or a text file that holds them."""
@@ -103,137 +97,6 @@ class ReadingSettings(BaseSettings):
         return self.open(self.held_out or self.drawn(self.held_out_rows, 0, "validation"))
 
 
-@dataclass(frozen=True, kw_only=True)
-class LineReaderSettings(ReadingSettings):
-    """Settings of a run that trains a line reader: a fresh one, or one to go on from."""
-
-    out: Path = Path("runs/line_reader")
-    start: str = NEW
-    """new, or a line reader to go on from: "line-reader" (the shipped one), a run or a folder.
-    Characters that it lacks are added to it, and its strokes are kept."""
-    height_px: int = 32
-    """Rows that a line of a new reader is brought to."""
-    width: int = 192
-    """Width of a new reader's tokens, a multiple of 64."""
-    depth: int = 6
-    """Its layers along the line."""
-    rate: float = 1.5e-3
-    """Peak learning rate."""
-    steps: int = 2000
-
-    def build(self) -> line_reader.ReaderParts:
-        """The reader to train."""
-        characters = self.characters()
-        if self.start == NEW:
-            return line_reader.build(
-                characters,
-                height_px=self.height_px,
-                width=self.width,
-                layers=self.depth,
-                seed=self.seed,
-            )
-        import vlm
-
-        parts = vlm.load(self.start, device="cpu", dtype="float32").parts
-        if not isinstance(parts, line_reader.ReaderParts):
-            raise ValueError(
-                f"start {self.start!r}: expected a line reader, found a {parts.module.family} model"
-            )
-        known = parts.processor.characters
-        new = "".join(c for c in characters if c not in known)
-        return line_reader.with_characters(parts, known + new, self.seed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TranscriberSettings(ReadingSettings):
-    """Settings of a run that trains an encoder-decoder reader (TrOCR's way): one to go on from, or
-    one of an image tokenizer and a text decoder."""
-
-    out: Path = Path("runs/trocr")
-    start: str | None = None
-    """A model to go on from: TrOCR's folder or hub id, a run, or a folder of our own layout."""
-    vision: str = NEW
-    """The image tokenizer, where there is none to go on from: new (a small net for lines),
-    "kind:id" of a pretrained one, or the folder of a model or run, such as one of
-    recipes/line_reader.py."""
-    decoder: str = NEW
-    """The text decoder, where there is none to go on from: new, or the hub id or folder of a text
-    model (BERT, RoBERTa, GPT-2 and their like), which gets fresh cross-attention."""
-    tokenizer: str = "own"
-    """own (the decoder's), characters (one token for each character of the alphabet), or the hub id
-    or folder of one. Tokens that the decoder knows already keep what they learned."""
-    line_px: tuple[int, int] | None = None
-    """Rows and most columns that a pretrained encoder of squares sees instead: lines keep their
-    shape, and positions are resized. Such as 64 1024."""
-    decoder_width: int = 256
-    """Width of a new decoder."""
-    decoder_depth: int = 3
-    """Its layers."""
-    length: int = 96
-    """The most tokens of a text of a new decoder."""
-    vision_rate: float = 5e-4
-    """Peak learning rate of the image tokenizer."""
-    decoder_rate: float = 1e-3
-    """Peak learning rate of the decoder and of what joins the two."""
-    steps: int = 2000
-
-    def build(self) -> Transcriber:
-        """The model to train. Raises ValueError for settings that do not go together."""
-        if self.start is not None:
-            parts = self._loaded()
-        else:
-            if self.decoder == NEW and self.tokenizer == "own":
-                tokenizer = character_tokenizer(self.characters())
-            else:
-                tokenizer = self._tokenizer() if self.decoder == NEW else None
-            sizes = DecoderSizes(
-                width=self.decoder_width,
-                depth=self.decoder_depth,
-                heads=max(1, self.decoder_width // 64),
-                mlp_width=4 * self.decoder_width,
-                length=self.length,
-            )
-            parts = transcriber.build(
-                vision=_new_vision(self.seed) if self.vision == NEW else self.vision,
-                text=sizes if self.decoder == NEW else self.decoder,
-                text_tokenizer=tokenizer,
-                prefix="drop" if self.vision == NEW else "keep",
-                seed=self.seed,
-            )
-        if self.tokenizer != "own" and not (self.start is None and self.decoder == NEW):
-            parts = swap.with_tokenizer(parts, self._tokenizer(), self.seed)
-        if self.line_px is None:
-            return parts
-        tokenizer, spec = parts.module.tokenizer, parts.processor.pixel_spec
-        patch_px = spec.patch_px  # None where all views are of one size
-        if patch_px is None:
-            patch_px = spec.size_hw[1] // tokenizer.shapes_for(spec.size_hw)[0].grid_hw[1]
-        return parts.with_size(self.line_px, fit="height", patch_px=patch_px)
-
-    def _loaded(self) -> Transcriber:
-        import vlm
-
-        parts = vlm.load(self.start, device="cpu", dtype="stored").parts
-        if not isinstance(parts, Transcriber):
-            raise ValueError(
-                f"start {self.start!r}: expected an encoder-decoder model, found a "
-                f"{parts.module.family} one"
-            )
-        return parts
-
-    def _tokenizer(self) -> Any:
-        if self.tokenizer == "characters":
-            return character_tokenizer(self.characters())
-        return open_part(AutoTokenizer, Path(self.tokenizer))
-
-
-def _new_vision(seed: int) -> ColumnsTokenizer:
-    """A fresh image tokenizer for lines."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return ColumnsTokenizer(ColumnsConfig(pixel_spec=line_spec(32)))
-
-
 def run(
     settings: ReadingSettings,
     make_stage: MakeStage,
@@ -244,7 +107,7 @@ def run(
     accelerator = course.accelerator
     data = settings.data()
     held_out = settings.held_out_source() if settings.held_out_rows else None
-    course.check(data, held_out, reads_prompts=not isinstance(settings, LineReaderSettings))
+    course.check(data, held_out, reads_prompts=settings.reads_prompts)
     with accelerator.main_process_first():
         parts = settings.build()
         model = FACES[parts.module.family](parts)
@@ -324,3 +187,6 @@ def _report(course: Course, result: dict[str, Any], found: Comparison | None) ->
         highlight=False,
         markup=False,
     )
+
+
+NEW = "new"

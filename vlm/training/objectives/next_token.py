@@ -1,0 +1,80 @@
+"""The objective of families that write: cross-entropy of the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from vlm.families.decoder_only.batch import Batch, Row, collate, collate_packed, pack_rows
+from vlm.losses.token import backward_state_losses
+from vlm.training.flop_cost import Work
+from vlm.training.objectives.base import Autocast, Count, device_of
+from vlm.training.sharding import level
+
+
+class NextToken:
+    """Cross-entropy of the scored tokens: their sum over the number of them in the whole step.
+
+    pack: the most places of a packed row; None pads rows side by side. Raises ValueError below 1.
+    work: what rows and batches cost.
+    """
+
+    every_rank = False
+
+    def __init__(self, pad_id: int, pack: int | None = None, work: Work | None = None) -> None:
+        if pack is not None and pack < 1:
+            raise ValueError(f"pack must be at least 1 place, found {pack}")
+        self.pad_id = pad_id
+        self.pack = pack
+        self.work = work or Work()
+
+    def collate(self, rows: Sequence[Row]) -> tuple[Batch, ...]:
+        """Rows packed end to end; or those of like length together, padded."""
+        if self.pack is not None:
+            return tuple(collate_packed(part) for part in pack_rows(rows, self.pack))
+        return tuple(collate(part, self.pad_id) for part in _of_like_length(rows))
+
+    def count(self, batch: Batch) -> Count:
+        return Count(
+            scored=int(batch.scored.sum()),
+            samples=len(batch.names),
+            tokens=int(batch.valid.sum()),
+            positions=batch.valid.numel(),
+            work=self.work.of_batch(batch),
+            pictured=sum(len(group.owner) for group in batch.groups),
+            unscored=len(batch.names) - len(batch.target_rows.unique()),
+        )
+
+    def level(self, module: nn.Module, batches: Sequence[Batch]) -> Sequence[Batch]:
+        return level(module, batches)
+
+    def backward(
+        self, module: nn.Module, batches: Sequence[Batch], scored: int, autocast: Autocast
+    ) -> float:
+        return sum(self._backward(module, batch, scored, autocast) for batch in batches)
+
+    def trial(self, module: nn.Module, batch: Batch, autocast: Autocast) -> None:
+        self._backward(module, batch, 1, autocast)
+
+    def after_step(self, module: nn.Module) -> None:
+        pass
+
+    def _backward(self, module: nn.Module, batch: Batch, scored: int, autocast: Autocast) -> float:
+        batch = batch.to(device_of(module))
+        with autocast():
+            states = module.states(batch)
+        share = 1 / max(scored, 1)
+        losses = backward_state_losses(module.logits, states, batch.targets, share, autocast)
+        return float(losses.sum()) * share
+
+
+def _of_like_length(rows: Sequence[Row], spread: float = 1.5) -> list[list[Row]]:
+    """The rows in parts whose longest is at most `spread` times the shortest, each in the rows' own
+    order, so that a short caption is not padded to a long document's length."""
+    parts: list[list[int]] = []
+    for number in sorted(range(len(rows)), key=lambda number: len(rows[number].ids)):
+        if not parts or len(rows[number].ids) > spread * len(rows[parts[-1][0]].ids):
+            parts.append([])
+        parts[-1].append(number)
+    return [[rows[number] for number in sorted(part)] for part in parts]
