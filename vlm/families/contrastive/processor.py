@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vlm.data.example import BadRow, Example
-from vlm.families.contrastive.batch import Pair, Texts
+from vlm.families.contrastive.batch import Pair, Texts, stack_ids
 from vlm.image_tokens import Pixels
 from vlm.pixels import BadImage, PixelSpec, open_image
 
