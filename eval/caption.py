@@ -47,8 +47,8 @@ from vlm.data.sources import open_source
 from vlm.data.sources.base import Source
 from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import Row, collate
+from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.image_tokens import ImageTokenizer, group_views
-from vlm.inference.tasks import Model
 from vlm.metrics.caption import Pair, caption_figures, cider_d, exact_matches
 from vlm.pixels import BadImage, open_image
 from vlm.precision import Precision, dtype_name
@@ -167,7 +167,7 @@ def my_batches(accelerator: Accelerator, count: int, size: int, what: str) -> It
 
 @torch.no_grad()
 def write_captions(
-    model: Model,
+    model: DecoderOnlyModel,
     source: Source,
     asked: Sequence[Asked],
     accelerator: Accelerator,
@@ -176,7 +176,7 @@ def write_captions(
     """What the model answers to each question, greedily; Skipped where it cannot be asked."""
     found: list[tuple[int, str | Skipped]] = []
     dtype = next(model.module.tokenizer.parameters()).dtype
-    pad_id, ends = model.processor.pad_id, model.parts.stop_ids
+    pad_id, ends = model.processor.pad_id, model.stop_ids
     with engine.evaluating(model.module):
         for batch in my_batches(accelerator, len(asked), settings.batch, "captions"):
             encoded: list[tuple[int, Row]] = []
@@ -289,7 +289,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     model = vlm.load(
         settings.model, device=str(accelerator.device), dtype=dtype_name(settings.precision)
     )
-    prompt = model.parts.caption_prompt if settings.prompt is None else settings.prompt
+    prompt = model.caption_prompt if settings.prompt is None else settings.prompt
     source = open_source(settings.data, prompt=prompt, **options)
     known = settings.baseline and open_source(settings.baseline, prompt=prompt, **options)
     check_start([source] if known is None else [source, known], None, say_on(main))

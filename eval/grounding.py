@@ -42,7 +42,7 @@ from vlm.data.sources import CocoSource, open_source
 from vlm.data.sources.base import Source
 from vlm.draw import draw_boxes, draw_page
 from vlm.families.decoder_only.ground import MAX_NEW_TOKENS, find, require_prompt
-from vlm.inference.tasks import Model
+from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.metrics.boxes import BoxTable, coco_precision, phrases_found
 from vlm.metrics.share import wilson
 from vlm.pixels import open_image
@@ -86,7 +86,11 @@ class Settings:
 
 
 def ask_rows(
-    model: Model, source: Source, rows: list[int], settings: Settings, accelerator: Accelerator
+    model: DecoderOnlyModel,
+    source: Source,
+    rows: list[int],
+    settings: Settings,
+    accelerator: Accelerator,
 ) -> list[dict[str, Any]]:
     """What the model answers about each picture of the rows, in their order, on every rank.
 
@@ -273,7 +277,7 @@ def run(settings: Settings) -> dict[str, Any] | None:
             **asdict(settings),
             "rows": len(rows),
             "out": str(out),
-            "prompt": settings.prompt or model.parts.ground_prompt,
+            "prompt": settings.prompt or model.ground_prompt,
             "system": processor.system,
             "loc": asdict(processor.loc),
             "preprocessing": asdict(processor.pixel_spec),

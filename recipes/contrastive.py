@@ -16,7 +16,9 @@ import fnmatch
 
 from torch import nn
 
+from vlm.families.contrastive.model import ContrastiveModel
 from vlm.training.layer_decay import layer_rates
+from vlm.training.objectives.contrastive import Contrast
 from vlm.training.runs import launch
 from vlm.training.runs.contrastive import Settings, run
 from vlm.training.stages import FROZEN, Stage
@@ -42,5 +44,10 @@ def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:
     return settings.stage("contrastive", tuple(rates), micro_batch)
 
 
+def objective(settings: Settings, model: ContrastiveModel, stage: Stage) -> Contrast:
+    """Images and captions told apart, by the loss of the settings."""
+    return Contrast(settings.loss)
+
+
 if __name__ == "__main__":
-    launch.start(Settings, lambda settings: run(settings, stage))
+    launch.start(Settings, lambda settings: run(settings, stage, objective))

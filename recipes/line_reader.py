@@ -13,6 +13,7 @@ and fine-tuning the shipped reader on lines of your own (a table of pictures and
 
 from torch import nn
 
+from vlm.families.line_reader.model import LineReaderModel
 from vlm.training.objectives.ctc import Transcribe
 from vlm.training.runs import launch
 from vlm.training.runs.line_reader import LineReaderSettings as Settings
@@ -26,5 +27,10 @@ def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:
     return settings.stage("reading", rates, micro_batch)
 
 
+def objective(settings: Settings, model: LineReaderModel, stage: Stage) -> Transcribe:
+    """CTC over the characters of each line."""
+    return Transcribe()
+
+
 if __name__ == "__main__":
-    launch.start(Settings, lambda settings: run(settings, stage, lambda model: Transcribe()))
+    launch.start(Settings, lambda settings: run(settings, stage, objective))

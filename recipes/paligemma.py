@@ -21,11 +21,13 @@ from torch import nn
 
 from vlm.data.sources import Source
 from vlm.data.sources.transfer import Detect, Prompted
+from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.prefix_decoder.module import PrefixDecoder
-from vlm.inference.tasks import Model
 from vlm.systems.paligemma import PROMPTS, ask_as_published
 from vlm.training.base_settings import Usual
-from vlm.training.runs import decoder_only as recipe
+from vlm.training.runs import launch
+from vlm.training.runs.decoder_only import next_token as objective
+from vlm.training.runs.decoder_only import run
 from vlm.training.runs.decoder_only_settings import FromParts, load_stored, tuned
 from vlm.training.stages import Stage
 
@@ -89,10 +91,10 @@ class Settings(FromParts):
         frozen = [part for part in self.frozen if part != "text" or not self.loc_bins]
         return {f"{names[part]}_rate": f"{part} is frozen" for part in frozen}
 
-    def build(self) -> Model:
+    def build(self) -> DecoderOnlyModel:
         if self.start == NEW:
             model = self.compose()
-            ask_as_published(model.parts)
+            ask_as_published(model)
         else:
             self.require_no_parts()
             model = load_stored(self.start, self)
@@ -100,8 +102,8 @@ class Settings(FromParts):
             raise ValueError(
                 f"start {self.start!r}: expected a prefix model, found a {model.module.family} one"
             )
-        setattr(model.parts, ASKED_BY[self.task], self.asked)
-        model.parts.labelled_boxes |= self.task == "detect"
+        setattr(model, ASKED_BY[self.task], self.asked)
+        model.labelled_boxes |= self.task == "detect"
         if self.loc_bins:
             self.add_tokens(model, learned="text" not in self.frozen)
         return model
@@ -123,4 +125,4 @@ def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:
 
 
 if __name__ == "__main__":
-    recipe.start(Settings, stage)
+    launch.start(Settings, lambda settings: run(settings, stage, objective))

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from torch import nn
 
-from vlm.training.runs import decoder_only as recipe
+from vlm.training.runs import launch
+from vlm.training.runs.decoder_only import next_token as objective
+from vlm.training.runs.decoder_only import run
 from vlm.training.runs.decoder_only_settings import FromParts, tuned
 from vlm.training.stages import FROZEN, Stage
 
@@ -41,4 +43,4 @@ def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:
 
 
 if __name__ == "__main__":
-    recipe.start(Settings, stage)
+    launch.start(Settings, lambda settings: run(settings, stage, objective))

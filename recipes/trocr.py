@@ -17,6 +17,7 @@ import fnmatch
 
 from torch import nn
 
+from vlm.families.encoder_decoder.model import EncoderDecoderModel
 from vlm.training.objectives.next_token import NextToken
 from vlm.training.runs import launch
 from vlm.training.runs.encoder_decoder import TranscriberSettings as Settings
@@ -33,9 +34,10 @@ def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:
     return settings.stage("trocr", tuple(rates), micro_batch)
 
 
-def train(settings: Settings) -> None:
-    run(settings, stage, lambda model: NextToken(model.processor.pad_id))
+def objective(settings: Settings, model: EncoderDecoderModel, stage: Stage) -> NextToken:
+    """Cross-entropy of the text's tokens."""
+    return NextToken(model.processor.pad_id)
 
 
 if __name__ == "__main__":
-    launch.start(Settings, train)
+    launch.start(Settings, lambda settings: run(settings, stage, objective))

@@ -20,7 +20,8 @@ SHORT = dict(batch=4, steps=2, workers=0, eval_every=1, save_every=0, threads=1,
 def run(out, **settings):
     """The recipe, as its command runs it; what it gives."""
     values = {**SHORT, "out": out, **settings}
-    return contrastive.run(Settings(**values), stage_of("contrastive").stage)
+    recipe = stage_of("contrastive")
+    return contrastive.run(Settings(**values), recipe.stage, recipe.objective)
 
 
 def assert_follows(found, expected):

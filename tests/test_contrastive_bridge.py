@@ -47,7 +47,7 @@ def test_trained_tokenizer_begins_stage_1(scratch, tmp_path, image_px):
         **SHORT | {"held_out_rows": 2, "batch": 2}, out=tmp_path / "s1", vision=str(scratch[0]),
         text=language, adaptor="mlp", image_px=image_px,
     )  # fmt: skip
-    recipe.run(settings, stage1.stage)
+    recipe.run(settings, stage1.stage, stage1.objective)
     model = vlm.load(tmp_path / "s1", dtype="stored")
     trained = vlm.load(scratch[0], dtype="stored").module.tokenizer
     gone = assert_same_tower(model.module.tokenizer, trained)
@@ -62,13 +62,12 @@ def test_trained_tokenizer_begins_stage_1(scratch, tmp_path, image_px):
 def test_timm_tower_crosses_the_bridge(tmp_path, image, size_hw):
     """T16: patch tokens alone, whatever the pooling read; positions resized."""
     from tests.test_contrastive import model
-    from vlm.families.contrastive.layout import Pairing
     from vlm.families.contrastive.model import ContrastiveModel
 
     trained = model(image)
     processor = training.contrastive_model().processor
     processor.pixel_spec = trained.tokenizer.pixel_spec
-    ContrastiveModel(Pairing(module=trained, processor=processor)).save(tmp_path)
+    ContrastiveModel(module=trained, processor=processor).save(tmp_path)
     tokenizer = load_vision(str(tmp_path), size_hw)
     sizes = size_hw or trained.tokenizer.pixel_spec.size_hw
     pixels = torch.randn(2, 3, *sizes)

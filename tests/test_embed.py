@@ -12,7 +12,6 @@ from tests.reference import test_clip, test_siglip
 from tests.test_contrastive import IMAGES, model
 from tests.test_pairs import text_tokenizer
 from vlm.families.contrastive import layout as pairing
-from vlm.families.contrastive.layout import Pairing
 from vlm.families.contrastive.model import ContrastiveModel, same_labels
 from vlm.families.contrastive.processor import PairProcessor
 from vlm.lora import Lora, add_lora
@@ -31,7 +30,7 @@ def public(image="mean", text="bert, class", **options):
     processor = PairProcessor(
         text_tokenizer(), module.tokenizer.pixel_spec, length=12, pad_to_length=False
     )
-    return ContrastiveModel(Pairing(module=module, processor=processor))
+    return ContrastiveModel(module=module, processor=processor)
 
 
 @pytest.fixture(scope="module")

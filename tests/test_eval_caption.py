@@ -17,9 +17,8 @@ from vlm import adaptors, tokenizers
 from vlm.config import to_dict
 from vlm.data.example import ImageRef, caption_example
 from vlm.data.sources import ListSource
-from vlm.families.decoder_only.layout import Composition
+from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly
-from vlm.inference.tasks import Model
 from vlm.pixels import BadImage
 
 PATH = Path(__file__).parents[1] / "eval/caption.py"
@@ -56,7 +55,7 @@ def made(tmp_path_factory):
     module = DecoderOnly(tokenizer, adaptor, tiny.text_model()).eval()
     processor = tiny.processor(module)
     ends = (processor.end_id,)
-    Model(Composition(module=module, processor=processor, stop_ids=ends)).save(folder / "model")
+    DecoderOnlyModel(module=module, processor=processor, stop_ids=ends).save(folder / "model")
     for name, first in (("held", 0), ("known", 20)):
         lines = []
         for number, text in enumerate(CAPTIONS):

@@ -24,10 +24,10 @@ from vlm.data.grounding import ground
 from vlm.data.sources import open_source
 from vlm.draw import draw_boxes, draw_page
 from vlm.families.decoder_only.ground import NO_AREA, NO_BOX, NOT_FOURS, find, read_answer
-from vlm.families.decoder_only.layout import Composition, add_loc_tokens
+from vlm.families.decoder_only.layout import add_loc_tokens
+from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.geometry import LocTokens
-from vlm.inference.tasks import Model
 from vlm.pixels import BadImage, PixelSpec
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 def model(bins=16, **options):
     """A tiny random model that knows location tokens."""
     made = training.model(**options)
-    add_loc_tokens(made.parts, LocTokens(bins=bins))
+    add_loc_tokens(made, LocTokens(bins=bins))
     return made
 
 
@@ -75,7 +75,7 @@ def test_answers_equal_those_of_one_phrase_at_a_time(kind, constrained):
                     assert (box.image, box.xyxy_px, box.label) == (0, same.xyxy_px, phrase)
                     assert box.score == pytest.approx(same.score, abs=1e-5)
                 if not constrained:
-                    question = made.parts.ground_prompt.format(phrase=phrase)
+                    question = made.ground_prompt.format(phrase=phrase)
                     assert made.answer([image], [question], max_new_tokens=8) == [answer.text]
 
 
@@ -137,7 +137,7 @@ def test_boxes_come_back_in_the_callers_pixels(fit, frame):
     """Need 20, T18: pictures and views that are not square; half a bin is lost at most."""
     made = training.model()
     loc = LocTokens(bins=256, frame=frame)
-    add_loc_tokens(made.parts, loc)
+    add_loc_tokens(made, loc)
     spec = PixelSpec(**SPECS[fit], resample="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
     for size_hw in ((150, 300), (301, 97)):
         height, width = size_hw
@@ -333,9 +333,9 @@ def saved_model(folder):
     )
     module = DecoderOnly(tokenizer, adaptor, tiny.text_model()).eval()
     processor = tiny.processor(module)
-    parts = Composition(module=module, processor=processor, stop_ids=(processor.end_id,))
+    parts = DecoderOnlyModel(module=module, processor=processor, stop_ids=(processor.end_id,))
     add_loc_tokens(parts, LocTokens(bins=64))
-    Model(parts).save(folder)
+    parts.save(folder)
 
 
 @pytest.fixture

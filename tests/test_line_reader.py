@@ -13,12 +13,12 @@ import vlm
 from tests import tiny
 from tests import tokenizer_laws as laws
 from vlm.data.example import BadRow
+from vlm.families import text_reader
 from vlm.families.line_reader import layout as line_reader
 from vlm.families.line_reader.batch import LineRow, by_width, collate_lines
 from vlm.families.line_reader.processor import LineProcessor
-from vlm.inference import ocr
-from vlm.inference.ocr import Reader, warmed
 from vlm.losses.ctc import BLANK, ctc_losses, least_columns
+from vlm.metrics.calibration import apply_temperature
 from vlm.ocr import ctc_decode as ctc
 from vlm.tokenizers.columns import STRIDE, level
 from vlm.training.objectives.ctc import Transcribe
@@ -122,27 +122,27 @@ def test_beam_total_equals_the_rescored_log_probability(seed):
 
 def test_confidences_lie_in_0_to_1_and_a_temperature_moves_them_to_the_middle():
     """T20."""
-    reader = Reader(parts())
+    reader = parts()
     pictures = [line(seed=i, width=40 + 30 * i).images[0] for i in range(5)]
     for beams in (1, 3):
         for read in reader.read_lines(pictures, num_beams=beams):
             assert 0 <= read.confidence <= 1
             assert all(0 <= token.confidence <= 1 for token in read.tokens)
-    assert warmed(math.log(0.9), 2.0) == pytest.approx(0.75)
-    assert warmed(-math.inf, 2.0) == 0
-    assert warmed(-400.0, 0.5) == pytest.approx(0)
-    assert warmed(0.0, 3.0) == 1
+    assert apply_temperature(math.log(0.9), 2.0) == pytest.approx(0.75)
+    assert apply_temperature(-math.inf, 2.0) == 0
+    assert apply_temperature(-400.0, 0.5) == pytest.approx(0)
+    assert apply_temperature(0.0, 3.0) == 1
 
 
 @pytest.mark.parametrize("one", ["line.png", b"bytes"])
 def test_one_picture_in_place_of_a_list_is_refused(one):
-    for read in (Reader(parts()).ocr, Reader(parts()).read_lines):
+    for read in (parts().ocr, parts().read_lines):
         with pytest.raises(ValueError, match="images is a list of pictures"):
             read(one)
 
 
 def test_lines_come_back_in_their_order_whatever_their_widths():
-    reader = Reader(parts())
+    reader = parts()
     pictures = [line(seed=i, width=width).images[0] for i, width in enumerate((300, 30, 90, 31))]
     together = [read.text for read in reader.read_lines(pictures, batch_size=2)]
     assert together == [reader.read_lines([picture])[0].text for picture in pictures]
@@ -150,9 +150,9 @@ def test_lines_come_back_in_their_order_whatever_their_widths():
 
 def test_long_lines_are_read_fewer_at_a_time(monkeypatch):
     pictures = [line(seed=i, width=w).images[0] for i, w in enumerate((300, 90, 300, 90, 300))]
-    reader, sizes = Reader(parts()), []
+    reader, sizes = parts(), []
     read = [one.text for one in reader.read_lines(pictures)]
-    monkeypatch.setattr(ocr, "LARGEST", 2 * 120**2)  # two of the short ones
+    monkeypatch.setattr(text_reader, "LARGEST", 2 * 120**2)  # two of the short ones
     whole = reader._read
     monkeypatch.setattr(reader, "_read", lambda rows, n: sizes.append(len(rows)) or whole(rows, n))
     assert [one.text for one in reader.read_lines(pictures)] == read
@@ -164,7 +164,7 @@ def test_blank_line_of_a_reader_that_says_nothing_is_empty_and_sure():
     with torch.no_grad():
         made.module.head.weight.zero_()
         made.module.head.bias.copy_(torch.tensor([12.0, 0, 0, 0, 0]))
-    (read,) = Reader(made).read_lines([Image.new("RGB", (200, 20), "white")])
+    (read,) = made.read_lines([Image.new("RGB", (200, 20), "white")])
     assert read.text == ""
     assert read.tokens == ()
     assert read.confidence > 0.98
@@ -172,7 +172,7 @@ def test_blank_line_of_a_reader_that_says_nothing_is_empty_and_sure():
 
 @pytest.mark.parametrize("size", [(3, 5), (20_000, 20), (40, 900), (1, 1)])
 def test_pictures_of_any_shape_are_read(size):
-    Reader(parts()).read_lines([Image.new("RGB", size, "white")])
+    parts().read_lines([Image.new("RGB", size, "white")])
 
 
 def test_unknown_characters_are_named_with_their_numbers():
@@ -208,12 +208,12 @@ def test_lines_of_several_widths_are_no_batch():
 def test_folder_round_trips(tmp_path):
     made = parts()
     made.temperatures = line_reader.Temperatures(line=1.5, token=1.1)
-    Reader(made).save(tmp_path / "reader")
+    made.save(tmp_path / "reader")
     again = vlm.load(tmp_path / "reader", device="cpu")
-    assert again.parts.temperatures == made.temperatures
+    assert again.temperatures == made.temperatures
     assert again.processor.characters == "abc "
     pictures = [line(seed=i).images[0] for i in range(3)]
-    assert again.read_lines(pictures) == Reader(made).read_lines(pictures)
+    assert again.read_lines(pictures) == made.read_lines(pictures)
 
 
 def test_other_characters_keep_what_is_known_of_the_old():
@@ -229,7 +229,7 @@ def test_other_characters_keep_what_is_known_of_the_old():
 
 def test_reader_says_what_it_cannot_do():
     with pytest.raises(AttributeError, match="a line_reader model cannot do this"):
-        Reader(parts()).caption(["x.png"])
+        parts().caption(["x.png"])
 
 
 def test_reader_learns_a_line_by_heart():
@@ -246,14 +246,14 @@ def test_reader_learns_a_line_by_heart():
         optimizer.zero_grad()
     assert loss < 0.1
     pictures = [line(text, seed=i).images[0] for i, text in enumerate(("ab", "cab a"))]
-    assert [read.text for read in Reader(made).read_lines(pictures)] == ["ab", "cab a"]
+    assert [read.text for read in made.read_lines(pictures)] == ["ab", "cab a"]
 
 
 def test_fitted_temperatures_make_a_boastful_reader_modest():
     made = parts()
     with torch.no_grad():
         made.module.head.weight.mul_(40)  # sure of everything, and mostly wrong
-    reader = Reader(made)
+    reader = made
     pictures = [line(seed=i).images[0] for i in range(12)]
     read = reader.read_lines(pictures)
     truths = [r.text if i % 4 == 0 else "a b c" for i, r in enumerate(read)]

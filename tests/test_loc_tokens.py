@@ -10,7 +10,8 @@ from tests.test_composed import write_parts
 from tests.test_geometry import RECORDS, random_boxes
 from vlm.data.example import BadRow, Box, Example, Turn
 from vlm.data.grounding import ground
-from vlm.families.decoder_only.layout import Composition, add_loc_tokens
+from vlm.families.decoder_only.layout import add_loc_tokens
+from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.geometry import LocTokens
 from vlm.vocabulary import grow
 
@@ -60,7 +61,7 @@ def boxed(box=(2, 1, 9, 8)):
 
 def with_loc(bins=16):
     module = tiny.decoder_only(vocab=259)
-    parts = Composition(module=module, processor=tiny.processor(module), stop_ids=(258,))
+    parts = DecoderOnlyModel(module=module, processor=tiny.processor(module), stop_ids=(258,))
     add_loc_tokens(parts, LocTokens(bins=bins))
     return parts
 
@@ -82,7 +83,7 @@ def test_model_with_loc_tokens_survives_saving(tmp_path):
 
     vision, text = write_parts(tmp_path, "siglip", "llama")
     model = vlm.build(vision=vision, text=text, adaptor="linear")
-    add_loc_tokens(model.parts, LocTokens(bins=1024))
+    add_loc_tokens(model, LocTokens(bins=1024))
     model.save(tmp_path / "model")
     again = vlm.load(tmp_path / "model")
     assert again.processor.loc == LocTokens(bins=1024)

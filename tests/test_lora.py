@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from tests import tiny, towers, training
-from vlm.inference.tasks import load
+from vlm import load
 from vlm.lora import Lora, add_lora, lora_of, quantize_4bit
 from vlm.training import stages
 from vlm.training.stages import FROZEN, Stage
@@ -294,6 +294,6 @@ def test_fused_experts_are_refused_by_name():
 
 def test_published_layouts_have_no_place_for_lora_layers(tmp_path):
     chosen = towers.model(towers.composed(towers.timm_vit()))
-    chosen.parts.reference = object()
+    chosen.reference = object()
     with pytest.raises(ValueError, match="only the layout 'native' has a place for LoRA"):
         chosen.save(tmp_path, layout="reference", merge=False)

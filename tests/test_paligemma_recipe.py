@@ -37,7 +37,7 @@ def settings_of(**values):
 
 def run(**values):
     module = stage_of("paligemma")
-    return recipe.run(module.Settings(**{**SHORT, **values}), module.stage)
+    return recipe.run(module.Settings(**{**SHORT, **values}), module.stage, module.objective)
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_transfer_of_a_paligemma_folder_to_detection(coco, tmp_path):
         if not torch.equal(weight, before.module.get_parameter(name))
     }
     assert moved == {"tokenizer", "adaptor", "text"}
-    assert after.parts.ground_prompt == "detect {phrase}"
+    assert after.ground_prompt == "detect {phrase}"
     after.save(tmp_path / "reference", layout="reference")
     again = vlm.load(tmp_path / "reference", "cpu", "stored")
     assert same_bits(again.module.state_dict(), after.module.state_dict())
@@ -166,8 +166,8 @@ def test_new_model_learns_detection_and_is_evaluated(coco, tmp_path):
     model = vlm.load(tmp_path / "run", "cpu")
     assert isinstance(model.module, PrefixDecoder)
     assert model.processor.loc.bins == 16
-    assert model.parts.ground_prompt == "detect {phrase}"
-    assert model.parts.caption_prompt == "caption en"
+    assert model.ground_prompt == "detect {phrase}"
+    assert model.caption_prompt == "caption en"
     spec = importlib.util.spec_from_file_location("grounding", ROOT / "eval/grounding.py")
     grounding = importlib.util.module_from_spec(spec)
     sys.modules["grounding"] = grounding
@@ -200,7 +200,7 @@ def test_tasks_are_put_in_their_words(tmp_path, task, prompt, said):
     rows = [settings.data()[number] for number in range(8)]
     assert any(row.turns[0].text.startswith(said) for row in rows)
     model = settings.build()
-    kept = getattr(model.parts, stage_of("paligemma").ASKED_BY[task])
+    kept = getattr(model, stage_of("paligemma").ASKED_BY[task])
     assert kept == settings.asked
     assert said.startswith(kept.partition("{")[0])
 

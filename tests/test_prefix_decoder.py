@@ -14,10 +14,10 @@ from tests.test_composed import write_parts
 from vlm.data.example import BadRow, Example, Turn
 from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import IMAGE, collate
-from vlm.families.decoder_only.layout import Composition
+from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly
+from vlm.families.prefix_decoder.model import PrefixDecoderModel
 from vlm.families.prefix_decoder.module import PrefixDecoder
-from vlm.inference.tasks import PrefixModel
 from vlm.weights import same_bits
 
 KINDS = list(tiny.TEXT_SHAPES)
@@ -209,21 +209,21 @@ def test_prompt_has_the_same_ids_with_and_without_its_answer():
 def test_composed_prefix_model_returns_from_its_folder(tmp_path, kind):
     vision, text = write_parts(tmp_path, "siglip", kind)
     model = vlm.build(vision=vision, text=text, adaptor="mlp", mask="prefix")
-    assert isinstance(model, PrefixModel)
-    model.parts.ocr_prompt, model.parts.answer_prompt = "ocr", "answer en {question}"
+    assert isinstance(model, PrefixDecoderModel)
+    model.ocr_prompt, model.answer_prompt = "ocr", "answer en {question}"
     model.save(tmp_path / "model")
     again = vlm.load(tmp_path / "model", "cpu", "stored")
     assert isinstance(again.module, PrefixDecoder)
     assert same_bits(again.module.state_dict(), model.module.state_dict())
-    assert again.parts.ocr_prompt == "ocr"
-    assert again.parts.answer_prompt == "answer en {question}"
+    assert again.ocr_prompt == "ocr"
+    assert again.answer_prompt == "answer en {question}"
     assert again.processor.prefix
     asked = [[tiny.picture()]], ["what?"]
     assert again.answer(*asked, max_new_tokens=5) == model.answer(*asked, max_new_tokens=5)
     (reading,) = again.ocr([tiny.picture()], max_new_tokens=4)
     assert reading.size_hw == (9, 17)
     assert again.reads == "pages"
-    again.parts.ocr_prompt = None
+    again.ocr_prompt = None
     assert again.ocr([tiny.picture()], prompt="ocr", max_new_tokens=4) == [reading]
     with pytest.raises(ValueError, match="mask is one of causal, prefix, found 'none'"):
         vlm.build(vision=vision, text=text, adaptor="mlp", mask="none")
@@ -232,7 +232,7 @@ def test_composed_prefix_model_returns_from_its_folder(tmp_path, kind):
 def test_model_without_a_prompt_for_reading_says_so():
     module = prefix_decoder()
     made = processor(module)
-    model = PrefixModel(Composition(module=module, processor=made, stop_ids=(made.end_id,)))
+    model = PrefixDecoderModel(module=module, processor=made, stop_ids=(made.end_id,))
     with pytest.raises(ValueError, match="trained on no prompt for reading"):
         model.ocr([tiny.picture()])
 
@@ -243,10 +243,10 @@ def test_prefix_model_trains_by_the_same_loop(tmp_path):
     for micro_batch in (4, 2):
         module = prefix_decoder()
         made = processor(module)
-        parts = Composition(module=module, processor=made, stop_ids=(made.end_id,))
+        parts = DecoderOnlyModel(module=module, processor=made, stop_ids=(made.end_id,))
         stage = dataclasses.replace(training.STAGE, micro_batch=micro_batch, steps=2)
         chosen, _, _ = training.train(
-            tmp_path / str(micro_batch), stage, chosen=PrefixModel(parts), precision="fp32"
+            tmp_path / str(micro_batch), stage, chosen=PrefixDecoderModel(parts), precision="fp32"
         )
         states.append(training.weights(chosen))
     for name, weight in states[0].items():

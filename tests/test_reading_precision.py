@@ -9,9 +9,7 @@ import torch
 from tests import test_encoder_decoder, test_line_reader
 from tests.test_line_reader import line
 from tests.tiny import picture
-from vlm.families.encoder_decoder.model import Writer
-from vlm.families.encoder_decoder.processor import Transcriber
-from vlm.inference.ocr import Reader
+from vlm.families.encoder_decoder.model import EncoderDecoderModel
 from vlm.training.objectives.ctc import Transcribe
 from vlm.training.objectives.next_token import NextToken
 from vlm.weights import cast_parameters
@@ -23,15 +21,17 @@ def line_reader():
     parts = test_line_reader.parts()
     rows = [parts.processor.encode(line(text, seed=i)) for i, text in enumerate(TEXTS)]
     pictures = [line(text, seed=i).images[0] for i, text in enumerate(TEXTS)]
-    return Reader(parts), Transcribe(), rows, pictures
+    return parts, Transcribe(), rows, pictures
 
 
 def encoder_decoder():
     module = test_encoder_decoder.model(noise=0.0)
     processor = test_encoder_decoder.processor(module)
-    parts = Transcriber(module=module, processor=processor, end_ids=(258,), max_new_tokens=8)
+    parts = EncoderDecoderModel(
+        module=module, processor=processor, end_ids=(258,), max_new_tokens=8
+    )
     rows = test_encoder_decoder.rows(processor, *TEXTS)
-    return Writer(parts), NextToken(256), rows, [picture(i) for i in range(len(TEXTS))]
+    return parts, NextToken(256), rows, [picture(i) for i in range(len(TEXTS))]
 
 
 @pytest.mark.parametrize("make", [line_reader, encoder_decoder])
@@ -49,7 +49,7 @@ def test_reading_in_bf16_is_close_to_fp32(make):
     expected = model.read_lines(pictures)
     assert tuple(read.text for read in expected) == TEXTS
     assert min(read.confidence for read in expected) > 0.1
-    short = copy.deepcopy(model.parts)
+    short = copy.deepcopy(model)
     cast_parameters(short.module, torch.bfloat16)
     found = type(model)(short).read_lines(pictures)
     for half, whole in zip(found, expected, strict=True):

@@ -25,8 +25,7 @@ from vlm.data.example import BadRow
 from vlm.families.encoder_decoder import layout as transcriber
 from vlm.families.encoder_decoder import swap_text_tokenizer as swap
 from vlm.families.encoder_decoder.layout import DecoderSizes
-from vlm.families.encoder_decoder.model import Writer
-from vlm.families.line_reader import layout as line_reader
+from vlm.families.line_reader.model import LineReaderModel
 from vlm.training.objectives.ctc import Transcribe
 from vlm.training.objectives.next_token import NextToken
 from vlm.training.runs.encoder_decoder import TranscriberSettings
@@ -174,7 +173,7 @@ def transcribed(folder, **changes):
         held_out=f"lines:4:seed=2{LINES}:split=validation",
     )
     settings = TranscriberSettings(**values | changes)
-    objective = lambda model: NextToken(model.processor.pad_id)  # noqa: E731
+    objective = lambda settings, model, stage: NextToken(model.processor.pad_id)  # noqa: E731
     return run(settings, trocr_stage, objective)
 
 
@@ -183,7 +182,7 @@ def test_an_encoder_decoder_reader_is_trained_saved_and_given_another_script(tmp
     trained_once = transcribed(tmp_path / "english")
     assert trained_once["lines"] == 4
     model = vlm.load(tmp_path / "english", device="cpu")
-    assert asdict(model.parts.temperatures) == trained_once["temperatures"]
+    assert asdict(model.temperatures) == trained_once["temperatures"]
     assert model.read_lines([Image.new("RGB", (90, 20), "white")])[0].confidence <= 1
     transcribed(
         tmp_path / "greek",
@@ -196,7 +195,7 @@ def test_an_encoder_decoder_reader_is_trained_saved_and_given_another_script(tmp
     greek = vlm.load(tmp_path / "greek", device="cpu")
     tokenizer = greek.processor.text_tokenizer
     assert greek.processor.start_ids == (tokenizer.bos_token_id,)
-    assert greek.parts.end_ids == (tokenizer.eos_token_id,)
+    assert greek.end_ids == (tokenizer.eos_token_id,)
     assert greek.processor.text_ids("Ωa") == tokenizer.convert_tokens_to_ids(["Ω", "a"])
     assert greek.module.text.get_input_embeddings().num_embeddings == len(tokenizer)
 
@@ -274,7 +273,7 @@ def test_the_recipe_runs_on_two_processes(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "two" / "result.json").read_text())
     reader = vlm.load(tmp_path / "two", device="cpu", dtype="float32")
-    assert isinstance(reader.parts, line_reader.ReaderParts)
+    assert isinstance(reader, LineReaderModel)
     assert found["lines"] == 5
 
 
@@ -287,7 +286,7 @@ def test_two_processes_train_an_encoder_decoder_as_one_does(tmp_path):
         text=sizes,
         text_tokenizer=character_tokenizer(LineReaderSettings().characters()),
     )
-    Writer(started).save(tmp_path / "start")
+    started.save(tmp_path / "start")
     table = line_table(tmp_path, [f"line {10**i}" for i in range(6)])
     transcribed(tmp_path / "one", start=str(tmp_path / "start"), train=(table,), held_out_rows=0)
     command = [

@@ -52,7 +52,7 @@ def stage1(tmp_path):
             **SHORT, out=tmp_path / "s1", vision=vision, text=language, adaptor="mlp",
             train=(SCENES,), **more,
         )  # fmt: skip
-        recipe.run(settings, module.stage)
+        recipe.run(settings, module.stage, module.objective)
         return tmp_path / "s1"
 
     return run
@@ -63,7 +63,7 @@ def continued(name, previous, out, **more):
     values = {**SHORT, "previous": str(previous), "out": out, "train": (SCENES,),
               "text_held_out_rows": 2, **more}  # fmt: skip
     settings = module.Settings(**values)
-    recipe.run(settings, module.stage)
+    recipe.run(settings, module.stage, module.objective)
     return json.loads((out / "result.json").read_text())
 
 
@@ -140,7 +140,7 @@ def test_run_starts_from_a_models_folder(stage1, tmp_path):
     settings = module.Settings(
         **SHORT, out=tmp_path / "again", start=str(model), train=(SCENES,), prompt="Say it."
     )
-    recipe.run(settings, module.stage)
+    recipe.run(settings, module.stage, module.objective)
     assert vlm.load(tmp_path / "again").parts.caption_prompt == "Say it."
 
 

@@ -11,7 +11,7 @@ from tests import tiny, training
 from vlm.data.example import BadRow, Example, Turn
 from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import collate
-from vlm.families.decoder_only.layout import Composition
+from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.losses.token import token_losses
 from vlm.pixels import BadImage
 from vlm.weights import WeightsError, same_bits
@@ -63,7 +63,7 @@ def test_greedy_ids_equal_the_naive_loop():
 def test_generation_stops_at_the_end_token_and_reports_its_logprob():
     model = training.model()
     free = model.generate([[]], ["abc"], max_new_tokens=6)[0]
-    model.parts.stop_ids = (free.ids[3],)
+    model.stop_ids = (free.ids[3],)
     stopped = model.generate([[], []], ["abc", "xyz!"], max_new_tokens=6)[0]
     assert stopped.ids == free.ids[: free.ids.index(free.ids[3]) + 1]
     assert len(stopped.logprobs) == len(stopped.ids)
@@ -114,7 +114,7 @@ def next_logits(model, row):
 def test_beams_as_many_as_the_vocabulary_find_the_most_probable_pair():
     """T20's other half: the best of all answers of two ids, by brute force, and its total."""
     model = training.model(kind="qwen2", vocab=260, seed=3)  # a seed at which greedy misses it
-    model.parts.stop_ids = (259,)
+    model.stop_ids = (259,)
     pictures, prompt = [tiny.picture(2)], "<image> tell"
     row = model.processor.encode_literal(pictures, prompt)
     first = next_logits(model, row).log_softmax(-1)
@@ -165,7 +165,7 @@ def test_repetition_penalty_and_length_penalty_count_what_was_written_alone():
     penalised = model.generate([[]], ["abc"], max_new_tokens=8, repetition_penalty=50.0)[0]
     assert penalised.ids[0] == plain.ids[0]
     assert len(set(plain.ids)) < len(set(penalised.ids)) == len(penalised.ids)
-    model.parts.stop_ids = tuple(range(100, 300))
+    model.stop_ids = tuple(range(100, 300))
     prompts = ["a", "a much longer prompt than the other one"]
     options = {"num_beams": 4, "max_new_tokens": 12}
     for prompt in prompts:
@@ -275,7 +275,6 @@ def timm_model():
     from vlm import adaptors, tokenizers
     from vlm.config import to_dict
     from vlm.families.decoder_only.module import DecoderOnly
-    from vlm.inference.tasks import Model
 
     def build(kind):
         spec = tiny.Patches(size_hw=(32, 48)).pixel_spec
@@ -295,7 +294,7 @@ def timm_model():
         module = DecoderOnly(tokenizer, adaptor, tiny.text_model(kind)).eval()
         processor = tiny.processor(module, system="Be brief.")
         ends = (processor.end_id,)
-        return Model(Composition(module=module, processor=processor, stop_ids=ends))
+        return DecoderOnlyModel(module=module, processor=processor, stop_ids=ends)
 
     return build
 

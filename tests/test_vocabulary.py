@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from tests import tiny, towers, training
-from vlm import vocabulary
-from vlm.inference.tasks import load
+from vlm import load, vocabulary
 from vlm.lora import Lora, add_lora
 from vlm.training import stages
 from vlm.training.stages import FROZEN, Stage

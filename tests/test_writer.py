@@ -11,8 +11,7 @@ from tests import test_line_reader, tiny
 from tests.reference import test_donut, test_trocr
 from vlm import cli
 from vlm.families.decoder_only.generate import Generation
-from vlm.families.encoder_decoder.model import Writer
-from vlm.inference.ocr import Reader
+from vlm.families.encoder_decoder.model import EncoderDecoderModel
 from vlm.metrics.calibration import Temperatures
 from vlm.systems import donut
 
@@ -46,7 +45,7 @@ def test_fitted_temperatures_change_confidences_and_no_text(lines):
         assert 0 <= read.confidence <= math.prod(t.confidence for t in read.tokens) + 1e-6
     truths = [read.text if i % 4 == 0 else "a truth" for i, read in enumerate(before)]
     fitted = model.fit_temperatures(PICTURES, truths)
-    assert fitted == model.parts.temperatures
+    assert fitted == model.temperatures
     assert fitted.line != 1 != fitted.token
     after = model.read_lines(PICTURES)
     assert [read.text for read in after] == [read.text for read in before]
@@ -62,10 +61,10 @@ def test_fitted_temperatures_change_confidences_and_no_text(lines):
 
 def test_temperatures_are_kept_in_our_own_layout_alone(lines, tmp_path):
     model = load(lines)
-    model.parts.temperatures = Temperatures(line=2.0, token=1.5)
+    model.temperatures = Temperatures(line=2.0, token=1.5)
     model.save(tmp_path / "native")
     again = load(tmp_path / "native")
-    assert again.parts.temperatures == model.parts.temperatures
+    assert again.temperatures == model.temperatures
     assert again.read_lines(PICTURES[:2]) == model.read_lines(PICTURES[:2])
     again.save(tmp_path / "reference", "reference")
     names = {path.name for path in lines.iterdir()}
@@ -84,7 +83,7 @@ def test_options_that_reading_does_not_have_are_named(lines):
             read(PICTURES[:1], beams=2, colour="red")
     with pytest.raises(ValueError, match="prompt: expected None, as this model reads lines"):
         model.ocr(PICTURES[:1], prompt="<s>")
-    reader = Reader(test_line_reader.parts())
+    reader = test_line_reader.parts()
     with pytest.raises(ValueError, match=r"min_confidence\), found max_new_tokens"):
         reader.ocr(PICTURES[:1], max_new_tokens=3)
 
@@ -100,7 +99,7 @@ CORD = "<s_menu><s_nm>green tea</s_nm><sep/><s_nm>pie</s_nm></s_menu><s_sum><yes
 
 def says(model, text, monkeypatch):
     """Lets the model write a text, each id with probability 0.9; gives what it is asked."""
-    ids = [*model.processor.text_ids(text), *model.parts.end_ids]
+    ids = [*model.processor.text_ids(text), *model.end_ids]
     asked = []
 
     def write(rows, num_beams, **options):
@@ -113,7 +112,7 @@ def says(model, text, monkeypatch):
 
 def test_a_page_model_is_shown_the_page_and_answers_with_values(pages, monkeypatch):
     model = load(pages)
-    assert (model.reads, model.parts.prompt) == ("pages", donut.PROMPTS["cord"])
+    assert (model.reads, model.prompt) == ("pages", donut.PROMPTS["cord"])
     asked = says(model, CORD, monkeypatch)
     readings = model.ocr(PICTURES[:3], batch_size=2, num_beams=3, max_new_tokens=30)
     assert asked == [(2, 3, {"max_new_tokens": 30}), (1, 3, {"max_new_tokens": 30})]
@@ -158,7 +157,7 @@ def test_a_page_model_refuses_lines_and_misses_its_question(pages):
     model = load(pages)
     with pytest.raises(ValueError, match=r"layout: expected auto or page, as .* found 'line'"):
         model.ocr(PICTURES[:1], layout="line")
-    model.parts.prompt = donut.PROMPTS["answer"]
+    model.prompt = donut.PROMPTS["answer"]
     with pytest.raises(ValueError, match=r"trained to answer questions; .*<s_docvqa>"):
         model.ocr(PICTURES[:1])
 
@@ -176,8 +175,8 @@ def test_a_page_model_stays_one_in_our_own_layout(pages, tmp_path):
     model = load(pages)
     model.save(tmp_path / "native")
     again = load(tmp_path / "native")
-    assert (again.reads, again.parts.prompt) == ("pages", "<s_cord-v2>")
-    assert isinstance(again, Writer)
+    assert (again.reads, again.prompt) == ("pages", "<s_cord-v2>")
+    assert isinstance(again, EncoderDecoderModel)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,8 @@ import torch
 from tests import tiny
 from vlm import adaptors
 from vlm.families.decoder_only.batch import collate
-from vlm.families.decoder_only.layout import Composition
+from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly
-from vlm.inference.tasks import Model
 from vlm.losses.token import token_losses
 from vlm.pixels import PixelSpec
 
@@ -112,7 +111,7 @@ def composed(tower, **text):
 def model(module):
     """The public model around a module."""
     processor = tiny.processor(module)
-    return Model(Composition(module=module, processor=processor, stop_ids=(processor.end_id,)))
+    return DecoderOnlyModel(module=module, processor=processor, stop_ids=(processor.end_id,))
 
 
 def batch_for(module, count=2):

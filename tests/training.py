@@ -20,13 +20,11 @@ from tests import test_contrastive, test_encoder_decoder, test_line_reader, test
 from vlm.data.example import caption_example
 from vlm.data.mixture import Draw, Mixture, MixtureDataset
 from vlm.data.sources import ListSource
-from vlm.families.contrastive.layout import Pairing
 from vlm.families.contrastive.model import ContrastiveModel
 from vlm.families.contrastive.processor import PairProcessor
 from vlm.families.decoder_only.batch import collate
-from vlm.families.decoder_only.layout import Composition
-from vlm.inference.ocr import Reader
-from vlm.inference.tasks import Model
+from vlm.families.decoder_only.model import DecoderOnlyModel
+from vlm.families.line_reader.model import LineReaderModel
 from vlm.training.fit import Interrupted, Pace, fit
 from vlm.training.flop_cost import work_of
 from vlm.training.objectives.contrastive import Contrast
@@ -62,7 +60,7 @@ def examples():
 def model(**options):
     module = tiny.decoder_only(**options)
     processor = tiny.processor(module)
-    return Model(Composition(module=module, processor=processor, stop_ids=(processor.end_id,)))
+    return DecoderOnlyModel(module=module, processor=processor, stop_ids=(processor.end_id,))
 
 
 def pairs(count=11, unread=()):
@@ -82,7 +80,7 @@ def encoder_decoder_model():
 
 def line_model():
     """A tiny line reader."""
-    return Reader(test_line_reader.parts())
+    return test_line_reader.parts()
 
 
 def text_lines():
@@ -109,7 +107,7 @@ def contrastive_model(loss="sigmoid", text="clip, largest", **options):
     processor = PairProcessor(
         test_pairs.text_tokenizer(), module.tokenizer.pixel_spec, length=12, pad_to_length=False
     )
-    return ContrastiveModel(Pairing(module=module, processor=processor))
+    return ContrastiveModel(module=module, processor=processor)
 
 
 def dataset(rows=None, seed=0, on_bad_row="raise"):
@@ -168,7 +166,7 @@ def train(out, stage=STAGE, rows=None, chosen=None, seed=0, resume=False, precis
 
 
 def objective_for(chosen, loss, pack, work=None):
-    if isinstance(chosen, Reader):
+    if isinstance(chosen, LineReaderModel):
         return Transcribe()
     return Contrast(loss) if loss else NextToken(chosen.processor.pad_id, pack, work)
 

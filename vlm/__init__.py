@@ -9,7 +9,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 __all__ = ["build", "load", "systems"]
 
-_LAZY = {"load": "vlm.inference.tasks", "build": "vlm.inference.tasks"}
+_LAZY = {"load": "vlm.systems", "build": "vlm.systems"}
 
 
 def __getattr__(name: str):

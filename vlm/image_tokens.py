@@ -14,12 +14,10 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-from vlm.families.decoder_only.batch import Row
 
 if TYPE_CHECKING:
     from vlm.pixels import PixelSpec
@@ -243,8 +241,9 @@ def blank_pixels(view_hw: tuple, **options) -> Pixels:
     return torch.zeros(1, 3, *view_hw, **options)
 
 
-def group_views(rows: Sequence[Row]) -> tuple[ViewGroup, ...]:
-    """All views of the rows, those of one pixel size together, each with its owner."""
+def group_views(rows: Sequence[Any]) -> tuple[ViewGroup, ...]:
+    """The views of rows of any family (`views`), those of one pixel size together, each with its
+    owner."""
     groups: dict[tuple, tuple[list, list]] = {}
     for b, row in enumerate(rows):
         for pixels, (image, view) in row.views:

@@ -62,7 +62,7 @@ def test_deepseek_vl_native_layout_returns_the_same_model(folder, tmp_path):
     model.save(tmp_path)
     again = vlm.load(tmp_path, "cpu")
     assert same_bits(again.module.state_dict(), model.module.state_dict())
-    assert again.parts.stop_ids == model.parts.stop_ids
+    assert again.stop_ids == model.stop_ids
     example, _ = conversation(CONVERSATIONS["three turns"])
     rows = [m.processor.encode_prompt(example) for m in (model, again)]
     assert torch.equal(rows[0].ids, rows[1].ids)
@@ -78,7 +78,7 @@ def test_native_folders_from_before_published_systems_still_open(folder, tmp_pat
     values = json.loads(path.read_text())
     path.write_text(json.dumps({k: values[k] for k in values.keys() - {"reference", "image_mark"}}))
     model = vlm.load(tmp_path, "cpu")
-    assert model.parts.reference is None
+    assert model.reference is None
     assert model.processor.image_mark == "<image>"
 
 
@@ -297,7 +297,7 @@ def test_saving_in_a_layout_that_a_model_lacks_raises(folder, tmp_path):
         ValueError, match="layout is one of native, reference, open_clip, found 'onnx'"
     ):
         model.save(tmp_path, layout="onnx")
-    model.parts.reference = None
+    model.reference = None
     with pytest.raises(ValueError, match="came from no published system"):
         model.save(tmp_path, layout="reference")
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,6 @@ from vlm import systems
 from vlm.data.example import caption_example
 from vlm.families.decoder_only.batch import collate
 from vlm.families.encoder_decoder import generate as transcribe
-from vlm.families.encoder_decoder.model import Writer
 from vlm.pixels import from_transformers
 from vlm.systems import donut
 from vlm.tokenizers.transformers import TransformersConfig, build
@@ -148,7 +147,7 @@ def test_donut_greedy_ids_match_reference(folder):
 
 def test_donut_prompt_takes_places_from_what_is_written(folder):
     """Where nothing is said of lengths, prompt and text fill the decoder's places together."""
-    model = Writer(load(folder))
+    model = load(folder)
     prompts = ["<s_cord-v2>", "<s_cord-v2><s_menu><s_nm><s_sum>"]
     for prompt in prompts:
         (written,) = model.generate(PICTURES[:1], [prompt])

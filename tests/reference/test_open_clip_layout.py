@@ -218,7 +218,7 @@ def test_preprocessing_that_open_clip_cannot_be_told_is_named(tmp_path, kept):
     write_folder(tmp_path / "a", folder_case("clip"))
     model = vlm.load(tmp_path / "a")
     if not kept:
-        model.parts.reference = None
+        model.reference = None
     processor, spec = model.processor, model.processor.pixel_spec
     for name, value, message in (
         ("pixel_spec", spec.with_size((48, 48)), r"^pixel_spec.size_hw: expected \(24, 24\), the"),
@@ -237,7 +237,7 @@ def test_preprocessing_that_open_clip_cannot_be_told_is_named(tmp_path, kept):
 def test_models_that_open_clip_has_not_are_not_written(tmp_path):
     write_folder(tmp_path / "a", folder_case("clip"))
     model = vlm.load(tmp_path / "a")
-    model.parts.reference = None
+    model.reference = None
     model.module.pool = pooling.MeanPool()
     with pytest.raises(ValueError, match=r"^pool: expected own, found 'MeanPool'"):
         model.save(tmp_path / "b", layout="open_clip")

@@ -55,7 +55,7 @@ def test_paligemma_native_layout_returns_the_same_model(folder, tmp_path):
     again = vlm.load(tmp_path, "cpu")
     assert same_bits(again.module.state_dict(), model.module.state_dict())
     for key in ("stop_ids", "caption_prompt", "answer_prompt", "ground_prompt", "ocr_prompt"):
-        assert getattr(again.parts, key) == getattr(model.parts, key)
+        assert getattr(again, key) == getattr(model, key)
     assert again.processor.loc == model.processor.loc
     ours, its = (our_batch(m) for m in (model, again))
     assert torch.equal(ours.ids, its.ids)

@@ -80,7 +80,7 @@ def test_reference_layout_holds_every_weight_of_the_folder_that_was_opened(name,
     if through == "native":
         model.save(tmp_path / "native")
         model = vlm.load(tmp_path / "native", "cpu", "stored")
-    kept = bool(model.parts.reference.unused)
+    kept = bool(model.reference.unused)
     assert kept == (name in UNUSED or name.split()[0] in UNUSED)
     model.save(tmp_path / "out", layout="reference")
     before, after = opened(folder), opened(tmp_path / "out")

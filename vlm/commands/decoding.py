@@ -13,7 +13,7 @@ import tyro
 from vlm.commands.model import WRITING, UsesModel, open_model, require_least
 
 if TYPE_CHECKING:
-    from vlm.inference.tasks import Model
+    from vlm.families.decoder_only.model import DecoderOnlyModel
 
 
 WRITERS = ("decoder_only", "prefix_decoder")
@@ -24,7 +24,7 @@ WRITERS = ("decoder_only", "prefix_decoder")
 class UsesDecoder(UsesModel):
     """What commands share whose model writes text."""
 
-    def load(self, images: tuple[Path, ...]) -> Model:
+    def load(self, images: tuple[Path, ...]) -> DecoderOnlyModel:
         """The model, once its options are known to be in range and every picture to be one."""
         from vlm.pixels import open_image
 

@@ -80,7 +80,7 @@ class MakePlan:
         else:
             self._show(plan, machine, settings, name, source)
         if not plan.fits:
-            helps = remedies(settings, estimate.rehearsal.module.family, self.shard)
+            helps = remedies(settings, hasattr(estimate.rehearsal.module, "text"), self.shard)
             raise ValueError(plan.refusal(asked(settings, plan.micro_batch), helps))
 
     def _estimate(self, recipe: Any, settings: Any, machine: Machine) -> tuple[Estimate, str]:
@@ -89,7 +89,6 @@ class MakePlan:
         from vlm.training.activation_checkpointing import checkpoint_activations, kept_parts
         from vlm.training.memory.estimate import (
             Estimate,
-            objective_for,
             rows_of_run,
             with_text_places,
         )
@@ -100,11 +99,11 @@ class MakePlan:
         rows = rows_of_run(data, model.processor, settings.steps * settings.batch, self.rows)
         if self.tokens is not None:
             rows = [with_text_places(row, self.tokens) for row in rows]
-        module, processor = model.module, model.processor
+        module = model.module
         stage = recipe.stage(settings, module, settings.micro_batch or 1)
         if settings.checkpoint_activations:
             checkpoint_activations(module, kept_parts(module, stage))
-        objective = objective_for(module, processor, settings)
+        objective = recipe.objective(settings, model, stage)
         gpu = machine.tflops is not None
         rehearsal = Rehearsal(module, stage, objective, DTYPES[settings.precision], gpu)
         group = (machine.devices if self.hybrid else machine.ranks) if self.shard else 1

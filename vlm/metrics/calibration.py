@@ -8,6 +8,7 @@ Shapes: N example (a token, a word, a line, a classified picture), K bin of conf
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -184,3 +185,18 @@ def _check(values: NDArray, right: NDArray[np.bool_], name: str) -> None:
             f"{name} and right: expected two equally long lists, not empty, found shapes "
             f"{list(values.shape)} and {list(right.shape)}"
         )
+
+
+def apply_temperature(logprob: float, temperature: float) -> float:
+    """The probability whose log-odds are those of exp(logprob), divided by `temperature`.
+
+    >>> round(apply_temperature(math.log(0.9), 2.0), 4)
+    0.75
+    >>> apply_temperature(0.0, 2.0), apply_temperature(-800.0, 0.5)
+    (1.0, 0.0)
+    """
+    if logprob >= 0.0:
+        return 1.0
+    log_odds = logprob - math.log(-math.expm1(logprob))
+    small = math.exp(-abs(log_odds) / temperature)
+    return (1.0 if log_odds >= 0 else small) / (1 + small)

@@ -8,53 +8,29 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlm.families.registry import FAMILIES, SYSTEMS
+
 if TYPE_CHECKING:
     from torch import nn
 
-    from vlm.families.contrastive.layout import Pairing
-    from vlm.families.decoder_only.layout import Composition
-    from vlm.families.encoder_decoder.processor import Transcriber
-
-SYSTEMS = {
-    "vlm": (
-        "vlm.families.decoder_only.layout",
-        "any image tokenizer and text model, our own layout",
-    ),
-    "deepseek_vl": ("vlm.systems.deepseek_vl", "DeepSeek-VL 1.3B: SigLIP, MLP, LLaMA"),
-    "deepseek_vl_hybrid": ("vlm.systems.deepseek_vl", "DeepSeek-VL 7B: SigLIP and SAM, LLaMA"),
-    "clip": ("vlm.systems.clip", "CLIP: two towers, softmax loss"),
-    "siglip": ("vlm.systems.siglip", "SigLIP, SigLIP 2 at fixed sizes: two towers, sigmoid loss"),
-    "open_clip": ("vlm.systems.open_clip.layout", "CLIP and SigLIP in open_clip's layout"),
-    "siglip2": ("vlm.systems.siglip2", "SigLIP 2 NaFlex: pictures at their own aspect ratio"),
-    "trocr": ("vlm.systems.trocr", "TrOCR: ViT, DeiT or BEiT, text decoder; lines of text"),
-    "donut": ("vlm.systems.donut", "Donut: Swin, mBART decoder; documents to JSON"),
-    "paligemma": ("vlm.systems.paligemma", "PaliGemma 1 and 2: SigLIP, linear, Gemma, prefix mask"),
-}
-"""`format` or transformers' `model_type` in config.json -> (module, what it is). A folder whose
-configuration is open_clip_config.json is "open_clip"; one of transformers'
-VisionEncoderDecoderModel is "donut" or "trocr", by its encoder."""
-
-NATIVE = {
-    "decoder_only": "vlm.families.decoder_only.layout",
-    "prefix_decoder": "vlm.families.decoder_only.layout",
-    "contrastive": "vlm.families.contrastive.layout",
-    "encoder_decoder": "vlm.families.encoder_decoder.layout",
-    "line_reader": "vlm.families.line_reader.layout",
-}
-"""Family of a model -> the module that reads and writes it in our own layout."""
+    from vlm.families.base import Model
+    from vlm.families.contrastive.model import ContrastiveModel
+    from vlm.families.decoder_only.model import DecoderOnlyModel
 
 DTYPES = ("auto", "stored", "float32", "bfloat16", "float16")
-LAYOUTS = ("native", "reference", "open_clip")
 CONFIGS = ("config.json", "open_clip_config.json")
 """Configurations that a folder may hold; where it has both, the first is read."""
 
 
-def load(
-    source: str | Path, device: str = "auto", dtype: str = "auto"
-) -> Composition | Pairing | Transcriber:
-    """The parts of the model in a folder or under a hub id.
+def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Model:
+    """The model in a folder or under a hub id, ready to use.
 
-    The arguments are those of `vlm.load`.
+    source: a model's folder, a run folder of a recipe (its `model/` is taken), a hub id, or a file
+        of weights that another tool wrote, see `vlm.systems.weights_file`.
+    device: "auto" takes a GPU where there is one. dtype: "auto" takes the text model's own for all
+        parts, 16 bits only where the device multiplies faster in them, else float32; weights that
+        are stored in float32 stay so. "stored" leaves each part as it was saved, to train on; else
+        "float32", "bfloat16" or "float16", with a warning where the device is slow in it.
     Raises ValueError naming the folder and what was expected, or the device that is not here;
     OSError for an unknown hub id.
     """
@@ -69,10 +45,20 @@ def load(
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: not JSON ({error})") from error
         kind = _kind(values, path, folder)
-        name = _native(values, path) if kind == "vlm" else SYSTEMS[kind][0]
+        name = _native(values, path) if kind == "vlm" else SYSTEMS[kind].module
         model = import_module(name).load(folder, values)
     compute_in(model.module, dtype, device)
     model.module.to(device)
+    return model
+
+
+def build(*, dtype: str = "auto", **settings) -> DecoderOnlyModel:
+    """A model composed of pretrained parts and a fresh adaptor, on the CPU; dtype is that of
+    `load`, the other settings are those of `vlm.families.decoder_only.layout.build`."""
+    from vlm.families.decoder_only import layout
+
+    model = layout.build(**settings)
+    compute_in(model.module, dtype, "cpu")
     return model
 
 
@@ -114,37 +100,12 @@ def _require_dtype(dtype: str) -> None:
         raise ValueError(f"dtype is one of {', '.join(DTYPES)}, found {dtype!r}")
 
 
-def save(
-    model: Composition | Pairing | Transcriber, folder: Path, layout: str, merge: bool = True
-) -> None:
-    """Writes a model in our own layout ("native"), in that of the published system which it came
-    from ("reference"), or, CLIP and SigLIP of any origin, in open_clip's ("open_clip").
-    merge: whether LoRA is merged; only "native" can keep its layers.
-
-    Raises ValueError for a layout that the model does not have.
-    """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout is one of {', '.join(LAYOUTS)}, found {layout!r}")
-    if layout == "reference" and model.reference is None:
-        raise ValueError(
-            "layout 'reference': this model came from no published system, so it has only the "
-            "layout 'native'"
-        )
-    if layout == "native":
-        import_module(NATIVE[model.module.family]).save(model, folder, merge)
-        return
-    if not merge:
-        raise ValueError("merge=False: only the layout 'native' has a place for LoRA layers")
-    kind = layout if layout == "open_clip" else model.reference.model_type
-    import_module(SYSTEMS[kind][0]).save(model, folder)
-
-
 def _own_dtype(module):
     """What a model computes in that was saved in several dtypes, as a run saves its fp32 masters
     beside parts that were frozen in bf16: the language model's, or the wider of two towers'."""
     from vlm.weights import castable
 
-    if hasattr(module, "text") and module.family != "contrastive":
+    if "text" in module.through:
         return next(module.text.parameters()).dtype
     return max((p.dtype for p in castable(module)), key=lambda dtype: dtype.itemsize)
 
@@ -209,9 +170,9 @@ def _native(values: dict, where: Path) -> str:
     """The module that reads a config.json of our own layout. Raises ValueError for an unknown
     family."""
     family = values.get("family")
-    if family not in NATIVE:
-        raise ValueError(f"{where}: family {family!r} is not one of {', '.join(NATIVE)}")
-    return NATIVE[family]
+    if family not in FAMILIES:
+        raise ValueError(f"{where}: family {family!r} is not one of {', '.join(FAMILIES)}")
+    return FAMILIES[family].layout
 
 
 def _config(folder: Path) -> Path | None:
@@ -233,7 +194,7 @@ def _shipped(source: str | Path) -> Path | None:
     return line_reader.SHIPPED
 
 
-def _of_file(source: str | Path) -> Pairing | None:
+def _of_file(source: str | Path) -> ContrastiveModel | None:
     """The model in a file of weights that says, or whose surroundings say, what it is; None for a
     source of another kind, and for a file beside its configuration."""
     if not is_file(source):

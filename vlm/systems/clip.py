@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from vlm.families.contrastive.layout import Pairing
+from vlm.families.contrastive.model import ContrastiveModel
 from vlm.families.contrastive.module import SOFTMAX_SCALE, Contrastive
 from vlm.pixels import OPENAI, PixelSpec, from_transformers
 from vlm.pooling import OwnPool
@@ -136,7 +136,7 @@ def compose(
     )
 
 
-def load(folder: Path, values: dict[str, Any]) -> Pairing:
+def load(folder: Path, values: dict[str, Any]) -> ContrastiveModel:
     """The model in a folder of transformers' layout; `values` is what its config.json holds.
 
     Raises ValueError naming the file and what does not fit; for weights, every key at once.
@@ -156,7 +156,7 @@ def load(folder: Path, values: dict[str, Any]) -> Pairing:
     )
 
 
-def save(model: Pairing, folder: Path) -> None:
+def save(model: ContrastiveModel, folder: Path) -> None:
     """Writes transformers' layout: the files of the folder that the model came from, with the
     weights as they are now.
 

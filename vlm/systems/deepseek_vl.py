@@ -38,7 +38,8 @@ from transformers import (
 )
 
 from vlm import adaptors
-from vlm.families.decoder_only.layout import Composition, context_of
+from vlm.families.decoder_only.layout import context_of
+from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly, Places
 from vlm.families.decoder_only.processor import Processor
 from vlm.families.published_files import open_part, read_reference
@@ -204,7 +205,7 @@ def build(size: str) -> DecoderOnly:
     return _compose(tokenizer, LlamaConfig(**sizes.text)).eval()
 
 
-def load(folder: Path, values: dict[str, Any]) -> Composition:
+def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
     """The model in a folder of transformers' layout; `values` is what its config.json holds.
 
     Raises ValueError naming the file and what does not fit; for weights, every key at once.
@@ -241,7 +242,7 @@ def load(folder: Path, values: dict[str, Any]) -> Composition:
             f"{where}: the processor writes {reader.num_image_tokens} places for an image, the "
             f"model gives {places} image tokens"
         )
-    return Composition(
+    return DecoderOnlyModel(
         module=module.eval(),
         processor=processor,
         stop_ids=listed_stop_ids(folder, processor),
@@ -249,7 +250,7 @@ def load(folder: Path, values: dict[str, Any]) -> Composition:
     )
 
 
-def save(model: Composition, folder: Path) -> None:
+def save(model: DecoderOnlyModel, folder: Path) -> None:
     """Writes transformers' layout: the files of the folder that the model came from, with what has
     changed since (weights, dtype, vocabulary).
 

@@ -20,8 +20,9 @@ from typing import Any
 
 from transformers import MBartConfig
 
+from vlm.families.encoder_decoder.model import EncoderDecoderModel
 from vlm.families.encoder_decoder.module import EncoderDecoder
-from vlm.families.encoder_decoder.processor import LineProcessor, Transcriber
+from vlm.families.encoder_decoder.processor import LineProcessor
 from vlm.ocr.tagged_text import TAG
 from vlm.pixels import HALF, PixelSpec
 from vlm.systems import trocr
@@ -86,7 +87,7 @@ def build(size: str) -> EncoderDecoder:
     return trocr.compose(sizes.vision, MBartConfig(**sizes.text), PAGE).eval()
 
 
-def load(folder: Path, values: dict[str, Any]) -> Transcriber:
+def load(folder: Path, values: dict[str, Any]) -> EncoderDecoderModel:
     """The model in a folder of transformers' layout; `values` is what its config.json holds.
 
     Raises ValueError naming the file and what does not fit; for weights, every key at once.

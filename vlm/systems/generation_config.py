@@ -19,7 +19,7 @@ GENERATION = (
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What a published folder says of writing: see `Transcriber` and `LineProcessor`."""
+    """What a published folder says of writing: see `EncoderDecoderModel` and `LineProcessor`."""
 
     start_id: int
     end_ids: tuple[int, ...]

@@ -34,9 +34,11 @@ from transformers import (
 )
 
 from vlm import adaptors
-from vlm.families.decoder_only.layout import Composition, context_of
+from vlm.families.decoder_only.layout import context_of
+from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import Places
 from vlm.families.decoder_only.processor import SLOT, Processor
+from vlm.families.prefix_decoder.model import PrefixDecoderModel
 from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.families.published_files import open_part, read_reference
 from vlm.geometry import LocTokens
@@ -191,7 +193,7 @@ def build(size: str) -> PrefixDecoder:
     return _compose(tokenizer, text_config).eval()
 
 
-def load(folder: Path, values: dict[str, Any]) -> Composition:
+def load(folder: Path, values: dict[str, Any]) -> PrefixDecoderModel:
     """The model in a folder of transformers' layout; `values` is what its config.json holds.
 
     Raises ValueError naming the file and what does not fit; for weights, every key at once.
@@ -228,25 +230,25 @@ def load(folder: Path, values: dict[str, Any]) -> Composition:
             f"{where}: the processor writes {reader.image_seq_length} places for an image, the "
             f"model gives {places} image tokens"
         )
-    parts = Composition(
+    model = PrefixDecoderModel(
         module=module.eval(),
         processor=processor,
         stop_ids=listed_stop_ids(folder, processor),
         reference=read_reference(folder, values["model_type"], unused),
     )
-    ask_as_published(parts)
-    return parts
+    ask_as_published(model)
+    return model
 
 
-def ask_as_published(parts: Composition) -> None:
+def ask_as_published(model: DecoderOnlyModel) -> None:
     """Gives a model the published prompts and form of answers, in place."""
-    parts.caption_prompt = PROMPTS["caption"]
-    parts.answer_prompt = PROMPTS["answer"]
-    parts.ground_prompt, parts.labelled_boxes = PROMPTS["detect"], True
-    parts.ocr_prompt = PROMPTS["ocr"]
+    model.caption_prompt = PROMPTS["caption"]
+    model.answer_prompt = PROMPTS["answer"]
+    model.ground_prompt, model.labelled_boxes = PROMPTS["detect"], True
+    model.ocr_prompt = PROMPTS["ocr"]
 
 
-def save(model: Composition, folder: Path) -> None:
+def save(model: PrefixDecoderModel, folder: Path) -> None:
     """Writes transformers' layout: the files of the folder that the model came from, with what has
     changed since (weights, dtype, vocabulary).
 

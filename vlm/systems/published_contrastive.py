@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
-from vlm.families.contrastive.layout import OWN_SCALARS, Pairing, in_float32
+from vlm.families.contrastive.layout import OWN_SCALARS, ContrastiveModel, in_float32
 from vlm.families.contrastive.module import Contrastive
 from vlm.families.contrastive.processor import PairProcessor
 from vlm.families.published_files import open_part, read_reference
@@ -32,7 +32,7 @@ def load_published(
     compose: Callable[[Any, Any], Contrastive],
     *,
     pad_to_length: bool,
-) -> Pairing:
+) -> ContrastiveModel:
     """The model in a folder of transformers' layout.
 
     compose: the module, its weights still to come, from the folder's configuration and processor.
@@ -53,7 +53,7 @@ def load_published(
         pad_to_length=pad_to_length,
     )
     require_end(module.text, processor, where)
-    return Pairing(
+    return ContrastiveModel(
         module=module.eval(),
         processor=processor,
         reference=read_reference(folder, model_type, kept),
@@ -61,7 +61,7 @@ def load_published(
 
 
 def save_published(
-    model: Pairing, folder: Path, key_map: KeyMap, scalar_shape: tuple[int, ...]
+    model: ContrastiveModel, folder: Path, key_map: KeyMap, scalar_shape: tuple[int, ...]
 ) -> None:
     """Writes transformers' layout: the files of the folder that the model came from, with its
     weights and their dtype as they are now.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
-from vlm.families.contrastive.layout import LOSSES, Pairing
+from vlm.families.contrastive.layout import LOSSES, ContrastiveModel
 from vlm.families.contrastive.module import Contrastive
 from vlm.families.contrastive.processor import PairProcessor
 from vlm.pixels import PixelSpec
@@ -63,7 +63,7 @@ class ScratchConfig:
                 )
 
 
-def build(config: ScratchConfig, loss: str, seed: int) -> Pairing:
+def build(config: ScratchConfig, loss: str, seed: int) -> ContrastiveModel:
     """A contrastive model of these sizes.
 
     loss: "softmax" or "sigmoid", which decides the scale and bias that training begins with.
@@ -125,4 +125,4 @@ def build(config: ScratchConfig, loss: str, seed: int) -> Pairing:
             bias=bias,
         )
     processor = PairProcessor(text_tokenizer, spec, length=config.length, pad_to_length=False)
-    return Pairing(module=module.eval(), processor=processor)
+    return ContrastiveModel(module=module.eval(), processor=processor)

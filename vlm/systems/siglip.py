@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from vlm.families.contrastive.layout import Pairing
+from vlm.families.contrastive.model import ContrastiveModel
 from vlm.families.contrastive.module import SIGMOID_BIAS, SIGMOID_SCALE, Contrastive
 from vlm.pixels import HALF, PixelSpec, from_transformers
 from vlm.pooling import OwnPool
@@ -169,7 +169,7 @@ def compose(vision: dict[str, Any], text: dict[str, Any], pixel_spec: PixelSpec)
     )
 
 
-def load(folder: Path, values: dict[str, Any]) -> Pairing:
+def load(folder: Path, values: dict[str, Any]) -> ContrastiveModel:
     """The model in a folder of transformers' layout; `values` is what its config.json holds.
 
     Raises ValueError naming the file and what does not fit; for weights, every key at once.
@@ -188,7 +188,7 @@ def load(folder: Path, values: dict[str, Any]) -> Pairing:
     )
 
 
-def save(model: Pairing, folder: Path) -> None:
+def save(model: ContrastiveModel, folder: Path) -> None:
     """Writes transformers' layout: the files of the folder that the model came from, with the
     weights as they are now.
 

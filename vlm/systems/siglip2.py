@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import nn
 
-from vlm.families.contrastive.layout import Pairing
+from vlm.families.contrastive.model import ContrastiveModel
 from vlm.families.contrastive.module import SIGMOID_BIAS, SIGMOID_SCALE, Contrastive
 from vlm.families.published_files import Reference
 from vlm.pixels import HALF, PixelSpec, from_transformers
@@ -120,7 +120,7 @@ def compose(
     )
 
 
-def load(folder: Path, values: dict[str, Any]) -> Pairing:
+def load(folder: Path, values: dict[str, Any]) -> ContrastiveModel:
     """The model in a folder of transformers' layout; `values` is what its config.json holds.
 
     Raises ValueError naming the file and what does not fit; for weights, every key at once.
@@ -140,7 +140,7 @@ def load(folder: Path, values: dict[str, Any]) -> Pairing:
     )
 
 
-def save(model: Pairing, folder: Path) -> None:
+def save(model: ContrastiveModel, folder: Path) -> None:
     """Writes transformers' layout: the files of the folder that the model came from, with the
     weights, and the number of patches that a picture may become, as they are now.
 

@@ -7,7 +7,7 @@ embedding norm, own head), small (ReLU, scaled, learned positions, own head). Wr
 the folder's `decoder_start_token_id`, `</s>` in all that are published.
 
 Pictures are stretched to a square. Lines keep their shape where they are given views of another
-size (`Transcriber.with_size`): the encoder's positions are resized, nothing is trained.
+size (`EncoderDecoderModel.with_size`): the encoder's positions are resized, nothing is trained.
 
 Folders are those of transformers' `VisionEncoderDecoderModel`. The encoder's pooling layer is no
 part of the system. Where a folder has one it is kept and written back; some that are published
@@ -36,8 +36,9 @@ from transformers import (
 )
 
 from vlm import adaptors
+from vlm.families.encoder_decoder.model import EncoderDecoderModel
 from vlm.families.encoder_decoder.module import EncoderDecoder
-from vlm.families.encoder_decoder.processor import LineProcessor, Transcriber
+from vlm.families.encoder_decoder.processor import LineProcessor
 from vlm.families.published_files import open_part, read_reference
 from vlm.merge import plain_state
 from vlm.pixels import HALF, PixelSpec, from_transformers
@@ -186,7 +187,7 @@ def compose(
     return EncoderDecoder(tokenizer, adaptors.build(bridge), text_decoders.build(text_config))
 
 
-def load(folder: Path, values: dict[str, Any]) -> Transcriber:
+def load(folder: Path, values: dict[str, Any]) -> EncoderDecoderModel:
     """The model in a folder of transformers' layout; `values` is what its config.json holds.
 
     Raises ValueError naming the file and what does not fit; for weights, every key at once.
@@ -216,7 +217,7 @@ def load(folder: Path, values: dict[str, Any]) -> Transcriber:
         pad_id=said.pad_id,
         max_tokens=text_decoders.positions_of(text_config),
     )
-    return Transcriber(
+    return EncoderDecoderModel(
         module=module.eval(),
         processor=processor,
         end_ids=said.end_ids,
@@ -227,7 +228,7 @@ def load(folder: Path, values: dict[str, Any]) -> Transcriber:
     )
 
 
-def save(model: Transcriber, folder: Path) -> None:
+def save(model: EncoderDecoderModel, folder: Path) -> None:
     """Writes transformers' layout: the files of the folder that the model came from, with what has
     changed since (weights, dtype, vocabulary).
 
@@ -255,7 +256,7 @@ def save(model: Transcriber, folder: Path) -> None:
     save_weights(module, folder, name, beside=reference.unused)
 
 
-def require_own_pixels(model: Transcriber) -> None:
+def require_own_pixels(model: EncoderDecoderModel) -> None:
     """Raises ValueError where the preprocessing is not what the published files say: transformers
     would show the encoder other pictures."""
     with TemporaryDirectory() as written:

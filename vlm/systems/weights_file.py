@@ -29,7 +29,7 @@ import open_clip
 import torch
 from torch import Tensor
 
-from vlm.families.contrastive.layout import Pairing
+from vlm.families.contrastive.model import ContrastiveModel
 from vlm.found_weights import WeightsError, open_file, weights_in, without_prefix
 from vlm.systems import clip
 from vlm.systems.open_clip import layout as open_clip_layout
@@ -109,7 +109,7 @@ def _newest(folder: Path) -> File | None:
     return File(there[max(there)], None, None) if there else None
 
 
-def load(file: File) -> Pairing:
+def load(file: File) -> ContrastiveModel:
     """The model in a file that is CLIP's or SigLIP's, its dtypes as stored.
 
     Raises ValueError naming the file, what was found and what to do.

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from vlm import assets, config, pooling, tokenizers
 from vlm.families import native_layout
+from vlm.families.contrastive.model import ContrastiveModel
 from vlm.families.contrastive.module import SIGMOID_BIAS, SIGMOID_SCALE, SOFTMAX_SCALE, Contrastive
 from vlm.families.contrastive.processor import PairProcessor
-from vlm.families.published_files import Reference
 from vlm.image_tokens import ImageTokenizer
 from vlm.pixels import PixelSpec
 from vlm.systems.pretrained import DEMO, load_vision
@@ -27,19 +27,6 @@ from vlm.weights import load_weights, read_weights
 
 LOSSES = {"softmax": (SOFTMAX_SCALE, None), "sigmoid": (SIGMOID_SCALE, SIGMOID_BIAS)}
 """Loss -> the scale and bias that training begins with."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Pairing:
-    """A contrastive module with what is needed to use it.
-
-    processor: preprocessing of pictures and texts. reference: the published layout that it came
-    from, which it can be saved in; None for one composed here.
-    """
-
-    module: Contrastive
-    processor: PairProcessor
-    reference: Reference | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +70,7 @@ def build(
     image_head: bool = True,
     size_hw: tuple[int, int] | None = None,
     seed: int = 0,
-) -> Pairing:
+) -> ContrastiveModel:
     """A contrastive model from pretrained towers and fresh heads.
 
     vision: "demo", "kind:id", or the folder of a model or run, as `load_vision` takes.
@@ -140,10 +127,10 @@ def build(
         pad_to_length=False,
         end_id=_missing_end(text_tokenizer) if text_pooling == "last" else None,
     )
-    return Pairing(module=module.eval(), processor=processor)
+    return ContrastiveModel(module=module.eval(), processor=processor)
 
 
-def save(model: Pairing, folder: Path, merge: bool = True) -> None:
+def save(model: ContrastiveModel, folder: Path, merge: bool = True) -> None:
     """Writes our own layout; see the module's docstring. merge: whether LoRA is merged into the
     weights that are written, or kept as layers of its own.
 
@@ -166,7 +153,7 @@ def save(model: Pairing, folder: Path, merge: bool = True) -> None:
     native_layout.write(model, description, folder, merge)
 
 
-def load(folder: Path, values: dict[str, Any]) -> Pairing:
+def load(folder: Path, values: dict[str, Any]) -> ContrastiveModel:
     """The model in a folder of our own layout; `values` is what its config.json holds.
 
     Raises ValueError naming the file and what does not fit.
@@ -194,7 +181,7 @@ def load(folder: Path, values: dict[str, Any]) -> Pairing:
         lower_case=said.lower_case,
         end_id=said.end_id,
     )
-    return Pairing(
+    return ContrastiveModel(
         module=module.eval(),
         processor=processor,
         reference=native_layout.read_origin(folder, said.reference),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -15,9 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from vlm import systems
+from vlm.families.base import Model, require_batch_size
 from vlm.families.contrastive.batch import Pair
-from vlm.families.contrastive.layout import Pairing
 from vlm.families.contrastive.module import Contrastive
 from vlm.families.contrastive.processor import PairProcessor
 from vlm.families.decoder_only.generate import evaluating
@@ -25,40 +25,18 @@ from vlm.image_tokens import group_views
 
 WINDOW = 8
 """Batches of texts that are sorted by length together."""
-TASKS = {
-    "ocr": "encoder-decoder models, line readers and prefix decoders that were trained to read",
-    "caption": "decoder-only and prefix decoder models",
-    "answer": "decoder-only and prefix decoder models",
-    "chat": "decoder-only and prefix decoder models",
-    "ground": "decoder-only and prefix decoder models",
-    "generate": "decoder-only, prefix decoder and encoder-decoder models",
-    "score": "decoder-only, prefix decoder and encoder-decoder models",
-}
 
 
-class ContrastiveModel:
+@dataclass(kw_only=True, eq=False)
+class ContrastiveModel(Model):
     """A contrastive model with its processor, ready to use.
 
-    parts: what `vlm.systems` opened. module: the family's plain nn.Module. processor: its
-    preprocessing.
-    A picture is a path, bytes, a PIL image or an array.
+    processor: preprocessing of images and texts.
+    An image is a path, bytes, a PIL image or an array.
     """
 
-    def __init__(self, parts: Pairing) -> None:
-        self.parts = parts
-        self.module: Contrastive = parts.module
-        self.processor: PairProcessor = parts.processor
-
-    def __getattr__(self, name: str):
-        if name in TASKS:
-            raise AttributeError(
-                f"{name}: a {self.module.family} model cannot do this; it is done by {TASKS[name]}"
-            )
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+    module: Contrastive
+    processor: PairProcessor
 
     @torch.no_grad()
     def embed_images(self, images: Sequence, batch_size: int = 64) -> Tensor:
@@ -72,7 +50,6 @@ class ContrastiveModel:
             raise ValueError("images is a list, one entry for each picture; found one picture")
         names = [_name(picture, i) for i, picture in enumerate(images)]
         done = torch.empty(len(names), self.module.dim)
-        dtype = next(self.module.tokenizer.parameters()).dtype
         with evaluating(self.module), _bar(len(names), "pictures") as bar:
             for start in _starts(len(names), batch_size):
                 part = slice(start, start + batch_size)
@@ -80,7 +57,7 @@ class ContrastiveModel:
                     Pair(name=name, ids=torch.empty(0), views=self.processor.views(picture, name))
                     for name, picture in zip(names[part], images[part])
                 ]
-                groups = [group.to(self.device, dtype) for group in group_views(rows)]
+                groups = [group.to(self.device, self.pixel_dtype) for group in group_views(rows)]
                 done[part] = self.module.embed_images(groups).float().cpu()
                 require_directions(done[part], names[part])
                 bar.update(len(rows))
@@ -160,15 +137,6 @@ class ContrastiveModel:
         vectors = self.embed_texts(texts).view(len(labels), len(templates), -1)
         return F.normalize(vectors.mean(1), dim=-1)
 
-    def save(self, folder: str | Path, layout: str = "native", merge: bool = True) -> None:
-        """Writes weights, configuration and processor files; `vlm.load(folder)` reads them.
-
-        layout: "native"; "reference", the published one that the model came from; or "open_clip".
-        merge: whether LoRA is merged into the weights that are written (this model stays as it
-            is), or written as layers of its own, to go on training with.
-        """
-        systems.save(self.parts, Path(folder), layout, merge)
-
 
 def same_labels(
     processor: PairProcessor, labels: Sequence[str], templates: Sequence[str]
@@ -231,8 +199,7 @@ def require_directions(vectors: Tensor, names: Sequence[str]) -> None:
 
 
 def _starts(count: int, batch_size: int) -> range:
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+    require_batch_size(batch_size)
     return range(0, count, batch_size)
 
 

@@ -48,6 +48,8 @@ class Contrastive(nn.Module):
     """
 
     family = "contrastive"
+    through = ()
+    """Parts that gradients pass through where they do not learn."""
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import Row, collate
 
 if TYPE_CHECKING:
-    from vlm.inference.tasks import Model
+    from vlm.families.decoder_only.model import DecoderOnlyModel
 
 ROLES = ("system", "user", "assistant")
 PART_KEYS = {"text": "text", "image": "image"}
@@ -54,7 +54,7 @@ class Chat:
     earlier answers differ in their last bits, and with them now and then a greedy id.
     """
 
-    def __init__(self, model: Model, messages: Sequence[dict] | None = None) -> None:
+    def __init__(self, model: DecoderOnlyModel, messages: Sequence[dict] | None = None) -> None:
         self.model = model
         self.reset()
         messages = list(messages or ())
@@ -89,7 +89,7 @@ class Chat:
 
         stream: gives the answer's pieces as they are written; joined, they are the answer. The
             conversation grows when the last is taken. Given up earlier, it stays as it was.
-        seed, options: those of `Model.generate`. An answer ends where the context does.
+        seed, options: those of `DecoderOnlyModel.generate`. An answer ends where the context does.
         Raises, before anything is computed: ValueError for content that is none; BadImage naming
         the picture; BadRow naming both numbers where the conversation fills the context.
         """
@@ -173,7 +173,7 @@ class Chat:
                 images = packed, torch.zeros(len(packed), dtype=torch.long, device=device)
             vectors = module.embed(ids[None].to(device), images, ["conversation"])
             valid = torch.ones(vectors.shape[:2], dtype=torch.bool, device=device)
-            ends, pad_id = model.parts.stop_ids, model.processor.pad_id
+            ends, pad_id = model.stop_ids, model.processor.pad_id
             (written,) = engine.write(module, vectors, valid, ends, pad_id, **options)
         return written
 

@@ -28,7 +28,7 @@ from vlm.geometry import Resize
 from vlm.pixels import open_image
 
 if TYPE_CHECKING:
-    from vlm.inference.tasks import Model
+    from vlm.families.decoder_only.model import DecoderOnlyModel
 
 MAX_NEW_TOKENS = 4 * 32
 """Longest answer where nothing else is asked: 32 boxes."""
@@ -57,7 +57,7 @@ class Found:
 
 
 def find(
-    model: Model,
+    model: DecoderOnlyModel,
     images: Sequence,
     phrases: Sequence[str | Sequence[str]],
     batch_size: int = 16,
@@ -80,13 +80,13 @@ def find(
     BadImage naming the picture.
     """
     asked = _asked(images, phrases)
-    prompt = model.parts.ground_prompt if prompt is None else prompt
+    prompt = model.ground_prompt if prompt is None else prompt
     _check(model, prompt, batch_size)
     options = {"max_new_tokens": MAX_NEW_TOKENS, **options}
     engine.check_options(options, seed)
     bins = _bins(model)
     if constrained:
-        only = BoxesOnly(tuple(bins), model.parts.stop_ids, model.parts.labelled_boxes)
+        only = BoxesOnly(tuple(bins), model.stop_ids, model.labelled_boxes)
         given = options.get("logits_processor", ())
         options["logits_processor"] = LogitsProcessorList([*given, only])
     found: list[list[Found]] = [[] for _ in images]
@@ -121,7 +121,11 @@ class _Question:
 
 @torch.no_grad()
 def _questions(
-    model: Model, images: Sequence, asked: Sequence[Sequence[str]], numbers: range, prompt: str
+    model: DecoderOnlyModel,
+    images: Sequence,
+    asked: Sequence[Sequence[str]],
+    numbers: range,
+    prompt: str,
 ) -> list[_Question]:
     """The questions of some pictures, each of which is opened and encoded once."""
     numbers = [i for i in numbers if asked[i]]
@@ -151,7 +155,7 @@ def _questions(
 
 @torch.no_grad()
 def _answers(
-    model: Model, questions: list[_Question], batch_size: int, options: dict
+    model: DecoderOnlyModel, questions: list[_Question], batch_size: int, options: dict
 ) -> list[tuple[_Question, engine.Written]]:
     """Each question with what is written, in their order; those of like length go together."""
     written: list[engine.Written | None] = [None] * len(questions)
@@ -166,7 +170,7 @@ def _answers(
         tokens = torch.cat([question.tokens for question in part])
         vectors = model.module.embed(batch.ids, (tokens, owner), batch.names)
         answers = engine.write(
-            model.module, vectors, batch.valid, model.parts.stop_ids, model.processor.pad_id,
+            model.module, vectors, batch.valid, model.stop_ids, model.processor.pad_id,
             **options,
         )  # fmt: skip
         for q, answer in zip(chosen, answers):
@@ -237,7 +241,7 @@ def _turn(prompt: str, phrase: str) -> Turn:
     return Turn("user", (None, prompt.format(phrase=phrase)))
 
 
-def _bins(model: Model) -> dict[int, int]:
+def _bins(model: DecoderOnlyModel) -> dict[int, int]:
     tokens = model.processor.loc.tokens
     ids = model.processor.text_tokenizer.convert_tokens_to_ids(list(tokens))
     return {id: number for number, id in enumerate(ids)}
@@ -261,7 +265,7 @@ def _asked(images: Sequence, phrases: Sequence[str | Sequence[str]]) -> list[tup
     return asked
 
 
-def _check(model: Model, prompt: str, batch_size: int) -> None:
+def _check(model: DecoderOnlyModel, prompt: str, batch_size: int) -> None:
     if model.processor.loc is None:
         raise ValueError(
             "ground: this model has no <loc> tokens to write boxes with; decoder-only models that "

@@ -16,10 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from vlm import adaptors, tokenizers
 from vlm.data.grounding import GROUND_PROMPT
 from vlm.families import native_layout
+from vlm.families.decoder_only.model import ANSWER_PROMPT, CAPTION_PROMPT, DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly, Places
 from vlm.families.decoder_only.processor import MARK, Processor
 from vlm.families.prefix_decoder.module import PrefixDecoder
-from vlm.families.published_files import Reference
+from vlm.families.registry import model_of
 from vlm.geometry import LocTokens
 from vlm.systems.pretrained import DEMO, load_text, load_text_tokenizer, load_vision
 from vlm.vocabulary import grow
@@ -28,32 +29,6 @@ from vlm.weights import load_weights, read_weights
 SOURCE = "our own"
 MASKS = {"causal": DecoderOnly, "prefix": PrefixDecoder}
 """What a place of the stream sees -> the family whose mask it is."""
-
-CAPTION_PROMPT = "Describe the picture."
-ANSWER_PROMPT = "{question}"
-
-
-@dataclass(kw_only=True, slots=True)
-class Composition:
-    """A module with what is needed to use it.
-
-    processor: prompts and preprocessing. stop_ids: ids that end an answer. caption_prompt: what
-    asks for a caption where nothing else is said. ground_prompt: what asks for the boxes of a
-    `{phrase}`. labelled_boxes: whether its answer names the phrase behind each box. answer_prompt:
-    what is written for a `{question}`. ocr_prompt: what asks for the text in a picture; None where
-    it was trained on none. reference: the published layout that it came from, which it can be saved
-    in; None for one composed here.
-    """
-
-    module: DecoderOnly
-    processor: Processor
-    stop_ids: tuple[int, ...]
-    caption_prompt: str = CAPTION_PROMPT
-    ground_prompt: str = GROUND_PROMPT
-    labelled_boxes: bool = False
-    answer_prompt: str = ANSWER_PROMPT
-    ocr_prompt: str | None = None
-    reference: Reference | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +70,7 @@ def build(
     text_layers: int | None = None,
     mask: str = "causal",
     seed: int = 0,
-) -> Composition:
+) -> DecoderOnlyModel:
     """A model of pretrained parts and a fresh adaptor, whose language model reads the pictures.
 
     vision: "demo", or "kind:id" such as "transformers:google/siglip-base-patch16-224",
@@ -143,7 +118,7 @@ def build(
     )
     ends = stop_ids(processor, language)
     language.generation_config = GenerationConfig()  # its own habits would be lost when saved
-    return Composition(
+    return model_of(
         module=module.eval(), processor=processor, stop_ids=ends, caption_prompt=caption_prompt
     )
 
@@ -164,17 +139,17 @@ def keep_layers(language: torch.nn.Module, count: int) -> None:
         config.layer_types = config.layer_types[:count]
 
 
-def add_loc_tokens(parts: Composition, loc: LocTokens, *, seed: int = 0) -> None:
-    """Gives a composition the tokens that boxes are written with, in place: ids and rows.
+def add_loc_tokens(model: DecoderOnlyModel, loc: LocTokens, *, seed: int = 0) -> None:
+    """Gives a model the tokens that boxes are written with, in place: ids and rows.
 
     seed: of the rows' first values.
     Raises ValueError where it writes boxes in another way already.
     """
-    had = parts.processor.loc
+    had = model.processor.loc
     if had is not None and had != loc:
         raise ValueError(f"this model writes boxes as {had}, not as {loc}")
-    grow(parts.module.text, parts.processor.text_tokenizer, loc.tokens, seed=seed)
-    parts.processor.loc = loc
+    grow(model.module.text, model.processor.text_tokenizer, loc.tokens, seed=seed)
+    model.processor.loc = loc
 
 
 def context_of(language: torch.nn.Module) -> int | None:
@@ -220,7 +195,7 @@ def stop_ids(processor: Processor, language: torch.nn.Module) -> tuple[int, ...]
     return tuple(dict.fromkeys([processor.end_id, *listed]))
 
 
-def save(model: Composition, folder: Path, merge: bool = True) -> None:
+def save(model: DecoderOnlyModel, folder: Path, merge: bool = True) -> None:
     """Writes our own layout; see the module's docstring. merge: whether LoRA is merged into the
     weights that are written, or kept as layers of its own."""
     description = Folder(
@@ -243,7 +218,7 @@ def save(model: Composition, folder: Path, merge: bool = True) -> None:
     native_layout.write(model, description, folder, merge)
 
 
-def load(folder: Path, values: dict[str, Any]) -> Composition:
+def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
     """The model in a folder of our own layout; `values` is what its config.json holds.
 
     Raises ValueError naming the file and what does not fit.
@@ -277,7 +252,7 @@ def load(folder: Path, values: dict[str, Any]) -> Composition:
         prefix=said.family == PrefixDecoder.family,
         framed=said.framed,
     )
-    return Composition(
+    return model_of(
         module=module.eval(),
         processor=processor,
         stop_ids=said.stop_ids,

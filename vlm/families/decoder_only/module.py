@@ -47,6 +47,8 @@ class DecoderOnly(nn.Module):
     """
 
     family = "decoder_only"
+    through = ("text",)
+    """Parts that gradients pass through where they do not learn."""
 
     def __init__(self, tokenizer: ImageTokenizer, adaptor: nn.Module, text: nn.Module) -> None:
         super().__init__()

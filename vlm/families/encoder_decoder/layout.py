@@ -22,8 +22,9 @@ from transformers import (
 from vlm import adaptors, tokenizers
 from vlm.families import native_layout
 from vlm.families.decoder_only.layout import adaptor_config
+from vlm.families.encoder_decoder.model import EncoderDecoderModel
 from vlm.families.encoder_decoder.module import EncoderDecoder
-from vlm.families.encoder_decoder.processor import LineProcessor, Transcriber
+from vlm.families.encoder_decoder.processor import LineProcessor
 from vlm.families.published_files import open_part
 from vlm.image_tokens import ImageTokenizer
 from vlm.metrics.calibration import UNFITTED, Temperatures
@@ -36,7 +37,8 @@ from vlm.weights import load_weights, read_weights
 class Folder(native_layout.Folder):
     """What config.json says of an encoder-decoder model.
 
-    adaptor: a configuration with its `kind`. The rest is `LineProcessor`'s and `Transcriber`'s.
+    adaptor: a configuration with its `kind`. The rest is `LineProcessor`'s and
+    `EncoderDecoderModel`'s.
     """
 
     adaptor: dict[str, Any]
@@ -90,7 +92,7 @@ def build(
     max_tokens: int | None = None,
     overflow: str = "drop",
     seed: int = 0,
-) -> Transcriber:
+) -> EncoderDecoderModel:
     """An encoder-decoder model from a pretrained image tokenizer and a text decoder.
 
     vision: an image tokenizer, or its name as `vlm.systems.pretrained.load_vision` takes it:
@@ -152,7 +154,7 @@ def build(
         max_tokens=positions if max_tokens is None else max_tokens,
         overflow=overflow,
     )
-    return Transcriber(
+    return EncoderDecoderModel(
         module=module.eval(),
         processor=processor,
         end_ids=(end_id,),
@@ -219,7 +221,7 @@ def load_decoder(name: str) -> torch.nn.Module:
     return text_decoders.prepared(text)
 
 
-def save(model: Transcriber, folder: Path, merge: bool = True) -> None:
+def save(model: EncoderDecoderModel, folder: Path, merge: bool = True) -> None:
     """Writes our own layout; see the module's docstring. merge: whether LoRA is merged into the
     weights that are written, or kept as layers of its own.
 
@@ -229,7 +231,7 @@ def save(model: Transcriber, folder: Path, merge: bool = True) -> None:
     if processor.pixel_spec != module.tokenizer.pixel_spec:
         raise ValueError(
             f"processor.pixel_spec: expected the image tokenizer's, {module.tokenizer.pixel_spec}, "
-            f"found {processor.pixel_spec}; use Transcriber.with_size"
+            f"found {processor.pixel_spec}; use EncoderDecoderModel.with_size"
         )
     description = Folder(
         family=module.family,
@@ -252,7 +254,7 @@ def save(model: Transcriber, folder: Path, merge: bool = True) -> None:
     native_layout.write(model, description, folder, merge)
 
 
-def load(folder: Path, values: dict[str, Any]) -> Transcriber:
+def load(folder: Path, values: dict[str, Any]) -> EncoderDecoderModel:
     """The model in a folder of our own layout; `values` is what its config.json holds.
 
     Raises ValueError naming the file and what does not fit.
@@ -279,7 +281,7 @@ def load(folder: Path, values: dict[str, Any]) -> Transcriber:
         overflow=said.overflow,
         prompt_starts=said.prompt_starts,
     )
-    return Transcriber(
+    return EncoderDecoderModel(
         module=module.eval(),
         processor=processor,
         end_ids=said.end_ids,

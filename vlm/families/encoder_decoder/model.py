@@ -2,40 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from transformers import GenerationConfig
 
+from vlm.compat.torch import with_child
+from vlm.families.base import require_list
 from vlm.families.decoder_only.batch import Row, collate
 from vlm.families.decoder_only.generate import Generation, Written, evaluating
 from vlm.families.encoder_decoder import generate as transcribe
-from vlm.families.encoder_decoder.processor import Transcriber
-from vlm.inference.ocr import LineModel, name_of, require_list, warmed
+from vlm.families.encoder_decoder.module import EncoderDecoder
+from vlm.families.encoder_decoder.processor import LineProcessor
+from vlm.families.text_reader import TextReader, name_of
+from vlm.metrics.calibration import apply_temperature
+from vlm.ocr import tagged_text
 from vlm.ocr.from_generation import lines_of
 from vlm.ocr.results import Reading, Token, Transcript
 from vlm.pixels import open_image
-from vlm.systems import donut
 from vlm.text.decoders import positions_of
 
+READS = ("lines", "pages")
+"""What a model is shown at once: the image of a line (TrOCR), or a whole page (Donut)."""
 
-class Writer(LineModel):
+
+@dataclass(kw_only=True, eq=False)
+class EncoderDecoderModel(TextReader):
     """An encoder-decoder model with its processor, ready to use.
 
-    parts: what `vlm.systems` opened. module: the plain nn.Module. processor: its preprocessing and
-    texts. Options carry transformers' names and are greedy by default.
+    processor: preprocessing and texts; its start and pad ids are the checkpoint's.
+    end_ids: ids that end a text. max_new_tokens: the longest text, its end included. banned: ids
+    that are never written. generation: how the folder says that texts are written, in
+    transformers' names; greedy where it says nothing.
+    reads: one of READS. prompt: what asks for the text of a page; None: the start ids alone. Both
+    are kept in our own layout alone.
+    Options carry transformers' names and are greedy by default.
     """
 
-    options = frozenset(GenerationConfig().to_dict())
-
-    def __init__(self, parts: Transcriber) -> None:
-        self.parts = parts
-        self.module = parts.module
-        self.processor = parts.processor
-
-    @property
-    def reads(self) -> str:
-        return self.parts.reads
+    module: EncoderDecoder
+    processor: LineProcessor
+    end_ids: tuple[int, ...]
+    max_new_tokens: int
+    banned: tuple[int, ...] = ()
+    generation: dict[str, Any] = field(default_factory=dict)
+    prompt: str | None = None
+    options: ClassVar[Collection[str]] = frozenset(GenerationConfig().to_dict())
 
     def ocr(
         self,
@@ -47,7 +61,7 @@ class Writer(LineModel):
         prompt: str | None = None,
         **options,
     ) -> list[Reading]:
-        """What is written in each picture. A model of lines is shown these, see `LineModel.ocr`.
+        """What is written in each picture. A model of lines is shown these, see `TextReader.ocr`.
 
         A model of whole pages (Donut) is shown the picture as it is, with layout "auto" or "page".
         Its reading has a line for each field, whose box is the whole picture, and `values`, its
@@ -69,7 +83,7 @@ class Writer(LineModel):
             raise ValueError(
                 f"layout: expected auto or page, as this model reads whole pages, found {layout!r}"
             )
-        prompt = self.parts.prompt if prompt is None else prompt
+        prompt = self.prompt if prompt is None else prompt
         if prompt is not None and "{question}" in prompt:
             raise ValueError(
                 "prompt: this model was trained to answer questions; expected one in its words, "
@@ -140,13 +154,28 @@ class Writer(LineModel):
                     )
                     for i in part
                 ]
-                batch = collate(rows, self.processor.pad_id).to(self.device, self._dtype)
+                batch = collate(rows, self.processor.pad_id).to(self.device, self.pixel_dtype)
                 scores[list(part)] = transcribe.score(self.module, batch).cpu()
         return scores
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.module.tokenizer.parameters()).dtype
+    def with_size(self, size_hw: tuple[int, int], **changes: Any) -> EncoderDecoderModel:
+        """The same weights for views of other (rows, columns) in pixels, such as (64, 1024) for
+        lines; positions are resized as the encoder does it, nothing is trained.
+
+        changes: other fields of the PixelSpec, such as fit="height", patch_px=16, under which a
+            line keeps its shape and a batch is bucketed by width.
+        Raises ValueError where the image tokenizer cannot take such views.
+        """
+        box = {"resize_hw": None} if "fit" in changes else {}  # of the fit before
+        spec = replace(self.processor.pixel_spec.with_size(size_hw), **(box | changes))
+        tokenizer = copy.copy(self.module.tokenizer)
+        tokenizer.config = replace(tokenizer.config, pixel_spec=spec)
+        tokenizer.pixel_spec = spec
+        tokenizer.tokens_for(size_hw)  # whether it can, before any compute
+        module = with_child(self.module, "tokenizer", tokenizer)
+        processor = copy.copy(self.processor)
+        processor.pixel_spec = spec
+        return replace(self, module=module, processor=processor)
 
     def _encode(self, picture, name: str) -> Row:
         return self.processor.encode_picture(picture, None, name)
@@ -156,43 +185,42 @@ class Writer(LineModel):
 
     def _write(self, rows: Sequence[Row], num_beams: int, **options) -> list[Written]:
         """Ids and log-probabilities of what is written on each row."""
-        batch = collate(rows, self.processor.pad_id).to(self.device, self._dtype)
-        parts = self.parts
-        most, positions = parts.max_new_tokens, positions_of(self.module.text.config)
+        batch = collate(rows, self.processor.pad_id).to(self.device, self.pixel_dtype)
+        most, positions = self.max_new_tokens, positions_of(self.module.text.config)
         if positions is not None:  # a prompt takes some of them
             most = max(1, min(most, positions + 1 - max(len(row.ids) for row in rows)))
         given = {
             "groups": batch.groups,
             "start_ids": self.processor.start_ids,
-            "end_ids": parts.end_ids,
+            "end_ids": self.end_ids,
             "pad_id": self.processor.pad_id,
             "prompts": [row.ids.tolist() for row in rows],
-            "banned": parts.banned,
+            "banned": self.banned,
             "max_new_tokens": options.pop("max_new_tokens", most),
         }
         if num_beams == 1 and not options:
             return transcribe.greedy(self.module, **given)
-        options = {k: v for k, v in parts.generation.items() if k != "num_beams"} | options
+        options = {k: v for k, v in self.generation.items() if k != "num_beams"} | options
         return transcribe.beam(self.module, **given, num_beams=num_beams, **options)
 
     def _transcript(self, ids: list[int], logprobs: list[float]) -> Transcript:
         tokens, _ = self._tokens(ids, logprobs, self.processor.pieces(ids))
-        return Transcript(tuple(tokens), warmed(sum(logprobs), self.parts.temperatures.line))
+        return Transcript(tuple(tokens), apply_temperature(sum(logprobs), self.temperatures.line))
 
     def _page(self, written: Generation, prompt: str | None, size_hw: tuple[int, int]) -> Reading:
         """What was written on a page of size_hw pixels. Fields that the prompt begins, behind its
         first token, which names the task, are part of the answer."""
-        pieces = donut.pieces(self.processor, written.ids)
+        pieces = tagged_text.pieces(self.processor, written.ids)
         tokens, end = self._tokens(written.ids, written.logprobs, pieces)
         begun = self.processor.prompt_ids(prompt)[1:]
-        values = donut.read_json(self.processor, [*begun, *written.ids])
+        values = tagged_text.read_json(self.processor, [*begun, *written.ids])
         return Reading(lines_of(tokens, end, size_hw), size_hw, values)
 
     def _tokens(
         self, ids: Sequence[int], logprobs: Sequence[float], pieces: Sequence[str]
     ) -> tuple[list[Token], float]:
         """The tokens of a text, and the confidence of its end; 1 where it has none."""
-        warmth = self.parts.temperatures.token
-        tokens = [Token(piece, warmed(p, warmth)) for piece, p in zip(pieces, logprobs)]
-        ended = bool(ids) and ids[-1] in self.parts.end_ids
+        warmth = self.temperatures.token
+        tokens = [Token(piece, apply_temperature(p, warmth)) for piece, p in zip(pieces, logprobs)]
+        ended = bool(ids) and ids[-1] in self.end_ids
         return (tokens[:-1], tokens[-1].confidence) if ended else (tokens, 1.0)

@@ -44,6 +44,8 @@ class EncoderDecoder(nn.Module):
     """
 
     family = "encoder_decoder"
+    through = ("text",)
+    """Parts that gradients pass through where they do not learn."""
 
     def __init__(self, tokenizer: ImageTokenizer, adaptor: nn.Module, text: nn.Module) -> None:
         super().__init__()

@@ -3,26 +3,17 @@ what is needed to use it."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 
-from vlm.compat.torch import with_child
 from vlm.data.example import BadRow, Example, Skipped
 from vlm.families.decoder_only.batch import Row
-from vlm.families.encoder_decoder.module import EncoderDecoder
-from vlm.families.published_files import Reference
 from vlm.image_tokens import Pixels
-from vlm.metrics.calibration import UNFITTED, Temperatures
 from vlm.pixels import BadImage, PixelSpec, open_image
 
 OVERFLOWS = ("drop", "shrink")
-READS = ("lines", "pages")
-"""What a model is shown at once: the picture of a line (TrOCR), or a whole page (Donut)."""
 
 
 class LineProcessor:
@@ -199,47 +190,3 @@ class LineProcessor:
         except BadImage as error:
             raise BadImage(f"{name}: {error}") from error
         return tuple((view, (number, i)) for i, view in enumerate(views))
-
-
-@dataclass(kw_only=True, slots=True)
-class Transcriber:
-    """An encoder-decoder model with what is needed to use it.
-
-    processor: preprocessing and texts; its start and pad ids are the checkpoint's.
-    end_ids: ids that end a text. banned: ids that are never written.
-    generation: how the folder says that texts are written, in transformers' names; greedy where it
-        says nothing. max_new_tokens: the longest text, its end included.
-    reads: one of READS. prompt: what asks for the text of a page; None: the start ids alone.
-    temperatures: of confidences. They, `reads` and `prompt` are kept in our own layout alone.
-    reference: the published layout that it came from, which it can be saved in; None for others.
-    """
-
-    module: EncoderDecoder
-    processor: LineProcessor
-    end_ids: tuple[int, ...]
-    max_new_tokens: int
-    banned: tuple[int, ...] = ()
-    generation: dict[str, Any] = field(default_factory=dict)
-    reads: str = "lines"
-    prompt: str | None = None
-    temperatures: Temperatures = UNFITTED
-    reference: Reference | None = None
-
-    def with_size(self, size_hw: tuple[int, int], **changes: Any) -> Transcriber:
-        """The same weights for views of other (rows, columns) in pixels, such as (64, 1024) for
-        lines; positions are resized as the encoder does it, nothing is trained.
-
-        changes: other fields of the PixelSpec, such as fit="height", patch_px=16, under which a
-            line keeps its shape and a batch is bucketed by width.
-        Raises ValueError where the image tokenizer cannot take such views.
-        """
-        box = {"resize_hw": None} if "fit" in changes else {}  # of the fit before
-        spec = replace(self.processor.pixel_spec.with_size(size_hw), **(box | changes))
-        tokenizer = copy.copy(self.module.tokenizer)
-        tokenizer.config = replace(tokenizer.config, pixel_spec=spec)
-        tokenizer.pixel_spec = spec
-        tokenizer.tokens_for(size_hw)  # whether it can, before any compute
-        module = with_child(self.module, "tokenizer", tokenizer)
-        processor = copy.copy(self.processor)
-        processor.pixel_spec = spec
-        return replace(self, module=module, processor=processor)

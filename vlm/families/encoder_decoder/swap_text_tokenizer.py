@@ -7,11 +7,14 @@ from typing import Any
 import torch
 
 from vlm.families.encoder_decoder.layout import ids_of
-from vlm.families.encoder_decoder.processor import LineProcessor, Transcriber
+from vlm.families.encoder_decoder.model import EncoderDecoderModel
+from vlm.families.encoder_decoder.processor import LineProcessor
 from vlm.text import decoders as text_decoders
 
 
-def with_tokenizer(model: Transcriber, text_tokenizer: Any, seed: int = 0) -> Transcriber:
+def with_tokenizer(
+    model: EncoderDecoderModel, text_tokenizer: Any, seed: int = 0
+) -> EncoderDecoderModel:
     """The same model for another text tokenizer, such as one for another script: rows of tokens
     that both have keep what they learned, the others are fresh; start, end and pad ids are the new
     tokenizer's. The model itself is changed; what it could write before is lost.
@@ -62,7 +65,7 @@ def with_tokenizer(model: Transcriber, text_tokenizer: Any, seed: int = 0) -> Tr
         max_tokens=model.processor.max_tokens,
         overflow=model.processor.overflow,
     )
-    return Transcriber(
+    return EncoderDecoderModel(
         module=model.module,
         processor=processor,
         end_ids=(end_id,),

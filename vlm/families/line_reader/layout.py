@@ -16,6 +16,7 @@ from torch import nn
 
 from vlm import tokenizers
 from vlm.families import native_layout
+from vlm.families.line_reader.model import LineReaderModel
 from vlm.families.line_reader.module import LineReader
 from vlm.families.line_reader.processor import LineProcessor
 from vlm.metrics.calibration import UNFITTED, Temperatures
@@ -26,19 +27,6 @@ SOURCE = "our own"
 NAME = "line-reader"
 """What `vlm.load` calls the reader that is shipped."""
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "line_reader"
-
-
-@dataclass(kw_only=True, slots=True)
-class ReaderParts:
-    """A line reader with what is needed to use it.
-
-    processor: preprocessing and characters. reference: None, as this is no published system.
-    """
-
-    module: LineReader
-    processor: LineProcessor
-    temperatures: Temperatures = UNFITTED
-    reference: None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +48,7 @@ def build(
     width: int = 192,
     layers: int = 6,
     seed: int = 0,
-) -> ReaderParts:
+) -> LineReaderModel:
     """A fresh reader of `characters`; the other arguments are those of `ColumnsConfig`.
 
     seed: of its weights; the global generator is left as it is.
@@ -76,15 +64,17 @@ def build(
         torch.manual_seed(seed)
         tokenizer = ColumnsTokenizer(sizes)
         module = LineReader(tokenizer, nn.Linear(width, len(characters) + 1))
-    return ReaderParts(module=module.eval(), processor=LineProcessor(sizes.pixel_spec, characters))
+    return LineReaderModel(
+        module=module.eval(), processor=LineProcessor(sizes.pixel_spec, characters)
+    )
 
 
-def with_characters(parts: ReaderParts, characters: str, seed: int = 0) -> ReaderParts:
+def with_characters(model: LineReaderModel, characters: str, seed: int = 0) -> LineReaderModel:
     """The same reader for other characters: those that it knows keep what it has learned, new ones
     are fresh. A new script keeps every stroke that the old one taught."""
-    if characters == parts.processor.characters:
-        return parts
-    old_head, old = parts.module.head, parts.processor.characters
+    if characters == model.processor.characters:
+        return model
+    old_head, old = model.module.head, model.processor.characters
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = nn.Linear(old_head.in_features, len(characters) + 1)
@@ -95,13 +85,13 @@ def with_characters(parts: ReaderParts, characters: str, seed: int = 0) -> Reade
         head.weight[new] = old_head.weight.float()[known]
         head.bias[new] = old_head.bias.float()[known]
     head = head.to(old_head.weight.device, old_head.weight.dtype)
-    return ReaderParts(
-        module=LineReader(parts.module.tokenizer, head).train(parts.module.training),
-        processor=LineProcessor(parts.processor.pixel_spec, characters),
+    return LineReaderModel(
+        module=LineReader(model.module.tokenizer, head).train(model.module.training),
+        processor=LineProcessor(model.processor.pixel_spec, characters),
     )
 
 
-def save(model: ReaderParts, folder: Path, merge: bool = True) -> None:
+def save(model: LineReaderModel, folder: Path, merge: bool = True) -> None:
     """Writes our own layout; see the module's docstring. merge: there is no LoRA to keep."""
     description = Folder(
         family=model.module.family,
@@ -113,7 +103,7 @@ def save(model: ReaderParts, folder: Path, merge: bool = True) -> None:
     native_layout.write_description(description, folder)
 
 
-def load(folder: Path, values: dict[str, Any]) -> ReaderParts:
+def load(folder: Path, values: dict[str, Any]) -> LineReaderModel:
     """The reader in a folder of our own layout; `values` is what its config.json holds.
 
     Raises ValueError naming the file and what does not fit.
@@ -126,7 +116,7 @@ def load(folder: Path, values: dict[str, Any]) -> ReaderParts:
 
     module = native_layout.empty(make, folder, lora={})
     load_weights(module, read_weights(folder), where=str(folder))
-    return ReaderParts(
+    return LineReaderModel(
         module=module.eval(),
         processor=LineProcessor(module.tokenizer.pixel_spec, said.characters),
         temperatures=said.temperatures,

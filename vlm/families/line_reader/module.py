@@ -23,6 +23,8 @@ class LineReader(nn.Module):
     """
 
     family = "line_reader"
+    through = ()
+    """Parts that gradients pass through where they do not learn."""
 
     def __init__(self, tokenizer: ImageTokenizer, head: nn.Linear) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlm.families.contrastive.layout import OWN_SCALARS, Pairing, in_float32
+from vlm.families.contrastive.layout import OWN_SCALARS, ContrastiveModel, in_float32
 from vlm.families.contrastive.module import Contrastive
 from vlm.families.contrastive.processor import PairProcessor
 from vlm.families.published_files import read_reference
@@ -64,7 +64,7 @@ UNUSED = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 """Ends of names that OpenAI's archives hold beside the weights: sizes, and the causal mask."""
 
 
-def load(folder: Path, values: Mapping[str, Any]) -> Pairing:
+def load(folder: Path, values: Mapping[str, Any]) -> ContrastiveModel:
     """The model in a folder of open_clip's layout; `values` is what its open_clip_config.json
     holds.
 
@@ -83,7 +83,7 @@ def assemble(
     where: str,
     *,
     hub: bool = False,
-) -> Pairing:
+) -> ContrastiveModel:
     """The model of a configuration as open_clip_config.json holds it, and of weights by open_clip's
     names.
 
@@ -116,10 +116,10 @@ def assemble(
         pad_to_length=bool(model_cfg["text_cfg"].get("hf_tokenizer_name")),
     )
     require_end(module.text, processor, where)
-    return Pairing(module=module.eval(), processor=processor)
+    return ContrastiveModel(module=module.eval(), processor=processor)
 
 
-def save(model: Pairing, folder: Path) -> None:
+def save(model: ContrastiveModel, folder: Path) -> None:
     """Writes open_clip's layout, for a CLIP or SigLIP of any origin: a model that came from such a
     folder keeps its files, but for preprocessing that was changed since.
 

@@ -18,7 +18,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 
 from vlm.data.encoded import Encoded
 from vlm.data.example import BadRow, Skipped
@@ -29,10 +28,6 @@ from vlm.families.line_reader.batch import LineRow
 from vlm.image_tokens import Pixels
 from vlm.pixels import BadImage
 from vlm.training.memory.simulate import Held, Rehearsal, Step
-from vlm.training.objectives.base import Objective
-from vlm.training.objectives.contrastive import Contrast
-from vlm.training.objectives.ctc import Transcribe
-from vlm.training.objectives.next_token import NextToken
 from vlm.training.sharding import units_of
 from vlm.training.step import BUCKET_ELEMENTS
 
@@ -106,7 +101,9 @@ class Estimate:
         several = accumulation > 1 or len(rows) < micro_batch
         passes = 2 if several else 1  # further ones hold what the second does
         step = self.rehearsal.step([rows] * passes)
-        waiting = self._embeddings(micro_batch * max(0, accumulation - passes))
+        waiting = self.rehearsal.objective.kept_between(
+            self.rehearsal.module, micro_batch * max(0, accumulation - passes)
+        )
         held = self._sharded(step) if self.group > 1 else self._whole(step)
         return held._replace(activations=held.activations + waiting)
 
@@ -151,13 +148,6 @@ class Estimate:
         )
         return [longest] if alike else [longest, densest]
 
-    def _embeddings(self, examples: int) -> int:
-        """Bytes of the embeddings of further micro-batches, which a contrast keeps until its last:
-        of each picture and text its own, a joined one, and that one's gradient."""
-        if not isinstance(self.rehearsal.objective, Contrast):
-            return 0
-        return examples * 2 * 3 * 4 * self.rehearsal.module.dim
-
     def _whole(self, step: Step) -> Held:
         """Where ranks exchange whole gradients, a bucket of them beside all may be more than a
         pass holds."""
@@ -194,15 +184,6 @@ class Estimate:
             sizes.append(self.rehearsal.dtype.itemsize * sum(own.values()))
         *units, rest = sizes
         return rest, max(units, default=0)
-
-
-def objective_for(module: nn.Module, processor: Any, settings: Any) -> Objective:
-    """What the recipe of a model's family minimises."""
-    if module.family == "contrastive":
-        return Contrast(settings.loss)
-    if module.family == "line_reader":
-        return Transcribe()
-    return NextToken(processor.pad_id, getattr(settings, "pack", None))
 
 
 def with_text_places(row: Any, count: int) -> Any:

@@ -175,7 +175,7 @@ def require_room(
     holder = "device" if device.type == "cuda" else "process"
     if needed > there:
         room = room_for(estimate, share, stage.micro_batch, there, most=stage.micro_batch - 1)
-        helps = remedies(settings, model.module.family, groups[shard] > 1)
+        helps = remedies(settings, hasattr(model.module, "text"), groups[shard] > 1)
         raise ValueError(room.refusal(setting, helps, holder))
     if needed > FULL * there:
         say(
@@ -193,14 +193,15 @@ def asked(settings: BaseSettings, micro_batch: int) -> str:
     return option if pack is None else f"{option} --pack {pack}"
 
 
-def remedies(settings: BaseSettings, family: str, sharded: bool) -> str:
-    """What may help a run of which not even one example fits, of what its settings leave open."""
+def remedies(settings: BaseSettings, blocks: bool, sharded: bool) -> str:
+    """What may help a run of which not even one example fits, of what its settings leave open.
+    blocks: whether the model has blocks whose activations can be computed again."""
     language = getattr(settings, "language", None)
-    blocks = family != "line_reader" and not settings.checkpoint_activations
     ways = {
         "train less (--language lora)": language == "full",
         "compute in 16 bits (--precision bf16)": settings.precision == "fp32",
-        "compute activations again (--checkpoint-activations)": blocks,
+        "compute activations again (--checkpoint-activations)": blocks
+        and not settings.checkpoint_activations,
         "shorten rows (--max-tokens)": hasattr(settings, "max_tokens"),
         "shorten texts (--length)": hasattr(settings, "length"),
         "shard over several devices (--shard all)": not sharded,

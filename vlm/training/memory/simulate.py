@@ -44,7 +44,6 @@ from vlm.kernels.norm_mlp import lean, lean_ways
 from vlm.training.flops import flop_counter
 from vlm.training.master_weights import WorkingWeights
 from vlm.training.objectives.base import Objective
-from vlm.training.objectives.contrastive import Contrast
 from vlm.training.stages import Stage, optimizer_for, prepare
 
 aten = torch.ops.aten
@@ -93,9 +92,7 @@ class Rehearsal:
         if packed:
             raise ValueError(f"weights packed in few bits cannot be planned, found {packed[:4]}")
         self.stage, self.dtype, self.gpu = stage, dtype, gpu
-        self.objective = copy.copy(objective)  # some keep what they saw last
-        if isinstance(objective, Contrast):  # one process rehearses by itself, wherever it is
-            self.objective.group = torch.distributed.GroupMember.NON_GROUP_MEMBER
+        self.objective = objective.alone()  # wherever a run is, one process simulates by itself
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.ways = lean_ways(module)
         self.module = self._without_values(module)
@@ -176,7 +173,7 @@ class Rehearsal:
             return {head.out_features}
         text = getattr(self.module, "text", None)
         config = getattr(text, "config", None)
-        writes = self.module.family != "contrastive" and config is not None
+        writes = "text" in self.module.through
         return {config.get_text_config().vocab_size} if writes else set()
 
     def _without_values(self, module: nn.Module) -> nn.Module:

@@ -64,6 +64,12 @@ class Objective(Protocol):
     def after_step(self, module: nn.Module) -> None:
         """Called when the optimizer has changed the module."""
 
+    def alone(self) -> Objective:
+        """One like it that this process uses without the others, to simulate a step."""
+
+    def kept_between(self, module: nn.Module, examples: int) -> int:
+        """Bytes that further micro-batches of so many examples keep until the step's last one."""
+
 
 def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device

@@ -3,6 +3,7 @@ micro-batches."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -106,6 +107,15 @@ class Contrast:
         if module.log_scale.requires_grad:
             with torch.no_grad():
                 module.log_scale.clamp_(max=self.limit)
+
+    def alone(self) -> Contrast:
+        other = copy.copy(self)
+        other.group = torch.distributed.GroupMember.NON_GROUP_MEMBER
+        return other
+
+    def kept_between(self, module: Contrastive, examples: int) -> int:
+        """Of each image and text its own embedding, a joined one, and that one's gradient."""
+        return examples * 2 * 3 * 4 * module.dim
 
     def _backward(
         self, module: Contrastive, embedded: Embedded, batches: Sequence[PairBatch]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from vlm.families.line_reader.batch import LineBatch, LineRow, by_width, collate_lines
 from vlm.families.line_reader.module import LineReader
@@ -52,6 +54,12 @@ class Transcribe:
 
     def after_step(self, module: LineReader) -> None:
         pass
+
+    def alone(self) -> Transcribe:
+        return copy.copy(self)
+
+    def kept_between(self, module: nn.Module, examples: int) -> int:
+        return 0
 
     def _backward(
         self, module: LineReader, batch: LineBatch, scored: int, autocast: Autocast

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from torch import nn
@@ -59,6 +60,12 @@ class NextToken:
 
     def after_step(self, module: nn.Module) -> None:
         pass
+
+    def alone(self) -> NextToken:
+        return copy.copy(self)
+
+    def kept_between(self, module: nn.Module, examples: int) -> int:
+        return 0
 
     def _backward(self, module: nn.Module, batch: Batch, scored: int, autocast: Autocast) -> float:
         batch = batch.to(device_of(module))

@@ -23,9 +23,8 @@ from vlm.families.decoder_only.generate import evaluating
 from vlm.metrics.retrieval import retrieval
 from vlm.systems import scratch
 from vlm.training.base_settings import Augmentation, BaseSettings, Usual, require_share
-from vlm.training.objectives.contrastive import Contrast
 from vlm.training.run_folder import Curves
-from vlm.training.runs.run import Course, MakeStage
+from vlm.training.runs.run import Course, MakeObjective, MakeStage
 
 NEW = "new"
 SIZES = tuple(field.name for field in dataclasses.fields(scratch.ScratchConfig))
@@ -112,7 +111,7 @@ class Settings(BaseSettings):
     eval_every: int = 100
     save_every: int = 100
 
-    def build(self) -> pairing.Pairing:
+    def build(self) -> ContrastiveModel:
         """The model to train.
 
         Raises ValueError where settings are given that the way of building does not read.
@@ -141,22 +140,22 @@ class Settings(BaseSettings):
         locked = {"image": self.lock_image, "text": self.lock_text}
         return {f"{tower}_rate": f"--lock-{tower} locks it" for tower in locked if locked[tower]}
 
-    def _loaded(self) -> pairing.Pairing:
+    def _loaded(self) -> ContrastiveModel:
         import vlm
 
-        parts = vlm.load(self.start, device="cpu", dtype="stored").parts
-        if not isinstance(parts, pairing.Pairing):
+        model = vlm.load(self.start, device="cpu", dtype="stored")
+        if not isinstance(model, ContrastiveModel):
             raise ValueError(
                 f"start {self.start!r}: expected a contrastive model, found a "
-                f"{parts.module.family} one"
+                f"{model.module.family} one"
             )
-        has_bias = parts.module.bias is not None
+        has_bias = model.module.bias is not None
         if has_bias != (self.loss == "sigmoid"):
             raise ValueError(
                 f"start {self.start!r}: it was trained with the "
                 f"{'sigmoid' if has_bias else 'softmax'} loss, found --loss {self.loss}"
             )
-        return parts
+        return model
 
     def _require_read(self) -> None:
         new = self.start is None and self.vision == NEW
@@ -196,14 +195,14 @@ def training_data(settings: Settings) -> MixtureDataset:
     return MixtureDataset(sources, mixture, settings.bad_rows, LEVELS[settings.augment])
 
 
-def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
+def run(settings: Settings, make_stage: MakeStage, make_objective: MakeObjective) -> dict[str, Any]:
     """One run from settings to result: trains, evaluates retrieval on held-out rows, saves."""
     course = Course(settings, RECALL)
     data = settings.data()
     held_out = settings.open(settings.held_out) if settings.held_out_rows else None
     course.check(data, held_out, reads_prompts=False)
     with course.accelerator.main_process_first():
-        model = ContrastiveModel(settings.build())
+        model = settings.build()
     plan = course.stage(make_stage, model.module)
     there = sum(map(len, data.sources))
     if there < settings.batch:
@@ -213,7 +212,7 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
         )
     rows, left_out, cut = course.held_out(model, held_out)
     evaluate = partial(retrieval_on, model, held_out, rows, course.accelerator) if rows else None
-    progress = course.train(model, plan, data, Contrast(settings.loss), evaluate)
+    progress = course.train(model, plan, data, make_objective(settings, model, plan), evaluate)
     more: dict[str, Any] = {"scale": model.module.log_scale.exp().item()}
     if evaluate:
         more |= {"held_out": held_out.name, "held_out_skipped": left_out}

@@ -17,23 +17,23 @@ from accelerate import Accelerator
 from vlm.data.example import BadRow, Skipped
 from vlm.data.mixture import MixtureDataset
 from vlm.data.sources.base import Source
-from vlm.inference.tasks import Model
+from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.kernels.packed_attention import require_segments
 from vlm.pixels import open_image
 from vlm.training.flop_cost import work_of
 from vlm.training.objectives.next_token import NextToken
 from vlm.training.run_folder import draw_captions
-from vlm.training.runs import launch
 from vlm.training.runs.decoder_only_settings import Settings, training_data
 from vlm.training.runs.evaluate import image_gain_on, text_loss_on
 from vlm.training.runs.held_out import held_out_rows
-from vlm.training.runs.run import Course, MakeStage
+from vlm.training.runs.run import Course, MakeObjective, MakeStage
+from vlm.training.stages import Stage
 from vlm.weights import cast_parameters
 
 PICTURES = 16
 
 
-def usable_documents(model: Model, source: Source, count: int) -> list[int]:
+def usable_documents(model: DecoderOnlyModel, source: Source, count: int) -> list[int]:
     """Rows of a text-only source that fit the context. Raises ValueError where a row has images or
     none fits."""
     usable = []
@@ -48,12 +48,14 @@ def usable_documents(model: Model, source: Source, count: int) -> list[int]:
     return usable
 
 
-def start(settings_class: type[Settings], make_stage: MakeStage) -> None:
-    """A recipe's main."""
-    launch.start(settings_class, lambda settings: run(settings, make_stage))
+def next_token(settings: Settings, model: DecoderOnlyModel, stage: Stage) -> NextToken:
+    """Cross-entropy of the scored tokens, with what rows and batches cost under the stage's
+    rates."""
+    work = work_of(model.module, stage.rates, views=settings.token_cache is None)
+    return NextToken(model.processor.pad_id, settings.pack, work)
 
 
-def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
+def run(settings: Settings, make_stage: MakeStage, make_objective: MakeObjective) -> dict[str, Any]:
     """One run from settings to result: trains, evaluates, captions, saves."""
     course = Course(settings)
     data = training_data(settings)
@@ -74,16 +76,16 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
             cast_parameters(model.module, torch.float32)
         model.module.to(course.accelerator.device)
     before = evaluate.text_loss()
-    work = work_of(model.module, plan.rates, views=settings.token_cache is None)
+    objective = make_objective(settings, model, plan)
     progress = course.train(
         model,
         plan,
         data,
-        objective=NextToken(model.processor.pad_id, settings.pack, work),
+        objective=objective,
         evaluate=evaluate if rows else None,
         merge=settings.merge,
         token_cache=settings.token_cache,
-        balance=work.of_row if settings.balance else None,
+        balance=objective.work.of_row if settings.balance else None,
         evaluated=bool(rows or texts),
     )
     figures = evaluate(full=True) if rows else {}
@@ -103,7 +105,7 @@ def run(settings: Settings, make_stage: MakeStage) -> dict[str, Any]:
     return course.end(progress, figures, more, show)
 
 
-def require_loc_tokens(data: MixtureDataset, model: Model, bad_rows: str) -> None:
+def require_loc_tokens(data: MixtureDataset, model: DecoderOnlyModel, bad_rows: str) -> None:
     """Raises ValueError where a source answers with boxes and the model cannot write them; judged
     by each source's first row. Raises BadRow for one that cannot be read, unless it is skipped."""
     for source in data.sources:
@@ -141,7 +143,7 @@ class _Evaluate:
 
     def __init__(
         self,
-        model: Model,
+        model: DecoderOnlyModel,
         accelerator: Accelerator,
         source: Source,
         rows: list[int],
@@ -163,7 +165,7 @@ class _Evaluate:
         return text_loss_on(self.model, self.documents, self.texts, self.accelerator)
 
 
-def show_some(model: Model, source: Source, rows: list[int], course: Course) -> None:
+def show_some(model: DecoderOnlyModel, source: Source, rows: list[int], course: Course) -> None:
     """Writes samples.png: some held-out pictures with their true and generated answers, and a few
     of the pictures themselves, named after their row, to try the model on."""
     out, say = course.settings.out, course.say

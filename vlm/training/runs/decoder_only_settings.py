@@ -16,8 +16,8 @@ from vlm.data.mixture import Mixture, MixtureDataset, check_weights
 from vlm.data.sources import Source
 from vlm.data.sources.documents import TextOnly
 from vlm.families.decoder_only.layout import CAPTION_PROMPT, add_loc_tokens
+from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.geometry import LocTokens
-from vlm.inference.tasks import Model
 from vlm.lora import Lora, add_lora, lora_of, quantize_4bit
 from vlm.training.base_settings import BaseSettings, Usual, require_share
 from vlm.training.run_folder import RunError
@@ -82,13 +82,13 @@ class Settings(BaseSettings):
     def data(self) -> MixtureDataset:
         return training_data(self)
 
-    def add_tokens(self, model: Model, learned: bool) -> None:
+    def add_tokens(self, model: DecoderOnlyModel, learned: bool) -> None:
         """Gives the model the <loc> tokens that the settings ask for. learned: whether the whole
         language model learns; else only the rows of these tokens do, as `text.*.new`."""
         loc = LocTokens(bins=self.loc_bins) if self.loc_bins else model.processor.loc
         if loc is None:
             return
-        add_loc_tokens(model.parts, loc, seed=self.seed)
+        add_loc_tokens(model, loc, seed=self.seed)
         if not learned:
             ids = model.processor.text_tokenizer.convert_tokens_to_ids(list(loc.tokens))
             train_rows(model.module.text, ids)
@@ -142,7 +142,7 @@ class FromParts(Settings):
     def caption_prompt(self) -> str:
         return self.prompt
 
-    def build(self) -> Model:
+    def build(self) -> DecoderOnlyModel:
         if self.start is None:
             model = self.compose()
         else:
@@ -161,7 +161,7 @@ class FromParts(Settings):
                 f"it, found {given}"
             )
 
-    def compose(self) -> Model:
+    def compose(self) -> DecoderOnlyModel:
         """The model of pretrained parts and a fresh adaptor."""
         import vlm
 
@@ -242,7 +242,7 @@ class FromRun(Settings):
             f"{part}_rate": f"{part} is frozen" for part, mode in modes.items() if mode == "frozen"
         }
 
-    def build(self) -> Model:
+    def build(self) -> DecoderOnlyModel:
         self.require_stage()
         self.require_used()
         model = load_stored(self.previous, self)
@@ -309,12 +309,12 @@ class FromRun(Settings):
             )
 
 
-def load_stored(source: str, settings: Settings) -> Model:
+def load_stored(source: str, settings: Settings) -> DecoderOnlyModel:
     """The model in a folder or under a hub id, its weights as they were saved."""
     import vlm
 
     model = vlm.load(source, device="cpu", dtype="stored")
-    model.parts.caption_prompt = settings.caption_prompt
+    model.caption_prompt = settings.caption_prompt
     model.processor.overflow = settings.overflow
     if settings.max_tokens is not None:
         model.processor.max_tokens = settings.max_tokens

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from vlm.families.encoder_decoder import layout as transcriber
 from vlm.families.encoder_decoder import swap_text_tokenizer as swap
 from vlm.families.encoder_decoder.layout import DecoderSizes
-from vlm.families.encoder_decoder.processor import Transcriber
+from vlm.families.encoder_decoder.model import EncoderDecoderModel
 from vlm.families.published_files import open_part
 from vlm.tokenizers.columns import ColumnsConfig, ColumnsTokenizer, line_spec
 from vlm.training.runs.reading import NEW, ReadingSettings
@@ -52,10 +52,10 @@ class TranscriberSettings(ReadingSettings):
     """Peak learning rate of the decoder and of what joins the two."""
     steps: int = 2000
 
-    def build(self) -> Transcriber:
+    def build(self) -> EncoderDecoderModel:
         """The model to train. Raises ValueError for settings that do not go together."""
         if self.start is not None:
-            parts = self._loaded()
+            model = self._loaded()
         else:
             if self.decoder == NEW and self.tokenizer == "own":
                 tokenizer = character_tokenizer(self.characters())
@@ -68,7 +68,7 @@ class TranscriberSettings(ReadingSettings):
                 mlp_width=4 * self.decoder_width,
                 length=self.length,
             )
-            parts = transcriber.build(
+            model = transcriber.build(
                 vision=_new_vision(self.seed) if self.vision == NEW else self.vision,
                 text=sizes if self.decoder == NEW else self.decoder,
                 text_tokenizer=tokenizer,
@@ -76,25 +76,25 @@ class TranscriberSettings(ReadingSettings):
                 seed=self.seed,
             )
         if self.tokenizer != "own" and not (self.start is None and self.decoder == NEW):
-            parts = swap.with_tokenizer(parts, self._tokenizer(), self.seed)
+            model = swap.with_tokenizer(model, self._tokenizer(), self.seed)
         if self.line_px is None:
-            return parts
-        tokenizer, spec = parts.module.tokenizer, parts.processor.pixel_spec
+            return model
+        tokenizer, spec = model.module.tokenizer, model.processor.pixel_spec
         patch_px = spec.patch_px  # None where all views are of one size
         if patch_px is None:
             patch_px = spec.size_hw[1] // tokenizer.shapes_for(spec.size_hw)[0].grid_hw[1]
-        return parts.with_size(self.line_px, fit="height", patch_px=patch_px)
+        return model.with_size(self.line_px, fit="height", patch_px=patch_px)
 
-    def _loaded(self) -> Transcriber:
+    def _loaded(self) -> EncoderDecoderModel:
         import vlm
 
-        parts = vlm.load(self.start, device="cpu", dtype="stored").parts
-        if not isinstance(parts, Transcriber):
+        model = vlm.load(self.start, device="cpu", dtype="stored")
+        if not isinstance(model, EncoderDecoderModel):
             raise ValueError(
                 f"start {self.start!r}: expected an encoder-decoder model, found a "
-                f"{parts.module.family} one"
+                f"{model.module.family} one"
             )
-        return parts
+        return model
 
     def _tokenizer(self) -> Any:
         if self.tokenizer == "characters":

@@ -12,11 +12,11 @@ from tqdm import tqdm
 from vlm.data.sources.base import Source
 from vlm.families.decoder_only.batch import Batch, collate
 from vlm.families.decoder_only.generate import answer_losses, image_gain
-from vlm.inference.tasks import Model
+from vlm.families.decoder_only.model import DecoderOnlyModel
 
 
 def image_gain_on(
-    model: Model,
+    model: DecoderOnlyModel,
     source: Source,
     rows: Sequence[int],
     accelerator: Accelerator,
@@ -61,7 +61,11 @@ def image_gain_on(
 
 
 def text_loss_on(
-    model: Model, source: Source, rows: Sequence[int], accelerator: Accelerator, batch_size: int = 8
+    model: DecoderOnlyModel,
+    source: Source,
+    rows: Sequence[int],
+    accelerator: Accelerator,
+    batch_size: int = 8,
 ) -> float:
     """The mean loss over the scored tokens of rows, in nats, the same on any number of ranks."""
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
@@ -74,7 +78,11 @@ def text_loss_on(
 
 
 def _batches(
-    model: Model, source: Source, rows: Sequence[int], accelerator: Accelerator, batch_size: int
+    model: DecoderOnlyModel,
+    source: Source,
+    rows: Sequence[int],
+    accelerator: Accelerator,
+    batch_size: int,
 ) -> Iterator[Batch]:
     """This rank's share of the rows as batches on its device; in evaluation mode meanwhile."""
     was_training = [(part, part.training) for part in model.module.modules()]

@@ -13,7 +13,6 @@ from pathlib import Path
 from torch import nn
 
 from vlm import config
-from vlm.inference.tasks import FACES
 from vlm.precision import DTYPES
 from vlm.training.base_settings import RECIPES, BaseSettings
 from vlm.training.checkpoints.checkpoint import is_of, newest_whole
@@ -22,6 +21,13 @@ from vlm.training.run_folder import RunError
 from vlm.training.runs.launch import recipe_in
 from vlm.training.runs.run import PRECISION_REASON
 from vlm.training.stages import hold_in
+
+MOVED = {
+    "vlm.training.contrastive:Settings": "vlm.training.runs.contrastive",
+    "vlm.training.reading:LineReaderSettings": "vlm.training.runs.line_reader",
+    "vlm.training.reading:TranscriberSettings": "vlm.training.runs.encoder_decoder",
+}
+"""Settings of runs that were made with earlier versions -> where they are now."""
 
 
 def export(
@@ -51,9 +57,7 @@ def export(
         said = "; ".join(line for lines in broken.values() for line in lines)
         older = int(path.name.removeprefix("step_"))
         raise CheckpointError(f"{said}; the newest whole one is that of --step {older}")
-    built = settings.build()
-    parts = getattr(built, "parts", built)
-    model = FACES[parts.module.family](parts)
+    model = settings.build()
     fill(model.module, path, settings.precision)
     model.save(out, layout=layout, merge=merge)
     return path
@@ -78,6 +82,7 @@ def settings_of(run: Path, recipe: Path | None = None) -> BaseSettings:
     if recipe is not None:
         found = recipe_in(recipe).Settings
     elif place.startswith("vlm."):
+        place = MOVED.get(f"{place}:{name}", place)
         found = getattr(importlib.import_module(place), name, None)
     elif (known := RECIPES / Path(place).name).is_file() and place == f"recipes/{known.name}":
         found = recipe_in(known).Settings

@@ -165,6 +165,10 @@ def _option(key: str, value: Any) -> list[str]:
     return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
 
 
+STATED = ("Settings", "stage", "objective")
+"""What a recipe's file defines: what can be set, who learns at which rate, what is minimised."""
+
+
 def recipe_in(path: Path) -> ModuleType:
     """The recipe in a file, imported without running it."""
     if not path.is_file():
@@ -173,8 +177,11 @@ def recipe_in(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
-    if not hasattr(module, "Settings"):
-        raise ValueError(f"{path}: a recipe defines `Settings`, found none")
+    missing = [name for name in STATED if not hasattr(module, name)]
+    if missing:
+        raise ValueError(
+            f"{path}: a recipe states {', '.join(STATED)}; found no {', '.join(missing)}"
+        )
     return module
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm.families.line_reader import layout as line_reader
+from vlm.families.line_reader.model import LineReaderModel
 from vlm.training.runs.reading import NEW, ReadingSettings
 
 
@@ -28,7 +29,7 @@ class LineReaderSettings(ReadingSettings):
     """Peak learning rate."""
     steps: int = 2000
 
-    def build(self) -> line_reader.ReaderParts:
+    def build(self) -> LineReaderModel:
         """The reader to train."""
         characters = self.characters()
         if self.start == NEW:
@@ -41,11 +42,11 @@ class LineReaderSettings(ReadingSettings):
             )
         import vlm
 
-        parts = vlm.load(self.start, device="cpu", dtype="float32").parts
-        if not isinstance(parts, line_reader.ReaderParts):
+        model = vlm.load(self.start, device="cpu", dtype="float32")
+        if not isinstance(model, LineReaderModel):
             raise ValueError(
-                f"start {self.start!r}: expected a line reader, found a {parts.module.family} model"
+                f"start {self.start!r}: expected a line reader, found a {model.module.family} model"
             )
-        known = parts.processor.characters
+        known = model.processor.characters
         new = "".join(c for c in characters if c not in known)
-        return line_reader.with_characters(parts, known + new, self.seed)
+        return line_reader.with_characters(model, known + new, self.seed)

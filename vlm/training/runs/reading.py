@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,14 +15,12 @@ from vlm.data.mixture import Mixture, MixtureDataset, check_weights
 from vlm.data.sources.base import Source
 from vlm.data.synthetic.lines import characters_of
 from vlm.draw import draw_lines
-from vlm.inference.ocr import LineModel
-from vlm.inference.tasks import FACES
+from vlm.families.text_reader import TextReader
 from vlm.metrics.text import Comparison, compare_texts
 from vlm.pixels import open_image
 from vlm.training.base_settings import BaseSettings, require_share
-from vlm.training.objectives.base import Objective
 from vlm.training.run_folder import Curves
-from vlm.training.runs.run import Course, MakeStage
+from vlm.training.runs.run import Course, MakeObjective, MakeStage
 
 ENDLESS = 1_000_000_000
 WORST = 24
@@ -34,6 +32,7 @@ ERRORS = Curves(
     "lines",
     (("cer", "#1f4e8c", "characters"), ("wer", "#b5532a", "words")),
 )
+NEW = "new"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +99,7 @@ class ReadingSettings(BaseSettings):
 def run(
     settings: ReadingSettings,
     make_stage: MakeStage,
-    make_objective: Callable[[LineModel], Objective],
+    make_objective: MakeObjective,
 ) -> dict[str, Any]:
     """One run from settings to result: trains, evaluates on held-out lines, saves."""
     course = Course(settings, ERRORS)
@@ -109,8 +108,7 @@ def run(
     held_out = settings.held_out_source() if settings.held_out_rows else None
     course.check(data, held_out, reads_prompts=settings.reads_prompts)
     with accelerator.main_process_first():
-        parts = settings.build()
-        model = FACES[parts.module.family](parts)
+        model = settings.build()
     plan = course.stage(make_stage, model.module)
     rows, left_out, _ = course.held_out(model, held_out)
     quarter = rows[::4]
@@ -119,7 +117,12 @@ def run(
         return errors_on(model, held_out, quarter, accelerator).result().figures()
 
     progress = course.train(
-        model, plan, data, make_objective(model), evaluate if rows else None, evaluated=bool(rows)
+        model,
+        plan,
+        data,
+        make_objective(settings, model, plan),
+        evaluate if rows else None,
+        evaluated=bool(rows),
     )
     more: dict[str, Any] = {}
     if rows:
@@ -144,7 +147,7 @@ def run(
 
 
 def errors_on(
-    model: LineModel, source: Source, rows: Sequence[int], accelerator: Accelerator
+    model: TextReader, source: Source, rows: Sequence[int], accelerator: Accelerator
 ) -> Comparison:
     """What the model reads of rows, beside what stands there; the same on any number of ranks."""
     rank, ranks = accelerator.process_index, accelerator.num_processes
@@ -187,6 +190,3 @@ def _report(course: Course, result: dict[str, Any], found: Comparison | None) ->
         highlight=False,
         markup=False,
     )
-
-
-NEW = "new"

@@ -16,6 +16,7 @@ from torch import nn
 from vlm.data.check import check_start, say_on
 from vlm.data.mixture import MixtureDataset
 from vlm.data.sources.base import Source
+from vlm.families.base import Model
 from vlm.families.decoder_only.batch import Row
 from vlm.training.activation_checkpointing import checkpoint_activations, kept_parts
 from vlm.training.base_settings import BaseSettings, deciding, recorded
@@ -38,6 +39,8 @@ PRECISION_REASON = "precision_reason"
 """Key of settings.json: why a run computes in its precision."""
 MakeStage = Callable[[Any, nn.Module, int], Stage]
 """From the settings, the model's module and the examples of one forward pass to the stage."""
+MakeObjective = Callable[[Any, Model, Stage], Objective]
+"""From the settings, the model and its stage to what a step minimises."""
 
 
 class HeldOut(NamedTuple):

@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tqdm import tqdm
 
-from vlm import systems
+from vlm.families.base import Model, require_list
 from vlm.families.decoder_only.batch import Row
 from vlm.families.decoder_only.generate import evaluating
-from vlm.families.line_reader.batch import LineRow, by_width, collate_lines
-from vlm.families.line_reader.layout import ReaderParts
+from vlm.families.line_reader.batch import LineRow, by_width
 from vlm.image_tokens import pixel_hw
 from vlm.metrics.calibration import UNFITTED, Temperatures, fit_scaling
 from vlm.metrics.text import normalise, pieces_right
-from vlm.ocr import ctc_decode as ctc
-from vlm.ocr.results import Reading, Token, Transcript
+from vlm.ocr.results import Reading, Transcript
 
-TASKS = {
-    "caption": "decoder-only and prefix decoder models",
-    "answer": "decoder-only and prefix decoder models",
-    "chat": "decoder-only and prefix decoder models",
-    "ground": "decoder-only and prefix decoder models",
-    "embed_images": "contrastive models",
-    "embed_texts": "contrastive models",
-    "classify": "contrastive models",
-}
 WINDOW = 16
 """Batches of lines that are sorted by width together."""
 LARGEST = 2**28
@@ -37,27 +27,19 @@ LARGEST = 2**28
 line grows. One line of 16,384 columns, 256 of 1,024."""
 
 
-class LineModel:
+@dataclass(kw_only=True, eq=False)
+class TextReader(Model):
     """What models of lines share: pages are found out in lines, and lines are read in batches.
 
-    A subclass has `parts`, `module` and `processor`, and implements `_encode` and `_read`.
+    A subclass implements `_encode` and `_read`.
     reads: whether it is shown "lines", or whole "pages" as models of other families are.
+    temperatures: of confidences; kept in our own layout alone.
     """
 
-    reads = "lines"
-    options: Collection[str] = ()
+    reads: str = "lines"
+    temperatures: Temperatures = UNFITTED
+    options: ClassVar[Collection[str]] = ()
     """Options that reading takes beside those that `ocr` and `read_lines` name."""
-
-    def __getattr__(self, name: str):
-        if name in TASKS:
-            raise AttributeError(
-                f"{name}: a {self.module.family} model cannot do this; it is done by {TASKS[name]}"
-            )
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.module.parameters()).device
 
     def ocr(
         self,
@@ -125,11 +107,11 @@ class LineModel:
                 f"expected a truth for each picture, found {len(pictures)} pictures and "
                 f"{len(truths)} truths"
             )
-        before, self.parts.temperatures = self.parts.temperatures, UNFITTED
+        before, self.temperatures = self.temperatures, UNFITTED
         try:
             read = self.read_lines(pictures)
         except BaseException:
-            self.parts.temperatures = before
+            self.temperatures = before
             raise
         truths = [normalise(truth) for truth in truths]
         lines = [(r.confidence, normalise(r.text) == truth) for r, truth in zip(read, truths)]
@@ -139,7 +121,7 @@ class LineModel:
             for token, right in zip(r.tokens, pieces_right(truth, [t.text for t in r.tokens]))
         ]
         fitted = Temperatures(line=_temperature(lines), token=_temperature(tokens))
-        self.parts.temperatures = fitted
+        self.temperatures = fitted
         return fitted
 
     def _require_known(self, options: dict[str, Any]) -> None:
@@ -153,10 +135,6 @@ class LineModel:
                 f"{', '.join(unknown)}"
             )
 
-    def save(self, folder: str | Path, layout: str = "native", merge: bool = True) -> None:
-        """Writes weights, configuration and processor files; `vlm.load(folder)` reads them."""
-        systems.save(self.parts, Path(folder), layout, merge)
-
     def _encode(self, picture, name: str) -> LineRow | Row:
         """A picture as what is read."""
         raise NotImplementedError
@@ -166,66 +144,12 @@ class LineModel:
         raise NotImplementedError
 
 
-class Reader(LineModel):
-    """A line reader with its processor, ready to use.
-
-    parts: what `vlm.systems` opened. module: the plain nn.Module. processor: its preprocessing and
-    characters.
-    """
-
-    def __init__(self, parts: ReaderParts) -> None:
-        self.parts = parts
-        self.module = parts.module
-        self.processor = parts.processor
-
-    def _encode(self, picture, name: str) -> LineRow:
-        return self.processor.encode_picture(picture, name)
-
-    def _read(self, rows: Sequence[LineRow], num_beams: int) -> list[Transcript]:
-        weight = self.module.head.weight
-        logits = self.module(collate_lines(rows).to(weight.device, weight.dtype))
-        read = ctc.greedy(logits) if num_beams == 1 else ctc.beam(logits, num_beams)
-        return [self._transcript(line, logits.shape[1]) for line in read]
-
-    def _transcript(self, line: ctc.Written, columns: int) -> Transcript:
-        temperatures = self.parts.temperatures
-        tokens = tuple(
-            Token(
-                self.processor.decode([id]),
-                warmed(logprob, temperatures.token),
-                (start / columns, end / columns),
-            )
-            for id, logprob, (start, end) in zip(line.ids, line.logprobs, line.spans)
-        )
-        return Transcript(tokens, warmed(line.logprob, temperatures.line))
-
-
 def _temperature(said: Sequence[tuple[float, bool]]) -> float:
     """The temperature that makes (confidence, right) likeliest; 1 where nothing tells it."""
     rights = [right for _, right in said]
     if not said or all(rights) or not any(rights):
         return 1.0
     return fit_scaling([math.log(max(c, 1e-30)) for c, _ in said], rights).temperature
-
-
-def warmed(logprob: float, temperature: float) -> float:
-    """The probability whose log-odds are those of exp(logprob), divided by `temperature`.
-
-    >>> round(warmed(math.log(0.9), 2.0), 4), warmed(0.0, 2.0), warmed(-800.0, 0.5)
-    (0.75, 1.0, 0.0)
-    """
-    if logprob >= 0.0:
-        return 1.0
-    log_odds = logprob - math.log(-math.expm1(logprob))
-    small = math.exp(-abs(log_odds) / temperature)
-    return (1.0 if log_odds >= 0 else small) / (1 + small)
-
-
-def require_list(pictures) -> None:
-    """Raises ValueError for the path or bytes of one picture, which would be taken letter by
-    letter."""
-    if isinstance(pictures, (str, bytes, Path)):
-        raise ValueError("images is a list of pictures")
 
 
 def _groups(widths: Sequence[int], batch_size: int) -> list[list[int]]:

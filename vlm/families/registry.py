@@ -1,0 +1,118 @@
+"""The one table of what there is: families of model, and published systems of each.
+
+A family is a folder here and a row of FAMILIES; a published system is a file of `vlm/systems` and a
+row of SYSTEMS. Modules are named, not imported, so that looking at the table loads nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """A family of model.
+
+    said: what messages call it. model: MODULE:CLASS of its public model. layout: the module that
+        opens and writes it in our own layout. tasks: the methods of the model that do what people
+        ask for. layouts: published layouts that any of its models may be saved in.
+    """
+
+    said: str
+    model: str
+    layout: str
+    tasks: tuple[str, ...]
+    layouts: tuple[str, ...] = ()
+
+    @property
+    def model_class(self) -> type:
+        """The class of its public model."""
+        module, _, name = self.model.partition(":")
+        return getattr(import_module(module), name)
+
+
+WRITING = ("caption", "answer", "chat", "ground", "generate", "score")
+
+FAMILIES = {
+    "decoder_only": Family(
+        said="decoder_only (DeepSeek-VL, what recipes/stage1_adaptor.py trains)",
+        model="vlm.families.decoder_only.model:DecoderOnlyModel",
+        layout="vlm.families.decoder_only.layout",
+        tasks=WRITING,
+    ),
+    "prefix_decoder": Family(
+        said="prefix_decoder (PaliGemma, what recipes/paligemma.py trains)",
+        model="vlm.families.prefix_decoder.model:PrefixDecoderModel",
+        layout="vlm.families.decoder_only.layout",
+        tasks=(*WRITING, "ocr"),
+    ),
+    "contrastive": Family(
+        said="contrastive (CLIP, SigLIP, what recipes/contrastive.py trains)",
+        model="vlm.families.contrastive.model:ContrastiveModel",
+        layout="vlm.families.contrastive.layout",
+        tasks=("embed_images", "embed_texts", "classify"),
+        layouts=("open_clip",),
+    ),
+    "encoder_decoder": Family(
+        said="encoder_decoder (TrOCR, Donut, what recipes/trocr.py trains)",
+        model="vlm.families.encoder_decoder.model:EncoderDecoderModel",
+        layout="vlm.families.encoder_decoder.layout",
+        tasks=("ocr", "read_lines", "generate", "score"),
+    ),
+    "line_reader": Family(
+        said="line_reader (the one that is shipped, what recipes/line_reader.py trains)",
+        model="vlm.families.line_reader.model:LineReaderModel",
+        layout="vlm.families.line_reader.layout",
+        tasks=("ocr", "read_lines"),
+    ),
+}
+"""Name of a family, as config.json has it -> what there is of it."""
+
+
+class System(NamedTuple):
+    """A published system: the module that opens and writes its folders, and what it is."""
+
+    module: str
+    said: str
+
+
+SYSTEMS = {
+    "vlm": System(
+        "vlm.families.decoder_only.layout", "any image tokenizer and text model, our own layout"
+    ),
+    "deepseek_vl": System("vlm.systems.deepseek_vl", "DeepSeek-VL 1.3B: SigLIP, MLP, LLaMA"),
+    "deepseek_vl_hybrid": System(
+        "vlm.systems.deepseek_vl", "DeepSeek-VL 7B: SigLIP and SAM, LLaMA"
+    ),
+    "clip": System("vlm.systems.clip", "CLIP: two towers, softmax loss"),
+    "siglip": System(
+        "vlm.systems.siglip", "SigLIP, SigLIP 2 at fixed sizes: two towers, sigmoid loss"
+    ),
+    "open_clip": System("vlm.systems.open_clip.layout", "CLIP and SigLIP in open_clip's layout"),
+    "siglip2": System("vlm.systems.siglip2", "SigLIP 2 NaFlex: images at their own aspect ratio"),
+    "trocr": System("vlm.systems.trocr", "TrOCR: ViT, DeiT or BEiT, text decoder; lines of text"),
+    "donut": System("vlm.systems.donut", "Donut: Swin, mBART decoder; documents to JSON"),
+    "paligemma": System(
+        "vlm.systems.paligemma", "PaliGemma 1 and 2: SigLIP, linear, Gemma, prefix mask"
+    ),
+}
+"""`format` or transformers' `model_type` in config.json -> the system. A folder whose configuration
+is open_clip_config.json is "open_clip"; one of transformers' VisionEncoderDecoderModel is "donut"
+or "trocr", by its encoder."""
+
+
+def families_that(task: str) -> list[str]:
+    """The names of the families whose models do a task; none for what is no task."""
+    return [name for name, family in FAMILIES.items() if task in family.tasks]
+
+
+def model_of(*, module: Any, **fields: Any) -> Any:
+    """The public model of a module, by its family. fields: of its class."""
+    return FAMILIES[module.family].model_class(module=module, **fields)
+
+
+def save_in(model: Any, kind: str, folder: Any) -> None:
+    """Writes a model in the layout of a published system."""
+    import_module(SYSTEMS[kind].module).save(model, folder)

@@ -1,1 +1,0 @@
-"""Using a trained model: generation, scoring, and the public tasks over them."""
