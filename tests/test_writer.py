@@ -13,6 +13,7 @@ from vlm import cli
 from vlm.families.decoder_only.generate import Generation
 from vlm.families.encoder_decoder.model import EncoderDecoderModel
 from vlm.metrics.calibration import Temperatures
+from vlm.ocr import tagged_text
 from vlm.systems import donut
 
 PICTURES = [tiny.picture(i, (12, 71)) for i in range(8)]
@@ -137,8 +138,8 @@ def test_a_page_model_reads_by_its_own_weights(pages):
     model = load(pages)
     (reading,) = model.ocr(PICTURES[:1], max_new_tokens=12)
     (written,) = model.generate(PICTURES[:1], ["<s_cord-v2>"], max_new_tokens=12)
-    assert reading.values == donut.read_json(model.processor, written.ids)
-    joined = "".join(donut.pieces(model.processor, written.ids))
+    assert reading.values == tagged_text.read_json(model.processor, written.ids)
+    joined = "".join(tagged_text.pieces(model.processor, written.ids))
     assert reading.text.split() == joined.split()
 
 
@@ -205,5 +206,5 @@ def test_the_prompt_of_a_page_is_the_one_that_a_folder_was_trained_on(
 def test_pieces_of_plain_text_are_the_text(pages):
     processor = load(pages).processor
     ids = processor.text_ids("two lines\nof text, no tags")
-    assert "".join(donut.pieces(processor, ids)) == "two lines\nof text, no tags"
-    assert donut.read_json(processor, ids) == {"text_sequence": "two lines\nof text, no tags"}
+    assert "".join(tagged_text.pieces(processor, ids)) == "two lines\nof text, no tags"
+    assert tagged_text.read_json(processor, ids) == {"text_sequence": "two lines\nof text, no tags"}

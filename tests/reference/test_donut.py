@@ -14,6 +14,7 @@ from vlm import systems
 from vlm.data.example import caption_example
 from vlm.families.decoder_only.batch import collate
 from vlm.families.encoder_decoder import generate as transcribe
+from vlm.ocr import tagged_text
 from vlm.pixels import from_transformers
 from vlm.systems import donut
 from vlm.tokenizers.transformers import TransformersConfig, build
@@ -199,14 +200,14 @@ def test_donut_writes_json_as_transformers_does(folder):
         "plain text",
         "",
     ):
-        assert donut.to_json(text, categories) == theirs.token2json(text), text
+        assert tagged_text.to_json(text, categories) == theirs.token2json(text), text
 
 
 def test_donut_reads_json_of_ids(folder):
     processor = load(folder).processor
     text = "<s_menu><s_nm>tea</s_nm><sep/><s_nm>pie</s_nm></s_menu><s_sum>3</s_sum>"
     ids = [*processor.text_ids(text), 2]
-    assert donut.read_json(processor, ids) == {"menu": [{"nm": "tea"}, {"nm": "pie"}], "sum": "3"}
+    assert tagged_text.read_json(processor, ids) == {"menu": [{"nm": "tea"}, {"nm": "pie"}], "sum": "3"}
 
 
 def test_donut_preprocessing_follows_the_folder(tmp_path):
