@@ -66,8 +66,8 @@ class Stage:
     def factor(self, step: int) -> float:
         """The share of the peak rate that step `step` (from 0) uses.
 
-        >>> stage = Stage(name="s", rates=(), steps=11, batch=1, micro_batch=1, warmup_steps=2,
-        min_lr_ratio=0.0)
+        >>> pace = {"steps": 11, "warmup_steps": 2, "min_lr_ratio": 0.0}
+        >>> stage = Stage(name="s", rates=(), batch=1, micro_batch=1, **pace)
         >>> [round(stage.factor(step), 2) for step in (0, 1, 2, 6, 10)]
         [0.5, 1.0, 0.98, 0.5, 0.02]
         """
