@@ -31,7 +31,7 @@ KINDS = {
 
 ABOUT = {
     "timm": "any backbone of timm: ViT, Swin and other pyramids, convolutional nets",
-    "transformers": "SigLIP, SigLIP 2 (fixed sizes), CLIP, ViT, DeiT, DINOv2, SAM, CvT, TimeSformer",
+    "transformers": "SigLIP, SigLIP 2 (fixed sizes), CLIP, ViT, DINOv2, SAM, CvT, TimeSformer",
     "torchvision": "torchvision's classification networks: AlexNet, VGG, ResNet, ConvNeXt, Swin",
     "open_clip": "image towers of open_clip",
     "paired": "two towers on one grid, high resolution and low",
