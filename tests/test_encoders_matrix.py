@@ -6,8 +6,8 @@ missing here, and why:
 
 - Conformer (Peng et al.) and Mobile-Former: in none of timm, transformers, torchvision, open_clip.
 - MViT v1 (torchvision's `mvit_v1_b`): made for 16 frames of video; version 2 is here.
-- Perceiver IO (transformers' `PerceiverModel`): its latents have no place in the image, and which
-  of its three image front ends a folder has is told by no configuration of an encoder.
+- Perceiver IO (transformers' `PerceiverModel`): its latents have no place in the image, and its
+  three front ends for images differ by class, not by configuration.
 - DINO, iBOT and BYOL are ways to train: their backbones, a plain ViT and a ResNet-50, are here.
 """
 

@@ -155,6 +155,14 @@ def test_timesformer_refuses_grids_on_which_it_would_misplace_positions(size_hw)
         tokenizer.tokens_for((30, 50))
 
 
+def test_timesformer_refuses_videos():
+    options = {"layer": -1, "norm": True, "pooled": False, "prefix": "drop"}
+    reference = timesformer("divided_space_time", 2)
+    tokenizer = TransformersTokenizer(reference, spec(64, 64), **options)
+    with pytest.raises(ValueError, match=r"takes images, float\[V, 3, H, W\], found \(1, 2, 3"):
+        tokenizer(torch.zeros(1, 2, 3, 64, 64))
+
+
 VIT = {"embed_dim": 16, "depth": 3, "num_heads": 2, "img_size": (64, 96)}
 SWIN = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": 4}
 

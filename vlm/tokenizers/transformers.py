@@ -5,9 +5,7 @@ Donut's Swin, CvT, TimeSformer and SAM's image encoder. The encoder's own forwar
 refuses other sizes, is run step by step with its position table resized. Encoders of other types
 are refused by name.
 
-TimeSformer is a video encoder; here an image is a video of one frame. Its attention over time then
-sees one token alone, and of its time embeddings the first is kept, which is the one that
-transformers takes for one frame. Its tokens are those of each frame by itself, not of a video.
+TimeSformer encodes videos; here an image is a video of one frame (`vlm.tokenizers.timesformer`).
 
 Shapes: V view, L image tokens per view, D width, H W pixel rows and columns, h w patch rows and
 columns.
@@ -29,7 +27,7 @@ from vlm.compat.transformers import random_weights
 from vlm.image_tokens import ImageTokenizer, ImageTokens, pixel_hw
 from vlm.kernels import encoder_attention as attention
 from vlm.pixels import PixelSpec, from_transformers
-from vlm.tokenizers import cannot_load
+from vlm.tokenizers import cannot_load, timesformer
 from vlm.tokenizers.encoders import ENCODERS, Encoder
 from vlm.tokenizers.parts import named_parts
 
@@ -146,8 +144,8 @@ class TransformersTokenizer(ImageTokenizer):
         pooled: bool,
     ) -> None:
         super().__init__()
-        if hasattr(backbone.config, "num_frames"):
-            _take_one_frame(backbone)
+        if backbone.config.model_type == "timesformer":
+            timesformer.take_one_frame(backbone)
         values = backbone.config.to_dict()
         self.config = TransformersConfig(
             vision_config={key: values[key] for key in values.keys() - BOOKKEEPING},
@@ -180,10 +178,10 @@ class TransformersTokenizer(ImageTokenizer):
             return self._map_tokens(pixels)
         resizes = self._resizes(pixels)
         if encoder.form == "frames":
-            self._require_frame_grid(pixels)
-            pixels = pixels[:, None]
-        arguments = {"interpolate_pos_encoding": resizes} if encoder.resize_argument else {}
-        output = self.backbone(pixels, **arguments)
+            output = self.backbone(timesformer.one_frame_videos(self.backbone.config, pixels))
+        else:
+            arguments = {"interpolate_pos_encoding": resizes} if encoder.resize_argument else {}
+            output = self.backbone(pixels, **arguments)
         tokens = output.last_hidden_state
         if self.config.norm and not encoder.norms_tokens:
             tokens = self.backbone.get_submodule(encoder.norm)(tokens)
@@ -215,9 +213,9 @@ class TransformersTokenizer(ImageTokenizer):
             return config.embed_dim * 2**self.config.halvings
         if form == "maps":
             return config.embed_dim[self.config.blocks - 1]
-        return (
-            config.output_channels if form == "steps" and self.config.norm else config.hidden_size
-        )
+        if form == "steps" and self.config.norm:
+            return config.output_channels
+        return config.hidden_size
 
     def _resizes(self, pixels: Tensor) -> bool:
         """Whether positions must be resized; the encoders can do so from a square table only."""
@@ -227,24 +225,6 @@ class TransformersTokenizer(ImageTokenizer):
         if (resizes or always) and native_hw[0] != native_hw[1]:
             raise ValueError(f"positions made for {native_hw} pixels are not square: no resizing")
         return resizes
-
-    def _require_frame_grid(self, pixels: Tensor) -> None:
-        """Raises ValueError for a grid on which TimeSformer would misplace its positions, or fail:
-        it tells grids apart by their number of patches, and divides that by its own columns."""
-        patch_h, patch_w = _pair(self.backbone.config.patch_size)
-        native_h, native_w = (
-            side // patch
-            for side, patch in zip(_pair(self.backbone.config.image_size), (patch_h, patch_w))
-        )
-        rows, columns = pixels.shape[-2] // patch_h, pixels.shape[-1] // patch_w
-        same_count = rows * columns == native_h * native_w
-        if (rows, columns) != (native_h, native_w) and (
-            same_count or columns == 1 or rows * columns % native_w
-        ):
-            raise ValueError(
-                f"TimeSformer made for {native_h} × {native_w} patches takes these, or another "
-                f"multiple of {native_w} patches in two columns or more, found {rows} × {columns}"
-            )
 
     def _map_tokens(self, pixels: Tensor) -> ImageTokens:
         output = self.backbone(pixels)
@@ -280,17 +260,6 @@ class TransformersTokenizer(ImageTokenizer):
         if self.config.norm:
             x_VhwE = encoder.neck(x_VhwE).permute(0, 2, 3, 1)
         return ImageTokens(tokens=x_VhwE.flatten(1, 2), grid_hw=grid_hw)
-
-
-def _take_one_frame(backbone: nn.Module) -> None:
-    """Makes a video encoder one of single frames: its first time embedding is kept, which is what
-    transformers' nearest neighbour takes of any number of them."""
-    backbone.config.num_frames = 1
-    embeddings = backbone.embeddings
-    times = getattr(embeddings, "time_embeddings", None)
-    if times is not None:
-        first = times[:, :1].detach().clone()
-        embeddings.time_embeddings = nn.Parameter(first, requires_grad=times.requires_grad)
 
 
 @contextmanager
