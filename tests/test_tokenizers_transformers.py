@@ -113,6 +113,9 @@ def test_transformers_tokens_follow_rows_then_columns(model_type):
         ({"prefix": "auto"}, "prefix must be 'drop' or 'keep', found 'auto'"),
         ({"model_type": "swin"}, "'swin' is not one of siglip_vision_model"),
         ({"model_type": "sam_vision_model", "pooled": True}, "which has no pooling"),
+        ({"model_type": "cvt", "depth": [1, 2, 3], "layer": 0}, "nothing before its first stage"),
+        ({"model_type": "cvt", "depth": [1, 2, 3], "layer": 4}, "an encoder with 3 blocks"),
+        ({"model_type": "timesformer", "pooled": True}, "which has no pooling"),
     ],
 )
 def test_transformers_config_raises_when_the_encoder_cannot(change, words):

@@ -76,6 +76,8 @@ PROCESSORS = {
             "image_std": list(IMAGENET.std),
         },
     ),
+    "convnext": ("ConvNextImageProcessor", {"size": {"shortest_edge": 224}, "crop_pct": 0.9}),
+    "convnext_384": ("ConvNextImageProcessor", {}),
     "sam": ("SamImageProcessor", {}),
     "sam_small": (
         "SamImageProcessor",
@@ -126,6 +128,22 @@ def test_spec_of_a_transformers_processor_equals_it(kind, backend, picture):
     normalised = processor(picture, return_tensors="pt")
     assert_same_pixels(
         from_transformers(processor), picture, raw.pixel_values[0], normalised.pixel_values[0]
+    )
+
+
+@EACH_PICTURE
+@pytest.mark.parametrize("backend", ["torchvision", "pil"])
+def test_spec_of_a_video_processor_equals_its_one_frame(backend, picture):
+    """Greatest difference before normalising: 0 grey levels."""
+    name = "VideoMAEImageProcessor" + {"torchvision": "", "pil": "Pil"}[backend]
+    processor = getattr(transformers, name)()
+    raw = processor([picture], do_rescale=False, do_normalize=False, return_tensors="pt")
+    normalised = processor([picture], return_tensors="pt")
+    assert_same_pixels(
+        from_transformers(processor),
+        picture,
+        raw.pixel_values[0, 0],
+        normalised.pixel_values[0, 0],
     )
 
 
@@ -260,7 +278,8 @@ def test_side_rounding_follows_each_source_at_its_rare_ties():
     [
         ("Idefics3ImageProcessor", {}, r"Idefics3ImageProcessor: its own resize, pad, _preprocess"),
         ("DeepseekVLHybridImageProcessor", {}, "read both with pair_from_transformers"),
-        ("ConvNextImageProcessor", {}, "ConvNextImageProcessor: its own resize"),
+        ("PoolFormerImageProcessor", {}, "PoolFormerImageProcessor: its own resize"),
+        ("ConvNextImageProcessor", {"do_center_crop": True}, "do_center_crop must be False"),
         ("CLIPImageProcessor", {"do_resize": False}, "do_resize must be True, found False"),
         ("CLIPImageProcessor", {"do_center_crop": False}, "do_center_crop must be True"),
         ("CLIPImageProcessor", {"rescale_factor": 1 / 127.5}, "rescale_factor must be 1 / 255"),

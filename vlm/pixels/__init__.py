@@ -8,6 +8,7 @@ from vlm.pixels.decode import MAX_PIXELS, BadImage, image_size, open_image
 from vlm.pixels.sources import (
     from_open_clip,
     from_timm,
+    from_torchvision,
     from_transformers,
     pair_from_transformers,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "Statistics",
     "from_open_clip",
     "from_timm",
+    "from_torchvision",
     "from_transformers",
     "image_size",
     "open_image",

@@ -1,4 +1,4 @@
-"""PixelSpecs read from the configurations of transformers, timm and open_clip.
+"""PixelSpecs read from the configurations of transformers, timm, torchvision and open_clip.
 
 Each reader takes the source's own object, so that no number is copied by hand, and refuses what a
 PixelSpec cannot say, naming the class and the field. The libraries are imported only when used.
@@ -45,8 +45,9 @@ def from_transformers(processor: BaseImageProcessor) -> PixelSpec:
     """The preprocessing of a transformers image processor, of either backend.
 
     Taken are the processors that follow their backend's own steps (CLIP, SigLIP and the fixed-size
-    SigLIP 2, ViT, DeiT, and BiT, which DINOv2 uses, among others), SAM's, DeepSeek-VL's, Donut's
-    and the native-resolution SigLIP 2's (fit "patches": its view, cut into patches row by row, row
+    SigLIP 2, ViT, DeiT, and BiT, which DINOv2 uses, among others), SAM's, DeepSeek-VL's, Donut's,
+    ConvNeXt's (which CvT uses), VideoMAE's (which TimeSformer uses; of one frame) and the
+    native-resolution SigLIP 2's (fit "patches": its view, cut into patches row by row, row
     and column of a patch before its channels, is the processor's `pixel_values`).
     Raises ValueError that names the class, the field, and its value.
     Source: transformers 5.23, `image_processing_backends.py`.
@@ -222,12 +223,32 @@ def _donut(processor: Any, shared: dict) -> PixelSpec:
     )
 
 
+def _convnext(processor: Any, shared: dict) -> PixelSpec:
+    """Below 384 the short side to size / crop_pct, then a centred crop; from 384 on a stretch.
+
+    Source: transformers, `ConvNextImageProcessor.resize`.
+    """
+    if getattr(processor, "do_center_crop", None):
+        raise _cannot(processor, "do_center_crop", "False")
+    size = _size(processor, "size")
+    if set(size) != {"shortest_edge"}:
+        raise _cannot(processor, "size", "shortest_edge")
+    side = size["shortest_edge"]
+    if side >= 384:
+        return PixelSpec(size_hw=(side, side), fit="stretch", **shared)
+    box = int(side / processor.crop_pct)
+    return PixelSpec(size_hw=(side, side), fit="crop", resize_hw=(box, box), **shared)
+
+
 _HYBRID = "DeepseekVLHybridImageProcessor"
 _SPECIAL = {
     "SamImageProcessor": _sam,
     "DeepseekVLImageProcessor": _deepseek_vl,
     "Siglip2ImageProcessor": _siglip2,
     "DonutImageProcessor": _donut,
+    "ConvNextImageProcessor": _convnext,
+    # A processor of videos, which treats each frame by the backend's own steps.
+    "VideoMAEImageProcessor": _standard,
 }
 
 
@@ -270,6 +291,38 @@ def from_timm(data_config: Mapping[str, Any]) -> PixelSpec:
         return PixelSpec(fit="crop", rounding=rounding, **shared)
     raise ValueError(
         f"timm data config: crop_mode must be center, squash or border, found {mode!r}"
+    )
+
+
+def from_torchvision(transforms: Any) -> PixelSpec:
+    """The evaluation preprocessing of torchvision's classification weights, from
+    `weights.transforms()`, for images as Pillow opens them.
+
+    Raises ValueError that names the field and its value.
+    Source: torchvision, `transforms/_presets.py`, `ImageClassification`.
+    """
+    name = type(transforms).__name__
+    fields = ("crop_size", "resize_size", "interpolation", "mean", "std")
+    missing = [field for field in fields if not hasattr(transforms, field)]
+    if missing:
+        raise ValueError(f"{name}: expected torchvision's ImageClassification, without {missing}")
+    resample = transforms.interpolation.value
+    if resample not in CHOICES["resample"]:
+        raise ValueError(f"{name}: interpolation {resample!r} cannot be expressed")
+    sides = (list(transforms.crop_size), list(transforms.resize_size))
+    if any(len(side) != 1 for side in sides):
+        raise ValueError(
+            f"{name}: crop_size and resize_size must be one side each, found {sides[0]}, {sides[1]}"
+        )
+    return PixelSpec(
+        size_hw=tuple(sides[0] * 2),
+        fit="crop",
+        resize_hw=tuple(sides[1] * 2),
+        resample=resample,
+        backend="pil",
+        mean=_three(transforms.mean),
+        std=_three(transforms.std),
+        half_px="half_even",
     )
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 KINDS = {
     "timm": "vlm.tokenizers.timm",
     "transformers": "vlm.tokenizers.transformers",
+    "torchvision": "vlm.tokenizers.torchvision",
     "open_clip": "vlm.tokenizers.open_clip",
     "paired": "vlm.tokenizers.paired",
     "tiles": "vlm.tokenizers.tiles",
@@ -30,7 +31,8 @@ KINDS = {
 
 ABOUT = {
     "timm": "any backbone of timm: ViT, Swin and other pyramids, convolutional nets",
-    "transformers": "vision encoders: SigLIP, SigLIP 2 (fixed sizes), CLIP, ViT, DeiT, DINOv2, SAM",
+    "transformers": "SigLIP, SigLIP 2 (fixed sizes), CLIP, ViT, DINOv2, SAM, CvT, TimeSformer",
+    "torchvision": "torchvision's classification networks: AlexNet, VGG, ResNet, ConvNeXt, Swin",
     "open_clip": "image towers of open_clip",
     "paired": "two towers on one grid, high resolution and low",
     "tiles": "one picture cut into views, with a thumbnail",

@@ -177,7 +177,7 @@ def features(
 
     Raises ValueError where no patch tokens, or not the asked prefix tokens, can be had.
     """
-    count = getattr(backbone, "num_prefix_tokens", 0)
+    count = prefix_count(backbone)
     arguments = {"indices": [level]}
     if prefix == "keep" and not norm and count:
         known = inspect.signature(backbone.forward_intermediates).parameters
@@ -207,6 +207,15 @@ def features(
             f"expected {count} before a grid of {grid_hw}; take norm=False"
         )
     return final if prefix == "keep" else final[:, count:], grid_hw, final
+
+
+def prefix_count(backbone: nn.Module) -> int:
+    """Number of tokens before the grid in a backbone's final features, as timm states it; VOLO,
+    which does not, has the one class token that its closing blocks of class attention make."""
+    stated = getattr(backbone, "num_prefix_tokens", None)
+    if stated is not None:
+        return stated
+    return int(getattr(backbone, "post_network", None) is not None)
 
 
 def take_level(backbone: nn.Module, level: int, norm: bool) -> int:
