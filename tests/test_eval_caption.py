@@ -22,7 +22,6 @@ from vlm.evaluation.nearest_caption import nearest_rows, views_of
 from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.pixels import BadImage
-from vlm.ranks import share
 
 ROOT = Path(__file__).parents[1]
 
@@ -150,15 +149,6 @@ def test_nearest_neighbour_of_a_known_picture_is_itself(made):
     )
     assert rows == [5, 4, 3, 2, 1, 0]
     assert skipped == []
-
-
-def test_shares_are_the_same_batches_on_any_number_of_ranks():
-    for count in (0, 1, 7, 12):
-        alone = [list(batch) for batch in share(count, 3, 0, 1)]
-        for ranks in (2, 3, 5):
-            dealt = [list(batch) for r in range(ranks) for batch in share(count, 3, r, ranks)]
-            assert sorted(dealt) == alone
-    assert [i for batch in alone for i in batch] == list(range(12))
 
 
 def unusable(tmp_path):

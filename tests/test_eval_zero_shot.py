@@ -233,7 +233,8 @@ def test_bad_arguments_are_one_line(made, tmp_path, monkeypatch, capsys):
         assert message in refusal(made, tmp_path / "out", capsys, *more)
     monkeypatch.setattr(vlm, "load", lambda *_, **__: training.model())
     error = refusal(made, tmp_path / "out", capsys)
-    assert "expected a contrastive model, with a tower for pictures and one for texts" in error
+    assert "expected a model of the family contrastive" in error
+    assert "to evaluate zero-shot; found a decoder_only one" in error
 
 
 def test_a_place_that_cannot_be_written_to_is_named_before_the_model_is_opened(

@@ -127,7 +127,7 @@ class Evaluation(ABC, Generic[S]):
         if model.module.family not in able:
             said = " or ".join(FAMILIES[family].said for family in able)
             raise ValueError(
-                f"--model {name}: {self.task} is evaluated of a model of the family {said}; "
+                f"--model {name}: expected a model of the family {said}, to evaluate {self.task}; "
                 f"found a {model.module.family} one"
             )
         return model

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
@@ -34,7 +33,7 @@ from vlm.metrics.retrieval import Direction, RetrievalResult, retrieval, top_k
 from vlm.pixels import open_image
 from vlm.ranks import reduce_sum
 from vlm.retrieval.embed_captions import Found, captions_of, embed_pairs
-from vlm.retrieval.embed_rows import Reading, require_contrastive
+from vlm.retrieval.embed_rows import Reading
 
 KS = (1, 5, 10)
 QUERIES, HITS = 6, 5
@@ -86,9 +85,6 @@ class RetrievalEvaluation(base.Evaluation[Settings]):
         self.sources = [self.open_source("data", self.settings.data, many=True)]
         check_start(self.sources, None, say)
         self.rows = self.spread(self.source)
-
-    def load(self, device: torch.device) -> Any:
-        return require_contrastive(super().load(device), f"--model {self.settings.model}")
 
     def predict_all(self, model: Any, accelerator: Accelerator) -> Found:
         """The vectors of all images and captions, on every rank."""

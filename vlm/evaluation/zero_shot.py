@@ -50,7 +50,6 @@ from vlm.retrieval.embed_rows import (
     Reading,
     embed_pictures,
     embed_texts,
-    require_contrastive,
 )
 
 CONFUSIONS = 20
@@ -108,7 +107,7 @@ class ZeroShotEvaluation(base.Evaluation[Settings]):
         self.classes = read_classes(self.settings.classes, self.source)
 
     def load(self, device: torch.device) -> ContrastiveModel:
-        model = require_contrastive(super().load(device), f"--model {self.settings.model}")
+        model = super().load(device)
         self.stands = self.classes and self._told_apart(model)
         return model
 

@@ -51,8 +51,9 @@ _PERIOD = re.compile(r"\.(?!\d)")
 
 @cache
 def _with_apostrophe() -> dict[str, str]:
-    """From each contraction without one of its apostrophes to the contraction."""
-    return {
+    """From each contraction without one of its apostrophes to the contraction; and one the other
+    way round, as the evaluation code has it."""
+    return {"somebody'd": "somebodyd"} | {
         word[:at] + word[at + 1 :]: word
         for word in CONTRACTIONS.split()
         for at, sign in enumerate(word)
@@ -68,7 +69,8 @@ def normalise(text: str) -> str:
     A sign is removed where it stands beside a space anywhere in the text, and every sign where
     there is a comma between digits; else it becomes a space.
     Source: Antol et al. 2015, and the evaluation of visualqa.org ("Evaluation": the processing of
-    answers), with the order and the exceptions of its code, vqaEval.py.
+    answers), with the order and the exceptions of its code, vqaEval.py (2017). That code compares
+    texts as they are where all references of a question are equal; here they are normalised too.
 
     >>> normalise("The two dogs, dont they?"), normalise("1,000.50"), normalise("T-shirt")
     ("2 dogs don't they", '1000.50', 't shirt')

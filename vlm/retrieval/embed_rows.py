@@ -67,17 +67,6 @@ class Pictures(NamedTuple):
     skipped: list[tuple[int, Skipped]]
 
 
-def require_contrastive(model: Any, where: str) -> ContrastiveModel:
-    """The model. Raises ValueError for one that does not embed pictures and texts, with `where` it
-    comes from and its family."""
-    if not isinstance(model, ContrastiveModel):
-        raise ValueError(
-            f"{where}: expected a contrastive model, with a tower for pictures and one for texts, "
-            f"found a {model.module.family} one"
-        )
-    return model
-
-
 def read_batches(
     source: Source,
     rows: Sequence[int],
