@@ -212,9 +212,8 @@ class CaptionEvaluation(base.Evaluation[Settings]):
         ):  # fmt: skip
             cells = []
             for metrics in columns.values():
-                low, high = metrics["exact_match_95"]
-                bounds = f" ({low:.3f} to {high:.3f})" if what == "exact_match" else ""
-                cells.append(f"{metrics[what]:.3f}{bounds}")
+                low, high = metrics[f"{what}_95"]
+                cells.append(f"{metrics[what]:.3f} ({low:.3f} to {high:.3f})")
             table.add_row(name, *cells)
         console.print(table)
         if result.get("baseline", {}).get("skipped"):
