@@ -1,5 +1,6 @@
 """Answers to questions about images: VQA accuracy, and ANLS for text read off documents.
 
+    vlm eval vqa runs/stage3 --data scenes:200:seed=77:task=question
     vlm eval vqa runs/stage3 --data vqa.jsonl
     vlm eval vqa runs/stage3 --data docvqa.jsonl --prompt "{question}\\nAnswer with a short phrase."
 
