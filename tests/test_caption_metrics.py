@@ -8,13 +8,14 @@ from pycocoevalcap.cider.cider import Cider
 
 from vlm.metrics.caption import (
     bleu_4,
+    bleu_4_interval,
     caption_figures,
     cider_d,
     exact_matches,
     normalise,
     tokens,
 )
-from vlm.metrics.share import wilson
+from vlm.metrics.share import bootstrap, wilson
 
 WORDS = ("a", "the", "cat", "dog", "on", "mat", "red", "runs", "sits", "with")
 
@@ -108,6 +109,26 @@ def test_order_of_pictures_changes_nothing():
     turned = pairs[13:] + pairs[:13]
     for name, figure in caption_figures(pairs).items():
         assert caption_figures(turned)[name] == pytest.approx(figure, rel=1e-12)
+
+
+def test_intervals_hold_the_corpus_figures():
+    figures = caption_figures(corpus(7))
+    for name in ("cider_d", "bleu_4"):
+        low, high = figures[f"{name}_95"]
+        assert low < figures[name] < high, name
+    alike = [("a cat sat on the red mat", ["the cat sat on the red mat today"])] * 5
+    assert bleu_4_interval(alike) == pytest.approx([bleu_4(alike)] * 2)
+    assert bleu_4_interval([("a cat", ["a cat"]), ("", ["x"])]) == (0.0, 0.0)
+
+
+def test_bootstrap_interval_of_a_mean_is_that_of_its_normal_distribution():
+    values = np.random.default_rng(1).normal(3.0, 2.0, 2000)
+    low, high = bootstrap(values[:, None], lambda sums: sums[:, 0] / len(values))
+    half = 1.96 * values.std() / len(values) ** 0.5
+    assert low == pytest.approx(values.mean() - half, abs=half / 8)
+    assert high == pytest.approx(values.mean() + half, abs=half / 8)
+    turned = bootstrap(values[::-1, None], lambda sums: sums[:, 0] / len(values))
+    assert turned == pytest.approx((low, high))
 
 
 def test_exact_match_compares_normalised_texts():

@@ -17,18 +17,12 @@ from torch import nn
 from vlm.data.example import ImageRef, caption_example
 from vlm.data.sources import ListSource
 from vlm.draw import draw_lines
+from vlm.evaluation import main, ocr_peers, ocr_reading
 from vlm.metrics.calibration import calibration
 from vlm.metrics.text import compare_texts
 from vlm.ocr.results import Line, Reading, Token, Transcript, Word
 
-PATH = Path(__file__).parents[1] / "eval/ocr.py"
-spec = importlib.util.spec_from_file_location("eval_ocr", PATH)
-sys.path.insert(0, str(PATH.parent))  # as for a script, whose neighbours it finds
-evaluation = importlib.util.module_from_spec(spec)
-sys.modules["eval_ocr"] = evaluation  # where its dataclasses look up their annotations
-spec.loader.exec_module(evaluation)
-import ocr_peers  # noqa: E402
-import ocr_reading  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 TRUTHS = ("Hello world", "one two three", "a", "Zebra 42", "the quick brown fox jumps", "no?")
 READS = ("Hello world", "one too three", "a", "Zebra 4z", "the quick brown fox jump", "no?")
@@ -96,7 +90,7 @@ def arguments(made, out, *more):
 
 
 def run(made, *more):
-    evaluation.main(arguments(made, made / "out", *more))
+    main("ocr", arguments(made, made / "out", *more))
     return json.loads((made / "out/result.json").read_text())
 
 
@@ -124,8 +118,8 @@ def test_figures_are_those_of_the_metrics(made, capsys):
     result = run(made)
     found = result["readers"]["fake"]
     compared = compare_texts(TRUTHS, READS)
-    assert found["figures"] == json.loads(json.dumps(compared.result(draws=50).figures()))
-    assert found["figures"]["exact_match"] == 0.5
+    assert result["metrics"]["fake"] == json.loads(json.dumps(compared.result(draws=50).figures()))
+    assert result["metrics"]["fake"]["exact_match"] == 0.5
     assert found["ece"]["lines"] == pytest.approx(calibration(SURE, compared.exact).error)
     assert found["ece"]["words"] > 0
     assert set(found["by"]) == {"length"}
@@ -146,7 +140,7 @@ def test_figures_are_those_of_the_metrics(made, capsys):
 
 def test_result_says_what_was_asked_and_how(made):
     result = run(made, "--normalise", "lower", "--rows", "3")
-    assert (result["rows"], result["lines"], result["repeats"]) == (3, 3, 1)
+    assert (result["rows"], result["lines"], result["options"]["repeats"]) == (3, 3, 1)
     assert result["data"] == ["rows.tsv"]
     assert result["normalisation"] == {
         "name": "lower", "meaning": "Unicode NFC, lower case, white space joined",
@@ -162,12 +156,13 @@ def test_two_processes_give_the_figures_of_one(made, monkeypatch, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\n"
-        f"sys.path[:0] = [{str(PATH.parents[1])!r}, {str(PATH.parent)!r}]\n"
-        "import vlm, ocr, ocr_reading\n"
+        f"sys.path[:0] = [{str(ROOT)!r}]\n"
+        "import vlm\n"
+        "from vlm.evaluation import main, ocr_reading\n"
         "from tests.test_eval_ocr import FakeReader\n"
         "ocr_reading.UNIT = 2\n"
         f"vlm.load = lambda name, **_: FakeReader({str(made / 'known.json')!r})\n"
-        "ocr.main()\n"
+        "main('ocr')\n"
     )
     monkeypatch.setattr(ocr_reading, "UNIT", 2)
     one = run(made, "--normalise", "none")
@@ -199,7 +194,7 @@ def test_lines_are_told_apart_by_font_where_the_source_says(made, monkeypatch):
     )
     source.font_of = lambda row: ("serif", "brush")[row % 2]
     source.hand_of = lambda row: row % 2 == 1
-    monkeypatch.setattr(evaluation, "open_source", lambda text, **_: source)
+    monkeypatch.setattr("vlm.evaluation.base.open_source", lambda text, **_: source)
     found = run(made)["readers"]["fake"]["by"]
     assert list(found["font"]) == ["brush", "serif"]
     assert list(found["kind"]) == ["handwriting", "printed"]
@@ -215,16 +210,19 @@ def test_peer_reads_the_same_lines_and_is_compared(made, monkeypatch, capsys):
     result = run(made, "--peer", "tesseract")
     peer = result["readers"]["tesseract"]
     assert list(result["readers"]) == ["fake", "tesseract"]
-    assert peer["figures"]["cer"] == compare_texts(TRUTHS, ["Hello"] * 6).result().cer.rate
+    assert (
+        result["metrics"]["tesseract"]["cer"]
+        == compare_texts(TRUTHS, ["Hello"] * 6).result().cer.rate
+    )
     assert (peer["speed"]["way"], list(peer["speed"]["ways"])) == ("one", ["one"])
     rate, low, high = result["cer_less_than"]["tesseract"]
     assert low <= rate <= high < 0
     assert rate == pytest.approx(
-        result["readers"]["fake"]["figures"]["cer"] - peer["figures"]["cer"]
+        result["metrics"]["fake"]["cer"] - result["metrics"]["tesseract"]["cer"]
     )
     assert "fake less tesseract" in capsys.readouterr().out
     alone = ["--data", str(made / "rows.tsv"), "--out", str(made / "peer"), "--repeats", "2"]
-    evaluation.main([*alone, "--peer", "tesseract", "--draws", "5"])
+    main("ocr", [*alone, "--peer", "tesseract", "--draws", "5"])
     result = json.loads((made / "peer/result.json").read_text())
     assert (result["model"], list(result["readers"])) == (None, ["tesseract"])
 
@@ -247,7 +245,7 @@ def test_pages_are_compared_as_whole_texts_with_their_breaks_as_spaces(made, mon
     (made / "pages.tsv").write_text(rows)
     result = run(made, "--data", str(made / "pages.tsv"), "--page")
     assert seen == {"layout": "page", "count": 2}
-    figures = result["readers"]["fake"]["figures"]
+    figures = result["metrics"]["fake"]
     assert (figures["exact_match"], figures["words"]) == (0.5, 4)
     assert figures["wer"] == 0.25
     assert not (made / "out/worst.png").exists()
@@ -261,8 +259,9 @@ def test_model_without_lines_is_asked_for_the_picture(made, monkeypatch):
         ocr=lambda pictures, batch_size: readings[: len(pictures)], module=nn.Linear(1, 1)
     )
     monkeypatch.setattr("vlm.load", lambda name, **_: model)
-    found = run(made)["readers"]["fake"]
-    assert found["figures"]["cer"] == compare_texts(TRUTHS, READS).result().cer.rate
+    result = run(made)
+    found = result["readers"]["fake"]
+    assert result["metrics"]["fake"]["cer"] == compare_texts(TRUTHS, READS).result().cer.rate
     sure = (0.81, *SURE[1:])
     expected = calibration(sure, compare_texts(TRUTHS, READS).exact).error
     assert found["ece"]["lines"] == pytest.approx(expected)
@@ -270,7 +269,7 @@ def test_model_without_lines_is_asked_for_the_picture(made, monkeypatch):
 
 def test_page_of_worst_lines_shows_them_worst_first(made, monkeypatch):
     drawn = []
-    monkeypatch.setattr(evaluation, "draw_lines", lambda *given: drawn.append(given))
+    monkeypatch.setattr("vlm.evaluation.ocr.draw_lines", lambda *given: drawn.append(given))
     run(made)
     pictures, truths, reads, path, notes = drawn[0]
     assert len(pictures) == 3
@@ -309,7 +308,7 @@ def test_rows_left_out_are_counted_and_named(made, capsys):
     with (made / "rows.tsv").open("a") as file:
         file.write("none.png\tx\n0.png\n")
     with pytest.raises(SystemExit):
-        evaluation.main(arguments(made, made / "out"))
+        main("ocr", arguments(made, made / "out"))
     assert "error: rows.tsv:8: image file 'none.png'" in capsys.readouterr().err
     result = run(made, "--bad-rows", "skip")
     assert (result["rows"], result["lines"], result["skipped"]) == (8, 6, 2)
@@ -318,22 +317,22 @@ def test_rows_left_out_are_counted_and_named(made, capsys):
 
 def test_bad_arguments_are_one_line(made, monkeypatch, capsys):
     for more, message in (
-        (["--data", "nothing"], "nothing: expected a source"),
-        (["--repeats", "0"], "--repeats: expected 1 or more, found 0"),
-        (["--rows", "0"], "--rows: expected 1 or more, found 0"),
+        (["--data", "nothing"], "--data nothing: expected a source"),
+        (["--repeats", "0"], "--repeats must be at least 1, found 0"),
+        (["--rows", "0"], "--rows must be at least 1, found 0"),
     ):
         with pytest.raises(SystemExit):
-            evaluation.main([*arguments(made, made / "out"), *more])
+            main("ocr", [*arguments(made, made / "out"), *more])
         found = capsys.readouterr().err
         assert message in found
         assert "Traceback" not in found
     with pytest.raises(SystemExit):
-        evaluation.main(["--data", str(made / "rows.tsv"), "--out", str(made / "out")])
+        main("ocr", ["--data", str(made / "rows.tsv"), "--out", str(made / "out")])
     assert "expected --model, or --peer, or both, found neither" in capsys.readouterr().err
     other = SimpleNamespace(module=SimpleNamespace(family="contrastive"))
     monkeypatch.setattr("vlm.load", lambda name, **_: other)
     with pytest.raises(SystemExit):
-        evaluation.main(arguments(made, made / "out"))
+        main("ocr", arguments(made, made / "out"))
     assert "expected a model that reads text, found a contrastive one" in capsys.readouterr().err
 
 
@@ -403,7 +402,7 @@ def test_missing_peers_say_how_to_get_them(made, program, monkeypatch, capsys):
         ("rapidocr", "no rapidocr and no onnxruntime; pip install rapidocr onnxruntime"),
     ):
         with pytest.raises(SystemExit):
-            evaluation.main(arguments(made, made / "out", "--peer", name))
+            main("ocr", arguments(made, made / "out", "--peer", name))
         assert message in capsys.readouterr().err
 
 

@@ -1,7 +1,6 @@
 """Phrases to boxes: reading answers, encoding each picture once, drawing, the command and the
 evaluation."""
 
-import importlib.util
 import json
 import math
 import os
@@ -23,6 +22,8 @@ from vlm.data.example import Box, Example, Turn
 from vlm.data.grounding import ground
 from vlm.data.sources import open_source
 from vlm.draw import draw_boxes, draw_page
+from vlm.evaluation import base
+from vlm.evaluation.grounding import GroundingEvaluation, Settings
 from vlm.families.decoder_only.ground import NO_AREA, NO_BOX, NOT_FOURS, find, read_answer
 from vlm.families.decoder_only.layout import add_loc_tokens
 from vlm.families.decoder_only.model import DecoderOnlyModel
@@ -338,15 +339,11 @@ def saved_model(folder):
     parts.save(folder)
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """eval/grounding.py as a module; what it sets for its process is put back."""
+@pytest.fixture(autouse=True)
+def as_before():
+    """What an evaluation sets for its process is put back."""
     threads = torch.get_num_threads()
-    spec = importlib.util.spec_from_file_location("grounding", ROOT / "eval/grounding.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "grounding", module)
-    spec.loader.exec_module(module)
-    yield module
+    yield
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.set_num_threads(threads)
 
@@ -370,24 +367,24 @@ def knows(made, source, noise=0.0):
     return answers
 
 
-def evaluate(script, monkeypatch, tmp_path, data, answers=None, **settings):
+def evaluate(monkeypatch, tmp_path, data, answers=None, **settings):
     made = model(bins=1024, size_hw=(64, 64))
     monkeypatch.setattr(vlm, "load", lambda *_, **__: made, raising=False)
     if answers is not None:
         monkeypatch.setattr("vlm.families.decoder_only.ground._answers", answers(made))
-    return script.run(
-        script.Settings(model="tiny", data=data, out=tmp_path / "out", pictures=2, **settings)
-    )
+    return run(Settings(model="tiny", data=data, out=tmp_path / "out", pictures=2, **settings))
 
 
-def test_evaluation_of_a_model_that_knows_is_perfect(script, monkeypatch, tmp_path, capsys):
+def run(settings):
+    return base.run(GroundingEvaluation(settings))
+
+
+def test_evaluation_of_a_model_that_knows_is_perfect(monkeypatch, tmp_path, capsys):
     """Boxes through tokens and back, pictures of many sizes; 11 rows in batches of 4."""
     data = "scenes:11:seed=77:size=mixed"
     source = open_source(data)
-    result = evaluate(
-        script, monkeypatch, tmp_path, data, lambda made: knows(made, source), batch_size=4
-    )
-    figures = result["figures"]
+    result = evaluate(monkeypatch, tmp_path, data, lambda made: knows(made, source), batch_size=4)
+    figures = result["metrics"]
     assert figures["accuracy"]["share"] == 1.0
     assert figures["AP"] == pytest.approx(1.0)
     assert figures["pictures"] == 11
@@ -396,18 +393,17 @@ def test_evaluation_of_a_model_that_knows_is_perfect(script, monkeypatch, tmp_pa
     assert "phrases found, IoU ≥ 0.5" in capsys.readouterr().out
     out = tmp_path / "out"
     assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(result))
-    for key in ("model", "data", "prompt", "preprocessing", "versions", "seed", "loc"):
+    assert (result["task"], result["options"]["seed"]) == ("grounding", 0)
+    for key in ("model", "data", "prompt", "preprocessing", "versions", "loc"):
         assert result[key] is not None
     assert len((out / "predictions.jsonl").read_text().splitlines()) == 11
     assert Image.open(out / "pictures.png").format == "PNG"
-    far = evaluate(
-        script, monkeypatch, tmp_path, data, lambda made: knows(made, source, noise=-60.0)
-    )
-    assert far["figures"]["accuracy"]["share"] < 0.2
-    assert far["figures"]["AP"] < 0.2
+    far = evaluate(monkeypatch, tmp_path, data, lambda made: knows(made, source, noise=-60.0))
+    assert far["metrics"]["accuracy"]["share"] < 0.2
+    assert far["metrics"]["AP"] < 0.2
 
 
-def test_evaluation_of_a_coco_file_asks_for_all_labels_when_told(script, monkeypatch, tmp_path):
+def test_evaluation_of_a_coco_file_asks_for_all_labels_when_told(monkeypatch, tmp_path):
     for name in ("a", "b"):
         tiny.picture(0, (30, 40)).save(tmp_path / f"{name}.png")
     image = {"height": 30, "width": 40}
@@ -424,21 +420,21 @@ def test_evaluation_of_a_coco_file_asks_for_all_labels_when_told(script, monkeyp
     (tmp_path / "boxes.json").write_text(json.dumps(values))
     data = f"coco:{tmp_path / 'boxes.json'}"
     options = {"max_new_tokens": 8, "constrained": True}
-    present = evaluate(script, monkeypatch, tmp_path, data, **options)["figures"]
+    present = evaluate(monkeypatch, tmp_path, data, **options)["metrics"]
     assert (present["phrases_asked"], present["phrases_present"]) == (2, 2)
-    every = evaluate(script, monkeypatch, tmp_path, data, ask="all", **options)["figures"]
+    every = evaluate(monkeypatch, tmp_path, data, ask="all", **options)["metrics"]
     assert (every["phrases_asked"], every["phrases_present"], every["crowds"]) == (6, 2, 1)
     with pytest.raises(ValueError, match="--ask all: expected a COCO file"):
-        evaluate(script, monkeypatch, tmp_path, "scenes:2", ask="all")
+        evaluate(monkeypatch, tmp_path, "scenes:2", ask="all")
 
 
-def test_evaluation_names_what_cannot_be(script, monkeypatch, tmp_path):
+def test_evaluation_names_what_cannot_be(monkeypatch, tmp_path):
     for data, settings, message in (
         ("sample:val", {}, "expected boxes to find, found none"),
         ("scenes:3", {"rows": 4}, "--rows: expected 1 to 3, found 4"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate(script, monkeypatch, tmp_path, data, **settings)
+            evaluate(monkeypatch, tmp_path, data, **settings)
     monkeypatch.setattr(vlm, "load", lambda *_, **__: pytest.fail("the model was opened"))
     for settings, message in (
         ({"rows": 0}, "--rows must be at least 1, found 0"),
@@ -447,21 +443,19 @@ def test_evaluation_names_what_cannot_be(script, monkeypatch, tmp_path):
         ({"rows": 4}, "--rows: expected 1 to 3, found 4"),
     ):
         with pytest.raises(ValueError, match=message):
-            script.run(
-                script.Settings(model="x", data="scenes:3", out=tmp_path / "out", **settings)
-            )
+            run(Settings(model="x", data="scenes:3", out=tmp_path / "out", **settings))
     with pytest.raises(ValueError, match="--out: name a folder for the result"):
-        script.run(script.Settings(model="none/none", data="scenes:3"))
+        run(Settings(model="none/none", data="scenes:3"))
 
 
-def test_two_processes_give_the_figures_of_one(script, tmp_path):
+def test_two_processes_give_the_figures_of_one(tmp_path):
     """T19: seven batches of rows on two ranks, the last one short; nothing twice, nothing lost."""
     saved_model(tmp_path / "run/model")
-    settings = script.Settings(
+    settings = Settings(
         model=str(tmp_path / "run"), data="scenes:20:seed=3:size=mixed", rows=13, seed=5,
         batch_size=2, max_new_tokens=8, constrained=True, pictures=0,
     )  # fmt: skip
-    one = script.run(settings)
+    one = run(settings)
     out = tmp_path / "run/grounding"
     lines = (out / "predictions.jsonl").read_text()
     command = [
@@ -478,7 +472,7 @@ def test_two_processes_give_the_figures_of_one(script, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     two = json.loads((out / "result.json").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
-    assert two["figures"] == json.loads(json.dumps(one["figures"]))
+    assert two["metrics"] == json.loads(json.dumps(one["metrics"]))
     before, after = (
         [json.loads(line) for line in text.splitlines()]
         for text in (lines, (out / "predictions.jsonl").read_text())

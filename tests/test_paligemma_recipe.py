@@ -1,8 +1,6 @@
 """Transfer to one task, from COCO's JSON to mAP: settings, rows, a few steps, the evaluation."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,8 @@ from vlm.data.sources import BadSource, CocoSource, ListSource, open_source
 from vlm.data.sources.transfer import Detect, Prompted, detection
 from vlm.data.write_coco import main as write_coco_main
 from vlm.data.write_coco import write_coco
+from vlm.evaluation import base
+from vlm.evaluation.grounding import GroundingEvaluation, Settings
 from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.pixels import open_image
 from vlm.training.runs import decoder_only as recipe
@@ -168,16 +168,11 @@ def test_new_model_learns_detection_and_is_evaluated(coco, tmp_path):
     assert model.processor.loc.bins == 16
     assert model.ground_prompt == "detect {phrase}"
     assert model.caption_prompt == "caption en"
-    spec = importlib.util.spec_from_file_location("grounding", ROOT / "eval/grounding.py")
-    grounding = importlib.util.module_from_spec(spec)
-    sys.modules["grounding"] = grounding
-    spec.loader.exec_module(grounding)
-    result = grounding.run(
-        grounding.Settings(model=str(tmp_path / "run"), data=coco, max_new_tokens=6, pictures=2)
-    )
+    settings = Settings(model=str(tmp_path / "run"), data=coco, max_new_tokens=6, pictures=2)
+    result = base.run(GroundingEvaluation(settings))
     assert result["prompt"] == "detect {phrase}"
-    assert 0 <= result["figures"]["AP"] <= 1
-    assert result["figures"]["pictures"] == 6
+    assert 0 <= result["metrics"]["AP"] <= 1
+    assert result["metrics"]["pictures"] == 6
     assert (tmp_path / "run/grounding/pictures.png").is_file()
 
 

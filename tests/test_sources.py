@@ -136,7 +136,7 @@ def test_boxes_are_read_with_their_image(folder):
     ("row", "found"),
     [
         ([1], "expected an object of keys and values, found list"),
-        ({"image": "a.png"}, r"conversations, messages, caption, text, found \['image'\]"),
+        ({"image": "a.png"}, r"messages, caption, text, question, found \['image'\]"),
         ({"image": "a.png", "caption": ""}, "expected a caption, found an empty text"),
         ({"image": "a.png", "caption": ["a", "b"]}, "expected caption to be text, found list"),
         ({"image": ["a.png", "b.png"], "caption": "c"}, "one image for the caption, found 2"),

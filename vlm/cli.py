@@ -15,6 +15,7 @@ from vlm import assets
 from vlm.commands.check_data import CheckData
 from vlm.commands.decoding import Answer, Caption, Chat, Ground
 from vlm.commands.embedding import Classify, Embed, MakeIndex, Retrieve
+from vlm.commands.evaluation import Evaluate
 from vlm.commands.export import Export
 from vlm.commands.launch import Launch
 from vlm.commands.ocr import Ocr
@@ -119,6 +120,7 @@ Command = (
     | Annotated[Embed, tyro.conf.subcommand("embed")]
     | Annotated[MakeIndex, tyro.conf.subcommand("index")]
     | Annotated[Retrieve, tyro.conf.subcommand("retrieve")]
+    | Annotated[Evaluate, tyro.conf.subcommand("eval")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[CheckData, tyro.conf.subcommand("check-data")]
     | Annotated[InspectBatch, tyro.conf.subcommand("inspect-batch")]
@@ -144,6 +146,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if arguments[:1] == ["launch"]:  # all behind it is accelerate's and the recipe's
             Launch().run(arguments[1:])
+        elif arguments[:1] == ["eval"]:  # a task's options are its own
+            Evaluate().run(arguments[1:])
         elif arguments[:1] in (["inspect-batch"], ["plan"]):  # a recipe's settings come with theirs
             if {"-h", "--help"} & set(arguments) and Path(arguments[1]).is_file():
                 recipe_help(arguments[0], Path(arguments[1]))

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm.commands.model import WRITING, UsesModel, open_model, require_least
+from vlm.commands.model import WRITING, UsesModel, open_model
+from vlm.config import require_least
 
 if TYPE_CHECKING:
     from vlm.families.decoder_only.model import DecoderOnlyModel

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlm.commands.model import UsesModel, open_model, require_least
+from vlm.commands.model import UsesModel, open_model
+from vlm.config import require_least
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

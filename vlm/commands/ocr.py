@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TextIO
 
 import tyro
 
-from vlm.commands.model import require_least
+from vlm.config import require_least
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from vlm.commands.model import require_least
+from vlm.config import require_least
 
 if TYPE_CHECKING:
     from vlm.training.memory.estimate import Estimate

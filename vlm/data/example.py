@@ -102,12 +102,15 @@ class Example:
         one turn of role "text": a document without images, all of which is learned.
     images: in the order of their places in the turns, all turns counted through.
     boxes: what is drawn where, for grounding; may be empty.
+    references: all right answers to the last question, for evaluation; empty where the row has
+        none beside the answer itself.
     """
 
     name: str
     turns: tuple[Turn, ...]
     images: tuple[ImageRef, ...] = ()
     boxes: tuple[Box, ...] = ()
+    references: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         slots = sum(turn.slots for turn in self.turns)

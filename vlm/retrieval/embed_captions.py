@@ -24,14 +24,13 @@ from vlm.data.sources.base import Source
 from vlm.families.contrastive.model import ContrastiveModel
 from vlm.families.contrastive.processor import PairProcessor
 from vlm.families.decoder_only.generate import evaluating
+from vlm.ranks import gather_list, reduce_sum
 from vlm.retrieval.embed_rows import (
     Reading,
     embed_pictures,
     embed_texts,
-    from_all,
     only_picture,
     read_batches,
-    sum_of_all,
 )
 
 
@@ -164,21 +163,21 @@ def _embed_captions(
                 vectors.append(embedded)
                 cut.append((sum(map(bool, gone)), sum(gone)))
     mine = {place for place, _, _ in found}
-    found = sorted(from_all(accelerator, found))
+    found = sorted(gather_list(accelerator, found))
     counts = torch.tensor([count for _, _, count in found], dtype=torch.long)
     place = torch.tensor([p for p, _, _ in found], dtype=torch.long).repeat_interleave(counts)
     all_vectors = torch.zeros(len(place), model.module.dim, device=model.device)
     if vectors:
         here = torch.tensor([p in mine for p, _, _ in found]).repeat_interleave(counts)
         all_vectors[here.to(model.device)] = torch.cat(vectors)
-    cut = from_all(accelerator, cut)
+    cut = gather_list(accelerator, cut)
     return _Captions(
-        vectors=sum_of_all(accelerator, all_vectors),
+        vectors=reduce_sum(accelerator, all_vectors),
         place=place,
         picture={place: picture for place, picture, _ in found},
         cut=sum(texts for texts, _ in cut),
         cut_tokens=sum(tokens for _, tokens in cut),
-        skipped=sorted(from_all(accelerator, skipped)),
+        skipped=sorted(gather_list(accelerator, skipped)),
     )
 
 

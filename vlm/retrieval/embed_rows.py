@@ -1,8 +1,7 @@
 """The rows of a source as vectors: streamed, and shared among processes.
 
-Batches are runs of rows, dealt to processes in turn, so that what a batch holds, and with it every
-vector, is the same on any number of processes, divisible or not. A process that gets none
-takes part all the same. Of a picture or a text only its vector is kept.
+Batches are shared as `vlm.ranks` says; a process that gets none takes part all the same. Of a
+picture or a text only its vector is kept.
 
 Shapes: N row, U shared embedding width, n text.
 """
@@ -16,7 +15,6 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -29,6 +27,7 @@ from vlm.families.contrastive.processor import PairProcessor
 from vlm.families.decoder_only.generate import evaluating
 from vlm.image_tokens import ViewGroup, group_views
 from vlm.pixels import BadImage
+from vlm.ranks import gather_in_order, reduce_sum, share
 
 T = TypeVar("T")
 
@@ -68,17 +67,6 @@ class Pictures(NamedTuple):
     skipped: list[tuple[int, Skipped]]
 
 
-def require_contrastive(model: Any, where: str) -> ContrastiveModel:
-    """The model. Raises ValueError for one that does not embed pictures and texts, with `where` it
-    comes from and its family."""
-    if not isinstance(model, ContrastiveModel):
-        raise ValueError(
-            f"{where}: expected a contrastive model, with a tower for pictures and one for texts, "
-            f"found a {model.module.family} one"
-        )
-    return model
-
-
 def read_batches(
     source: Source,
     rows: Sequence[int],
@@ -96,8 +84,7 @@ def read_batches(
     Raises BadRow for the first row that will not do, unless `reading` says to skip it.
     """
     ranks, rank = accelerator.num_processes, accelerator.process_index
-    batches = [range(i, min(i + reading.batch, len(rows))) for i in
-               range(rank * reading.batch, len(rows), ranks * reading.batch)]  # fmt: skip
+    batches = list(share(len(rows), reading.batch, rank, ranks))
     loader = DataLoader(
         _Rows(source, rows, read),
         batch_sampler=batches,
@@ -142,14 +129,14 @@ def embed_pictures(
                 require_directions(embedded, names)
                 vectors[batch.places] = embedded
                 found += zip(batch.places, kept)
-    found = sorted(from_all(accelerator, found), key=lambda item: item[0])
+    found = gather_in_order(accelerator, found)
     kept = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
     kept[[place for place, _ in found]] = True
     return Pictures(
-        sum_of_all(accelerator, vectors),
+        reduce_sum(accelerator, vectors),
         kept,
         [value for _, value in found],
-        sorted(from_all(accelerator, skipped), key=lambda item: item[0]),
+        gather_in_order(accelerator, skipped),
     )
 
 
@@ -173,16 +160,6 @@ def only_picture(example: Example):
     if len(example.images) != 1:
         raise BadRow(f"{example.name}: expected one picture, found {len(example.images)}")
     return example.images[0]
-
-
-def from_all(accelerator: Accelerator, items: list) -> list:
-    """The items of all processes, on every process, rank by rank."""
-    return gather_object(items) if accelerator.num_processes > 1 else items
-
-
-def sum_of_all(accelerator: Accelerator, tensor: Tensor) -> Tensor:
-    """The sum over processes, on every process."""
-    return accelerator.reduce(tensor, "sum") if accelerator.num_processes > 1 else tensor
 
 
 class _Rows(Dataset):

@@ -26,6 +26,7 @@ from vlm.data.example import BadRow, BadSource, Example, ImageRef, caption_examp
 from vlm.data.sources.base import FIRST, Fault, Source, read_bytes
 from vlm.data.sources.json_rows import load_json
 from vlm.data.sources.keys import MEDIA_EXTENSIONS, UnreadKey, UnreadKeys
+from vlm.data.sources.questions import QUESTION_KEY
 from vlm.data.sources.row import CAPTION_KEYS, TALK_KEYS, RowFormat, example_from_row
 from vlm.data.sources.tar import walk_members
 
@@ -125,7 +126,7 @@ class ShardSource(Source):
 
     def _lacks_caption(self, values: object) -> bool:
         keys = (self._form.caption,) if self._form.caption else CAPTION_KEYS
-        keys += () if self._form.caption else TALK_KEYS
+        keys += () if self._form.caption else (*TALK_KEYS, QUESTION_KEY)
         return isinstance(values, dict) and all(values.get(key) is None for key in keys)
 
     def _part(self, row: int, places: np.ndarray, name: str) -> bytes | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vlm.data.example import BadRow, BadSource, Example, ImageRef
 from vlm.data.sources.base import FolderImages, Source
 from vlm.data.sources.keys import HARMLESS, ROW_MEANING, UnreadKeys
+from vlm.data.sources.questions import ANSWERS_KEY, QUESTION_KEY
 from vlm.data.sources.row import (
     CAPTION_KEYS,
     EXTRA_KEYS,
@@ -55,7 +56,7 @@ class TableSource(Source):
         for wanted in (form.image, form.caption):
             if wanted is not None and wanted not in columns:
                 raise BadSource(f"{name}: expected column {wanted!r}, found {sorted(columns)}")
-        texts = (*TALK_KEYS, *CAPTION_KEYS)
+        texts = (*TALK_KEYS, *CAPTION_KEYS, QUESTION_KEY)
         if form.caption is None and not columns.intersection(texts):
             if LABEL_KEY not in columns or not hasattr(table.features[LABEL_KEY], "names"):
                 raise BadSource(
@@ -65,7 +66,7 @@ class TableSource(Source):
             form = dataclasses.replace(form, caption=LABEL_KEY)
         self._form = form
         images = IMAGE_KEYS if form.image is None else (form.image,)
-        captions = texts if form.caption is None else (form.caption,)
+        captions = (*texts, ANSWERS_KEY) if form.caption is None else (form.caption,)
         known = (*images, *captions, *EXTRA_KEYS, *ROW_MEANING, LABEL_KEY)
         read = [key for key in dict.fromkeys(known) if key in columns]
         self.unread = UnreadKeys(form.ignore)

@@ -107,6 +107,10 @@ class DecoderOnlyModel(Model):
         rows = (self.processor.encode_prompt(example.question()) for example in examples)
         return [g.text for g in self._generate(rows, len(examples), batch_size, **options)]
 
+    def write_after(self, rows: Sequence[Row], batch_size: int = 16, **options) -> list[Generation]:
+        """What the model writes after rows that `processor.encode_prompt` made; none for none."""
+        return self._generate(rows, len(rows), batch_size, **options)
+
     def generate(
         self, images: Sequence, prompts: Sequence[str], batch_size: int = 16, **options
     ) -> list[Generation]:

@@ -1,7 +1,6 @@
-"""Lines as several readers read them, with the time that each takes; for eval/ocr.py.
+"""Lines as several readers read them, with the time that each takes.
 
-Rows are dealt to processes in runs of UNIT, and each reader is given a run at once, so that what a
-batch holds, and with it every text, is the same on any number of processes.
+Rows are shared among processes in batches of UNIT, and each reader is given one at once.
 """
 
 from __future__ import annotations
@@ -9,25 +8,25 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from ocr_peers import Reader, Said
 from PIL import Image
-from tqdm import tqdm
 
 from vlm.config import to_dict
 from vlm.data.example import BadRow, Skipped
 from vlm.data.sources.base import Source
+from vlm.evaluation.ocr_peers import Reader, Said
 from vlm.ocr.results import Reading, Transcript, words_of
 from vlm.pixels import BadImage, open_image
-from vlm.retrieval.embed_rows import from_all, only_picture
+from vlm.ranks import batches_of_rank, gather_in_order, gather_list
+from vlm.retrieval.embed_rows import only_picture
 
 UNIT = 128
-"""Lines that are read, and dealt to a process, at once."""
+"""Lines that are read at once."""
 WARM_UP = 8
 """Lines that each reader reads before it is timed."""
 
@@ -141,7 +140,7 @@ def read_all(
     bad_rows: str,
     repeats: int,
 ) -> tuple[list[Seen], list[Skipped], dict[str, dict[str, Any]]]:
-    """All lines as read by all readers, on every process; rows left out; and each reader's speed.
+    """All lines as read by all readers, on every process; rows skipped; and each reader's speed.
 
     rows: the number of a source, and of a row in it. page: whether \\n in a text ends a line.
     bad_rows: "raise" for the first row that cannot be read, or "skip". repeats: how often each
@@ -151,7 +150,7 @@ def read_all(
     skipped: list[tuple[int, Skipped]] = []
     clock = {reader.name: {way: Timing() for way in reader.ways} for reader in readers}
     warm = False
-    for unit in _units(len(rows), accelerator):
+    for unit in batches_of_rank(accelerator, len(rows), UNIT, "reading"):
         found, pictures = [], []
         for place in unit:
             data, row = rows[place]
@@ -176,9 +175,9 @@ def read_all(
                 line.said[reader.name] = said
         warm = True
         seen += found
-    everyone = sorted(from_all(accelerator, seen), key=lambda item: item[0])
-    left_out = sorted(from_all(accelerator, skipped), key=lambda item: item[0])
-    clocks = from_all(accelerator, [clock])
+    everyone = gather_in_order(accelerator, seen)
+    left_out = gather_in_order(accelerator, skipped)
+    clocks = gather_list(accelerator, [clock])
     speeds = _slowest(clocks, readers) if everyone else {}
     return [s for _, s in everyone], [s for _, s in left_out], speeds
 
@@ -226,12 +225,3 @@ def _slowest(
         best = max(ways, key=lambda way: ways[way]["lines_per_second"])
         speeds[reader.name] = {"way": best, **ways[best], "ways": ways}
     return speeds
-
-
-def _units(count: int, accelerator: Accelerator) -> Iterator[range]:
-    """This process's share of the runs of places, dealt in turn, with a bar on the first."""
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    with tqdm(total=count, desc="reading", disable=rank > 0, leave=False) as bar:
-        for start_at in range(rank * UNIT, count, ranks * UNIT):
-            yield range(start_at, min(start_at + UNIT, count))
-            bar.update(min(ranks * UNIT, count - bar.n))

@@ -1,4 +1,4 @@
-"""Other projects' readers, for eval/ocr.py: tesseract and rapidocr. Neither is needed otherwise.
+"""Other projects' readers, to compare with: tesseract and rapidocr. Neither is needed otherwise.
 
 A reader has a `name`, says `about` itself what a result depends on, and reads in one or several
 `ways`, which differ in speed alone. `prepare` brings decoded pictures into the form that it takes,
