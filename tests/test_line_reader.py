@@ -148,6 +148,17 @@ def test_lines_come_back_in_their_order_whatever_their_widths():
     assert together == [reader.read_lines([picture])[0].text for picture in pictures]
 
 
+def test_readings_are_yielded_before_the_next_image_is_taken(monkeypatch):
+    monkeypatch.setattr("vlm.ocr.pages.WINDOW", 1)
+    reader, images, taken = parts(), [line(seed=seed) for seed in range(3)], []
+    given = (taken.append(image) or image for image in images)
+    stream = reader.ocr(given, layout="line", batch_size=1, stream=True)
+    assert taken == []
+    read = [(len(taken), reading) for reading in stream]
+    assert [count for count, _ in read] == [1, 2, 3]
+    assert [reading for _, reading in read] == reader.ocr(images, layout="line")
+
+
 def test_long_lines_are_read_fewer_at_a_time(monkeypatch):
     pictures = [line(seed=i, width=w).images[0] for i, w in enumerate((300, 90, 300, 90, 300))]
     reader, sizes = parts(), []

@@ -229,6 +229,22 @@ def test_composed_prefix_model_returns_from_its_folder(tmp_path, kind):
         vlm.build(vision=vision, text=text, adaptor="mlp", mask="none")
 
 
+def test_readings_are_yielded_before_the_next_batch_is_opened():
+    module = prefix_decoder()
+    made = processor(module)
+    model = PrefixDecoderModel(module=module, processor=made, stop_ids=(made.end_id,))
+    images, taken = [tiny.picture(seed) for seed in range(5)], []
+    given = (taken.append(image) or image for image in images)
+    stream = model.ocr(given, batch_size=2, prompt="ocr", max_new_tokens=3, stream=True)
+    assert taken == []
+    read = [(len(taken), reading) for reading in stream]
+    assert [count for count, _ in read] == [2, 2, 4, 4, 5]
+    listed = model.ocr(images, batch_size=2, prompt="ocr", max_new_tokens=3)
+    assert [reading for _, reading in read] == listed
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, found 0"):
+        model.ocr(images, prompt="ocr", max_new_tokens=0, stream=True)
+
+
 def test_model_without_a_prompt_for_reading_says_so():
     module = prefix_decoder()
     made = processor(module)

@@ -14,6 +14,7 @@ from vlm.families.decoder_only.generate import Generation
 from vlm.families.encoder_decoder.model import EncoderDecoderModel
 from vlm.metrics.calibration import Temperatures
 from vlm.ocr import tagged_text
+from vlm.pixels import BadImage
 from vlm.systems import donut
 
 PICTURES = [tiny.picture(i, (12, 71)) for i in range(8)]
@@ -85,7 +86,7 @@ def test_options_that_reading_does_not_have_are_named(lines):
     with pytest.raises(ValueError, match="prompt: expected None, as this model reads lines"):
         model.ocr(PICTURES[:1], prompt="<s>")
     reader = test_line_reader.parts()
-    with pytest.raises(ValueError, match=r"min_confidence\), found max_new_tokens"):
+    with pytest.raises(ValueError, match=r"min_confidence, stream\), found max_new_tokens"):
         reader.ocr(PICTURES[:1], max_new_tokens=3)
 
 
@@ -132,6 +133,30 @@ def test_a_page_model_is_shown_the_page_and_answers_with_values(pages, monkeypat
         (unsure,) = model.ocr(PICTURES[:1], min_confidence=0.6)
     assert unsure.text == "pie\nyes"
     assert unsure.values == first.values
+
+
+def test_readings_of_pages_are_yielded_before_the_next_batch_is_opened(pages, monkeypatch):
+    model, taken = load(pages), []
+    says(model, CORD, monkeypatch)
+    images = (taken.append(number) or picture for number, picture in enumerate(PICTURES[:5]))
+    stream = model.ocr(images, batch_size=2, stream=True)
+    assert taken == []
+    assert [(len(taken), reading.text) for reading in stream] == [
+        (count, "green tea\npie\nyes") for count in (2, 2, 4, 4, 5)
+    ]
+
+
+def test_pages_before_a_damaged_one_are_read(pages, tmp_path, monkeypatch):
+    model = load(pages)
+    says(model, CORD, monkeypatch)
+    (tmp_path / "bad.png").write_text("no image")
+    images = [PICTURES[0], tmp_path / "bad.png", PICTURES[1]]
+    with pytest.raises(BadImage, match=r"bad\.png"):  # before anything is read
+        model.ocr(images, stream=True)
+    stream = model.ocr(iter(images), stream=True)
+    assert next(stream).values["sum"] == "yes"
+    with pytest.raises(BadImage, match=r"bad\.png"):
+        next(stream)
 
 
 def test_a_page_model_reads_by_its_own_weights(pages):
