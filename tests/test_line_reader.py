@@ -150,13 +150,13 @@ def test_lines_come_back_in_their_order_whatever_their_widths():
 
 def test_readings_are_yielded_before_the_next_image_is_taken(monkeypatch):
     monkeypatch.setattr("vlm.ocr.pages.WINDOW", 1)
-    reader, images, taken = parts(), [line(seed=seed) for seed in range(3)], []
+    reader, images, taken = parts(), [line(seed=n).images[0] for n in range(3)], []
     given = (taken.append(image) or image for image in images)
     stream = reader.ocr(given, layout="line", batch_size=1, stream=True)
     assert taken == []
     read = [(len(taken), reading) for reading in stream]
     assert [count for count, _ in read] == [1, 2, 3]
-    assert [reading for _, reading in read] == reader.ocr(images, layout="line")
+    assert [reading for _, reading in read] == reader.ocr(images, "line", batch_size=1)
 
 
 def test_long_lines_are_read_fewer_at_a_time(monkeypatch):

@@ -73,7 +73,7 @@ def test_temperatures_are_kept_in_our_own_layout_alone(lines, tmp_path):
     assert {path.name for path in (tmp_path / "reference").iterdir()} == names
     for path in (tmp_path / "reference").glob("*.json"):
         assert json.loads(path.read_text()) == json.loads((lines / path.name).read_text())
-    assert load(tmp_path / "reference").parts.temperatures == Temperatures()
+    assert load(tmp_path / "reference").temperatures == Temperatures()
 
 
 def test_options_that_reading_does_not_have_are_named(lines):

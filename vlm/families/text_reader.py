@@ -17,7 +17,6 @@ from vlm.families.decoder_only.generate import evaluating
 from vlm.families.line_reader.batch import LineRow, by_width
 from vlm.image_tokens import pixel_hw
 from vlm.metrics.calibration import UNFITTED, Temperatures, fit_scaling
-from vlm.metrics.text import normalise, pieces_right
 from vlm.ocr.results import Reading, Transcript
 
 WINDOW = 16
@@ -108,6 +107,8 @@ class TextReader(Model):
         or all tokens, are right (or all wrong), theirs stay as they were.
         Raises ValueError where there are more of one than of the other.
         """
+        from vlm.metrics.text import normalise, pieces_right  # of the extra ocr
+
         if len(pictures) != len(truths):
             raise ValueError(
                 f"expected a truth for each picture, found {len(pictures)} pictures and "
