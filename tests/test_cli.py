@@ -462,7 +462,10 @@ def test_model_of_another_family_is_named(opened, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(vlm, "load", lambda *_, **__: public())
     with pytest.raises(SystemExit):
         cli.main(["caption", files[0], *given])
-    assert "a contrastive model does not support text generation; expected a model" in capsys.readouterr().err
+    assert (
+        "a contrastive model does not support text generation; expected a model"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("bias", [None, -1.0])

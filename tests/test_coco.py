@@ -251,6 +251,7 @@ def test_file_of_bad_boxes_alone_says_why_it_has_no_row(write):
         CocoSource(write(values), bad_boxes="skip")
 
 
+@pytest.mark.slow
 def test_file_with_a_bad_box_opens_as_fast_as_one_without(tmp_path):
     """A file of some 20 MB: what is wrong is found by arithmetic on all boxes at once."""
     images = [{"id": i, "file_name": f"{i}.jpg", "height": 480, "width": 640} for i in range(5000)]

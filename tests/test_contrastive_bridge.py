@@ -14,6 +14,8 @@ from vlm.training.runs import decoder_only as recipe
 from vlm.training.runs.contrastive import Settings
 from vlm.weights import same_bits
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):

@@ -28,6 +28,8 @@ from vlm.data.example import BadRow
 from vlm.pixels import BadImage
 from vlm.training.runs.contrastive import Settings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("settings", "message"),

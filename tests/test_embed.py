@@ -191,6 +191,7 @@ def test_tasks_of_other_families_are_named(clip):
         _ = clip.captions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image", IMAGES)
 @pytest.mark.parametrize("bias", [None, -10.0])
 def test_composed_model_is_saved_and_loaded_whole(tmp_path, image, bias):
@@ -219,6 +220,7 @@ def test_text_towers_are_saved_and_loaded_whole(tmp_path, text):
     )
 
 
+@pytest.mark.slow
 def test_lora_is_saved_merged_or_as_layers(tmp_path):
     given = public()
     add_lora(given.module, {"text": Lora(rank=2)})

@@ -63,6 +63,7 @@ def figures_of(made, pictures, texts, owner):
     return found.figures()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(made, tmp_path, capsys):
     """T19: nine rows in batches of four do not divide over the two, and the four pictures are one
     batch, so that the second process has none."""

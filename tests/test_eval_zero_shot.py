@@ -68,6 +68,7 @@ def refusal(made, out, capsys, *more):
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(made, tmp_path, capsys):
     """T19: nine pictures in batches of four do not divide over the two; the prompts of three
     classes are one batch, so that the second process has none."""

@@ -60,6 +60,7 @@ def learned(history):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [2, 1])
 def test_step_is_the_same_for_every_split_into_micro_batches(tmp_path, micro_batch):
     """T9: loss, gradient norm and weights, with answers of unequal lengths and text-only rows."""
@@ -74,6 +75,7 @@ def test_step_is_the_same_for_every_split_into_micro_batches(tmp_path, micro_bat
         torch.testing.assert_close(training.weights(parts)[name], weight, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_kind", [False, True], ids=["shuffled", "one rank without pictures"])
 def test_two_processes_follow_one(tmp_path, by_kind):
     """T9, T10: loss, gradient norm and weights, also where one rank holds text alone throughout."""
@@ -90,6 +92,7 @@ def test_two_processes_follow_one(tmp_path, by_kind):
         torch.testing.assert_close(two[name], weight, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_killed_processes_resume_on_two_and_on_one(tmp_path):
     """T10, T13: optimizer state saved by two ranks reloads on two ranks, and on one."""
     _, _, expected = training.train(tmp_path / "whole")
@@ -105,6 +108,7 @@ def test_two_killed_processes_resume_on_two_and_on_one(tmp_path):
             assert b["batch"] == a["batch"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_run_resumes_to_the_same_metrics(tmp_path, workers):
     """T13: SIGKILL between checkpoints; batches and losses after resuming are the uninterrupted
@@ -120,6 +124,7 @@ def test_killed_run_resumes_to_the_same_metrics(tmp_path, workers):
     assert len(list_checkpoints(tmp_path / "cut/checkpoints")) == 2
 
 
+@pytest.mark.slow
 def test_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
     _, _, expected = training.train(tmp_path / "whole")
     assert launch(tmp_path / "cut", kill_at=2).returncode
@@ -129,6 +134,7 @@ def test_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
     assert learned(expected) == learned(found)
 
 
+@pytest.mark.slow
 def test_resume_is_exact_with_dropout(tmp_path):
     """T13: random numbers of a step depend on the seed, the step and the rank alone."""
     _, _, expected = training.train(tmp_path / "whole", dropout=0.3)
@@ -137,6 +143,7 @@ def test_resume_is_exact_with_dropout(tmp_path):
     assert learned(expected) == learned(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_stop_request_saves_and_says_how_to_go_on(tmp_path, monkeypatch, kind, workers):
@@ -158,6 +165,7 @@ def test_stop_request_saves_and_says_how_to_go_on(tmp_path, monkeypatch, kind, w
     assert progress.samples == 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [[1], [0, 1]], ids=["one rank", "all ranks"])
 def test_stop_request_to_any_rank_saves_once_and_ends_all(tmp_path, ranks):
     stop = {"step": 3, "ranks": ranks}

@@ -454,6 +454,7 @@ def test_evaluation_names_what_cannot_be(script, monkeypatch, tmp_path):
         script.run(script.Settings(model="none/none", data="scenes:3"))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(script, tmp_path):
     """T19: seven batches of rows on two ranks, the last one short; nothing twice, nothing lost."""
     saved_model(tmp_path / "run/model")

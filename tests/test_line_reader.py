@@ -243,6 +243,7 @@ def test_reader_says_what_it_cannot_do():
         parts().caption(["x.png"])
 
 
+@pytest.mark.slow
 def test_reader_learns_a_line_by_heart():
     torch.manual_seed(0)
     made = parts()

@@ -25,6 +25,8 @@ from vlm.training.runs import launch
 from vlm.training.stages import FROZEN
 from vlm.weights import same_bits
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SCENES = "scenes:6:seed=1:size=mixed:shapes=2-3"
 SHORT = dict(batch=2, steps=2, held_out_rows=2, workers=0, eval_every=0, save_every=0, threads=1,

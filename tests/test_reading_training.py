@@ -33,6 +33,8 @@ from vlm.training.runs.line_reader import LineReaderSettings
 from vlm.training.runs.reading import run
 from vlm.vocabulary import character_tokenizer
 
+pytestmark = pytest.mark.slow
+
 LINES = f":fonts={FOLDER}:kind=clean:longest=6"
 
 

@@ -19,6 +19,8 @@ from vlm.training.objectives.ctc import Transcribe
 from vlm.training.objectives.next_token import NextToken
 from vlm.training.stages import FROZEN, Stage, optimizer_for, prepare
 
+pytestmark = pytest.mark.slow
+
 ALL = (("*", 1e-3),)
 ADAPTOR = (("adaptor.*", 1e-3), ("*", FROZEN))
 

@@ -29,6 +29,8 @@ from vlm.training.objectives.next_token import NextToken
 from vlm.training.runs import contrastive
 from vlm.training.stages import Stage
 
+pytestmark = pytest.mark.slow
+
 STAGE = Stage(name="t", rates=(("*", 1e-3),), steps=2, batch=4, micro_batch=4, warmup=0)
 PLENTY = 2**40
 

@@ -250,6 +250,7 @@ def said(sources, **options):
     return lines
 
 
+@pytest.mark.slow
 def test_key_in_every_row_is_told_once_with_its_count(write, capfd):
     rows = 20_000
     row = {"image": "a.png", "caption": "x", "id": 7, "mood": "glad"}

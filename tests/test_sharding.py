@@ -13,6 +13,8 @@ from tests.test_fit import launch, lines
 from vlm.families.decoder_only.batch import collate
 from vlm.training.sharding import _blank_views, units_of
 
+pytestmark = pytest.mark.slow
+
 EVERY = {"rates": [["*", 1e-2]]}
 WHOLE = dataclasses.replace(training.STAGE, rates=(("*", 1e-2),))
 PARTLY = (("tokenizer.*", None), ("adaptor.*", 1e-2), ("text.*", 1e-3))

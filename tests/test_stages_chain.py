@@ -18,6 +18,8 @@ from vlm.training.runs import launch
 from vlm.training.runs.decoder_only_settings import training_data
 from vlm.weights import same_bits
 
+pytestmark = pytest.mark.slow
+
 SCENES = "scenes:40:seed=1:size=64x96:task=mixed"
 SHORT = dict(batch=2, steps=2, held_out="scenes:4:seed=9", held_out_rows=2, workers=0, eval_every=0,
              save_every=0, threads=1, precision="fp32")  # fmt: skip

@@ -147,6 +147,7 @@ def test_clean_lines_are_black_on_white():
     assert (pixels[..., 0] == pixels[..., 2]).all()
 
 
+@pytest.mark.slow
 def test_splits_share_no_line_and_reserved_ones_are_never_drawn():
     drawn = {
         split: {lines(200, split=split).line(row).text for row in range(200)}

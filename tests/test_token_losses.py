@@ -376,6 +376,7 @@ def test_training_and_evaluation_go_by_chunks(kind, monkeypatch):
     assert max(seen) <= 7
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_in_chunks(tmp_path, monkeypatch):
     """T9, through `fit`, in bf16 with all weights learning and with micro-batches of two."""
     losses = []

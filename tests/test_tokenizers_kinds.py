@@ -22,6 +22,7 @@ def test_kinds_name_every_file_that_builds_a_tokenizer():
     assert files - {"__init__"} == set(tokenizers.KINDS)
 
 
+@pytest.mark.slow
 def test_kinds_import_nothing_before_they_are_asked_for():
     code = (
         "import sys, vlm.tokenizers; "

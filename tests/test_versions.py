@@ -87,6 +87,7 @@ BROKEN = "import sys; sys.modules['torch'] = None"
 """Importing torch fails: the line must come ahead of that."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

@@ -130,6 +130,7 @@ def test_tokens_and_pooled_equal_the_padded_and_masked_batch(count, name):
             torch.testing.assert_close(ours.pooled[0], theirs.pooler_output[b], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [-1, -2, -4, 0, 2])
 def test_layers_equal_hidden_states(layer):
     tower = reference_tower()

@@ -64,6 +64,7 @@ def folder(request, tmp_path):
     return tmp_path / "published"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* texts were longer")
 def test_folder_gives_open_clips_embeddings_and_is_written_back(folder, tmp_path):
     """T18, and T3's exception for SigLIP's texts."""

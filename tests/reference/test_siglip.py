@@ -122,6 +122,7 @@ def test_siglip_at_another_published_geometry_matches_reference(tmp_path):
     assert model.module.tokenizer.tokens_for((100, 300)) == 27 * 27
 
 
+@pytest.mark.slow
 def test_siglip_at_a_published_geometry_and_width_matches_reference(tmp_path):
     """T18, B/16 at 224 pixels, 64 places for texts; four layers and two, few ids, to be quick."""
     size = siglip.SIZES["siglip-base-patch16-224"]
@@ -257,6 +258,7 @@ PUBLISHED_MILLIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", siglip.SIZES)
 def test_siglip_sizes_have_the_published_parameter_counts(size):
     """Millions as the hub states them for the files of google/{size}."""

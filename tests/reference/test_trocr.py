@@ -79,7 +79,13 @@ def write_folder(folder, kind="small", seed=0, dtype=torch.float32, text=None, *
     return folder
 
 
-@pytest.fixture(scope="module", params=KINDS)
+SLOW = ("base", "printed", "beit")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(kind, marks=pytest.mark.slow if kind in SLOW else ()) for kind in KINDS],
+)
 def folder(request, tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -230,7 +236,11 @@ def test_trocr_lines_keep_their_shape_by_resized_positions(folder, tmp_path):
     assert load(folder).processor.pixel_spec.size_hw == (32, 32)
 
 
-@pytest.mark.parametrize("folder", ["small", "base", "beit"], indirect=True)
+@pytest.mark.parametrize(
+    "folder",
+    ["small", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("base", "beit"))],
+    indirect=True,
+)
 def test_trocr_lines_of_other_widths_read_alone_as_in_a_batch(folder):
     """T3, T18: memories of unequal length are padded and masked."""
     model = load(folder).with_size((16, 96), fit="height", patch_px=8)
