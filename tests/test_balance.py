@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import tiny, towers, training
-from tests.test_fit import launch, lines
+from tests.runs import launch, lines
 from vlm.data.example import BadRow, Example, ImageRef, Skipped, Turn
 from vlm.data.mixture import StepSampler
 from vlm.families.decoder_only.module import DecoderOnly

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from tests import tiny, training
 from tests.contrastive_runs import assert_close, assert_follows
-from tests.test_fit import launch, learned, lines
+from tests.runs import launch, learned, lines
 from vlm.data.sources import ListSource
 from vlm.metrics.retrieval import retrieval
 from vlm.training.objectives.contrastive import Contrast

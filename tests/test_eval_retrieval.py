@@ -11,8 +11,8 @@ from PIL import Image
 
 import vlm
 from tests import tiny, training
-from tests.test_embed import public
-from tests.test_sources_clip_benchmark import CAPTIONS, retrieval_folder
+from tests.folders import public
+from tests.rows import CAPTIONS, retrieval_folder
 from vlm.data.example import BadRow
 from vlm.metrics.retrieval import retrieval
 from vlm.retrieval.embed_captions import _read_captions

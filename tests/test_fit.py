@@ -6,10 +6,7 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from tests import tiny, training
+from tests.runs import launch, learned, lines
 from vlm.data.example import BadRow, Example, ImageRef, Turn
 from vlm.pixels import BadImage
 from vlm.training import stages
@@ -28,36 +26,6 @@ from vlm.training.objectives import base as objectives
 from vlm.training.run_folder import Run, RunError
 from vlm.training.stages import FROZEN, StageError
 from vlm.weights import same_bits
-
-ROOT = Path(__file__).parent.parent
-
-
-def launch(out, processes=1, **options):
-    """The tiny run as a process of its own, or as several that exchange gradients by gloo."""
-    command = [sys.executable, "-m", "tests.training"]
-    if processes > 1:  # accelerate's name for several processes on one machine, GPUs or not
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-        command += ["--num_processes", str(processes), "--num_machines", "1"]
-        command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--main_process_port", "0", "--module", "tests.training"]
-    command += [str(out), json.dumps(options)]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    if done.returncode == 0:
-        assert (Path(out) / "world").read_text() == str(processes)
-    return done
-
-
-def lines(out):
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-
-
-def learned(history):
-    return [
-        (line["step"], line["batch"], pytest.approx(line["loss"], abs=1e-6)) for line in history
-    ]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import vlm
 from tests import tiny
 from tests import tokenizer_laws as laws
+from tests.line_readers import line, parts
 from vlm.data.example import BadRow
 from vlm.families import text_reader
 from vlm.families.line_reader import layout as line_reader
@@ -22,18 +23,6 @@ from vlm.metrics.calibration import apply_temperature
 from vlm.ocr import ctc_decode as ctc
 from vlm.tokenizers.columns import STRIDE, level
 from vlm.training.objectives.ctc import Transcribe
-
-
-def parts(characters="abc ", seed=0):
-    return line_reader.build(
-        characters, height_px=16, channels=(8, 16), blocks=(1, 1), width=64, layers=3, seed=seed
-    )
-
-
-def line(text="ab", width=96, height=24, seed=0):
-    noise = torch.rand(height, width, 3, generator=torch.Generator().manual_seed(seed))
-    picture = Image.fromarray((noise * 255).byte().numpy())
-    return tiny.example(f"line {seed}", (None,), text, images=(picture,))
 
 
 @pytest.mark.parametrize("size_hw", [(24, 96), (16, 40), (5, 300), (60, 20)])

@@ -10,7 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING as CONFIGS
 from transformers import AutoModelForCausalLM
 
-from tests import test_prefix_decoder, tiny, training
+from tests import tiny, training
 from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import IMAGE, Row, collate, collate_packed, pack_rows
 from vlm.kernels.packed_attention import (
@@ -286,7 +286,7 @@ def test_attention_that_knows_no_examples_fails_and_shows_nothing(monkeypatch):
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3_text", "qwen3"])
 def test_prefixes_of_packed_examples_see_themselves_alone(kind):
     """T2, T4: prompts are read at once, at any distance, and gradients are those of padded rows."""
-    model = test_prefix_decoder.prefix_decoder(kind).train()
+    model = tiny.prefix_decoder(kind).train()
     made = tiny.processor(model, prefix=True)
     rows = [made.encode(example) for example in examples()]
     alone = gradients(model, [collate([row], 256) for row in rows])

@@ -10,9 +10,9 @@ import torch
 
 import vlm
 from tests import tiny
+from tests.folders import write_parts
 from tests.reference.tiny_paligemma import write_folder
-from tests.test_composed import write_parts
-from tests.test_stages_chain import stage_of
+from tests.runs import stage_of
 from vlm.data.example import BadRow, Box, Example, Turn, caption_example
 from vlm.data.sources import BadSource, CocoSource, ListSource, open_source
 from vlm.data.sources.transfer import Detect, Prompted, detection

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 import vlm
 from tests import tiny, training
-from tests.test_composed import write_parts
+from tests.folders import write_parts
+from tests.tiny import prefix_decoder
 from vlm.data.example import BadRow, Example, Turn
 from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import IMAGE, collate
@@ -21,11 +22,6 @@ from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.weights import same_bits
 
 KINDS = list(tiny.TEXT_SHAPES)
-
-
-def prefix_decoder(kind="llama", **options):
-    made = tiny.decoder_only(kind, **options)
-    return PrefixDecoder(made.tokenizer, made.adaptor, made.text).eval()
 
 
 def processor(model, **options):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import training
 from tests.contrastive_runs import TINY, run
-from tests.test_ranks import run_two
+from tests.runs import run_two
 from vlm.training.activation_checkpointing import checkpoint_activations
 from vlm.training.memory import preflight as room
 from vlm.training.memory.estimate import Estimate, rows_of_run

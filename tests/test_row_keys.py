@@ -8,7 +8,7 @@ from PIL import Image
 from rich.console import Console
 
 from tests import tiny
-from tests.test_sources_shards import write_tar
+from tests.rows import write_tar
 from vlm.commands.inspect_batch import show_rows
 from vlm.data.check import check_start
 from vlm.data.example import BadRow, Box, Turn

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_tokenizers_transformers import tiny
 from tests.tokenizer_laws import check_laws, spec
+from tests.transformers_tokenizers import tiny
 from vlm import tokenizers
 from vlm.tokenizers import timm as timm_kind
 from vlm.tokenizers.paired import AverageNeck, PairedTokenizer

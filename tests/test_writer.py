@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import vlm
-from tests import test_line_reader, tiny
-from tests.reference import test_donut, test_trocr
+from tests import line_readers, tiny
+from tests.reference import tiny_donut, tiny_trocr
 from vlm import cli
 from vlm.families.encoder_decoder.model import EncoderDecoderModel
 from vlm.metrics.calibration import Temperatures
@@ -21,7 +21,7 @@ PICTURES = [tiny.picture(i, (12, 71)) for i in range(8)]
 
 
 def written_folder(folder, kind):
-    write = {"donut": test_donut, "trocr": test_trocr}[kind].write_folder
+    write = {"donut": tiny_donut, "trocr": tiny_trocr}[kind].write_folder
     return write(folder)
 
 
@@ -85,7 +85,7 @@ def test_options_that_reading_does_not_have_are_named(lines):
             read(PICTURES[:1], beams=2, colour="red")
     with pytest.raises(ValueError, match="prompt: expected None, as this model reads lines"):
         model.ocr(PICTURES[:1], prompt="<s>")
-    reader = test_line_reader.parts()
+    reader = line_readers.parts()
     with pytest.raises(ValueError, match=r"min_confidence, stream\), found max_new_tokens"):
         reader.ocr(PICTURES[:1], max_new_tokens=3)
 
@@ -220,7 +220,7 @@ def test_the_prompt_of_a_page_is_the_one_that_a_folder_was_trained_on(
     pages, start, tokens, expected
 ):
     processor = load(pages).processor
-    processor.text_tokenizer = test_trocr.text_tokenizer()
+    processor.text_tokenizer = tiny_trocr.text_tokenizer()
     processor.text_tokenizer.add_tokens(tokens)
     processor.start_ids = (processor.text_tokenizer.convert_tokens_to_ids(start),)
     found = donut.page_prompt(processor)

@@ -7,10 +7,12 @@ from torch import nn
 from transformers import CONFIG_MAPPING as CONFIGS
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from tests import tiny
 from vlm import adaptors
 from vlm.data.example import Example, Turn
 from vlm.families.decoder_only.module import DecoderOnly, Places
 from vlm.families.decoder_only.processor import Processor
+from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.image_tokens import ImageTokenizer, ImageTokens
 from vlm.pixels import PixelSpec
 
@@ -127,3 +129,8 @@ def example(name="row", content=(None, "what?"), answer="a cat", images=None):
     slots = sum(part is None for part in content)
     pictures = tuple(picture(i) for i in range(slots)) if images is None else tuple(images)
     return Example(name, (Turn("user", tuple(content)), Turn("assistant", (answer,))), pictures)
+
+
+def prefix_decoder(kind="llama", **options):
+    made = tiny.decoder_only(kind, **options)
+    return PrefixDecoder(made.tokenizer, made.adaptor, made.text).eval()
