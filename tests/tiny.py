@@ -7,7 +7,6 @@ from torch import nn
 from transformers import CONFIG_MAPPING as CONFIGS
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tests import tiny
 from vlm import adaptors
 from vlm.data.example import Example, Turn
 from vlm.families.decoder_only.module import DecoderOnly, Places
@@ -132,5 +131,5 @@ def example(name="row", content=(None, "what?"), answer="a cat", images=None):
 
 
 def prefix_decoder(kind="llama", **options):
-    made = tiny.decoder_only(kind, **options)
+    made = decoder_only(kind, **options)
     return PrefixDecoder(made.tokenizer, made.adaptor, made.text).eval()

@@ -8,8 +8,6 @@ import transformers
 from tests.reference.tiny_naflex import TINY
 
 LENGTH = 64
-
-
 """Of a text in the published models, which transformers' processor always pads to."""
 
 
