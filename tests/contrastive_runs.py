@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from tests import tiny, towers
-from tests.test_stages_chain import stage_of
+from tests.runs import stage_of
 from vlm.training.runs import contrastive
 from vlm.training.runs.contrastive import Settings
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
+from vlm.ocr.pages import read_each
 from vlm.ocr.results import Token, Transcript
 
 DEJAVU = str(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
@@ -80,3 +81,7 @@ class WidthReader:
             )
             transcripts.append(Transcript(tokens, confidence))
         return transcripts
+
+    def ocr(self, images, stream, **options):
+        assert stream
+        return read_each(self, images, **options)

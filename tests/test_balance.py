@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import tiny, towers, training
-from tests.test_fit import launch, lines
+from tests.runs import launch, lines
 from vlm.data.example import BadRow, Example, ImageRef, Skipped, Turn
 from vlm.data.mixture import StepSampler
 from vlm.families.decoder_only.module import DecoderOnly
@@ -328,6 +328,7 @@ def one(tmp_path_factory):
     return training.train(tmp_path_factory.mktemp("one"), stage)[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["balanced", "sharded"])
 def test_two_processes_with_dealt_rows_follow_one(two, one, run):
     """T9: the same losses and gradients, whoever reads a row."""
@@ -337,6 +338,7 @@ def test_two_processes_with_dealt_rows_follow_one(two, one, run):
         assert (b["batch"], b["scored"], b["samples"]) == (a["batch"], a["scored"], a["samples"])
 
 
+@pytest.mark.slow
 def test_balance_is_logged_and_better_than_without(two, one):
     assert {line["balance"] for line in one} == {1.0}
     plain, dealt = (

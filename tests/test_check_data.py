@@ -7,8 +7,7 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from tests.test_coco import annotation, records
-from tests.test_sources_shards import png, sample, write_tar
+from tests.rows import annotation, png, records, sample, write_tar
 from vlm import cli
 from vlm.data.check import check_source, check_start
 from vlm.data.example import BadRow

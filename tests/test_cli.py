@@ -296,7 +296,7 @@ def test_missing_gpu_is_one_line(monkeypatch, capsys):
 def towers(tmp_path, monkeypatch):
     """Makes `vlm.load` give a tiny contrastive model, and a folder with three picture files."""
     import vlm
-    from tests.test_embed import public
+    from tests.folders import public
 
     model = public()
     monkeypatch.setattr(vlm, "load", lambda *_, **__: model, raising=False)
@@ -413,7 +413,7 @@ def test_index_is_built_once_and_searched_by_texts_and_pictures(towers, tmp_path
 
 def test_search_with_another_model_is_refused(towers, tmp_path, monkeypatch, capsys):
     import vlm
-    from tests.test_embed import public
+    from tests.folders import public
 
     _, folder, _ = towers
     out = str(tmp_path / "index")
@@ -444,7 +444,7 @@ def test_search_with_another_model_is_refused(towers, tmp_path, monkeypatch, cap
 
 def test_model_of_another_family_is_named(opened, tmp_path, capsys, monkeypatch):
     import vlm
-    from tests.test_embed import public
+    from tests.folders import public
 
     _, files = opened
     given = ["--model", "runs/x"]
@@ -471,7 +471,7 @@ def test_model_of_another_family_is_named(opened, tmp_path, capsys, monkeypatch)
 @pytest.mark.parametrize("bias", [None, -1.0])
 def test_classify_command_shows_the_best_labels(towers, monkeypatch, capsys, bias):
     import vlm
-    from tests.test_embed import public
+    from tests.folders import public
 
     _, _, paths = towers
     model = public(bias=bias)

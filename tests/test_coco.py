@@ -9,38 +9,11 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from tests.rows import SIZES, annotation, records
 from vlm.data.boxes import check_box
 from vlm.data.example import BadRow, Box
 from vlm.data.sources import BadSource, CocoSource, coco, open_source
 from vlm.pixels import image_size, open_image
-
-SIZES = {"a.png": (40, 60), "b.png": (30, 50), "c.png": (20, 20), "d.png": (20, 20)}
-
-
-def annotation(id, image, category, bbox, **more):
-    return {"id": id, "image_id": image, "category_id": category, "bbox": bbox, **more}
-
-
-def records():
-    """Ids that are no row numbers, annotations not in the pictures' order, a crowd, a picture with
-    nothing on it and one with a crowd alone."""
-    images = [
-        {"id": 70 - i, "file_name": name, "height": height, "width": width}
-        for i, (name, (height, width)) in enumerate(SIZES.items())
-    ]
-    outline = {"segmentation": [[1, 2, 3, 4, 5, 6]], "area": 9.5}
-    return {
-        "images": images,
-        "categories": [{"id": 90, "name": "teddy bear"}, {"id": 2, "name": "cat"}],
-        "annotations": [
-            annotation(1, 69, 2, [0, 0, 50, 30], iscrowd=0),
-            annotation(2, 70, 90, [30, 5.5, 20, 10], **outline),
-            annotation(3, 70, 2, [10, 20, 8, 8], **outline, iscrowd=0),
-            annotation(4, 70, 90, [0, 0, 60, 12], iscrowd=1),
-            annotation(5, 70, 90, [1, 2, 3, 4.25], iscrowd=0),
-            annotation(6, 68, 2, [0, 0, 9, 9], iscrowd=1),
-        ],
-    }
 
 
 @pytest.fixture
@@ -251,6 +224,7 @@ def test_file_of_bad_boxes_alone_says_why_it_has_no_row(write):
         CocoSource(write(values), bad_boxes="skip")
 
 
+@pytest.mark.slow
 def test_file_with_a_bad_box_opens_as_fast_as_one_without(tmp_path):
     """A file of some 20 MB: what is wrong is found by arithmetic on all boxes at once."""
     images = [{"id": i, "file_name": f"{i}.jpg", "height": 480, "width": 640} for i in range(5000)]

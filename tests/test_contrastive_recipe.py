@@ -19,14 +19,15 @@ from tests.contrastive_runs import (
     write_decoder,
     write_rows,
 )
-from tests.reference import test_clip
-from tests.test_composed import write_parts
-from tests.test_fit import lines
-from tests.test_stages_chain import weights
+from tests.folders import write_parts
+from tests.reference import tiny_clip
+from tests.runs import lines, weights
 from vlm import cli
 from vlm.data.example import BadRow
 from vlm.pixels import BadImage
 from vlm.training.runs.contrastive import Settings
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_run_goes_on_from_another(scratch, tmp_path):
 
 
 def test_published_clip_is_tuned_with_rates_that_fall(tmp_path):
-    test_clip.write_folder(tmp_path / "clip")
+    tiny_clip.write_folder(tmp_path / "clip")
     run(tmp_path / "run", start=str(tmp_path / "clip"), loss="softmax", layer_decay=0.7)
     rates = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
     top = rates["lr tokenizer.*"]

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from tests import tiny, training
 from tests.contrastive_runs import assert_close, assert_follows
-from tests.test_fit import launch, learned, lines
+from tests.runs import launch, learned, lines
 from vlm.data.sources import ListSource
 from vlm.metrics.retrieval import retrieval
 from vlm.training.objectives.contrastive import Contrast
@@ -65,6 +65,7 @@ def test_cost_of_a_step_goes_by_pairs_not_by_the_length_of_its_texts(tmp_path):
     assert counts[0].work == counts[1].work == 8
 
 
+@pytest.mark.slow
 def test_two_processes_follow_one_where_a_row_is_left_out(tmp_path):
     """T9, T11, T19: in micro-batches, 4 pairs on one rank and 3 on the other; 7 held-out rows."""
     data = training.in_order(training.pairs(8, unread=[5]))
@@ -82,6 +83,7 @@ def test_two_processes_follow_one_where_a_row_is_left_out(tmp_path):
     assert held_out == [recalls(one, training.pairs(7))] * 2
 
 
+@pytest.mark.slow
 def test_rank_without_a_pair_stops_every_rank(tmp_path):
     """Within the time that `launch` grants."""
     done = launch(tmp_path, 2, loss="softmax", unread=[4, 5, 6, 7], stage={"micro_batch": 2})

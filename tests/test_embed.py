@@ -8,12 +8,11 @@ import transformers
 
 import vlm
 from tests import tiny
-from tests.reference import test_clip, test_siglip
-from tests.test_contrastive import IMAGES, model
-from tests.test_pairs import text_tokenizer
+from tests.contrastive_models import IMAGES
+from tests.folders import public
+from tests.reference import tiny_clip, tiny_siglip
 from vlm.families.contrastive import layout as pairing
 from vlm.families.contrastive.model import ContrastiveModel, same_labels
-from vlm.families.contrastive.processor import PairProcessor
 from vlm.lora import Lora, add_lora
 from vlm.pixels import BadImage
 from vlm.systems.pretrained import load_vision
@@ -24,26 +23,17 @@ LABELS = ["cat", "dog", "tree", "green sky"]
 TEMPLATES = ["{}", "a photo of {}", "many {}"]
 
 
-def public(image="mean", text="bert, class", **options):
-    """A tiny composed model that reads bytes."""
-    module = model(image, text, **options)
-    processor = PairProcessor(
-        text_tokenizer(), module.tokenizer.pixel_spec, length=12, pad_to_length=False
-    )
-    return ContrastiveModel(module=module, processor=processor)
-
-
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
-    test_clip.write_folder(folder)
+    tiny_clip.write_folder(folder)
     return vlm.load(folder)
 
 
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("siglip")
-    test_siglip.write_folder(folder)
+    tiny_siglip.write_folder(folder)
     return vlm.load(folder)
 
 
@@ -191,6 +181,7 @@ def test_tasks_of_other_families_are_named(clip):
         _ = clip.captions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image", IMAGES)
 @pytest.mark.parametrize("bias", [None, -10.0])
 def test_composed_model_is_saved_and_loaded_whole(tmp_path, image, bias):
@@ -219,6 +210,7 @@ def test_text_towers_are_saved_and_loaded_whole(tmp_path, text):
     )
 
 
+@pytest.mark.slow
 def test_lora_is_saved_merged_or_as_layers(tmp_path):
     given = public()
     add_lora(given.module, {"text": Lora(rank=2)})
@@ -296,7 +288,7 @@ def text_folder(folder, kind="llama"):
 def towers(tmp_path_factory):
     """Folders of a SigLIP, whose picture's tower is taken, and of a causal language model."""
     folder = tmp_path_factory.mktemp("towers")
-    test_siglip.write_folder(folder / "vision")
+    tiny_siglip.write_folder(folder / "vision")
     return f"transformers:{folder / 'vision'}", text_folder(folder / "text")
 
 

@@ -78,6 +78,7 @@ def read(out):
     return result, lines
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(made, tmp_path, capsys):
     """T19: six pictures in batches of two do not divide over the two; every caption and neighbour
     is the same, and none comes twice."""

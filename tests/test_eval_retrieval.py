@@ -10,8 +10,8 @@ from PIL import Image
 
 import vlm
 from tests import tiny, training
-from tests.test_embed import public
-from tests.test_sources_clip_benchmark import CAPTIONS, retrieval_folder
+from tests.folders import public
+from tests.rows import CAPTIONS, retrieval_folder
 from vlm.data.example import BadRow
 from vlm.evaluation import main
 from vlm.metrics.retrieval import retrieval
@@ -59,6 +59,7 @@ def figures_of(made, pictures, texts, owner):
     return found.figures()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(made, tmp_path, capsys):
     """T19: nine rows in batches of four do not divide over the two, and the four pictures are one
     batch, so that the second process has none."""

@@ -11,9 +11,9 @@ from PIL import Image
 
 import vlm
 from tests import tiny, training
-from tests.reference import test_siglip
-from tests.test_embed import public
-from tests.test_sources_clip_benchmark import NAMES, classification_folder
+from tests.folders import public
+from tests.reference import tiny_siglip
+from tests.rows import NAMES, classification_folder
 from vlm.evaluation import main, zero_shot
 from vlm.metrics.classification import classification
 
@@ -63,6 +63,7 @@ def refusal(made, out, capsys, *more):
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(made, tmp_path, capsys):
     """T19: nine pictures in batches of four do not divide over the two; the prompts of three
     classes are one batch, so that the second process has none."""
@@ -297,7 +298,7 @@ def test_classes_of_rows_that_the_model_reads_as_one_are_refused_or_merged(
 
 def test_names_of_which_the_model_reads_nothing_are_refused(made, tmp_path, capsys):
     """SigLIP's tokenizer leaves punctuation out."""
-    test_siglip.write_folder(tmp_path / "siglip")
+    tiny_siglip.write_folder(tmp_path / "siglip")
     (tmp_path / "classes.txt").write_text("a cat\n!?\n")
     error = refusal(
         made, tmp_path / "out", capsys,

@@ -448,6 +448,7 @@ def test_evaluation_names_what_cannot_be(monkeypatch, tmp_path):
         run(Settings(model="none/none", data="scenes:3"))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(tmp_path):
     """T19: seven batches of rows on two ranks, the last one short; nothing twice, nothing lost."""
     saved_model(tmp_path / "run/model")

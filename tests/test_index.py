@@ -10,8 +10,8 @@ from PIL import Image
 
 import vlm
 from tests import tiny
-from tests.reference import test_clip, test_siglip
-from tests.test_embed import public
+from tests.folders import public
+from tests.reference import tiny_clip, tiny_siglip
 from vlm import weights
 from vlm.data.example import BadRow
 from vlm.lora import Lora, add_lora
@@ -358,7 +358,7 @@ def test_origin_tells_computations_apart_that_share_their_weights(tmp_path):
     assert not twins[0].agrees(twins[1])
 
 
-@pytest.mark.parametrize("write", [test_clip.write_folder, test_siglip.write_folder])
+@pytest.mark.parametrize("write", [tiny_clip.write_folder, tiny_siglip.write_folder])
 def test_origin_of_a_published_model_is_that_of_its_native_folder(tmp_path, write):
     write(tmp_path / "published")
     published = vlm.load(tmp_path / "published")

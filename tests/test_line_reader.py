@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import vlm
 from tests import tiny
 from tests import tokenizer_laws as laws
+from tests.line_readers import line, parts
 from vlm.data.example import BadRow
 from vlm.families import text_reader
 from vlm.families.line_reader import layout as line_reader
@@ -22,18 +23,6 @@ from vlm.metrics.calibration import apply_temperature
 from vlm.ocr import ctc_decode as ctc
 from vlm.tokenizers.columns import STRIDE, level
 from vlm.training.objectives.ctc import Transcribe
-
-
-def parts(characters="abc ", seed=0):
-    return line_reader.build(
-        characters, height_px=16, channels=(8, 16), blocks=(1, 1), width=64, layers=3, seed=seed
-    )
-
-
-def line(text="ab", width=96, height=24, seed=0):
-    noise = torch.rand(height, width, 3, generator=torch.Generator().manual_seed(seed))
-    picture = Image.fromarray((noise * 255).byte().numpy())
-    return tiny.example(f"line {seed}", (None,), text, images=(picture,))
 
 
 @pytest.mark.parametrize("size_hw", [(24, 96), (16, 40), (5, 300), (60, 20)])
@@ -148,6 +137,17 @@ def test_lines_come_back_in_their_order_whatever_their_widths():
     assert together == [reader.read_lines([picture])[0].text for picture in pictures]
 
 
+def test_readings_are_yielded_before_the_next_image_is_taken(monkeypatch):
+    monkeypatch.setattr("vlm.ocr.pages.WINDOW", 1)
+    reader, images, taken = parts(), [line(seed=n).images[0] for n in range(3)], []
+    given = (taken.append(image) or image for image in images)
+    stream = reader.ocr(given, layout="line", batch_size=1, stream=True)
+    assert taken == []
+    read = [(len(taken), reading) for reading in stream]
+    assert [count for count, _ in read] == [1, 2, 3]
+    assert [reading for _, reading in read] == reader.ocr(images, "line", batch_size=1)
+
+
 def test_long_lines_are_read_fewer_at_a_time(monkeypatch):
     pictures = [line(seed=i, width=w).images[0] for i, w in enumerate((300, 90, 300, 90, 300))]
     reader, sizes = parts(), []
@@ -232,6 +232,7 @@ def test_reader_says_what_it_cannot_do():
         parts().caption(["x.png"])
 
 
+@pytest.mark.slow
 def test_reader_learns_a_line_by_heart():
     torch.manual_seed(0)
     made = parts()

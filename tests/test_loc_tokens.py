@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from tests.test_composed import write_parts
-from tests.test_geometry import RECORDS, random_boxes
+from tests.boxes import RECORDS, random_boxes
+from tests.folders import write_parts
 from vlm.data.example import BadRow, Box, Example, Turn
 from vlm.data.grounding import ground
 from vlm.families.decoder_only.layout import add_loc_tokens

@@ -141,16 +141,16 @@ def test_a_model_of_whole_pictures_is_asked_for_its_reading(page, capsys, monkey
     class Whole:
         reads = "pages"
 
-        def ocr(self, images, batch_size, **options):
-            asked.append((len(images), batch_size, options))
+        def ocr(self, images, **options):
+            asked.append(options)
             line = Line("all of it", 0.5, (), (0, 0, 9, 9), ((0, 0), (9, 0), (9, 9), (0, 9)))
-            return [Reading((line,), (image.height, image.width)) for image in images]
+            return (Reading((line,), image.data.size[::-1]) for image in images)
 
     asked = []
     monkeypatch.setattr(vlm, "load", lambda *_, **__: Whole(), raising=False)
     cli.main(["ocr", *[str(page)] * 3, "--batch-size", "2", "--prompt", "<s_x>"])
     assert capsys.readouterr().out == "all of it\n\fall of it\n\fall of it\n"
-    assert asked == [(2, 2, {"prompt": "<s_x>"}), (1, 2, {"prompt": "<s_x>"})]
+    assert asked == [{"stream": True, "batch_size": 2, "prompt": "<s_x>"}]
     with pytest.raises(SystemExit):
         cli.main(["ocr", str(page), "--layout", "line"])
     assert "reads a picture as a whole" in capsys.readouterr().err
@@ -174,7 +174,7 @@ def test_what_was_read_is_written_before_the_next_pages_are_opened(
     opened, seen = [], []
     open_image = decode.open_image
     monkeypatch.setattr(
-        "vlm.pixels.open_image", lambda path: opened.append(path) or open_image(path)
+        "vlm.ocr.documents.open_image", lambda path: opened.append(path) or open_image(path)
     )
     read_lines = reader.read_lines
 
@@ -291,9 +291,7 @@ def test_damaged_pages_are_left_out_counted_and_named(reader, page, tmp_path, ca
 
 @pytest.mark.parametrize("text", ["مرحبا بالعالم", "שלום עולם"])
 def test_scripts_that_run_to_the_left_are_drawn(page, tmp_path, monkeypatch, capsys, text):
-    class Other:
-        reads = "lines"
-
+    class Other(WidthReader):
         def read_lines(self, pictures, batch_size):
             return [Transcript((Token(text, 0.5, (0.0, 1.0)),), 0.5) for _ in pictures]
 

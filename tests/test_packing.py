@@ -10,7 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING as CONFIGS
 from transformers import AutoModelForCausalLM
 
-from tests import test_prefix_decoder, tiny, training
+from tests import tiny, training
 from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import IMAGE, Row, collate, collate_packed, pack_rows
 from vlm.kernels.packed_attention import (
@@ -286,7 +286,7 @@ def test_attention_that_knows_no_examples_fails_and_shows_nothing(monkeypatch):
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3_text", "qwen3"])
 def test_prefixes_of_packed_examples_see_themselves_alone(kind):
     """T2, T4: prompts are read at once, at any distance, and gradients are those of padded rows."""
-    model = test_prefix_decoder.prefix_decoder(kind).train()
+    model = tiny.prefix_decoder(kind).train()
     made = tiny.processor(model, prefix=True)
     rows = [made.encode(example) for example in examples()]
     alone = gradients(model, [collate([row], 256) for row in rows])
@@ -376,6 +376,7 @@ def test_packed_states_in_16_bits_are_near_those_in_32():
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
+@pytest.mark.slow
 def test_plans_rehearse_packed_steps():
     """`vlm plan` knows what packing saves."""
     rows = [*rows_for(tiny.decoder_only()), row_of(300, "text")]
@@ -397,6 +398,7 @@ def test_packing_is_a_setting_that_decides_nothing_that_is_learned(tmp_path):
         training_data(settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_packed_run_learns_as_a_padded_one_does_at_full_utilisation(tmp_path, precision):
     _, _, padded = training.train(tmp_path / "padded", precision=precision)
@@ -411,6 +413,7 @@ def test_packed_run_learns_as_a_padded_one_does_at_full_utilisation(tmp_path, pr
     assert min(line["utilisation"] for line in padded) < 1.0
 
 
+@pytest.mark.slow
 def test_packed_run_resumes_to_the_same_metrics(tmp_path, monkeypatch):
     """T13: to the bit; and to rounding where it was padded before, since packing is no part of what
     is learned."""

@@ -9,8 +9,9 @@ from PIL import Image
 from tests.pages import PARAGRAPH, WidthReader, draw_lines, overlap
 from vlm.ocr import pages as read
 from vlm.ocr.line_detection.detect import find_lines
-from vlm.ocr.pages import keep_sure, read_each, read_pages
+from vlm.ocr.pages import read_each, read_pages
 from vlm.ocr.results import Token, Transcript
+from vlm.ocr.streaming import keep_sure
 from vlm.pixels import BadImage
 
 
@@ -32,7 +33,7 @@ def test_pages_are_opened_as_they_are_needed(monkeypatch, name, value):
     monkeypatch.setattr(read, "find_lines", lambda picture: found)
     monkeypatch.setattr(read, "runs_sideways", lambda picture: False)
     reader, opened = WidthReader(), []
-    pages = ((f"page {n}", opened.append(n) or page) for n in range(5))
+    pages = (opened.append(n) or page for n in range(5))
     assert [len(opened) for _ in read_each(reader, pages, "page", 3)] == [2, 2, 4, 4, 5]
     assert [lines for lines, *_ in reader.batches] == [10, 10, 5]
     whole = read_pages(WidthReader(), [page] * 5, "page", 3)
@@ -45,6 +46,17 @@ def test_missing_file_is_named_before_any_is_read(tmp_path):
     with pytest.raises(BadImage, match=r"gone\.png"):
         read_pages(reader, [page, tmp_path / "gone.png"])
     assert not reader.batches
+
+
+def test_an_image_that_turns_out_damaged_comes_after_the_readings_before_it(tmp_path):
+    page = draw_lines(PARAGRAPH[:1], px=20)[0]
+    page.save(tmp_path / "cut.png")
+    whole = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    readings = read_each(WidthReader(), [page, tmp_path / "cut.png", page])
+    assert next(readings).size_hw == (page.height, page.width)
+    with pytest.raises(BadImage, match=r"cut\.png"):
+        next(readings)
 
 
 def test_long_picture_given_as_a_line_is_not_looked_for_lines(monkeypatch):

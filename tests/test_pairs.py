@@ -2,26 +2,16 @@ import pickle
 
 import pytest
 import torch
-from tokenizers import Regex, normalizers, processors
+from tokenizers import Regex, normalizers
 
 from tests import tiny
+from tests.contrastive_models import END, text_tokenizer
 from vlm.data.example import BadRow, Example, ImageRef, Turn, caption_example
 from vlm.families.contrastive.batch import Pair, PairBatch, collate_pairs
 from vlm.families.contrastive.processor import PairProcessor
 from vlm.pixels import BadImage
 
 SPEC = tiny.Patches().pixel_spec
-END = tiny.SPECIAL.index("<|im_end|>") + 256
-
-
-def text_tokenizer(padding_side="right"):
-    """Bytes, each text with one end token behind it."""
-    tokenizer = tiny.text_tokenizer()
-    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A <|im_end|>", special_tokens=[("<|im_end|>", END)]
-    )
-    tokenizer.padding_side = padding_side
-    return tokenizer
 
 
 def words_only(tokenizer):

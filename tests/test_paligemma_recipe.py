@@ -8,9 +8,9 @@ import torch
 
 import vlm
 from tests import tiny
+from tests.folders import write_parts
 from tests.reference.tiny_paligemma import write_folder
-from tests.test_composed import write_parts
-from tests.test_stages_chain import stage_of
+from tests.runs import stage_of
 from vlm.data.example import BadRow, Box, Example, Turn, caption_example
 from vlm.data.sources import BadSource, CocoSource, ListSource, open_source
 from vlm.data.sources.transfer import Detect, Prompted, detection
@@ -24,6 +24,8 @@ from vlm.training.runs import decoder_only as recipe
 from vlm.training.runs import launch
 from vlm.training.stages import FROZEN
 from vlm.weights import same_bits
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 SCENES = "scenes:6:seed=1:size=mixed:shapes=2-3"

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 import vlm
 from tests import tiny, training
-from tests.test_composed import write_parts
+from tests.folders import write_parts
+from tests.tiny import prefix_decoder
 from vlm.data.example import BadRow, Example, Turn
 from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import IMAGE, collate
@@ -21,11 +22,6 @@ from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.weights import same_bits
 
 KINDS = list(tiny.TEXT_SHAPES)
-
-
-def prefix_decoder(kind="llama", **options):
-    made = tiny.decoder_only(kind, **options)
-    return PrefixDecoder(made.tokenizer, made.adaptor, made.text).eval()
 
 
 def processor(model, **options):
@@ -227,6 +223,22 @@ def test_composed_prefix_model_returns_from_its_folder(tmp_path, kind):
     assert again.ocr([tiny.picture()], prompt="ocr", max_new_tokens=4) == [reading]
     with pytest.raises(ValueError, match="mask is one of causal, prefix, found 'none'"):
         vlm.build(vision=vision, text=text, adaptor="mlp", mask="none")
+
+
+def test_readings_are_yielded_before_the_next_batch_is_opened():
+    module = prefix_decoder()
+    made = processor(module)
+    model = PrefixDecoderModel(module=module, processor=made, stop_ids=(made.end_id,))
+    images, taken = [tiny.picture(seed) for seed in range(5)], []
+    given = (taken.append(image) or image for image in images)
+    stream = model.ocr(given, batch_size=2, prompt="ocr", max_new_tokens=3, stream=True)
+    assert taken == []
+    read = [(len(taken), reading) for reading in stream]
+    assert [count for count, _ in read] == [2, 2, 4, 4, 5]
+    listed = model.ocr(images, batch_size=2, prompt="ocr", max_new_tokens=3)
+    assert [reading for _, reading in read] == listed
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, found 0"):
+        model.ocr(images, prompt="ocr", max_new_tokens=0, stream=True)
 
 
 def test_model_without_a_prompt_for_reading_says_so():

@@ -6,8 +6,8 @@ import copy
 import pytest
 import torch
 
-from tests import test_encoder_decoder, test_line_reader
-from tests.test_line_reader import line
+from tests import encoder_decoders, line_readers
+from tests.line_readers import line
 from tests.tiny import picture
 from vlm.families.encoder_decoder.model import EncoderDecoderModel
 from vlm.training.objectives.ctc import Transcribe
@@ -18,19 +18,19 @@ TEXTS = ("ab", "cab a")
 
 
 def line_reader():
-    parts = test_line_reader.parts()
+    parts = line_readers.parts()
     rows = [parts.processor.encode(line(text, seed=i)) for i, text in enumerate(TEXTS)]
     pictures = [line(text, seed=i).images[0] for i, text in enumerate(TEXTS)]
     return parts, Transcribe(), rows, pictures
 
 
 def encoder_decoder():
-    module = test_encoder_decoder.model(noise=0.0)
-    processor = test_encoder_decoder.processor(module)
+    module = encoder_decoders.model(noise=0.0)
+    processor = encoder_decoders.processor(module)
     parts = EncoderDecoderModel(
         module=module, processor=processor, end_ids=(258,), max_new_tokens=8
     )
-    rows = test_encoder_decoder.rows(processor, *TEXTS)
+    rows = encoder_decoders.rows(processor, *TEXTS)
     return parts, NextToken(256), rows, [picture(i) for i in range(len(TEXTS))]
 
 

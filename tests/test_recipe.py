@@ -15,7 +15,7 @@ import vlm
 from vlm import assets
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.demo
+pytestmark = [pytest.mark.demo, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

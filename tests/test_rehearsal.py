@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests import test_encoder_decoder, tiny, training
+from tests import encoder_decoders, tiny, training
 from vlm.families.line_reader import layout as line_reader
 from vlm.families.line_reader.batch import LineRow
 from vlm.kernels.norm_mlp import lean, lean_ways
@@ -18,6 +18,8 @@ from vlm.training.objectives.contrastive import Contrast
 from vlm.training.objectives.ctc import Transcribe
 from vlm.training.objectives.next_token import NextToken
 from vlm.training.stages import FROZEN, Stage, optimizer_for, prepare
+
+pytestmark = pytest.mark.slow
 
 ALL = (("*", 1e-3),)
 ADAPTOR = (("adaptor.*", 1e-3), ("*", FROZEN))
@@ -36,9 +38,9 @@ def decoder_only(checkpointed=False, **more):
 
 
 def encoder_decoder():
-    module = test_encoder_decoder.model()
-    processor = test_encoder_decoder.processor(module)
-    rows = test_encoder_decoder.rows(processor, "a line", "another line", "third")
+    module = encoder_decoders.model()
+    processor = encoder_decoders.processor(module)
+    rows = encoder_decoders.rows(processor, "a line", "another line", "third")
     return module, rows, NextToken(processor.pad_id)
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import training
 from tests.contrastive_runs import TINY, run
-from tests.test_ranks import run_two
+from tests.runs import run_two
 from vlm.training.activation_checkpointing import checkpoint_activations
 from vlm.training.memory import preflight as room
 from vlm.training.memory.estimate import Estimate, rows_of_run
@@ -28,6 +28,8 @@ from vlm.training.objectives.ctc import Transcribe
 from vlm.training.objectives.next_token import NextToken
 from vlm.training.runs import contrastive
 from vlm.training.stages import Stage
+
+pytestmark = pytest.mark.slow
 
 STAGE = Stage(name="t", rates=(("*", 1e-3),), steps=2, batch=4, micro_batch=4, warmup_steps=0)
 PLENTY = 2**40

@@ -8,7 +8,7 @@ from PIL import Image
 from rich.console import Console
 
 from tests import tiny
-from tests.test_sources_shards import write_tar
+from tests.rows import write_tar
 from vlm.commands.inspect_batch import show_rows
 from vlm.data.check import check_start
 from vlm.data.example import BadRow, Box, Turn
@@ -250,6 +250,7 @@ def said(sources, **options):
     return lines
 
 
+@pytest.mark.slow
 def test_key_in_every_row_is_told_once_with_its_count(write, capfd):
     rows = 20_000
     row = {"image": "a.png", "caption": "x", "id": 7, "mood": "glad"}

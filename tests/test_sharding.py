@@ -9,9 +9,11 @@ import torch
 import vlm
 from tests import tiny, training
 from tests.contrastive_runs import assert_close
-from tests.test_fit import launch, lines
+from tests.runs import launch, lines
 from vlm.families.decoder_only.batch import collate
 from vlm.training.sharding import _blank_views, units_of
+
+pytestmark = pytest.mark.slow
 
 EVERY = {"rates": [["*", 1e-2]]}
 WHOLE = dataclasses.replace(training.STAGE, rates=(("*", 1e-2),))

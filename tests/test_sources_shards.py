@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from tests.rows import png, sample, write_tar
 from vlm.data.example import BadRow, ImageRef
 from vlm.data.sources import (
     BadSource,
@@ -25,26 +24,8 @@ from vlm.data.sources.tar import TarImages, walk_members
 ANSWER = {"from": "gpt", "value": "a cat"}
 
 
-def png(colour: int = 0) -> bytes:
-    packed = io.BytesIO()
-    Image.new("RGB", (5, 3), (colour, 0, 0)).save(packed, "PNG")
-    return packed.getvalue()
-
-
 def asked(value: str) -> list[dict]:
     return [{"from": "human", "value": value}, ANSWER]
-
-
-def write_tar(path, members: dict[str, bytes], **options) -> None:
-    with tarfile.open(path, "w", **options) as tar:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-
-
-def sample(key: str, caption: str = "a cat") -> dict[str, bytes]:
-    return {f"{key}.png": png(), f"{key}.json": json.dumps({"caption": caption}).encode()}
 
 
 def test_index_of_many_samples_is_kept_until_a_shard_changes(tmp_path, monkeypatch):

@@ -76,6 +76,7 @@ def test_reading_order_of_true_lines_is_found(options, columns):
         assert order(found[::-1]) == found
 
 
+@pytest.mark.slow
 def test_lines_of_pages_are_found_in_order(options):
     source = Pages(4, seed=9, kind="scan", **options)
     hit = total = 0

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_tokenizers_transformers import tiny
 from tests.tokenizer_laws import check_laws, spec
+from tests.transformers_tokenizers import tiny
 from vlm import tokenizers
 from vlm.tokenizers import timm as timm_kind
 from vlm.tokenizers.paired import AverageNeck, PairedTokenizer
@@ -22,6 +22,7 @@ def test_kinds_name_every_file_that_builds_a_tokenizer():
     assert files - {"__init__"} == set(tokenizers.KINDS)
 
 
+@pytest.mark.slow
 def test_kinds_import_nothing_before_they_are_asked_for():
     code = (
         "import sys, vlm.tokenizers; "

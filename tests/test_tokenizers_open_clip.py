@@ -44,6 +44,7 @@ def tiny(vision_cfg, size_hw=(64, 96), *, layer=-1, prefix="keep", norm=False, p
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOWERS)
 @pytest.mark.parametrize("pooled", [True, False])
 def test_open_clip_tokenizer_keeps_the_laws_on_non_square_pixels(name, pooled):

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from tests.test_tokenizers_transformers import tiny
 from tests.tokenizer_laws import check_laws, encode, picture, spec
+from tests.transformers_tokenizers import tiny
 from vlm import tokenizers
 from vlm.image_tokens import ImageTokens
 from vlm.tokenizers.paired import AverageNeck, BilinearNeck, PairedSpec, PairedTokenizer

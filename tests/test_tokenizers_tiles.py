@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from tests.test_tokenizers_transformers import tiny
 from tests.tokenizer_laws import check_laws, encode, picture, spec
+from tests.transformers_tokenizers import tiny
 from vlm.tokenizers.tiles import TilesSpec, TilesTokenizer, tile_grid
 from vlm.tokenizers.transformers import build
 

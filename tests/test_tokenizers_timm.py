@@ -33,6 +33,10 @@ BACKBONES = {
 }
 
 
+SLOW = ("resnet18", "mobilenetv3_small_050", "pvt_v2_b0", "levit_128s", "swinv2_tiny_window8_256")
+EACH = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in BACKBONES]
+
+
 def tiny(name, *, level=-1, prefix="keep", norm=True, pooled=False):
     arguments, size_hw, _, _ = BACKBONES[name]
     return TimmConfig(
@@ -46,7 +50,7 @@ def tiny(name, *, level=-1, prefix="keep", norm=True, pooled=False):
     )
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("pooled", [True, False])
 def test_timm_tokenizer_keeps_the_laws_on_non_square_pixels(name, pooled):
     """Traps T16 and T18: counts, parts, rebuilding and gradients, where rows and columns differ."""
@@ -56,7 +60,7 @@ def test_timm_tokenizer_keeps_the_laws_on_non_square_pixels(name, pooled):
     assert (shape.prefix, shape.grid_hw) == BACKBONES[name][2:]
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("level", [-1, -2, 0])
 def test_timm_levels_keep_the_laws(name, level):
     """Traps T16 and T18, and blocks or stages after the level are gone."""

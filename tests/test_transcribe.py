@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests import test_encoder_decoder as law
+from tests import encoder_decoders as law
 from tests.tiny import picture
 from vlm.families.decoder_only.batch import collate
 from vlm.families.encoder_decoder import cached_decoder as stepper

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from tests import test_encoder_decoder as law
+from tests import encoder_decoders as law
 from tests import tiny
 from tests.tiny import picture
 from vlm import systems

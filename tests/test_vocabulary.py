@@ -195,6 +195,7 @@ def test_optimizer_holds_the_new_rows_alone(kind, tables):
     assert [tuple(p.shape) for p in held] == [(len(NEW), 32)] * tables
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_new_rows_train_beside_lora_and_reload_as_ordinary_weights(tmp_path, kind):
     chosen = towers.model(towers.composed(towers.timm_vit(), kind=kind))
@@ -223,6 +224,7 @@ def test_new_rows_train_beside_lora_and_reload_as_ordinary_weights(tmp_path, kin
             assert again.processor.text_tokenizer.convert_tokens_to_ids(token) == id
 
 
+@pytest.mark.slow
 def test_a_run_over_new_rows_resumes_to_the_same_rows(tmp_path):
     def parted():
         chosen = training.model()

@@ -156,9 +156,9 @@ def test_lightnings_checkpoint_opens_without_its_prefix(theirs, tmp_path, parame
 @pytest.mark.parametrize("prefix", ["model.", "module.", "base_model.model.", "clip."])
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_folder_of_transformers_opens_with_a_prefix(tmp_path, prefix, suffix):
-    from tests.reference import test_clip
+    from tests.reference import tiny_clip
 
-    test_clip.write_folder(tmp_path)
+    tiny_clip.write_folder(tmp_path)
     before = vlm.load(tmp_path)
     weights = tmp_path / "model.safetensors"
     state = {f"{prefix}{key}": t for key, t in load_file(weights).items()}

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import vlm
-from tests import test_line_reader, tiny
-from tests.reference import test_donut, test_trocr
+from tests import line_readers, tiny
+from tests.reference import tiny_donut, tiny_trocr
 from vlm import cli
 from vlm.families.encoder_decoder.model import EncoderDecoderModel
 from vlm.metrics.calibration import Temperatures
 from vlm.ocr import tagged_text
+from vlm.pixels import BadImage
 from vlm.systems import donut
 from vlm.text.generation import Generation
 
@@ -20,7 +21,7 @@ PICTURES = [tiny.picture(i, (12, 71)) for i in range(8)]
 
 
 def written_folder(folder, kind):
-    write = {"donut": test_donut, "trocr": test_trocr}[kind].write_folder
+    write = {"donut": tiny_donut, "trocr": tiny_trocr}[kind].write_folder
     return write(folder)
 
 
@@ -72,7 +73,7 @@ def test_temperatures_are_kept_in_our_own_layout_alone(lines, tmp_path):
     assert {path.name for path in (tmp_path / "reference").iterdir()} == names
     for path in (tmp_path / "reference").glob("*.json"):
         assert json.loads(path.read_text()) == json.loads((lines / path.name).read_text())
-    assert load(tmp_path / "reference").parts.temperatures == Temperatures()
+    assert load(tmp_path / "reference").temperatures == Temperatures()
 
 
 def test_options_that_reading_does_not_have_are_named(lines):
@@ -84,8 +85,8 @@ def test_options_that_reading_does_not_have_are_named(lines):
             read(PICTURES[:1], beams=2, colour="red")
     with pytest.raises(ValueError, match="prompt: expected None, as this model reads lines"):
         model.ocr(PICTURES[:1], prompt="<s>")
-    reader = test_line_reader.parts()
-    with pytest.raises(ValueError, match=r"min_confidence\), found max_new_tokens"):
+    reader = line_readers.parts()
+    with pytest.raises(ValueError, match=r"min_confidence, stream\), found max_new_tokens"):
         reader.ocr(PICTURES[:1], max_new_tokens=3)
 
 
@@ -132,6 +133,30 @@ def test_a_page_model_is_shown_the_page_and_answers_with_values(pages, monkeypat
         (unsure,) = model.ocr(PICTURES[:1], min_confidence=0.6)
     assert unsure.text == "pie\nyes"
     assert unsure.values == first.values
+
+
+def test_readings_of_pages_are_yielded_before_the_next_batch_is_opened(pages, monkeypatch):
+    model, taken = load(pages), []
+    says(model, CORD, monkeypatch)
+    images = (taken.append(number) or picture for number, picture in enumerate(PICTURES[:5]))
+    stream = model.ocr(images, batch_size=2, stream=True)
+    assert taken == []
+    assert [(len(taken), reading.text) for reading in stream] == [
+        (count, "green tea\npie\nyes") for count in (2, 2, 4, 4, 5)
+    ]
+
+
+def test_pages_before_a_damaged_one_are_read(pages, tmp_path, monkeypatch):
+    model = load(pages)
+    says(model, CORD, monkeypatch)
+    (tmp_path / "bad.png").write_text("no image")
+    images = [PICTURES[0], tmp_path / "bad.png", PICTURES[1]]
+    with pytest.raises(BadImage, match=r"bad\.png"):  # before anything is read
+        model.ocr(images, stream=True)
+    stream = model.ocr(iter(images), stream=True)
+    assert next(stream).values["sum"] == "yes"
+    with pytest.raises(BadImage, match=r"bad\.png"):
+        next(stream)
 
 
 def test_a_page_model_reads_by_its_own_weights(pages):
@@ -195,7 +220,7 @@ def test_the_prompt_of_a_page_is_the_one_that_a_folder_was_trained_on(
     pages, start, tokens, expected
 ):
     processor = load(pages).processor
-    processor.text_tokenizer = test_trocr.text_tokenizer()
+    processor.text_tokenizer = tiny_trocr.text_tokenizer()
     processor.text_tokenizer.add_tokens(tokens)
     processor.start_ids = (processor.text_tokenizer.convert_tokens_to_ids(start),)
     found = donut.page_prompt(processor)

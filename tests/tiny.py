@@ -11,6 +11,7 @@ from vlm import adaptors
 from vlm.data.example import Example, Turn
 from vlm.families.decoder_only.module import DecoderOnly, Places
 from vlm.families.decoder_only.processor import Processor
+from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.image_tokens import ImageTokenizer, ImageTokens
 from vlm.pixels import PixelSpec
 
@@ -127,3 +128,8 @@ def example(name="row", content=(None, "what?"), answer="a cat", images=None):
     slots = sum(part is None for part in content)
     pictures = tuple(picture(i) for i in range(slots)) if images is None else tuple(images)
     return Example(name, (Turn("user", tuple(content)), Turn("assistant", (answer,))), pictures)
+
+
+def prefix_decoder(kind="llama", **options):
+    made = decoder_only(kind, **options)
+    return PrefixDecoder(made.tokenizer, made.adaptor, made.text).eval()

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from tests import test_contrastive, test_encoder_decoder, test_line_reader, test_pairs, tiny
+from tests import contrastive_models, encoder_decoders, line_readers, tiny
 from vlm.data.example import caption_example
 from vlm.data.mixture import Draw, Mixture, MixtureDataset
 from vlm.data.sources import ListSource
@@ -74,21 +74,20 @@ def pairs(count=11, unread=()):
 
 def encoder_decoder_model():
     """A tiny TrOCR-like model without dropout."""
-    module = test_encoder_decoder.model(dropout=0.0)
-    return SimpleNamespace(module=module, processor=test_encoder_decoder.processor(module))
+    module = encoder_decoders.model(dropout=0.0)
+    return SimpleNamespace(module=module, processor=encoder_decoders.processor(module))
 
 
 def line_model():
     """A tiny line reader."""
-    return test_line_reader.parts()
+    return line_readers.parts()
 
 
 def text_lines():
     """Lines of several widths, so that ranks differ in how many they read together."""
     texts = ["ab", "a", "cab", "b a", "c", "abc b"]
     return [
-        test_line_reader.line(text, width=(48, 96, 300)[i % 3], seed=i)
-        for i, text in enumerate(texts)
+        line_readers.line(text, width=(48, 96, 300)[i % 3], seed=i) for i, text in enumerate(texts)
     ]
 
 
@@ -103,9 +102,12 @@ def pictures_alone():
 def contrastive_model(loss="sigmoid", text="clip, largest", **options):
     """A tiny two-tower model for a loss; of the texts, "bert, class" has dropout."""
     bias = -10.0 if loss == "sigmoid" else None
-    module = test_contrastive.model("attention", text, bias=bias, **options)
+    module = contrastive_models.model("attention", text, bias=bias, **options)
     processor = PairProcessor(
-        test_pairs.text_tokenizer(), module.tokenizer.pixel_spec, length=12, pad_to_length=False
+        contrastive_models.text_tokenizer(),
+        module.tokenizer.pixel_spec,
+        length=12,
+        pad_to_length=False,
     )
     return ContrastiveModel(module=module, processor=processor)
 

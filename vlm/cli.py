@@ -20,6 +20,7 @@ from vlm.commands.export import Export
 from vlm.commands.launch import Launch
 from vlm.commands.ocr import Ocr
 from vlm.commands.plan import MakePlan
+from vlm.compat.extras import MissingExtra
 from vlm.compat.versions import warn_untested
 
 
@@ -158,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # whoever read the output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, OSError, assets.FetchError) as error:
+    except (ValueError, OSError, MissingExtra, assets.FetchError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 

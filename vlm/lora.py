@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from vlm.compat.extras import needs
 from vlm.compat.peft import ADAPTER, is_lora, mark_packed, settings_of
 from vlm.compat.transformers import Conv1D
 from vlm.config import from_dict, to_dict
@@ -118,12 +119,10 @@ def quantize_4bit(text: nn.Module) -> None:
     Folders that are saved hold them unpacked, in bf16.
 
     Source: QLoRA (arXiv 2305.14314).
-    Raises ImportError naming the package where bitsandbytes is not installed.
+    Raises MissingExtra naming the package where bitsandbytes is not installed.
     """
-    try:
+    with needs("quantize"):
         import bitsandbytes as bnb
-    except ImportError as error:
-        raise ImportError("4-bit weights need bitsandbytes: pip install bitsandbytes") from error
     head = text.get_output_embeddings()
     for name, layer in list(text.named_modules()):
         if type(layer) is nn.Linear and layer is not head and ADAPTER not in name:

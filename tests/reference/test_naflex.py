@@ -6,43 +6,17 @@ import copy
 
 import numpy as np
 import pytest
-import skimage.data
 import torch
 import transformers
-from PIL import Image
 from transformers.models.siglip2.image_processing_siglip2 import (
     get_image_size_for_max_num_patches,
 )
 
+from tests.reference.tiny_naflex import PICTURES, TINY
 from vlm.pixels import from_transformers
 from vlm.pixels.spec import box_of_patches
 from vlm.tokenizers.naflex import NaflexTokenizer, patchify
 
-TINY = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "patch_size": 16,
-    "num_patches": 256,
-}
-
-
-def pictures() -> dict[str, Image.Image]:
-    coffee, cat = skimage.data.coffee(), skimage.data.chelsea()
-    arrays = {
-        "wide": coffee,
-        "tall": np.ascontiguousarray(cat.transpose(1, 0, 2)),
-        "square": cat[:300, :300],
-        "tiny_strip": coffee[200:220, 20:320],
-        "tiny_column": np.ascontiguousarray(coffee[200:220, 20:320].transpose(1, 0, 2)),
-        "speck": cat[100:103, 50:57],
-        "large": np.kron(coffee, np.ones((3, 3, 1), np.uint8)),
-    }
-    return {name: Image.fromarray(array) for name, array in arrays.items()}
-
-
-PICTURES = pictures()
 BACKENDS = pytest.mark.parametrize("name", ["Siglip2ImageProcessor", "Siglip2ImageProcessorPil"])
 
 
@@ -130,6 +104,7 @@ def test_tokens_and_pooled_equal_the_padded_and_masked_batch(count, name):
             torch.testing.assert_close(ours.pooled[0], theirs.pooler_output[b], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [-1, -2, -4, 0, 2])
 def test_layers_equal_hidden_states(layer):
     tower = reference_tower()

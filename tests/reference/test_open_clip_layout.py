@@ -21,7 +21,7 @@ from transformers import (
 
 import vlm
 from tests import tiny, towers
-from tests.reference import test_clip
+from tests.reference import tiny_clip
 from tests.reference.tiny_open_clip import (
     CASES,
     PIXELS,
@@ -64,6 +64,7 @@ def folder(request, tmp_path):
     return tmp_path / "published"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* texts were longer")
 def test_folder_gives_open_clips_embeddings_and_is_written_back(folder, tmp_path):
     """T18, and T3's exception for SigLIP's texts."""
@@ -100,7 +101,7 @@ def test_transformers_folder_is_written_for_open_clip(tmp_path, kind):
     if name == "clip":
         tokenizer = layout.clip_tokenizer()
         if kind == "clip of other bytes":
-            tokenizer = test_clip.text_tokenizer()
+            tokenizer = tiny_clip.text_tokenizer()
         config.text_config.vocab_size = len(tokenizer)
         tokenizer.model_max_length = config.text_config.max_position_embeddings
         if kind == "clip at its end":

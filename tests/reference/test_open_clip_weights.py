@@ -105,6 +105,7 @@ def test_weights_round_trip_bit_for_bit(case):
     assert storages == [t.numel() * t.element_size() for t in ours.values()]  # no shared rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_names_and_shapes_fit_transformers_at_published_sizes(name):
     cfg = open_clip.get_model_config(name)

@@ -204,6 +204,7 @@ def test_timm_tokens_equal_forward_features(name, arguments, as_tokens, pooled):
             close(ours.pooled, reference(pixels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [0, 1, 2, -2])
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "efficientnet_lite0"])
 def test_timm_levels_equal_features_only(name, level):

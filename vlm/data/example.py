@@ -33,7 +33,8 @@ class Skipped:
 class ImageRef:
     """A picture not yet decoded.
 
-    data: encoded bytes (PNG, JPEG, ...), or the path of a file.
+    data: encoded bytes (PNG, JPEG, ...), or the path of a file. Models take a decoded image too,
+        for its name's sake.
     name: where it comes from, for messages, such as "train.tar: 1f600.png".
     """
 

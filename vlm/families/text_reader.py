@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,13 +11,12 @@ from typing import Any, ClassVar
 import torch
 from tqdm import tqdm
 
-from vlm.families.base import Model, require_list
+from vlm.families.base import Model, require_batch_size, require_list
 from vlm.families.decoder_only.batch import Row
 from vlm.families.decoder_only.generate import evaluating
 from vlm.families.line_reader.batch import LineRow, by_width
 from vlm.image_tokens import pixel_hw
 from vlm.metrics.calibration import UNFITTED, Temperatures, fit_scaling
-from vlm.metrics.text import normalise, pieces_right
 from vlm.ocr.results import Reading, Transcript
 
 WINDOW = 16
@@ -43,28 +42,34 @@ class TextReader(Model):
 
     def ocr(
         self,
-        images: Sequence,
+        images: Iterable,
         layout: str = "auto",
         batch_size: int = 32,
         num_beams: int = 1,
         min_confidence: float = 0.0,
+        stream: bool = False,
         **options,
-    ) -> list[Reading]:
-        """What is written in each picture, line by line; see `vlm.ocr.pages.read_pages`. Texts are
+    ) -> list[Reading] | Iterator[Reading]:
+        """What is written in each image, line by line; see `vlm.ocr.pages.read_each`. Texts are
         in logical order (see `vlm.ocr.results`).
 
-        images: paths, bytes, PIL images or arrays. layout: "line" takes each picture as one line,
-            "page" finds its lines, "auto" decides for each.
+        images: paths, bytes, PIL images or arrays; any iterable, from which they are taken as they
+            are needed. layout: "line" takes each image as one line, "page" finds its lines, "auto"
+            decides for each.
         min_confidence: lines that are less sure are left out, with a warning that counts them.
+        stream: gives an iterator that yields each reading as soon as it is there, before further
+            images are opened, so that any number of pages is read in bounded memory.
         options: those of `read_lines`.
         """
-        from vlm.ocr.pages import read_pages  # which needs OpenCV
+        from vlm.ocr.pages import read_each  # which needs OpenCV
 
         require_list(images)
         self._require_known(options)
-        return read_pages(
+        require_batch_size(batch_size)
+        readings = read_each(
             self, images, layout, batch_size, min_confidence, num_beams=num_beams, **options
         )
+        return readings if stream else list(readings)
 
     def read_lines(
         self, pictures: Sequence, batch_size: int = 32, num_beams: int = 1, **options
@@ -102,6 +107,8 @@ class TextReader(Model):
         or all tokens, are right (or all wrong), theirs stay as they were.
         Raises ValueError where there are more of one than of the other.
         """
+        from vlm.metrics.text import normalise, pieces_right  # of the extra ocr
+
         if len(pictures) != len(truths):
             raise ValueError(
                 f"expected a truth for each picture, found {len(pictures)} pictures and "
@@ -128,7 +135,7 @@ class TextReader(Model):
         """Raises ValueError naming options that reading does not have, and those that it has."""
         unknown = sorted(set(options).difference(self.options))
         if unknown:
-            known = ["layout", "batch_size", "num_beams", "min_confidence"]
+            known = ["layout", "batch_size", "num_beams", "min_confidence", "stream"]
             more = ", and transformers' names, such as max_new_tokens" if self.options else ""
             raise ValueError(
                 f"expected options of reading ({', '.join(known)}{more}), found "

@@ -15,6 +15,12 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from vlm.compat.extras import needs
+
+with needs("eval"):  # here, so that boxes are not predicted first
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
 
 def iou(predicted_xyxy_px: ArrayLike, true_xyxy_px: ArrayLike) -> NDArray[np.float64]:
     """Intersection over union of every pair of boxes, float64[M, N] in 0 to 1; 0 where both boxes
@@ -109,9 +115,6 @@ def _precision_by_iou(
     true: BoxTable, predicted: BoxTable, crowd: NDArray, label: int, max_boxes: int
 ) -> NDArray[np.float64]:
     """Average precision of one category at IoU 0.5, 0.55, ..., 0.95: float64[10]."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
     theirs, ours = (table.label == label for table in (true, predicted))
     images = np.union1d(true.image[theirs], predicted.image[ours])
     sets = []

@@ -15,7 +15,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vlm.compat.extras import needs
 from vlm.metrics.share import bootstrap, wilson
+
+with needs("eval"):  # here, so that captions are not written first
+    from pycocoevalcap.cider.cider import Cider
+    from sacrebleu.metrics import BLEU
 
 Pair = tuple[str, Sequence[str]]
 """A picture's candidate caption and its references."""
@@ -79,8 +84,6 @@ def cider_d(pairs: Sequence[Pair]) -> np.ndarray:
     Source: Vedantam et al. 2015, section 6; pycocoevalcap, cider/cider_scorer.py.
     Raises ValueError for no pairs, or a picture without references, naming it by its place.
     """
-    from pycocoevalcap.cider.cider import Cider
-
     _check(pairs)
     candidates, references = _joined(pairs)
     if not any(any(texts) for texts in references.values()):
@@ -96,8 +99,6 @@ def bleu_4(pairs: Sequence[Pair]) -> float:
     Source: Papineni et al. 2002.
     Raises ValueError for no pairs, or a picture without references, naming it by its place.
     """
-    from sacrebleu.metrics import BLEU
-
     _check(pairs)
     candidates, references = _joined(pairs)
     most = max(len(texts) for texts in references.values())

@@ -15,12 +15,15 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jiwer
 import numpy as np
-from jiwer import transforms
 from numpy.typing import NDArray
 
+from vlm.compat.extras import needs
 from vlm.metrics.share import Interval, wilson
+
+with needs("ocr"):
+    import jiwer
+    from jiwer import transforms
 
 
 class Normalisation(NamedTuple):

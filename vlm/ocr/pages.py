@@ -12,17 +12,15 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 from PIL import Image
 
-from vlm.data.example import ImageRef
 from vlm.ocr.line_detection.detect import MARGIN, Corners, Found, cut, find_lines, runs_sideways
 from vlm.ocr.reading_order import order
 from vlm.ocr.results import Line, Reading, Transcript, XyxyPx, words_of
-from vlm.pixels import image_size, open_image
+from vlm.ocr.streaming import batches, check_images, filter_by_confidence, open_each
 
 Layout = Literal["auto", "line", "page"]
 LINE_SHAPE = 2.0
@@ -59,75 +57,89 @@ class _Cut(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """A page of (rows, columns), and the ways in which it may be read, each as its lines in
-    order."""
+    """What messages call a page, its (rows, columns), and the ways in which it may be read, each as
+    its lines in order."""
 
+    name: str
     size_hw: tuple[int, int]
     ways: list[list[_Cut]]
 
 
 def read_pages(
     reader: LineReader,
-    images: Sequence,
+    images: Iterable,
     layout: Layout = "auto",
     batch_size: int = 16,
     min_confidence: float = 0.0,
-    names: Sequence[str] | None = None,
     **options,
 ) -> list[Reading]:
-    """What `reader` reads on each picture, line by line in reading order.
+    """What `reader` reads on each image, line by line in reading order: the list of what
+    `read_each`, which the arguments and errors are of, yields."""
+    return list(read_each(reader, images, layout, batch_size, min_confidence, **options))
 
-    images: what `vlm.pixels.open_image` takes.
-    layout: "page" finds the lines of each picture. "line" takes each picture as one line whatever
+
+def read_each(
+    reader: LineReader,
+    images: Iterable,
+    layout: Layout = "auto",
+    batch_size: int = 16,
+    min_confidence: float = 0.0,
+    **options,
+) -> Iterator[Reading]:
+    """Yields what `reader` reads on each image, line by line in reading order.
+
+    images: what `vlm.pixels.open_image` takes. They are taken and opened as they are needed, until
+        their lines make WINDOW batches or their pixels come to WINDOW_PIXELS; these are read
+        together, and their readings yielded before the next image is taken.
+    layout: "page" finds the lines of each image. "line" takes each image as one line whatever
         it shows, and warns where several lines are found on one that is less than SURELY_LINE times
-        as wide as high. "auto" takes a picture as one line where at most one row of text is found
+        as wide as high. "auto" takes an image as one line where at most one row of text is found
         on it and it has a line's shape, or where that row fills it; else it reads the lines that
         are found.
-    min_confidence: lines below it are left out, with a warning that names the picture and says
+    min_confidence: lines below it are left out, with a warning that names the image and says
         how many.
-    names: what messages call the pictures; by default their paths, or "picture 1" and so on.
     options: for `reader.read_lines`.
 
-    A picture on which no line is found, a blank one among them, gives a Reading without lines,
+    An image on which no line is found, a blank one among them, gives a Reading without lines,
     except with "line". Found lines on which the model reads nothing are left out. Text turned by 90
     degrees, alone or on a whole page, is read in both directions beside the upright way, and the
     way of the highest confidence is kept; corners then begin at the text's own top left. Letters
     stacked upright on each other are read as lines of one letter.
 
-    Raises ValueError for another layout or a confidence outside 0 to 1; BadImage for a picture that
-    cannot be opened: before any is read where its file is missing, or no picture's.
-    """
-    names = names_of(images) if names is None else names
-    check_images(images, names, min_confidence)
-    pages = ((name, open_image(image, name=name)) for image, name in zip(images, names))
-    return keep_all_sure(
-        list(read_each(reader, pages, layout, batch_size, **options)), names, min_confidence
-    )
-
-
-def read_each(
-    reader: LineReader,
-    pages: Iterable[tuple[str, Image.Image]],
-    layout: Layout = "auto",
-    batch_size: int = 16,
-    **options,
-) -> Iterator[Reading]:
-    """What `reader` reads on each page, page after page; see `read_pages`.
-
-    pages: what messages call a page, and its RGB picture. They are taken as they are needed, until
-    their lines make WINDOW batches or their pixels come to WINDOW_PIXELS; these are read together.
+    Raises at once ValueError for another layout or a confidence outside 0 to 1, and BadImage for a
+    file in a sequence of images that is missing or no image's; BadImage for an image that turns out
+    to be damaged comes after the readings of those before it.
     """
     if layout not in get_args(Layout):
         raise ValueError(f"layout: expected {', '.join(get_args(Layout))}, found {layout!r}")
-    held: list[_Plan] = []
-    for name, picture in pages:
-        held.append(_Plan((picture.height, picture.width), _ways(picture, layout, name)))
+    check_images(images, min_confidence)
+    return _each(reader, images, layout, batch_size, min_confidence, options)
+
+
+def _each(
+    reader: LineReader,
+    images: Iterable,
+    layout: Layout,
+    batch_size: int,
+    min_confidence: float,
+    options: dict,
+) -> Iterator[Reading]:
+    plans = (
+        _Plan(name, (image.height, image.width), _ways(image, layout, name))
+        for name, image in open_each(images)
+    )
+
+    def is_full(held: list[_Plan]) -> bool:
         lines = sum(len(way) for plan in held for way in plan.ways)
         pixels = sum(math.prod(plan.size_hw) for plan in held)
-        if lines >= WINDOW * batch_size or pixels >= WINDOW_PIXELS:
-            yield from _read(reader, held, batch_size, options)
-            held = []
-    yield from _read(reader, held, batch_size, options)
+        return lines >= WINDOW * batch_size or pixels >= WINDOW_PIXELS
+
+    for held in batches(plans, is_full):
+        names = [plan.name for plan in held]
+        readings = _read(reader, held, batch_size, options)
+        del held  # before the images of the next ones are cut
+        for name, reading in zip(names, readings):
+            yield filter_by_confidence(reading, name, min_confidence)
 
 
 def _read(
@@ -141,7 +153,7 @@ def _read(
         else ()
     )
     readings = []
-    for size_hw, ways in plans:
+    for _, size_hw, ways in plans:
         tried = [
             Reading(
                 tuple(line for one in way if (line := _line(one, next(transcripts))) is not None),
@@ -151,44 +163,6 @@ def _read(
         ]
         readings.append(max(tried, key=_trust))
     return readings
-
-
-def keep_sure(reading: Reading, min_confidence: float) -> tuple[Reading, int]:
-    """A reading without its lines below a confidence, and the number of those."""
-    lines = tuple(line for line in reading.lines if line.confidence >= min_confidence)
-    return replace(reading, lines=lines), len(reading.lines) - len(lines)
-
-
-def keep_all_sure(
-    readings: Sequence[Reading], names: Sequence[str], min_confidence: float
-) -> list[Reading]:
-    """Readings without their lines below a confidence, with a warning for each that has any."""
-    kept = [keep_sure(reading, min_confidence) for reading in readings]
-    for name, (_, left_out) in zip(names, kept):
-        if left_out:
-            warnings.warn(
-                f"{name}: {left_out} lines of a confidence below {min_confidence:g} left out",
-                stacklevel=3,
-            )
-    return [reading for reading, _ in kept]
-
-
-def check_images(images: Sequence, names: Sequence[str], min_confidence: float) -> None:
-    """Raises, before anything is read, ValueError for a confidence outside 0 to 1, and BadImage for
-    a file that is missing or no picture's; those that are damaged within stay unseen."""
-    if not 0 <= min_confidence <= 1:
-        raise ValueError(f"min_confidence: expected 0 to 1, found {min_confidence}")
-    for image, name in zip(images, names, strict=True):
-        if isinstance(image, (str, Path, bytes)):
-            image_size(ImageRef(image, name))
-
-
-def names_of(images: Sequence) -> list[str]:
-    """What messages call pictures: their paths, or "picture 1" and so on."""
-    return [
-        str(image) if isinstance(image, (str, Path)) else getattr(image, "name", f"picture {n}")
-        for n, image in enumerate(images, 1)
-    ]
 
 
 def _trust(reading: Reading) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from vlm.compat.extras import needs
 from vlm.pixels import MAX_PIXELS
 
 POINTS_TO_THE_INCH = 72
@@ -62,7 +63,8 @@ class Pdf:
 
         Raises BadPdf naming the page where it is broken, or too large, before it is drawn.
         """
-        import pypdfium2 as pdfium
+        with needs("ocr"):
+            import pypdfium2 as pdfium
 
         name, scale = self.name(index), self.dpi / POINTS_TO_THE_INCH
         try:
@@ -98,8 +100,9 @@ def pdf_pages(
 
 
 def _open(path: Path, password: str | None):
-    import pypdfium2 as pdfium
-    import pypdfium2.raw as raw
+    with needs("ocr"):
+        import pypdfium2 as pdfium
+        import pypdfium2.raw as raw
 
     try:
         document = pdfium.PdfDocument(path, password=password)

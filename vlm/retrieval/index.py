@@ -136,6 +136,7 @@ class Index:
         folder = Path(folder).resolve()
         if not folder.is_dir():
             raise ValueError(f"{folder}: expected a folder of pictures, found none")
+        nearest.faiss_library()  # missed here, not when all is embedded
         found, skipped = _files(folder)
         present = {file.path: file for file in found}
         origin = origin_of(model, source, dtype)

@@ -17,6 +17,8 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from vlm.compat.extras import needs
+
 RECALL = 0.95
 """Share of the nearest ten that clusters must give, with their own vectors as queries."""
 SAMPLE = 256
@@ -97,7 +99,8 @@ def faiss_library() -> ModuleType:
     apple = sys.platform == "darwin"
     if apple:
         os.environ.setdefault("KMP_DUPLICATE_LIB_OK", "TRUE")
-    import faiss
+    with needs("retrieval"):
+        import faiss
 
     if apple:
         faiss.omp_set_num_threads(1)

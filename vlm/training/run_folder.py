@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from vlm.compat.extras import MissingExtra, needs
 from vlm.precision import device_name, instructions
 
 LIBRARIES = ("vlm", "torch", "torchvision", "transformers", "accelerate", "timm", "open_clip_torch")
@@ -94,6 +95,7 @@ class Run:
             raise RunError(
                 f"{folder} already holds a run: continue it with --resume, or name another --out"
             )
+        self._make_board = None
         self._board = None
         self._first_step = 0
 
@@ -108,6 +110,12 @@ class Run:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._write("settings.json", self.settings)
         self._write("versions.json", versions())
+        try:
+            with needs("tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
+            self._make_board = SummaryWriter
+        except MissingExtra as error:
+            print(f"curves are in metrics.jsonl alone: {error}", file=sys.stderr)
         if not self.metrics.exists():
             return
         kept = []
@@ -129,17 +137,16 @@ class Run:
         return self.folder / "metrics.jsonl"
 
     def log(self, step: int, figures: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and the same for TensorBoard."""
+        """One line of metrics.jsonl, and the same for TensorBoard where that is installed."""
         if not self.main:
             return
         with self.metrics.open("a") as file:
             file.write(json.dumps({"step": step, **figures}) + "\n")
+        if self._make_board is None:
+            return
         if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(
-                str(self.folder / "tensorboard"), purge_step=self._first_step
-            )
+            folder = str(self.folder / "tensorboard")
+            self._board = self._make_board(folder, purge_step=self._first_step)
         flat = {f"eval/{k}": v for k, v in figures.get("eval", {}).items()} | figures
         for name, value in flat.items():
             if isinstance(value, (int, float)):

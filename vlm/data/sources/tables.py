@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm.compat.extras import needs
 from vlm.data.example import BadRow, BadSource, Example, ImageRef
 from vlm.data.sources.base import FolderImages, Source
 from vlm.data.sources.keys import HARMLESS, ROW_MEANING, UnreadKeys
@@ -129,7 +130,8 @@ def load_table(body: str, split: str | None, config: str | None = None) -> tuple
     config: the hub set's configuration.
     Raises BadSource where it cannot be loaded, naming `body`.
     """
-    import datasets
+    with needs("data"):
+        import datasets
 
     path = Path(body)
     try:

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import math
 
-import cv2
 import numpy as np
 from numpy.random import Generator
+
+from vlm.compat.extras import needs
+
+with needs("ocr"):
+    import cv2
 
 WEARS = (
     "slant", "low contrast", "light on dark", "uneven light", "low resolution", "blur", "noise",

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from PIL import ImageFont
 
+from vlm.compat.extras import needs
+
 HANDS = frozenset({"caveat", "kalam", "dancing-script", "shadows-into-light"})
 """Families of fontpkg that look written by hand, of those named here."""
 
@@ -189,7 +191,8 @@ def _files(folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=4096)
 def _of_file(path: Path) -> Font:
-    from fontTools.ttLib import TTFont, TTLibError
+    with needs("ocr"):
+        from fontTools.ttLib import TTFont, TTLibError
 
     try:
         with TTFont(path, lazy=True, fontNumber=0) as file:
@@ -204,7 +207,8 @@ def _of_file(path: Path) -> Font:
 
 @lru_cache(maxsize=4096)
 def _characters(path: Path) -> frozenset[int]:
-    from fontTools.ttLib import TTFont
+    with needs("ocr"):
+        from fontTools.ttLib import TTFont
 
     with TTFont(path, lazy=True, fontNumber=0) as file:
         return frozenset(file.getBestCmap() or {})

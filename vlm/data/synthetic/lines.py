@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
+from vlm.compat.extras import needs
 from vlm.data.example import BadSource, Example, ImageRef, caption_example
 from vlm.data.sources.base import Source
 from vlm.data.synthetic import degrade
@@ -32,6 +32,9 @@ from vlm.data.synthetic.text import (
     lines_of,
     words_in,
 )
+
+with needs("ocr"):
+    import cv2
 
 ALPHABETS = {
     "english": ASCII + MARKS,

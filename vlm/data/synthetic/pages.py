@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from random import Random
 from xml.sax.saxutils import escape
 
-import cv2
 import numpy as np
 
+from vlm.compat.extras import needs
 from vlm.data.example import BadSource, Box, Example, ImageRef, caption_example
 from vlm.data.sources.base import Source
 from vlm.data.synthetic import degrade
@@ -24,6 +24,9 @@ from vlm.data.synthetic.lines import ALPHABETS, ppm
 from vlm.data.synthetic.options import Options, read_options
 from vlm.data.synthetic.press import PageLine, Press, draw_style
 from vlm.data.synthetic.text import BadText, Writer, documentation, lines_of
+
+with needs("ocr"):
+    import cv2
 
 MOST_TURN = 4.0
 """Degrees that pages are turned by at most."""

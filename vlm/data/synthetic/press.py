@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vlm.compat.extras import needs
 from vlm.data.synthetic.fonts import Font
 from vlm.data.synthetic.text import Writer
+
+with needs("ocr"):
+    import cv2
 
 PARTS = ("title", "heading", "paragraph", "number")
 """What a block of lines can be: of the page, of a column, and the page's number at its foot."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from random import Random
 
 from vlm.assets import cache_folder
+from vlm.compat.extras import needs
 
 SPLITS = ("train", "validation", "reserved")
 MARKS = "“”‘’–—…•€£¥¢§©®°±×÷™«»¡¿½¼¾†‡"
@@ -91,14 +92,10 @@ def lines_of(path: str | Path, split: str) -> tuple[str, ...]:
 def words_in(locale: str, count: int = 4000) -> tuple[str, ...]:
     """Words, names and places of a language by the package faker, such as "ru_RU" or "el_GR".
 
-    Raises BadText where faker is not installed or knows no such language.
+    Raises BadText where faker knows no such language.
     """
-    try:
+    with needs("ocr"):
         from faker import Faker
-    except ImportError as error:
-        raise BadText(
-            f"words of {locale}: need the package faker; try: pip install faker"
-        ) from error
     try:
         faker = Faker(locale)
     except AttributeError as error:

@@ -10,8 +10,12 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import cv2
 import numpy as np
+
+from vlm.compat.extras import needs
+
+with needs("ocr"):
+    import cv2
 
 WORKING_PIXELS = 900_000, 4_500_000
 """Pictures are enlarged towards the first and reduced to the second number of pixels."""

@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 from PIL import Image
 
+from vlm.compat.extras import needs
 from vlm.ocr.line_detection.binarize import Working, turned, working_copy
 from vlm.ocr.line_detection.components import letters_of, skew, without_bars
 from vlm.ocr.line_detection.filtering import choose, judge
 from vlm.ocr.line_detection.grouping import TextLine, lines_of
+
+with needs("ocr"):
+    import cv2
 
 Corners = tuple[tuple[float, float], ...]
 

@@ -6,21 +6,22 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from vlm.data.mixture import Mixture, MixtureDataset, check_weights
 from vlm.data.sources.base import Source
-from vlm.data.synthetic.lines import characters_of
 from vlm.draw import draw_lines
 from vlm.families.text_reader import TextReader
-from vlm.metrics.text import Comparison, compare_texts
 from vlm.pixels import open_image
 from vlm.training.base_settings import BaseSettings, require_share
 from vlm.training.run_folder import Curves
 from vlm.training.runs.run import Course, MakeObjective, MakeStage
+
+if TYPE_CHECKING:
+    from vlm.metrics.text import Comparison
 
 ENDLESS = 1_000_000_000
 WORST = 24
@@ -68,6 +69,8 @@ class ReadingSettings(BaseSettings):
 
         Raises ValueError for an alphabet that is neither a name nor a file.
         """
+        from vlm.data.synthetic.lines import characters_of  # of the extra ocr
+
         return characters_of(self.alphabet)
 
     def drawn(self, count: int, seed: int, split: str) -> str:
@@ -102,6 +105,8 @@ def run(
     make_objective: MakeObjective,
 ) -> dict[str, Any]:
     """One run from settings to result: trains, evaluates on held-out lines, saves."""
+    import vlm.metrics.text  # noqa: F401 - of the extra ocr: missed here, not after training
+
     course = Course(settings, ERRORS)
     accelerator = course.accelerator
     data = settings.data()
@@ -150,6 +155,8 @@ def errors_on(
     model: TextReader, source: Source, rows: Sequence[int], accelerator: Accelerator
 ) -> Comparison:
     """What the model reads of rows, beside what stands there; the same on any number of ranks."""
+    from vlm.metrics.text import compare_texts
+
     rank, ranks = accelerator.process_index, accelerator.num_processes
     examples = [source[row] for row in rows[rank::ranks]]
     with accelerator.autocast():
