@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from vlm.commands.model import WRITING, UsesModel, open_model, require_least
+from vlm.families.registry import families_that
 
 if TYPE_CHECKING:
     from vlm.families.decoder_only.model import DecoderOnlyModel
 
 
-WRITERS = ("decoder_only", "prefix_decoder")
+WRITERS = tuple(families_that("caption"))
 """Families that write text as they are asked to."""
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vlm.families.registry import FAMILIES
+
 
 @dataclass(frozen=True, kw_only=True)
 class UsesModel:
@@ -32,13 +34,6 @@ def require_least(options: object, **least: int) -> None:
 WRITING = {"max_new_tokens": 1, "num_beams": 1, "batch_size": 1}
 """Options of commands that write text, where they have them, and the least that they may be."""
 
-FAMILIES = {
-    "contrastive": "contrastive (CLIP, SigLIP, what recipes/contrastive.py trains)",
-    "decoder_only": "decoder_only (DeepSeek-VL, what recipes/stage1_adaptor.py trains)",
-    "prefix_decoder": "prefix_decoder (PaliGemma, what recipes/paligemma.py trains)",
-}
-"""Family of a model -> what messages say of it."""
-
 
 def open_model(
     source: str, families: Sequence[str], lack: str, device: str = "auto", dtype: str = "auto"
@@ -54,6 +49,6 @@ def open_model(
     if found not in families:
         raise ValueError(
             f"{source}: a {found} model {lack}; expected a model of the family "
-            f"{' or '.join(FAMILIES[family] for family in families)}"
+            f"{' or '.join(FAMILIES[family].said for family in families)}"
         )
     return model
