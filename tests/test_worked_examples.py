@@ -44,12 +44,11 @@ def added(tmp_path, monkeypatch):
         assert not (ROOT / path).exists(), f"{path} is no example: it is there"
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(code)
-    for path in files:
-        package = (folder / path).parent
-        if path.startswith("vlm/"):
-            (package / "__init__.py").touch()
-    ours = [name for name in files if name.startswith("vlm/")]
-    for package in {Path(path).parent for path in ours if (ROOT / path).parent.is_dir()}:
+    ours = [parent for path in files if path.startswith("vlm/") for parent in Path(path).parents]
+    for package in {parent for parent in ours if parent.parts}:
+        (folder / package / "__init__.py").touch()
+        if not (ROOT / package).is_dir():  # a new one is found through the one above it
+            continue
         module = importlib.import_module(".".join(package.parts))
         monkeypatch.setattr(module, "__path__", [*module.__path__, str(folder / package)])
     monkeypatch.setattr(tokenizers, "KINDS", tokenizers._kinds())
@@ -66,27 +65,24 @@ def add(place: str, code: str, monkeypatch) -> None:
     CLASS in FILE"."""
     what, path = place.split(" in ")
     module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
-    names = dict(vars(module)) | classes_of_examples()
+    names = dict(vars(module))
     if what.startswith("method of "):
         exec(code, names)
         (name,) = re.findall(r"^def (\w+)", code, re.MULTILINE)
-        monkeypatch.setattr(getattr(module, what.removeprefix("method of ")), name, names[name])
-    elif what == "WRITING":
-        (task,) = eval(f"({code})")
+        cls = getattr(module, what.removeprefix("method of "))
+        monkeypatch.setattr(cls, name, names[name], raising=False)
+        return
+    imports, row = re.fullmatch(r"((?:from [^\n]+\n)*)\n*(.*)", code, re.DOTALL).groups()
+    exec(imports, names)
+    if what == "WRITING":
+        (task,) = eval(f"({row})")
         for name, family in registry.FAMILIES.items():
             if set(registry.WRITING) <= set(family.tasks):
                 more = dataclasses.replace(family, tasks=(*family.tasks, task))
                 monkeypatch.setitem(registry.FAMILIES, name, more)
     else:
-        for key, row in eval(f"{{{code}}}", names).items():
-            monkeypatch.setitem(getattr(module, what), key, row)
-
-
-def classes_of_examples() -> dict:
-    """The classes of new commands, which their rows name."""
-    from vlm.commands.verify import Verify
-
-    return {"Verify": Verify}
+        for key, value in eval(f"{{{row}}}", names).items():
+            monkeypatch.setitem(getattr(module, what), key, value)
 
 
 def forget(folder: Path) -> None:
@@ -111,7 +107,4 @@ def test_example_keeps_its_own_tests(path, added, tmp_path, request):
         own = tmp_path / name
         own.mkdir()
         wanted = inspect.signature(test).parameters
-        given = {"tmp_path": own} if "tmp_path" in wanted else {}
-        if "capsys" in wanted:
-            given["capsys"] = request.getfixturevalue("capsys")
-        test(**given)
+        test(**{w: own if w == "tmp_path" else request.getfixturevalue(w) for w in wanted})

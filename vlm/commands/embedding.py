@@ -324,7 +324,9 @@ FAULTS = {"missing": "no longer there", "changed": "changed since it was indexed
 
 
 def _contrastive(source: str, device: str, dtype: str) -> ContrastiveModel:
-    return open_model(source, families_that("embed_images"), "has no vectors to compare", device, dtype)
+    return open_model(
+        source, families_that("embed_images"), "has no vectors to compare", device, dtype
+    )
 
 
 def _is_file(text: str) -> bool:
