@@ -27,8 +27,8 @@ PAGES = sorted(
 )
 OPTION = re.compile(r"--[a-z][a-z0-9-]*(?![\w-])")
 SHELL = re.compile(r"^```(?:sh)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-OF_OTHERS = {"--draw", "--dist"}
-"""Options that the pages name of pytest."""
+OF_OTHERS = {"--psm"}
+"""Options of other programs that the pages name: tesseract's."""
 
 
 def test_readme_has_the_table_of_systems_of_the_registry():
@@ -118,11 +118,11 @@ def without_blocks(text):
 
 
 def commands(text):
-    """The command lines of a page's shell blocks, continued lines joined, and those in the first
-    column of its tables."""
+    """The command lines of a page's shell blocks, continued lines joined, and those in cells of
+    its tables."""
     for block in SHELL.findall(text):
         yield from (line for line in block.replace("\\\n", " ").splitlines() if line.strip())
-    yield from re.findall(r"^\| `((?:vlm|python|accelerate) [^`]+)` \|", text, re.MULTILINE)
+    yield from re.findall(r"\| `((?:vlm|python|accelerate) [^`]+)`(?= \|)", text)
 
 
 def known_options(words):
