@@ -10,11 +10,12 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tyro
 
-from vlm import assets, cli, tokenizers
+from vlm import assets, cli
 from vlm.systems import capabilities
 from vlm.training.runs.launch import recipe_in
 
@@ -37,6 +38,15 @@ def test_readme_has_the_table_of_systems_of_the_registry():
     )
 
 
+def test_table_refuses_a_system_whose_load_does_not_say_its_model(monkeypatch):
+    def load(folder, values) -> int: ...
+
+    module = SimpleNamespace(__name__="toy", load=load)
+    monkeypatch.setattr(capabilities, "import_module", lambda name: module)
+    with pytest.raises(ValueError, match=r"toy\.load: expected the model of a family"):
+        capabilities.family_of("clip")
+
+
 def test_table_replaces_the_one_that_stands_there():
     page = "a\n\n| system | what it is | old |\n| --- |\n| x |\n\nb\n"
     assert capabilities.with_table(page) == f"a\n\n{capabilities.table()}\n\nb\n"
@@ -44,9 +54,9 @@ def test_table_replaces_the_one_that_stands_there():
         capabilities.with_table("a\n")
 
 
-def test_pages_name_every_kind_asset_command_and_folder():
+def test_pages_name_every_asset_command_and_folder():
     text = (ROOT / "vlm/tokenizers/README.md").read_text()
-    for name in (*tokenizers.KINDS, *assets.ASSETS):
+    for name in assets.ASSETS:
         assert f"`{name}`" in text
     for name in cli.COMMANDS:
         assert f"`vlm {name}" in README
