@@ -11,14 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from vlm.commands.model import WRITING, UsesModel, open_model, require_least
-from vlm.families.registry import families_that
 
 if TYPE_CHECKING:
     from vlm.families.decoder_only.model import DecoderOnlyModel
-
-
-WRITERS = tuple(families_that("caption"))
-"""Families that write text as they are asked to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +27,9 @@ class UsesDecoder(UsesModel):
         require_least(self, **{k: low for k, low in WRITING.items() if hasattr(self, k)})
         for path in images:
             open_image(path)
-        return open_model(self.model, WRITERS, "writes no text", self.device, self.dtype)
+        return open_model(
+            self.model, "chat", "does not support text generation", self.device, self.dtype
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from vlm.commands.model import UsesModel, open_model, require_least
-from vlm.families.registry import families_that
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -324,9 +323,7 @@ FAULTS = {"missing": "no longer there", "changed": "changed since it was indexed
 
 
 def _contrastive(source: str, device: str, dtype: str) -> ContrastiveModel:
-    return open_model(
-        source, families_that("embed_images"), "has no vectors to compare", device, dtype
-    )
+    return open_model(source, "embed_images", "has no embeddings to compare", device, dtype)
 
 
 def _is_file(text: str) -> bool:

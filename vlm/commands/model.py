@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from vlm.families.registry import FAMILIES
+if TYPE_CHECKING:
+    from vlm.families.base import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,19 +37,20 @@ WRITING = {"max_new_tokens": 1, "num_beams": 1, "batch_size": 1}
 
 
 def open_model(
-    source: str, families: Sequence[str], lack: str, device: str = "auto", dtype: str = "auto"
-):
-    """The model that `source` names, of one of some families.
+    source: str, task: str, lack: str, device: str = "auto", dtype: str = "auto"
+) -> Model:
+    """The model that `source` names, of a family that does a task.
 
     lack: what a model of another family does not do, for the message of the ValueError.
     """
     import vlm
+    from vlm.families.registry import FAMILIES, families_that
 
     model = vlm.load(source, device=device, dtype=dtype)
-    found = model.module.family
-    if found not in families:
+    found, able = model.module.family, families_that(task)
+    if found not in able:
         raise ValueError(
             f"{source}: a {found} model {lack}; expected a model of the family "
-            f"{' or '.join(FAMILIES[family].said for family in families)}"
+            f"{' or '.join(FAMILIES[family].said for family in able)}"
         )
     return model
