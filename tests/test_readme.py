@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import os
 import re
 import runpy
 import shlex
@@ -11,6 +12,7 @@ import sys
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import tyro
@@ -27,7 +29,7 @@ PAGES = sorted(
     for path in (ROOT / folder).glob("**/README.md" if folder else "README.md")
 )
 OPTION = re.compile(r"--[a-z][a-z0-9-]*(?![\w-])")
-SHELL = re.compile(r"^```(?:sh)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OF_OTHERS = {"--psm"}
 """Options of other programs that the pages name: tesseract's."""
 
@@ -124,14 +126,16 @@ def test_package_data_stays_small():
 
 
 def without_blocks(text):
-    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return BLOCK.sub("", text)
 
 
 def commands(text):
     """The command lines of a page's shell blocks, continued lines joined, and those in cells of
     its tables."""
-    for block in SHELL.findall(text):
-        yield from (line for line in block.replace("\\\n", " ").splitlines() if line.strip())
+    for kind, block in BLOCK.findall(text):
+        if kind in ("", "sh"):
+            lines = block.replace("\\\n", " ").splitlines()
+            yield from (line for line in lines if shlex.split(line, comments=True))
     yield from re.findall(r"\| `((?:vlm|python|accelerate) [^`]+)`(?= \|)", text)
 
 
@@ -172,12 +176,13 @@ def options_of_script(path):
     """The options that a script's --help names."""
     if "__main__" not in path.read_text():
         return set()
-    out, before, argv = io.StringIO(), sys.path[:], sys.argv
-    sys.path.insert(0, str(path.parent))
-    sys.argv = [str(path), "--help"]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-            runpy.run_path(str(path), run_name="__main__")
-    finally:
-        sys.path[:], sys.argv = before, argv
+    out = io.StringIO()
+    with (
+        mock.patch.object(sys, "path", [str(path.parent), *sys.path]),
+        mock.patch.object(sys, "argv", [str(path), "--help"]),
+        mock.patch.dict(os.environ),
+        contextlib.redirect_stdout(out),
+        contextlib.suppress(SystemExit),
+    ):
+        runpy.run_path(str(path), run_name="__main__")
     return set(OPTION.findall(out.getvalue()))
