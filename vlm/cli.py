@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 
@@ -53,7 +53,7 @@ class Systems:
         for name, (_, what) in systems.SYSTEMS.items():
             table.add_row("system", name, what)
         for name in tokenizers.KINDS:
-            table.add_row("image tokenizer", name, tokenizers.ABOUT[name])
+            table.add_row("image tokenizer", name, tokenizers.about(name))
         for name, kind in adaptors.KINDS.items():
             table.add_row("adaptor", name, kind.__doc__.split(".")[0].replace("\n   ", ""))
         for name, asset in assets.ASSETS.items():
@@ -110,25 +110,32 @@ class InspectBatch:
             draw_rows(rows, encoded.processor, self.draw, pack)
 
 
-Command = (
-    Annotated[Fetch, tyro.conf.subcommand("fetch")]
-    | Annotated[Caption, tyro.conf.subcommand("caption")]
-    | Annotated[Answer, tyro.conf.subcommand("answer")]
-    | Annotated[Chat, tyro.conf.subcommand("chat")]
-    | Annotated[Ground, tyro.conf.subcommand("ground")]
-    | Annotated[Ocr, tyro.conf.subcommand("ocr")]
-    | Annotated[Classify, tyro.conf.subcommand("classify")]
-    | Annotated[Embed, tyro.conf.subcommand("embed")]
-    | Annotated[MakeIndex, tyro.conf.subcommand("index")]
-    | Annotated[Retrieve, tyro.conf.subcommand("retrieve")]
-    | Annotated[Evaluate, tyro.conf.subcommand("eval")]
-    | Annotated[Export, tyro.conf.subcommand("export")]
-    | Annotated[CheckData, tyro.conf.subcommand("check-data")]
-    | Annotated[InspectBatch, tyro.conf.subcommand("inspect-batch")]
-    | Annotated[MakePlan, tyro.conf.subcommand("plan")]
-    | Annotated[Launch, tyro.conf.subcommand("launch")]
-    | Annotated[Systems, tyro.conf.subcommand("systems")]
-)
+COMMANDS = {
+    "fetch": Fetch,
+    "caption": Caption,
+    "answer": Answer,
+    "chat": Chat,
+    "ground": Ground,
+    "ocr": Ocr,
+    "classify": Classify,
+    "embed": Embed,
+    "index": MakeIndex,
+    "retrieve": Retrieve,
+    "eval": Evaluate,
+    "export": Export,
+    "check-data": CheckData,
+    "inspect-batch": InspectBatch,
+    "plan": MakePlan,
+    "launch": Launch,
+    "systems": Systems,
+}
+"""Name of a command -> its options, of which `run` does it."""
+
+
+def command_type() -> Any:
+    """All commands as one type, for tyro."""
+    commands = (Annotated[cls, tyro.conf.subcommand(name)] for name, cls in COMMANDS.items())
+    return Union[tuple(commands)]  # noqa: UP007, of types that are known when it runs
 
 
 def recipe_help(command: str, path: Path) -> None:
@@ -152,10 +159,10 @@ def main(arguments: list[str] | None = None) -> None:
         elif arguments[:1] in (["inspect-batch"], ["plan"]):  # a recipe's settings come with theirs
             if {"-h", "--help"} & set(arguments) and Path(arguments[1]).is_file():
                 recipe_help(arguments[0], Path(arguments[1]))
-            command, rest = tyro.cli(Command, return_unknown_args=True, **options)
+            command, rest = tyro.cli(command_type(), return_unknown_args=True, **options)
             command.run(rest)
         else:
-            tyro.cli(Command, **options).run()
+            tyro.cli(command_type(), **options).run()
     except BrokenPipeError:  # whoever read the output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -42,8 +43,23 @@ def show_rows(
         return show_packed(rows, processor, console, pack)
     if isinstance(processor, LineProcessor):
         return show_lines(rows, processor, console)
-    show = show_pairs if isinstance(processor, PairProcessor) else show_batch
-    return show(rows, processor, console)
+    if isinstance(processor, PairProcessor):
+        return show_pairs(rows, processor, console)
+    if hasattr(processor, "text_tokenizer"):
+        return show_batch(rows, processor, console)
+    return show_any(rows, console)
+
+
+def show_any(rows: Sequence[Any], console: Console) -> None:
+    """Prints rows of a family that has no view of its own here: the sizes of their views, and their
+    ids."""
+    for row in _kept(rows, console):
+        console.print()
+        console.print(Text(row.name, style="bold"), end="")
+        sizes = ", ".join(_shapes(pixels, 0) for pixels, _ in row.views)
+        console.print(f"  {len(row.views)} views: {sizes}", highlight=False)
+        ids = " ".join(str(int(id)) for id in row.ids)
+        console.print(Text(f"ids  {ids}"))
 
 
 def show_lines(

@@ -2,12 +2,17 @@
 
 A kind's file defines `Config` (its dataclass), `build(config)` (random weights, no download) and,
 for the kinds that wrap a library, `load(id, **options)` (that library's pretrained weights).
-Nothing of a kind is imported before it is asked for.
+A new file is a new kind; its docstring's first paragraph says what it is. Nothing of a kind is
+imported before it is asked for.
 """
 
 from __future__ import annotations
 
+import ast
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from pkgutil import iter_modules
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -16,31 +21,28 @@ from vlm import config as configs
 if TYPE_CHECKING:
     from vlm.image_tokens import ImageTokenizer
 
-KINDS = {
-    "timm": "vlm.tokenizers.timm",
-    "transformers": "vlm.tokenizers.transformers",
-    "torchvision": "vlm.tokenizers.torchvision",
-    "open_clip": "vlm.tokenizers.open_clip",
-    "paired": "vlm.tokenizers.paired",
-    "tiles": "vlm.tokenizers.tiles",
-    "sam_hybrid": "vlm.tokenizers.sam_hybrid",
-    "naflex": "vlm.tokenizers.naflex",
-    "columns": "vlm.tokenizers.columns",
-}
-"""Kind of image tokenizer -> the module that defines it."""
+SHARED = ("encoders", "parts", "timesformer")
+"""Files of this folder that no kind is: what several of them share."""
 
-ABOUT = {
-    "timm": "any backbone of timm: ViT, Swin and other pyramids, convolutional nets",
-    "transformers": "SigLIP, SigLIP 2 (fixed sizes), CLIP, ViT, DINOv2, SAM, CvT, TimeSformer",
-    "torchvision": "torchvision's classification networks: AlexNet, VGG, ResNet, ConvNeXt, Swin",
-    "open_clip": "image towers of open_clip",
-    "paired": "two towers on one grid, high resolution and low",
-    "tiles": "one picture cut into views, with a thumbnail",
-    "sam_hybrid": "SAM's last and first global features, convolved to a coarser grid",
-    "naflex": "SigLIP 2's vision encoder at each picture's own aspect ratio",
-    "columns": "lines of text of any length, a token for every four columns of pixels",
-}
-"""Kind of image tokenizer -> what it is, for people."""
+
+def _kinds() -> dict[str, str]:
+    """The kinds, by the files of this folder."""
+    files = sorted(module.name for module in iter_modules(__path__))
+    return {name: f"{__name__}.{name}" for name in files if name not in SHARED}
+
+
+KINDS = _kinds()
+"""Kind of image tokenizer -> the module that defines it: a file of this folder is a kind."""
+
+
+def about(kind: str) -> str:
+    """What a kind is, for people: the first sentence of its file, which is not imported.
+
+    >>> about("naflex").partition(":")[0]
+    "Image tokens at a picture's own aspect ratio"
+    """
+    text = ast.get_docstring(ast.parse(Path(find_spec(KINDS[kind]).origin).read_text()))
+    return " ".join(text.split("\n\n")[0].split()).removesuffix(".")
 
 
 def config_to_dict(tokenizer: ImageTokenizer) -> dict[str, Any]:
