@@ -34,11 +34,11 @@ from vlm.families.contrastive.batch import Pair
 from vlm.families.decoder_only.batch import IMAGE, Row
 from vlm.families.line_reader import layout as line_reader
 from vlm.families.line_reader.batch import LineRow
-from vlm.kernels.norm_mlp import lean, lean_ways
+from vlm.kernels.norm_mlp import memory_efficient_kernels, use_kernels
 from vlm.precision import DTYPES
 from vlm.systems import scratch
-from vlm.training.master_weights import WorkingWeights
-from vlm.training.memory.simulate import Rehearsal
+from vlm.training.master_weights import ComputeCopies
+from vlm.training.memory.simulate import SimulatedStep
 from vlm.training.objectives.base import Objective
 from vlm.training.objectives.contrastive import Contrast
 from vlm.training.objectives.ctc import Transcribe
@@ -143,8 +143,8 @@ def parts(rows: Sequence[Any], count: int) -> list[Sequence[Any]]:
 def planned_mb(case: Case, dtype: torch.dtype) -> float:
     """The peak of a rehearsed step in MB."""
     module, rows, objective = case.make(False)
-    rehearsal = Rehearsal(module, case.stage, objective, dtype, gpu=False)
-    return rehearsal.step(parts(rows, case.micro_batches)).peak.total / 2**20
+    simulated = SimulatedStep(module, case.stage, objective, dtype, gpu=False)
+    return simulated.run(parts(rows, case.micro_batches)).peak.total / 2**20
 
 
 def resident_mb() -> float:
@@ -158,10 +158,10 @@ def resident_mb() -> float:
 def learn(case: Case, dtype: torch.dtype, small: bool, before_last: Callable[[], None]) -> None:
     """Two steps as `fit` makes them; calls `before_last` between them."""
     module, rows, objective = case.make(small)
-    ways = lean_ways(module)
+    ways = memory_efficient_kernels(module)
     prepare(module, case.stage, dtype)
     optimizer = optimizer_for(module, case.stage)
-    working = WorkingWeights(module, dtype)
+    working = ComputeCopies(module, dtype)
     trained = [p for p in module.parameters() if p.requires_grad]
     count = 1 if small else case.micro_batches
     batches = [batch for part in parts(rows, count) for batch in objective.collate(part)]
@@ -169,7 +169,7 @@ def learn(case: Case, dtype: torch.dtype, small: bool, before_last: Callable[[],
     for last in (False, True):
         if last:
             before_last()
-        with working.in_use(), lean(module, ways):
+        with working.in_use(), use_kernels(module, ways):
             objective.backward(module, batches, 100, lambda: autocast(dtype))
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

@@ -41,7 +41,7 @@ from vlm.precision import DTYPES
 from vlm.systems import clip
 from vlm.systems.open_clip import config as open_clip_config
 from vlm.systems.open_clip import layout as open_clip_layout
-from vlm.training.master_weights import WorkingWeights
+from vlm.training.master_weights import ComputeCopies
 from vlm.training.objectives.contrastive import Contrast
 from vlm.training.stages import Stage, optimizer_for, prepare
 
@@ -117,7 +117,7 @@ def train(variant: str, steps: int, dtype: torch.dtype) -> dict[str, float]:
         )  # fmt: skip
         prepare(module, stage, dtype)
         optimizer = optimizer_for(module, stage)
-        objective, working = Contrast("softmax"), WorkingWeights(module, dtype)
+        objective, working = Contrast("softmax"), ComputeCopies(module, dtype)
 
         def learn() -> float:
             with working.in_use():

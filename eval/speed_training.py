@@ -50,7 +50,7 @@ from vlm import adaptors
 from vlm.families.decoder_only.batch import IMAGE, Batch, Row
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.image_tokens import ViewGroup
-from vlm.kernels.norm_mlp import lean, lean_ways
+from vlm.kernels.norm_mlp import memory_efficient_kernels, use_kernels
 from vlm.losses.token import token_losses
 from vlm.pixels import HALF, PixelSpec
 from vlm.precision import DTYPES
@@ -59,7 +59,7 @@ from vlm.tokenizers.transformers import TransformersTokenizer
 from vlm.training.activation_checkpointing import give_back_large_blocks
 from vlm.training.flops import flop_counter
 from vlm.training.loading.token_cache import cached_tokens
-from vlm.training.master_weights import WorkingWeights
+from vlm.training.master_weights import ComputeCopies
 from vlm.training.objectives.next_token import NextToken
 from vlm.training.stages import FROZEN, Stage, optimizer_for, prepare
 
@@ -241,10 +241,10 @@ def step_of_ours(
     rates = Stage(
         name="speed", rates=RATES[stage], steps=1, batch=BATCH, micro_batch=BATCH, warmup=0
     )
-    ways = lean_ways(module)
+    ways = memory_efficient_kernels(module)
     prepare(module, rates, dtype)
     optimizer = optimizer_for(module, rates)
-    working = WorkingWeights(module, dtype)
+    working = ComputeCopies(module, dtype)
     if cached:
         held = contextlib.ExitStack()
         atexit.register(held.close)
@@ -259,7 +259,7 @@ def step_of_ours(
         return autocast(dtype)
 
     def step() -> float:
-        with working.in_use(), lean(module, ways):
+        with working.in_use(), use_kernels(module, ways):
             loss = objective.backward(module, batches, scored, computes)
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

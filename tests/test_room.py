@@ -16,13 +16,13 @@ from vlm.training.memory import preflight as room
 from vlm.training.memory.estimate import Estimate, rows_of_run
 from vlm.training.memory.preflight import (
     MOST,
-    Room,
+    MemoryFit,
     free_memory,
     largest_within,
-    require_room,
+    require_memory,
     size,
 )
-from vlm.training.memory.simulate import Held, Rehearsal
+from vlm.training.memory.simulate import Held, SimulatedStep
 from vlm.training.objectives.contrastive import Contrast
 from vlm.training.objectives.ctc import Transcribe
 from vlm.training.objectives.next_token import NextToken
@@ -60,7 +60,7 @@ def test_the_largest_count_is_found_where_cost_bends():
 )
 def test_the_largest_even_micro_batch_divides_the_share(share, largest, even):
     held = Held(1, 1, 1, 1, 1)
-    found = Room(share=share, micro_batch=share, held=held, budget=1, largest=largest)
+    found = MemoryFit(share=share, micro_batch=share, held=held, budget=1, largest=largest)
     assert found.largest_even == even
 
 
@@ -82,8 +82,8 @@ def needs():
     settings = contrastive.Settings(**SIZES, out="none", steps=2)
     pairing = settings.build()
     rows = rows_of_run(settings.data(), pairing.processor, 2 * 64, room.ROWS_AT_MOST)
-    rehearsal = Rehearsal(pairing.module, STAGE, Contrast("sigmoid"), torch.float32, gpu=False)
-    estimate = Estimate(rehearsal, rows)
+    simulated = SimulatedStep(pairing.module, STAGE, Contrast("sigmoid"), torch.float32, gpu=False)
+    estimate = Estimate(simulated, rows)
     return {count: estimate.held(count, 64 // count).total for count in (1, 8, 64)}
 
 
@@ -118,15 +118,15 @@ def test_a_run_that_nearly_fills_its_memory_says_so(tmp_path, monkeypatch, capsy
     Given(monkeypatch, int(needs[64] * 1.05))
     assert run(tmp_path / "run", **SIZES)["step"] == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert f"a step is foreseen to hold {size(needs[64])} of the" in said
+    assert f"a step's estimated peak memory is {size(needs[64])}, and may be more" in said
 
 
-def test_a_step_that_cannot_be_rehearsed_is_no_reason_to_stop(tmp_path, monkeypatch, capsys):
+def test_a_step_that_cannot_be_simulated_is_no_reason_to_stop(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise RuntimeError("Cannot access data pointer of Tensor")
 
     Given(monkeypatch, 1)
-    monkeypatch.setattr(room, "Rehearsal", refuse)
+    monkeypatch.setattr(room, "SimulatedStep", refuse)
     assert run(tmp_path / "run", **TINY)["step"] == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "whether a step fits in memory is not known: Cannot access data pointer" in said
@@ -165,7 +165,7 @@ def pairs():
     "make", [decoder_only, checkpointed, packed, encoder_decoder, lines, pairs]
 )
 @pytest.mark.parametrize("shard", ["no", "all"])
-def test_steps_of_every_family_are_foreseen_and_models_stay_as_they_were(monkeypatch, make, shard):
+def test_steps_of_every_family_are_estimated_and_models_stay_as_they_were(monkeypatch, make, shard):
     """Its weights to the bit, and what of it learns and drops out."""
     if shard == "all" and make is checkpointed:
         pytest.skip("blocks are computed again in the same way, sharded or not")
@@ -179,7 +179,7 @@ def test_steps_of_every_family_are_foreseen_and_models_stay_as_they_were(monkeyp
 
     def require(there):
         Given(monkeypatch, there)
-        require_room(
+        require_memory(
             model,
             STAGE,
             training.dataset(rows),

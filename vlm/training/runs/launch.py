@@ -42,13 +42,13 @@ ERRORS = (BadRow, BadImage, BadSource, CheckpointError, RunError, StageError, We
           ImportError, OSError, ValueError, RuntimeError)  # fmt: skip
 
 
-def start(settings_class: type[BaseSettings], run: Callable[[Any], Any]) -> None:
-    """A recipe's main: `run` with settings from the command line; one clear line where something
-    is wrong."""
+def start(settings_class: type[BaseSettings], run: Callable[..., Any], *stated: Any) -> None:
+    """A recipe's main: `run` with settings from the command line and with what the recipe states,
+    such as its stage and objective; one clear line where something is wrong."""
     warn_untested()
     try:
         settings = read_settings(settings_class, sys.argv[1:], sys.modules["__main__"].__doc__)
-        run(settings)
+        run(settings, *stated)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(130)
