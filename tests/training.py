@@ -172,6 +172,27 @@ def objective_for(chosen, loss, pack, cost=None):
     return Contrast(loss) if loss else NextToken(chosen.processor.pad_id, pack, cost)
 
 
+class TwoTotals(NextToken):
+    """A toy objective of two means: of the scored tokens' losses, and of the squares of what the
+    adaptor makes of each image."""
+
+    totals = ("tokens", "images")
+
+    def count(self, batch):
+        count = super().count(batch)
+        return count._replace(totals={**count.totals, "images": count.images})
+
+    def backward(self, module, batches, totals, autocast):
+        loss = super().backward(module, batches, totals, autocast)
+        for batch in batches:
+            if batch.groups:
+                vectors, _ = module.encode(batch.groups)
+                share = vectors.pow(2).sum() / totals["images"]
+                share.backward()
+                loss += float(share.detach())
+        return loss
+
+
 @torch.no_grad()
 def states_on_first(chosen):
     """An evaluation that the first rank alone makes."""
@@ -239,6 +260,8 @@ def run_one(out, options):
         if stop and step == stop["step"] and int(os.environ.get("RANK", 0)) in stop["ranks"]:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    if options.pop("two_totals", False):
+        options["objective"] = TwoTotals(model().processor.pad_id)
     family = options.pop("family", None)
     if family == "encoder_decoder":
         options["chosen"], data = encoder_decoder_model(), dataset(pictures_alone())
