@@ -83,7 +83,7 @@ def test_variants_take_turns_and_rows_show_medians_and_ratios(capsys):
     table = bench.Table(
         columns={"s": ("s", "6.2f")},
         ratios={"time": ("s", "5.2f"), "faster": ("s", "6.1f")},
-        width=6,
+        width=7,
         inverted=("faster",),
         lead=("head", 5),
     )
@@ -91,8 +91,8 @@ def test_variants_take_turns_and_rows_show_medians_and_ratios(capsys):
     table.print_rows(found, "h")
     assert capsys.readouterr().out.splitlines() == [
         "head  variant      s   time  faster",
-        "h     ours     6.00  1.00x    1.0x",
-        "h     peer    24.00  0.25x    4.0x",
+        "h     ours      6.00  1.00x    1.0x",
+        "h     peer     24.00  0.25x    4.0x",
     ]
 
 

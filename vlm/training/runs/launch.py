@@ -230,7 +230,7 @@ def _agreed(settings: BaseSettings, state: PartialState) -> Choice:
 
 
 def sharding_of(settings: BaseSettings, accelerator: Accelerator) -> Shard:
-    """How weights are parted: as the settings say, or as an accelerate configuration that asks for
+    """How weights are sharded: as the settings say, or as an accelerate configuration that asks for
     FSDP does; not at all on one process."""
     if accelerator.num_processes == 1:
         return "no"

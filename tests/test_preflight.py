@@ -12,7 +12,7 @@ from tests import training
 from tests.contrastive_runs import TINY, run
 from tests.test_ranks import run_two
 from vlm.training.activation_checkpointing import checkpoint_activations
-from vlm.training.memory import preflight as room
+from vlm.training.memory import preflight
 from vlm.training.memory.estimate import Estimate, rows_of_run
 from vlm.training.memory.preflight import (
     MOST,
@@ -69,7 +69,7 @@ class Given:
 
     def __init__(self, monkeypatch, there):
         self.there = there
-        monkeypatch.setattr(room, "memory_for", lambda device, module: self.there)
+        monkeypatch.setattr(preflight, "memory_for", lambda device, module: self.there)
 
 
 SIZES = dict(TINY, image_px=64, batch=64)
@@ -81,7 +81,7 @@ def needs():
     """Bytes that its step needs, by its micro-batch."""
     settings = contrastive.Settings(**SIZES, out="none", steps=2)
     pairing = settings.build()
-    rows = rows_of_run(settings.data(), pairing.processor, 2 * 64, room.ROWS_AT_MOST)
+    rows = rows_of_run(settings.data(), pairing.processor, 2 * 64, preflight.ROWS_AT_MOST)
     simulated = SimulatedStep(pairing.module, STAGE, Contrast("sigmoid"), torch.float32, gpu=False)
     estimate = Estimate(simulated, rows)
     return {count: estimate.held(count, 64 // count).total for count in (1, 8, 64)}
@@ -126,7 +126,7 @@ def test_a_step_that_cannot_be_simulated_is_no_reason_to_stop(tmp_path, monkeypa
         raise RuntimeError("Cannot access data pointer of Tensor")
 
     Given(monkeypatch, 1)
-    monkeypatch.setattr(room, "SimulatedStep", refuse)
+    monkeypatch.setattr(preflight, "SimulatedStep", refuse)
     assert run(tmp_path / "run", **TINY)["step"] == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "whether a step fits in memory is not known: Cannot access data pointer" in said
@@ -174,7 +174,7 @@ def test_steps_of_every_family_are_estimated_and_models_stay_as_they_were(monkey
     modes = [(p.requires_grad, p.dtype) for p in model.module.parameters()]
     training_modes = [m.training for m in model.module.modules()]
     ranks = 2 if shard == "all" else 1
-    monkeypatch.setattr(room, "gather_object", lambda found: found * ranks)
+    monkeypatch.setattr(preflight, "gather_object", lambda found: found * ranks)
     said = []
 
     def require(there):
@@ -268,11 +268,11 @@ def test_free_memory_is_not_known_beside_linux(tmp_path):
 def test_processes_of_a_machine_share_what_is_free_beside_their_own_weights(monkeypatch):
     module = torch.nn.Linear(1000, 1000)
     own = sum(4 * p.numel() for p in module.parameters())
-    monkeypatch.setattr(room, "free_memory", lambda: 1000)
+    monkeypatch.setattr(preflight, "free_memory", lambda: 1000)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert room.memory_for(torch.device("cpu"), module) == 250 + own
-    monkeypatch.setattr(room, "free_memory", lambda: None)
-    assert room.memory_for(torch.device("cpu"), module) is None
+    assert preflight.memory_for(torch.device("cpu"), module) == 250 + own
+    monkeypatch.setattr(preflight, "free_memory", lambda: None)
+    assert preflight.memory_for(torch.device("cpu"), module) is None
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
@@ -281,5 +281,5 @@ def test_weights_in_a_mapped_file_are_free_already(monkeypatch, tmp_path):
     module = torch.nn.Linear(64, 64)
     module.load_state_dict(load_file(tmp_path / "linear"), assign=True)
     module.bias = torch.nn.Parameter(torch.zeros(64))
-    monkeypatch.setattr(room, "free_memory", lambda: 1000)
-    assert room.memory_for(torch.device("cpu"), module) == 1000 + 4 * 64
+    monkeypatch.setattr(preflight, "free_memory", lambda: 1000)
+    assert preflight.memory_for(torch.device("cpu"), module) == 1000 + 4 * 64
