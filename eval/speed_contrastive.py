@@ -120,7 +120,7 @@ def train(variant: str, steps: int, dtype: torch.dtype) -> dict[str, float]:
         del model
         stage = Stage(
             name="speed", rates=(("*", 1e-4),), steps=steps, batch=BATCH, micro_batch=BATCH,
-            warmup=0, weight_decay=0.2, betas=(0.9, 0.98), clip=math.inf,
+            warmup_steps=0, weight_decay=0.2, betas=(0.9, 0.98), clip=math.inf,
         )  # fmt: skip
         state = build_state(module, stage, dtype)
         learn = partial(

@@ -9,7 +9,7 @@ from tests import training
 from tests.test_fit import launch, lines
 from vlm.training.objectives.base import Count, sum_totals
 
-STEPS = {"steps": 2, "warmup": 1}
+STEPS = {"steps": 2, "warmup_steps": 1}
 
 
 def count(**totals):

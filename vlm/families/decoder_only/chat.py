@@ -25,7 +25,7 @@ from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import Row, collate
 
 if TYPE_CHECKING:
-    from vlm.families.decoder_only.model import DecoderOnlyModel
+    from vlm.families.base import Model
 
 ROLES = ("system", "user", "assistant")
 PART_KEYS = {"text": "text", "image": "image"}
@@ -54,7 +54,7 @@ class Chat:
     earlier answers differ in their last bits, and with them now and then a greedy id.
     """
 
-    def __init__(self, model: DecoderOnlyModel, messages: Sequence[dict] | None = None) -> None:
+    def __init__(self, model: Model, messages: Sequence[dict] | None = None) -> None:
         self.model = model
         self.reset()
         messages = list(messages or ())
