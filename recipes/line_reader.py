@@ -33,4 +33,4 @@ def objective(settings: Settings, model: LineReaderModel, stage: Stage) -> Trans
 
 
 if __name__ == "__main__":
-    launch.start(Settings, lambda settings: run(settings, stage, objective))
+    launch.start(Settings, run, stage, objective)

@@ -15,6 +15,7 @@ from vlm.data.example import BadRow, Skipped
 from vlm.families.decoder_only.batch import collate
 from vlm.families.encoder_decoder.module import EncoderDecoder
 from vlm.losses.token import token_losses
+from vlm.training.objectives.base import sum_totals
 from vlm.training.objectives.next_token import NextToken
 
 
@@ -55,8 +56,9 @@ def test_gradients_are_the_same_for_every_split(kind):
     for numbers in ([[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 2], [1, 3]]):
         module.zero_grad()
         parts = [objective.collate([examples[i] for i in part]) for part in numbers]
-        scored = sum(objective.count(batch).scored for part in parts for batch in part)
-        loss = sum(objective.backward(module, part, scored, nullcontext) for part in parts)
+        counts = [objective.count(batch) for part in parts for batch in part]
+        totals = sum_totals(objective.totals, counts)
+        loss = sum(objective.backward(module, part, totals, nullcontext) for part in parts)
         assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
         for name, grad in zip(names, grads, strict=True):
             found = module.get_parameter(name).grad
@@ -114,7 +116,7 @@ def test_later_ids_change_no_earlier_logit_and_pictures_change_all(kind):
 def test_every_part_gets_a_gradient_through_a_padded_memory():
     module = model().train()
     batch = collate([*rows(processor(module), "ab"), *rows(wide(module, (8, 40)), "cd")], 256)
-    NextToken(256).backward(module, [batch], 6, nullcontext)
+    NextToken(256).backward(module, [batch], {"tokens": 6}, nullcontext)
     assert [n for n, p in module.named_parameters() if p.grad is None] == []
 
 

@@ -22,7 +22,7 @@ from vlm.training.checkpoints import format as checkpoint_format
 from vlm.training.checkpoints.checkpoint import CheckpointError, list_checkpoints
 from vlm.training.fit import Interrupted
 from vlm.training.loading.loader import _leave_stopping_to_the_loop
-from vlm.training.objectives import base as objectives
+from vlm.training.objectives import next_token
 from vlm.training.run_folder import Run, RunError
 from vlm.training.stages import FROZEN, StageError
 from vlm.weights import same_bits
@@ -308,7 +308,7 @@ def test_counting_operations_changes_no_gradient(tmp_path, monkeypatch):
 
     counted, _, with_counter = training.train(tmp_path / "a", precision="bf16", dropout=0.3)
     monkeypatch.setattr(
-        Meter, "count_flops", lambda self, run, work: setattr(self, "flops_per_work", 1.0)
+        Meter, "count_flops", lambda self, run, cost: setattr(self, "flops_per_cost", 1.0)
     )
     plain, _, without = training.train(tmp_path / "b", precision="bf16", dropout=0.3)
     for a, b in zip(with_counter, without, strict=True):
@@ -331,7 +331,7 @@ def test_gradient_that_is_not_finite_changes_nothing(tmp_path):
     weight = next(p for p in chosen.module.adaptor.parameters() if p.dim() > 1)
     weight.register_hook(lambda gradient: gradient * math.inf)
     before = training.weights(chosen)
-    with pytest.raises(StageError, match=r"the gradient norm of step 1 is (inf|nan); nothing"):
+    with pytest.raises(StageError, match=r"the gradient norm of step 1 is (inf|nan); the optim"):
         training.train(tmp_path / "run", chosen=chosen)
     assert same_bits(before, training.weights(chosen))
 
@@ -347,9 +347,9 @@ def test_evaluation_that_fails_loses_no_step(tmp_path):
     ]
 
 
-def test_step_whose_rows_are_all_left_out_stops_the_run(tmp_path):
+def test_step_whose_rows_are_all_skipped_stops_the_run(tmp_path):
     rows = [Example(f"r{i}", (Turn("user", ("and?",)),)) for i in range(4)]
-    with pytest.raises(StageError, match=r"every row of step 1 was left out.*an assistant"):
+    with pytest.raises(StageError, match=r"every row of step 1 was skipped.*an assistant"):
         training.train(tmp_path, rows=rows, on_bad_row="skip")
 
 
@@ -455,12 +455,12 @@ def test_rows_of_like_length_are_padded_together_and_none_is_lost(tmp_path, monk
     _, _, apart = training.train(tmp_path / "apart", rows=rows)
     processor = training.model().processor
     encoded = [processor.encode(row) for row in rows]
-    parts = objectives._of_like_length(encoded)
+    parts = next_token._of_like_length(encoded)
     assert sorted(row.name for part in parts for row in part) == [f"r{i}" for i in range(9)]
     assert [[row.name for row in part] for part in parts] == [
         ["r0", "r3", "r6"], ["r1", "r4", "r7"], ["r2", "r5", "r8"],
     ]  # fmt: skip
-    monkeypatch.setattr(objectives, "_of_like_length", lambda rows: [rows] if rows else [])
+    monkeypatch.setattr(next_token, "_of_like_length", lambda rows: [rows] if rows else [])
     _, _, together = training.train(tmp_path / "together", rows=rows)
     for a, b in zip(apart, together, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)

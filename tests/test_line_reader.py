@@ -22,6 +22,7 @@ from vlm.losses.ctc import BLANK, ctc_losses, least_columns
 from vlm.metrics.calibration import apply_temperature
 from vlm.ocr import ctc_decode as ctc
 from vlm.tokenizers.columns import STRIDE, level
+from vlm.training.objectives.base import sum_totals
 from vlm.training.objectives.ctc import Transcribe
 
 
@@ -82,7 +83,7 @@ def test_a_text_that_does_not_fit_has_no_loss_and_no_gradient_and_is_counted():
     (batch,) = objective.collate([row])
     assert not row.fits
     assert objective.count(batch).unscored == 1
-    assert objective.count(batch).scored == 0
+    assert objective.count(batch).totals == {"characters": 0}
 
 
 def test_greedy_reads_the_path_of_the_likeliest_names():
@@ -239,10 +240,10 @@ def test_reader_learns_a_line_by_heart():
     rows = [made.processor.encode(line(text, seed=i)) for i, text in enumerate(("ab", "cab a"))]
     objective = Transcribe()
     batches = objective.collate(rows)
-    scored = sum(objective.count(batch).scored for batch in batches)
+    totals = sum_totals(objective.totals, [objective.count(batch) for batch in batches])
     optimizer = torch.optim.AdamW(made.module.parameters(), 3e-3)
     for _ in range(60):
-        loss = objective.backward(made.module, batches, scored, contextlib.nullcontext)
+        loss = objective.backward(made.module, batches, totals, contextlib.nullcontext)
         optimizer.step()
         optimizer.zero_grad()
     assert loss < 0.1

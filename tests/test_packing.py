@@ -22,7 +22,7 @@ from vlm.kernels.packed_attention import (
 )
 from vlm.training.activation_checkpointing import checkpoint_activations
 from vlm.training.base_settings import deciding
-from vlm.training.memory.simulate import Rehearsal
+from vlm.training.memory.simulate import SimulatedStep
 from vlm.training.objectives.next_token import NextToken
 from vlm.training.runs.decoder_only_settings import FromRun, training_data
 
@@ -84,8 +84,8 @@ def states_of(model, batch):
 def gradients(model, batches):
     """The loss of batches and its gradients."""
     model.zero_grad()
-    scored = sum(int(batch.scored.sum()) for batch in batches)
-    loss = NextToken(256).backward(model, batches, scored, nullcontext)
+    totals = {"tokens": sum(int(batch.scored.sum()) for batch in batches)}
+    loss = NextToken(256).backward(model, batches, totals, nullcontext)
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -185,7 +185,8 @@ def test_first_place_of_a_packed_example_is_no_target():
     assert packed.scored.int().tolist() == [[0, 1, 1, 1, 0, 1, 1]]
     assert rows[1].scored.all()
     objective = NextToken(256)
-    assert objective.count(packed).scored == objective.count(collate(rows, 256)).scored == 5
+    for batch in (packed, collate(rows, 256)):
+        assert objective.count(batch).totals == {"tokens": 5}
 
 
 def row_of(length, name="row", scored=True):
@@ -219,7 +220,7 @@ def test_count_says_what_a_packed_row_holds():
     objective = NextToken(256)
     packed, padded = objective.count(collate_packed(rows)), objective.count(collate(rows, 256))
     assert packed.tokens == packed.positions == padded.tokens < padded.positions
-    for field in ("scored", "samples", "pictured", "unscored"):
+    for field in ("totals", "samples", "images", "unscored"):
         assert getattr(packed, field) == getattr(padded, field), field
     assert packed.unscored == 1
 
@@ -377,15 +378,15 @@ def test_packed_states_in_16_bits_are_near_those_in_32():
 
 
 @pytest.mark.slow
-def test_plans_rehearse_packed_steps():
+def test_plans_simulate_packed_steps():
     """`vlm plan` knows what packing saves."""
     rows = [*rows_for(tiny.decoder_only()), row_of(300, "text")]
     flops = {}
     for pack in (None, MUCH):
         module = tiny.decoder_only()
         stage = dataclasses.replace(training.STAGE, rates=(("*", 1e-3),))
-        rehearsal = Rehearsal(module, stage, NextToken(256, pack), torch.bfloat16, gpu=False)
-        step = rehearsal.step([rows], count=True)
+        simulated = SimulatedStep(module, stage, NextToken(256, pack), torch.bfloat16, gpu=False)
+        step = simulated.run([rows], count=True)
         assert step.peak.activations > 0
         flops[pack] = step.flops
     assert flops[MUCH] < flops[None]

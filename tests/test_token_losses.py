@@ -16,7 +16,7 @@ from vlm.families.decoder_only.batch import collate
 from vlm.losses import token
 from vlm.losses.token import backward_state_losses, state_losses, sum_by_row, token_losses
 from vlm.training.activation_checkpointing import checkpoint_activations
-from vlm.training.master_weights import WorkingWeights
+from vlm.training.master_weights import ComputeCopies
 from vlm.training.objectives.next_token import NextToken
 from vlm.vocabulary import train_rows
 
@@ -206,7 +206,7 @@ def test_working_weights_get_the_gradients_of_the_plain_loss(kind, places, monke
     batch = batch_for(module)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
     found = []
-    working = WorkingWeights(module, torch.bfloat16)
+    working = ComputeCopies(module, torch.bfloat16)
     in_chunks(monkeypatch, places)
     for step in ("plain", "chunked"):
         with working.in_use():
@@ -366,7 +366,7 @@ def test_training_and_evaluation_go_by_chunks(kind, monkeypatch):
     head = module.logits
     monkeypatch.setattr(module, "logits", lambda states: seen.append(len(states)) or head(states))
     in_chunks(monkeypatch, 7)
-    share = NextToken(0).backward(module, [batch], 11, torch.enable_grad)
+    share = NextToken(0).backward(module, [batch], {"tokens": 11}, torch.enable_grad)
     assert share == pytest.approx(float(losses.sum()) / 11, rel=1e-6)
     assert_same((losses, gradients(module)), (losses, expected), 1e-6)
     if kind != "trocr":

@@ -43,7 +43,7 @@ KEEP = 2
 class Progress:
     """How far a run has come.
 
-    step: optimizer steps done; samples: rows drawn by then. skipped: rows left out, the first of
+    step: optimizer steps done; samples: rows drawn by then. skipped: rows skipped, the first of
     them named with their reasons in examples_skipped. cut_tokens: text tokens cut to fit the
     context. unscored: rows without a scored token.
     """

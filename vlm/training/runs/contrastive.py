@@ -23,8 +23,9 @@ from vlm.families.decoder_only.generate import evaluating
 from vlm.metrics.retrieval import retrieval
 from vlm.systems import scratch
 from vlm.training.base_settings import Augmentation, BaseSettings, Usual, require_share
+from vlm.training.fit import fit
 from vlm.training.run_folder import Curves
-from vlm.training.runs.run import Course, MakeObjective, MakeStage
+from vlm.training.runs.run import MakeObjective, MakeStage, TrainingRun
 
 NEW = "new"
 SIZES = tuple(field.name for field in dataclasses.fields(scratch.ScratchConfig))
@@ -197,28 +198,42 @@ def training_data(settings: Settings) -> MixtureDataset:
 
 def run(settings: Settings, make_stage: MakeStage, make_objective: MakeObjective) -> dict[str, Any]:
     """One run from settings to result: trains, evaluates retrieval on held-out rows, saves."""
-    course = Course(settings, RECALL)
+    training_run = TrainingRun(settings, RECALL)
     data = settings.data()
     held_out = settings.open(settings.held_out) if settings.held_out_rows else None
-    course.check(data, held_out, reads_prompts=False)
-    with course.accelerator.main_process_first():
+    training_run.check(data, held_out, reads_prompts=False)
+    with training_run.accelerator.main_process_first():
         model = settings.build()
-    plan = course.stage(make_stage, model.module)
+    plan = training_run.stage(make_stage, model.module)
     there = sum(map(len, data.sources))
     if there < settings.batch:
-        course.say(
+        training_run.say(
             f"a batch of {settings.batch} holds rows more than once, as the data have {there}: the "
             "loss tells a caption apart from its own picture's other copies"
         )
-    rows, left_out, cut = course.held_out(model, held_out)
-    evaluate = partial(retrieval_on, model, held_out, rows, course.accelerator) if rows else None
-    progress = course.train(model, plan, data, make_objective(settings, model, plan), evaluate)
+    rows, skipped, cut = training_run.held_out(model, held_out)
+    accelerator = training_run.accelerator
+    evaluate = partial(retrieval_on, model, held_out, rows, accelerator) if rows else None
+    objective = make_objective(settings, model, plan)
+    training_run.preflight(model, plan, data, objective)
+    progress = fit(
+        model,
+        plan,
+        data,
+        training_run.folder,
+        accelerator,
+        objective,
+        training_run.loop(),
+        evaluate=evaluate,
+    )
+    training_run.save(model)
     more: dict[str, Any] = {"scale": model.module.log_scale.exp().item()}
     if evaluate:
-        more |= {"held_out": held_out.name, "held_out_skipped": left_out}
+        more |= {"held_out": held_out.name, "held_out_skipped": skipped}
         more |= {"held_out_cut_tokens": cut}
     figures = evaluate() if evaluate else {}
-    return course.end(progress, figures, more, partial(_report, course, model.processor.length))
+    show = partial(_report, training_run, model.processor.length)
+    return training_run.end(progress, figures, more, show)
 
 
 def retrieval_on(
@@ -264,11 +279,11 @@ def retrieval_on(
     return figures
 
 
-def _report(course: Course, length: int, result: dict[str, Any]) -> None:
+def _report(training_run: TrainingRun, length: int, result: dict[str, Any]) -> None:
     """The run's result, for people. length: the most tokens of a text."""
-    say = course.say
-    course.say_left_out(result, str(length))
-    say(f"{course.settings.out}: loss.png, metrics.jsonl, model/", highlight=False)
+    say = training_run.say
+    training_run.say_skipped(result, str(length))
+    say(f"{training_run.settings.out}: loss.png, metrics.jsonl, model/", highlight=False)
     if "pairs" not in result:
         return
     directions = []

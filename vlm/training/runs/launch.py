@@ -43,13 +43,13 @@ ERRORS = (BadRow, BadImage, BadSource, CheckpointError, RunError, StageError, We
           ImportError, OSError, ValueError, RuntimeError)  # fmt: skip
 
 
-def start(settings_class: type[BaseSettings], run: Callable[[Any], Any]) -> None:
-    """A recipe's main: `run` with settings from the command line; one clear line where something
-    is wrong."""
+def start(settings_class: type[BaseSettings], run: Callable[..., Any], *stated: Any) -> None:
+    """A recipe's main: `run` with settings from the command line and with what the recipe states,
+    such as its stage and objective; one clear line where something is wrong."""
     warn_untested()
     try:
         settings = read_settings(settings_class, sys.argv[1:], sys.modules["__main__"].__doc__)
-        run(settings)
+        run(settings, *stated)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(130)
@@ -236,7 +236,7 @@ def _agreed(settings: BaseSettings, state: PartialState) -> Choice:
 
 
 def sharding_of(settings: BaseSettings, accelerator: Accelerator) -> Shard:
-    """How weights are parted: as the settings say, or as an accelerate configuration that asks for
+    """How weights are sharded: as the settings say, or as an accelerate configuration that asks for
     FSDP does; not at all on one process."""
     if accelerator.num_processes == 1:
         return "no"

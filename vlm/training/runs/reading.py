@@ -17,8 +17,9 @@ from vlm.draw import draw_lines
 from vlm.families.text_reader import TextReader
 from vlm.pixels import open_image
 from vlm.training.base_settings import BaseSettings, require_share
+from vlm.training.fit import fit
 from vlm.training.run_folder import Curves
-from vlm.training.runs.run import Course, MakeObjective, MakeStage
+from vlm.training.runs.run import MakeObjective, MakeStage, TrainingRun
 
 if TYPE_CHECKING:
     from vlm.metrics.text import Comparison
@@ -107,28 +108,33 @@ def run(
     """One run from settings to result: trains, evaluates on held-out lines, saves."""
     import vlm.metrics.text  # noqa: F401 - of the extra ocr: missed here, not after training
 
-    course = Course(settings, ERRORS)
-    accelerator = course.accelerator
+    training_run = TrainingRun(settings, ERRORS)
+    accelerator = training_run.accelerator
     data = settings.data()
     held_out = settings.held_out_source() if settings.held_out_rows else None
-    course.check(data, held_out, reads_prompts=settings.reads_prompts)
+    training_run.check(data, held_out, reads_prompts=settings.reads_prompts)
     with accelerator.main_process_first():
         model = settings.build()
-    plan = course.stage(make_stage, model.module)
-    rows, left_out, _ = course.held_out(model, held_out)
+    plan = training_run.stage(make_stage, model.module)
+    rows, skipped, _ = training_run.held_out(model, held_out)
     quarter = rows[::4]
 
     def evaluate() -> dict[str, float]:
         return errors_on(model, held_out, quarter, accelerator).result().figures()
 
-    progress = course.train(
+    objective = make_objective(settings, model, plan)
+    training_run.preflight(model, plan, data, objective)
+    progress = fit(
         model,
         plan,
         data,
-        make_objective(settings, model, plan),
-        evaluate if rows else None,
-        evaluated=bool(rows),
+        training_run.folder,
+        accelerator,
+        objective,
+        training_run.loop(),
+        evaluate=evaluate if rows else None,
     )
+    training_run.save(model, evaluated=bool(rows))
     more: dict[str, Any] = {}
     if rows:
         examples = [held_out[row] for row in rows]
@@ -138,17 +144,17 @@ def run(
                 [example.answer for example in examples],
             )
         more["temperatures"] = dataclasses.asdict(temperatures)
-        course.save(model)
+        training_run.save(model)
     found = errors_on(model, held_out, rows, accelerator) if rows else None
     if found:
-        more |= {"held_out": held_out.name, "held_out_skipped": left_out}
+        more |= {"held_out": held_out.name, "held_out_skipped": skipped}
 
     def show(result: dict[str, Any]) -> None:
         if found:
             _draw_worst(found, held_out, rows, settings.out / "worst_lines.png")
-        _report(course, result, found)
+        _report(training_run, result, found)
 
-    return course.end(progress, found.result().figures() if found else {}, more, show)
+    return training_run.end(progress, found.result().figures() if found else {}, more, show)
 
 
 def errors_on(
@@ -180,10 +186,10 @@ def _draw_worst(found: Comparison, source: Source, rows: Sequence[int], path: Pa
     )
 
 
-def _report(course: Course, result: dict[str, Any], found: Comparison | None) -> None:
+def _report(training_run: TrainingRun, result: dict[str, Any], found: Comparison | None) -> None:
     """The run's result, for people."""
-    out, say = course.settings.out, course.say
-    course.say_left_out(result)
+    out, say = training_run.settings.out, training_run.say
+    training_run.say_skipped(result)
     say(f"{out}: loss.png, worst_lines.png, metrics.jsonl, model/", highlight=False)
     if found is None:
         return
