@@ -30,7 +30,7 @@ class Work:
 
     >>> from vlm.families.decoder_only.batch import collate_packed
     >>> ids = torch.arange(5)
-    >>> row = Row(name="row", ids=ids, scored=ids > 2, views=(), places=())
+    >>> row = Row(name="row", ids=ids, scored=ids > 2, views=())
     >>> work = Work(place=100, pair=1, target=10)
     >>> work.of_row(row), work.of_batch(collate_packed([row, row]))
     (545, 1090)
