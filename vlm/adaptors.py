@@ -23,13 +23,14 @@ from vlm.image_tokens import ImageTokens, TokenShape
 class MLPConfig:
     """`depth` linear layers with GELU between them: 1 is one linear map, 2 is LLaVA's adaptor.
 
-    hidden_width: width between the layers; unused where depth is 1.
+    hidden_width: width between the layers; unused where depth is 1. bias: of every layer.
     """
 
     in_width: int
     out_width: int
     depth: int
     hidden_width: int
+    bias: bool = True
 
     def __post_init__(self) -> None:
         if self.depth < 1:
@@ -40,7 +41,7 @@ def _mlp(config: MLPConfig) -> nn.Sequential:
     widths = [config.in_width] + [config.hidden_width] * (config.depth - 1) + [config.out_width]
     layers: list[nn.Module] = []
     for i in range(config.depth):
-        layers += [nn.GELU()] * (i > 0) + [nn.Linear(widths[i], widths[i + 1])]
+        layers += [nn.GELU()] * (i > 0) + [nn.Linear(widths[i], widths[i + 1], config.bias)]
     return nn.Sequential(*layers)
 
 
@@ -143,6 +144,7 @@ class PixelShuffleConfig:
     norm: a LayerNorm over each block before the MLP, for backbones whose features are of any
         scale. positions: octaves of sines and cosines of a block's place in the picture that are
         put beside it, for backbones that do not say where a feature lies (CNNs); 0 puts none.
+    bias: of every layer of the MLP.
     """
 
     in_width: int
@@ -152,6 +154,7 @@ class PixelShuffleConfig:
     hidden_width: int
     norm: bool = False
     positions: int = 0
+    bias: bool = True
 
 
 class PixelShuffle(nn.Module):
@@ -174,6 +177,7 @@ class PixelShuffle(nn.Module):
                 out_width=config.out_width,
                 depth=config.depth,
                 hidden_width=config.hidden_width,
+                bias=config.bias,
             )
         )
 

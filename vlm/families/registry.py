@@ -97,6 +97,8 @@ SYSTEMS = {
     "paligemma": System(
         "vlm.systems.paligemma", "PaliGemma 1 and 2: SigLIP, linear, Gemma, prefix mask"
     ),
+    "idefics3": System("vlm.systems.smolvlm", "Idefics3, SmolVLM: tagged SigLIP tiles, LLaMA"),
+    "smolvlm": System("vlm.systems.smolvlm", "SmolVLM2 on images: tagged SigLIP tiles, LLaMA"),
 }
 """`format` or transformers' `model_type` in config.json -> the system. A folder whose configuration
 is open_clip_config.json is "open_clip"; one of transformers' VisionEncoderDecoderModel is "donut"

@@ -10,6 +10,7 @@ from vlm.pixels.sources import (
     from_timm,
     from_transformers,
     pair_from_transformers,
+    tile_from_transformers,
 )
 from vlm.pixels.spec import HALF, IMAGENET, OPENAI, PixelSpec, Statistics
 
@@ -27,4 +28,5 @@ __all__ = [
     "image_size",
     "open_image",
     "pair_from_transformers",
+    "tile_from_transformers",
 ]
