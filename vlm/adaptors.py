@@ -62,6 +62,27 @@ class MLP(nn.Module):
         return images.with_tokens(self.layers(images.tokens), images.shape)
 
 
+class NewlineMLP(nn.Module):
+    """The same perceptron on every token, and before each view's tokens one that is learned, which
+    a layout puts at the end of each row of a grid (LLaVA-NeXT's `image_newline`)."""
+
+    Config = MLPConfig
+
+    def __init__(self, config: MLPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = _mlp(config)
+        self.newline = nn.Parameter(torch.randn(config.out_width) * config.out_width**-0.5)
+
+    def shape_for(self, shape: TokenShape) -> TokenShape:
+        return TokenShape(shape.length + 1, shape.grid_hw)
+
+    def forward(self, images: ImageTokens) -> ImageTokens:
+        tokens = self.layers(images.tokens)
+        newline = self.newline.to(tokens.dtype).expand(len(tokens), 1, -1)
+        return images.with_tokens(torch.cat([newline, tokens], dim=1), self.shape_for(images.shape))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IdentityConfig:
     """Tokens of one width, which stays."""
@@ -298,6 +319,7 @@ class Resampler(nn.Module):
 KINDS = {
     "identity": Identity,
     "mlp": MLP,
+    "newline_mlp": NewlineMLP,
     "split_mlp": SplitMLP,
     "pixel_shuffle": PixelShuffle,
     "resampler": Resampler,

@@ -235,6 +235,7 @@ def _donut(processor: Any, shared: dict) -> PixelSpec:
 _HYBRID = "DeepseekVLHybridImageProcessor"
 _SPECIAL = {
     "SamImageProcessor": _sam,
+    "LlavaImageProcessor": _standard,  # its own step alone is padding, which is refused
     "DeepseekVLImageProcessor": _deepseek_vl,
     "Siglip2ImageProcessor": _siglip2,
     "DonutImageProcessor": _donut,

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from vlm.families.contrastive.processor import PairProcessor
 from vlm.families.decoder_only.model import DecoderOnlyModel
-from vlm.families.decoder_only.processor import SLOT, Processor
+from vlm.families.decoder_only.processor import SLOT, Processor, Template
 from vlm.found_weights import without_prefix
 from vlm.merge import plain_state
 from vlm.pixels import PixelSpec
@@ -70,9 +70,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def use_published_template(text_tokenizer, folder: Path, image_mark: str) -> None:
-    """Gives a text tokenizer the folder's chat template, for contents in parts, which marks images
-    as `Processor` asks for: a text that spells `image_mark` stays text.
+def use_published_template(text_tokenizer, folder: Path, image_mark: str) -> Template:
+    """Gives a text tokenizer the folder's chat template, for contents in parts, and says how it is
+    used. It marks images as `Processor` asks for: a text that spells `image_mark` stays text. Where
+    it ends no answer, the token that ends texts does.
 
     Raises ValueError where the folder has no template, or one that writes no image mark.
     """
@@ -86,6 +87,23 @@ def use_published_template(text_tokenizer, folder: Path, image_mark: str) -> Non
             f"{'one that does not' if template else 'none'}"
         )
     text_tokenizer.chat_template = template.replace(image_mark, SLOT)
+    probe = [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in (("user", "?"), ("assistant", PROBE_ANSWER))
+    ]
+    text = text_tokenizer.apply_chat_template(probe, tokenize=False)
+    after = text.rpartition(PROBE_ANSWER)[2]
+    ends = any(token in after for token in text_tokenizer.all_special_tokens)
+    begins = text_tokenizer.convert_ids_to_tokens(text_tokenizer("")["input_ids"])
+    return Template(
+        parts=True,
+        answer_end="" if ends else text_tokenizer.eos_token,
+        special_tokens=bool(begins) and not text.startswith(begins[0]),
+    )
+
+
+PROBE_ANSWER = "\ue5c4"
+"""A private-use character, which no template writes."""
 
 
 def save_decoder_only(model: DecoderOnlyModel, folder: Path, key_map: KeyMap) -> None:

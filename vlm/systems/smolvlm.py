@@ -92,7 +92,7 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
     load_weights(module, state, where, lambda key: published_name(key, KEY_MAP))
     module.text.generation_config = GenerationConfig()
     image_mark = getattr(text_tokenizer, "image_token", "<image>")
-    use_published_template(text_tokenizer, folder, image_mark)
+    template = use_published_template(text_tokenizer, folder, image_mark)
     views = Tagged(
         mark=getattr(text_tokenizer, "fake_image_token", MARK),
         tile=TILE,
@@ -104,7 +104,7 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
         Places(module.tokenizer, module.adaptor, views),
         max_tokens=context_of(module.text),
         image_mark=image_mark,
-        parts=True,
+        template=template,
     )
     _require_length(processor, folder)
     return DecoderOnlyModel(

@@ -19,7 +19,7 @@ from vlm.families import native_layout
 from vlm.families.decoder_only import view_order
 from vlm.families.decoder_only.model import ANSWER_PROMPT, CAPTION_PROMPT, DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly, Places
-from vlm.families.decoder_only.processor import MARK, Processor
+from vlm.families.decoder_only.processor import MARK, Processor, Template
 from vlm.families.decoder_only.view_order import InTurn
 from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.families.registry import model_of
@@ -39,7 +39,7 @@ class Folder(native_layout.Folder):
 
     adaptor: a configuration with its `kind`. stop_ids: ids that end an answer. loc: how boxes are
     written; None: not at all. views: how the views of an image follow each other, a configuration
-    with its `kind`. The rest is the prompts'.
+    with its `kind`. template: how the chat template is used. The rest is the prompts'.
     """
 
     adaptor: dict[str, Any]
@@ -55,8 +55,7 @@ class Folder(native_layout.Folder):
     image_mark: str = MARK
     framed: bool = False
     views: dict[str, Any] = field(default_factory=lambda: view_order.config_of(InTurn()))
-    parts: bool = False
-    answer_end: str = ""
+    template: Template = field(default_factory=Template)
 
 
 def build(
@@ -221,8 +220,7 @@ def save(model: DecoderOnlyModel, folder: Path, merge: bool = True) -> None:
         image_mark=model.processor.image_mark,
         framed=model.processor.framed,
         views=view_order.config_of(model.processor.places_for.views),
-        parts=model.processor.parts,
-        answer_end=model.processor.answer_end,
+        template=model.processor.template,
     )
     native_layout.write(model, description, folder, merge)
 
@@ -260,8 +258,7 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
         image_mark=said.image_mark,
         prefix=said.family == PrefixDecoder.family,
         framed=said.framed,
-        parts=said.parts,
-        answer_end=said.answer_end,
+        template=said.template,
     )
     return model_of(
         module=module.eval(),

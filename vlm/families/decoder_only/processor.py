@@ -10,7 +10,7 @@ Longer than most files here: template, marks, boxes, masks and cutting are one w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,20 @@ own mark."""
 PROBE = (Turn("user", ("a",)), Turn("assistant", ("b",)))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Template:
+    """How a chat template is used.
+
+    parts: whether it takes a message's content as a list of parts of type text or image; else it
+        takes one text. answer_end: written after each answer, for templates that end none.
+    special_tokens: whether the text tokenizer adds to what it writes the token that begins texts.
+    """
+
+    parts: bool = False
+    answer_end: str = ""
+    special_tokens: bool = False
+
+
 class Processor:
     """Pictures and text in, rows of ids and pixels out.
 
@@ -47,9 +61,7 @@ class Processor:
     prefix: whether the model reads all that is before an answer at once, as prefix decoders do. A
         row then has one answer, which becomes ids apart from its prompt: those of the prompt are
         the same with and without it.
-    parts: whether the chat template takes a message's content as a list of parts of type text or
-        image; else it takes one text.
-    answer_end: written after each answer, for chat templates that end none.
+    template: how the chat template is used.
     framed: whether a literal prompt is a user's message, which the chat template frames (as
         PaliGemma's own processor does with its text); else it is read as it stands.
     """
@@ -67,8 +79,7 @@ class Processor:
         image_mark: str = MARK,
         prefix: bool = False,
         framed: bool = False,
-        parts: bool = False,
-        answer_end: str = "",
+        template: Template | None = None,
     ) -> None:
         if overflow not in ("drop", "shrink"):
             raise ValueError(f"overflow is 'drop' or 'shrink', found {overflow!r}")
@@ -92,8 +103,7 @@ class Processor:
         self.image_mark = image_mark
         self.prefix = prefix
         self.framed = framed
-        self.parts = parts
-        self.answer_end = answer_end
+        self.template = template or Template()
         self._special = {
             id for id, token in text_tokenizer.added_tokens_decoder.items() if token.special
         } | set(text_tokenizer.all_special_ids)
@@ -241,7 +251,7 @@ class Processor:
                     raise BadRow(f"{name}: expected an answer, found an empty assistant turn")
                 said = "".join(SLOT if part is None else part for part in content).strip()
                 mark = ANSWER if turn.scored else CONTEXT
-                content = (f"{mark}{said}{END}{self.answer_end}",)
+                content = (f"{mark}{said}{END}{self.template.answer_end}",)
             messages.append({"role": turn.role, "content": self._content(content)})
         try:
             return self.text_tokenizer.apply_chat_template(
@@ -255,7 +265,7 @@ class Processor:
 
     def _content(self, content: Sequence[str | None]) -> str | list[dict[str, str]]:
         """A message's texts and images (None) as the chat template takes them."""
-        if not self.parts:
+        if not self.template.parts:
             return "".join(SLOT if part is None else part for part in content)
         return [
             {"type": "image"} if part is None else {"type": "text", "text": part}
@@ -387,7 +397,8 @@ class Processor:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, the mask of scored ones and the mask of answers that are not scored."""
         marked = self.render(turns, name, open_answer)
-        ids, scored, unscored = self._tokenize(marked, images, name)
+        adds = self.template.special_tokens
+        ids, scored, unscored = self._tokenize(marked, images, name, add_special_tokens=adds)
         if open_answer:
             return ids, torch.zeros_like(scored), unscored
         ids_list, scored_list = ids.tolist(), scored.tolist()
