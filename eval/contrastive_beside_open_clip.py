@@ -126,7 +126,14 @@ def train_ours(settings: argparse.Namespace, folder: Path, steps: int) -> float:
             *("--steps", str(steps), "--batch", str(settings.batch)),
             *("--image-rate", str(settings.rate), "--text-rate", str(settings.rate)),
             *("--head-rate", str(settings.rate), "--save-every", "0"),
-            *("--seed", str(settings.seed), "--floor", "0", "--precision", settings.precision),
+            *(
+                "--seed",
+                str(settings.seed),
+                "--min-lr-ratio",
+                "0",
+                "--precision",
+                settings.precision,
+            ),
         ],
         check=True,
     )

@@ -58,7 +58,7 @@ class Case:
 
     @property
     def stage(self) -> Stage:
-        return Stage(name="plan", rates=self.rates, steps=2, batch=8, micro_batch=8, warmup=0)
+        return Stage(name="plan", rates=self.rates, steps=2, batch=8, micro_batch=8, warmup_steps=0)
 
 
 def decoder_only(small: bool, vocabulary: int = 16384, answer: int = 96) -> tuple:

@@ -113,7 +113,7 @@ def train(variant: str, steps: int, dtype: torch.dtype) -> dict[str, float]:
         del model
         stage = Stage(
             name="speed", rates=(("*", 1e-4),), steps=steps, batch=BATCH, micro_batch=BATCH,
-            warmup=0, weight_decay=0.2, betas=(0.9, 0.98),
+            warmup_steps=0, weight_decay=0.2, betas=(0.9, 0.98),
         )  # fmt: skip
         prepare(module, stage, dtype)
         optimizer = optimizer_for(module, stage)

@@ -239,7 +239,7 @@ def step_of_ours(
     batch, _ = batch_for(peer, BATCH)
     module = ours_from(peer, linear)
     rates = Stage(
-        name="speed", rates=RATES[stage], steps=1, batch=BATCH, micro_batch=BATCH, warmup=0
+        name="speed", rates=RATES[stage], steps=1, batch=BATCH, micro_batch=BATCH, warmup_steps=0
     )
     ways = lean_ways(module)
     prepare(module, rates, dtype)

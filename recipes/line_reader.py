@@ -6,7 +6,7 @@ trains a small reader of English on lines that are drawn as it goes. A new scrip
 and fine-tuning the shipped reader on lines of your own (a table of pictures and their texts):
 
     accelerate launch recipes/line_reader.py --start line-reader --alphabet cyrillic
-        --language ru_RU
+        --lines-text ru_RU
     accelerate launch recipes/line_reader.py --start line-reader --train lines.tsv
         --held-out held.tsv --steps 200 --rate 3e-4
 """

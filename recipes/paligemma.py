@@ -66,7 +66,7 @@ class Settings(FromParts):
     out: Path = Path("runs/paligemma")
     steps: int = 1000
     batch: int = 256
-    floor: float = 0.0
+    min_lr_ratio: float = 0.0
     eval_every: int = 200
     save_every: int = 200
 

@@ -7,8 +7,8 @@ script, and fine-tuned on a table of your own lines, for example:
 
     accelerate launch recipes/trocr.py --line-px 64 1024 --decoder FacebookAI/roberta-base
         --vision transformers:facebook/deit-small-distilled-patch16-224
-    accelerate launch recipes/trocr.py --start microsoft/trocr-small-printed --tokenizer characters
-        --alphabet greek --language el_GR
+    accelerate launch recipes/trocr.py --start microsoft/trocr-small-printed --text-tokenizer
+        characters --alphabet greek --lines-text el_GR
     accelerate launch recipes/trocr.py --start microsoft/trocr-base-handwritten --train lines.tsv
         --held-out held.tsv --steps 500 --vision-rate 2e-5 --decoder-rate 5e-5
 """

@@ -456,13 +456,16 @@ def test_model_of_another_family_is_named(opened, tmp_path, capsys, monkeypatch)
         with pytest.raises(SystemExit):
             cli.main(arguments)
         assert capsys.readouterr().err.startswith(
-            "error: runs/x: a decoder_only model has no vectors to compare; expected a model of "
+            "error: runs/x: a decoder_only model has no embeddings to compare; expected a model of "
             "the family contrastive (CLIP, SigLIP"
         )
     monkeypatch.setattr(vlm, "load", lambda *_, **__: public())
     with pytest.raises(SystemExit):
         cli.main(["caption", files[0], *given])
-    assert "a contrastive model writes no text; expected a model" in capsys.readouterr().err
+    assert (
+        "a contrastive model does not support text generation; expected a model"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("bias", [None, -1.0])

@@ -69,7 +69,7 @@ def test_start_of_another_kind_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(warmup=2.0), "warmup is a share of the steps, 0 to 1, found 2.0"),
+        (dict(warmup_ratio=2.0), "warmup_ratio is a share of the steps, 0 to 1, found 2.0"),
         (dict(weights=(1.0, 2.0)), "2 weights .* for 1 sources"),
     ],
 )

@@ -121,7 +121,7 @@ def test_scale_of_a_run_never_passes_100(tmp_path):
     log_scale.register_hook(lambda gradient: -gradient.abs())  # each step raises it
     chosen.module.register_forward_pre_hook(lambda *_: seen.append(log_scale.item()))
     rates = (("log_scale", 1.0), ("*", 1e-3))
-    train(tmp_path, "softmax", chosen=chosen, stage={"rates": rates, "warmup": 0})
+    train(tmp_path, "softmax", chosen=chosen, stage={"rates": rates, "warmup_steps": 0})
     assert seen[0] == pytest.approx(math.log(10))
     assert seen[-1] == max(seen) == pytest.approx(math.log(100), abs=1e-6)
 

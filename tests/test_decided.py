@@ -92,9 +92,9 @@ def test_all_that_differs_is_listed_and_refused_unless_named():
 
 def test_changed_setting_is_said_once_with_what_follows_from_it():
     old, new = decided(), decided(rate=1.0)
-    new["stage"] = new["stage"] | {"rates": [["adaptor.*", 1.0]], "warmup": 3}
+    new["stage"] = new["stage"] | {"rates": [["adaptor.*", 1.0]], "warmup_steps": 3}
     (line,) = differences(old, new, ("rate",), Path("step_1"))
-    assert line == "rate: 0.001 then, 1.0 now (so stage.rates, stage.warmup differ too)"
+    assert line == "rate: 0.001 then, 1.0 now (so stage.rates, stage.warmup_steps differ too)"
     assert differences(decided(), decided(steps=8), ("steps",), Path("step_1")) == [
         "steps: 6 then, 8 now"
     ]

@@ -13,7 +13,7 @@ from vlm.training.objectives.contrastive import Contrast
 from vlm.training.objectives.next_token import NextToken
 from vlm.training.stages import Stage
 
-STAGE = Stage(name="t", rates=(("*", 1e-3),), steps=2, batch=4, micro_batch=4, warmup=0)
+STAGE = Stage(name="t", rates=(("*", 1e-3),), steps=2, batch=4, micro_batch=4, warmup_steps=0)
 
 
 def estimate(group=1, ranks=1, pack=None, chosen=None):

@@ -193,7 +193,7 @@ def test_only_the_adaptor_changes(tmp_path):
 def test_masters_are_fp32_and_frozen_parts_bf16(tmp_path):
     """T14: read from the live module after preparing; a rate of 1e-6 still changes weights."""
     stage = dataclasses.replace(
-        training.STAGE, rates=(("adaptor.*", 1e-6), ("*", FROZEN)), steps=1, warmup=0
+        training.STAGE, rates=(("adaptor.*", 1e-6), ("*", FROZEN)), steps=1, warmup_steps=0
     )
     chosen = training.model()
     before = training.weights(chosen)

@@ -25,7 +25,7 @@ def stir(module, seed=1):
 
 def stage(*rates, **more):
     return Stage(
-        **{**dict(name="t", rates=rates, steps=4, batch=4, micro_batch=4, warmup=0), **more}
+        **{**dict(name="t", rates=rates, steps=4, batch=4, micro_batch=4, warmup_steps=0), **more}
     )
 
 

@@ -16,7 +16,7 @@ ALL_BUT_HIGH = (("tokenizer.high.*", FROZEN), ("*", 1e-3))
 
 
 def stage(rates):
-    return Stage(name="t", rates=rates, steps=4, batch=4, micro_batch=4, warmup=0)
+    return Stage(name="t", rates=rates, steps=4, batch=4, micro_batch=4, warmup_steps=0)
 
 
 def prepared(module, rates, dtype=torch.float32):

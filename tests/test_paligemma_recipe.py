@@ -240,6 +240,6 @@ def test_data_without_boxes_or_model_without_their_tokens_says_so(coco, tmp_path
 def test_published_settings_are_the_defaults():
     """Those of VQAv2 in arXiv 2407.07726."""
     settings = launch.read_settings(stage_of("paligemma").Settings, [], None)
-    assert (settings.batch, settings.warmup, settings.floor) == (256, 0.05, 0.0)
+    assert (settings.batch, settings.warmup_ratio, settings.min_lr_ratio) == (256, 0.05, 0.0)
     assert {settings.vision_rate, settings.adaptor_rate, settings.language_rate} == {1e-5}
     assert settings.frozen == ()

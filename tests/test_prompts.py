@@ -5,10 +5,10 @@ import torch
 from PIL import Image
 
 from tests import tiny
-from vlm.data.encoded import Encoded
 from vlm.data.example import BadRow, Example, ImageRef, Skipped, Turn
 from vlm.families.decoder_only.batch import IMAGE, collate
 from vlm.pixels import BadImage
+from vlm.training.loading.encoded import Encoded
 
 LLAMA_2_STYLE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]"

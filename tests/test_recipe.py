@@ -120,7 +120,7 @@ def test_stage1_trains_reports_and_captions(demo, tmp_path):
         (["--threads", "0"], "threads must be at least 1, found 0"),
         (["--clip", "0"], "clip must be above 0 (inf clips nothing), found 0.0"),
         (["--weight-decay", "nan"], "weight_decay must be at least 0, found nan"),
-        (["--warmup", "2"], "warmup is a share of the steps, 0 to 1, found 2.0"),
+        (["--warmup-ratio", "2"], "warmup_ratio is a share of the steps, 0 to 1, found 2.0"),
     ],
 )
 def test_bad_settings_end_with_one_line_before_training(

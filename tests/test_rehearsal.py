@@ -24,7 +24,7 @@ ADAPTOR = (("adaptor.*", 1e-3), ("*", FROZEN))
 
 
 def stage(rates):
-    return Stage(name="t", rates=rates, steps=2, batch=4, micro_batch=4, warmup=0)
+    return Stage(name="t", rates=rates, steps=2, batch=4, micro_batch=4, warmup_steps=0)
 
 
 def decoder_only(checkpointed=False, **more):

@@ -29,7 +29,7 @@ from vlm.training.objectives.next_token import NextToken
 from vlm.training.runs import contrastive
 from vlm.training.stages import Stage
 
-STAGE = Stage(name="t", rates=(("*", 1e-3),), steps=2, batch=4, micro_batch=4, warmup=0)
+STAGE = Stage(name="t", rates=(("*", 1e-3),), steps=2, batch=4, micro_batch=4, warmup_steps=0)
 PLENTY = 2**40
 
 

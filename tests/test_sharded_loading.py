@@ -23,7 +23,7 @@ STAGE = Stage(
     steps=1,
     batch=RANKS,
     micro_batch=1,
-    warmup=0,
+    warmup_steps=0,
 )
 CONFIG = LlamaConfig(
     vocab_size=300,

@@ -8,7 +8,7 @@ import pytest
 from matplotlib import get_data_path
 
 from tests.pages import PARAGRAPH, overlap
-from vlm.data.sources.base import BadSource
+from vlm.data.example import BadSource
 from vlm.data.synthetic.pages import MOST_TURN, Pages
 from vlm.ocr.line_detection.detect import Found, find_lines
 from vlm.ocr.reading_order import order

@@ -137,7 +137,9 @@ RATES = (("text.*.new", 1e-1), ("*", FROZEN))
 
 
 def stage(*rates, **more):
-    return Stage(**dict(name="t", rates=rates, steps=4, batch=4, micro_batch=4, warmup=0, **more))
+    return Stage(
+        **dict(name="t", rates=rates, steps=4, batch=4, micro_batch=4, warmup_steps=0, **more)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

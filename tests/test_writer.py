@@ -10,11 +10,11 @@ import vlm
 from tests import test_line_reader, tiny
 from tests.reference import test_donut, test_trocr
 from vlm import cli
-from vlm.families.decoder_only.generate import Generation
 from vlm.families.encoder_decoder.model import EncoderDecoderModel
 from vlm.metrics.calibration import Temperatures
 from vlm.ocr import tagged_text
 from vlm.systems import donut
+from vlm.text.generation import Generation
 
 PICTURES = [tiny.picture(i, (12, 71)) for i in range(8)]
 

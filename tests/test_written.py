@@ -5,8 +5,8 @@ import math
 import pytest
 
 from tests import tiny
-from vlm.families.decoder_only.generate import Generation
 from vlm.ocr.from_generation import read_written, tokens_of
+from vlm.text.generation import Generation
 
 
 def generation(text, probabilities=None, end=True):

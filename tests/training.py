@@ -42,7 +42,7 @@ STAGE = Stage(
     steps=6,
     batch=4,
     micro_batch=4,
-    warmup=2,
+    warmup_steps=2,
 )
 CONTRAST = dataclasses.replace(STAGE, name="pairs", rates=(("*", 1e-3),), batch=8, micro_batch=8)
 

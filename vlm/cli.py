@@ -83,8 +83,8 @@ class InspectBatch:
         from rich.console import Console
 
         from vlm.commands.inspect_batch import draw_rows, show_rows
-        from vlm.data.encoded import Encoded
         from vlm.kernels.packed_attention import require_segments
+        from vlm.training.loading.encoded import Encoded
         from vlm.training.runs.launch import read_settings, recipe_in
 
         if self.rows < 1:

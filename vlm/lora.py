@@ -20,7 +20,6 @@ from torch import nn
 from vlm.compat.peft import ADAPTER, is_lora, mark_packed, settings_of
 from vlm.compat.transformers import Conv1D
 from vlm.config import from_dict, to_dict
-from vlm.families.decoder_only.module import DecoderOnly
 from vlm.image_tokens import ImageTokenizer, meta_pixels, meta_twin
 
 PROBE_HW = (256, 192)
@@ -54,7 +53,7 @@ class Lora:
             raise ValueError(f"dropout must be in 0 to 1, found {self.dropout}")
 
 
-def add_lora(module: DecoderOnly, components: Mapping[str, Lora], *, seed: int = 0) -> None:
+def add_lora(module: nn.Module, components: Mapping[str, Lora], *, seed: int = 0) -> None:
     """Puts LoRA layers beside layers of the named components, in place; the outputs stay.
 
     components: paths of components ("tokenizer", "adaptor", "text", or deeper: "tokenizer.low").
@@ -108,7 +107,7 @@ def lora_of(module: nn.Module) -> dict[str, dict[str, Any]]:
     return found
 
 
-def add_lora_of(module: DecoderOnly, values: Mapping[str, dict[str, Any]], where: str) -> None:
+def add_lora_of(module: nn.Module, values: Mapping[str, dict[str, Any]], where: str) -> None:
     """Makes the LoRA layers that `lora_of` described; `where` names the source in messages."""
     add_lora(module, {path: from_dict(Lora, v, f"{where}.{path}") for path, v in values.items()})
 
@@ -144,7 +143,7 @@ def quantize_4bit(text: nn.Module) -> None:
     mark_packed(text)
 
 
-def _targets(module: DecoderOnly, path: str, lora: Lora) -> list[str]:
+def _targets(module: nn.Module, path: str, lora: Lora) -> list[str]:
     """The full names of the layers that `lora` stands beside in the component at `path`."""
     parts = sorted({name.split(".")[0] for name, _ in module.named_parameters()})
     try:
@@ -179,7 +178,7 @@ def _targets(module: DecoderOnly, path: str, lora: Lora) -> list[str]:
     return [f"{path}.{name}" for name in taken]
 
 
-def _layers(module: DecoderOnly, component: nn.Module) -> tuple[list[str], list[str], list[str]]:
+def _layers(module: nn.Module, component: nn.Module) -> tuple[list[str], list[str], list[str]]:
     """The names of a component's linear layers and convolutions that take LoRA, and of the weights
     as large as these that do not.
 
@@ -210,7 +209,7 @@ def _layers(module: DecoderOnly, component: nn.Module) -> tuple[list[str], list[
     return linear, convolutions, refused
 
 
-def _require_calls(module: DecoderOnly, names: list[str]) -> None:
+def _require_calls(module: nn.Module, names: list[str]) -> None:
     """Raises ValueError naming the layers that the image tokenizer never calls: some backbones
     read a layer's weight themselves, so that LoRA beside it would do nothing."""
     wanted = [n.removeprefix("tokenizer.") for n in names if n.startswith("tokenizer.")]

@@ -207,7 +207,10 @@ def test_donut_reads_json_of_ids(folder):
     processor = load(folder).processor
     text = "<s_menu><s_nm>tea</s_nm><sep/><s_nm>pie</s_nm></s_menu><s_sum>3</s_sum>"
     ids = [*processor.text_ids(text), 2]
-    assert tagged_text.read_json(processor, ids) == {"menu": [{"nm": "tea"}, {"nm": "pie"}], "sum": "3"}
+    assert tagged_text.read_json(processor, ids) == {
+        "menu": [{"nm": "tea"}, {"nm": "pie"}],
+        "sum": "3",
+    }
 
 
 def test_donut_preprocessing_follows_the_folder(tmp_path):

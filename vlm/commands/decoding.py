@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from vlm.families.decoder_only.model import DecoderOnlyModel
 
 
-WRITERS = ("decoder_only", "prefix_decoder")
-"""Families that write text as they are asked to."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class UsesDecoder(UsesModel):
     """What commands share whose model writes text."""
@@ -31,7 +27,9 @@ class UsesDecoder(UsesModel):
         require_least(self, **{k: low for k, low in WRITING.items() if hasattr(self, k)})
         for path in images:
             open_image(path)
-        return open_model(self.model, WRITERS, "writes no text", self.device, self.dtype)
+        return open_model(
+            self.model, "chat", "does not support text generation", self.device, self.dtype
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

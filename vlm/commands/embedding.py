@@ -323,7 +323,7 @@ FAULTS = {"missing": "no longer there", "changed": "changed since it was indexed
 
 
 def _contrastive(source: str, device: str, dtype: str) -> ContrastiveModel:
-    return open_model(source, ("contrastive",), "has no vectors to compare", device, dtype)
+    return open_model(source, "embed_images", "has no embeddings to compare", device, dtype)
 
 
 def _is_file(text: str) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vlm.families.base import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,28 +35,22 @@ def require_least(options: object, **least: int) -> None:
 WRITING = {"max_new_tokens": 1, "num_beams": 1, "batch_size": 1}
 """Options of commands that write text, where they have them, and the least that they may be."""
 
-FAMILIES = {
-    "contrastive": "contrastive (CLIP, SigLIP, what recipes/contrastive.py trains)",
-    "decoder_only": "decoder_only (DeepSeek-VL, what recipes/stage1_adaptor.py trains)",
-    "prefix_decoder": "prefix_decoder (PaliGemma, what recipes/paligemma.py trains)",
-}
-"""Family of a model -> what messages say of it."""
-
 
 def open_model(
-    source: str, families: Sequence[str], lack: str, device: str = "auto", dtype: str = "auto"
-):
-    """The model that `source` names, of one of some families.
+    source: str, task: str, lack: str, device: str = "auto", dtype: str = "auto"
+) -> Model:
+    """The model that `source` names, of a family that does a task.
 
     lack: what a model of another family does not do, for the message of the ValueError.
     """
     import vlm
+    from vlm.families.registry import FAMILIES, families_that
 
     model = vlm.load(source, device=device, dtype=dtype)
-    found = model.module.family
-    if found not in families:
+    found, able = model.module.family, families_that(task)
+    if found not in able:
         raise ValueError(
             f"{source}: a {found} model {lack}; expected a model of the family "
-            f"{' or '.join(FAMILIES[family] for family in families)}"
+            f"{' or '.join(FAMILIES[family].said for family in able)}"
         )
     return model

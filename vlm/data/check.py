@@ -17,8 +17,8 @@ from rich.console import Console
 from tqdm import tqdm
 
 from vlm.data.boxes import check_boxes
-from vlm.data.example import BadRow, Example
-from vlm.data.sources.base import FIRST, BadSource, Fault, Source
+from vlm.data.example import BadRow, BadSource, Example
+from vlm.data.sources.base import FIRST, Fault, Source
 from vlm.data.sources.keys import UnreadKey, UnreadKeys
 from vlm.pixels import BadImage, image_size
 

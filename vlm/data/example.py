@@ -9,6 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
 
 ROLES = ("system", "user", "assistant", "text")
 
@@ -182,3 +186,7 @@ def caption_example(name: str, image: ImageRef, caption: str, prompt: str) -> Ex
         raise BadRow(f"{name}: expected a caption, found an empty text")
     user = Turn("user", (None, prompt) if prompt else (None,))
     return Example(name, (user, Turn("assistant", (caption.strip(),))), (image,))
+
+
+class BadSource(ValueError):
+    """A source that cannot be opened; the message names it, what was expected and found."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from vlm.families.decoder_only.generate import Generation
 from vlm.ocr.results import Line, Reading, Token, words_of
+from vlm.text.generation import Generation
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """Ends a decoded text whose last character's bytes are not all there yet."""

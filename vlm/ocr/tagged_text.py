@@ -6,10 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from vlm.families.encoder_decoder.processor import LineProcessor
 
-
-def pieces(processor: LineProcessor, ids: Sequence[int]) -> list[str]:
+def pieces(processor: Any, ids: Sequence[int]) -> list[str]:
     """What each written id adds to the text of the fields, each on lines of its own: a tag adds a
     line break, a category its name."""
     tokenizer = processor.text_tokenizer
@@ -27,7 +25,7 @@ def pieces(processor: LineProcessor, ids: Sequence[int]) -> list[str]:
     return [*said, *processor.pieces(field)]
 
 
-def read_json(processor: LineProcessor, ids: Sequence[int]) -> Any:
+def read_json(processor: Any, ids: Sequence[int]) -> Any:
     """What written ids say, as values of JSON: see `to_json`."""
     tokenizer = processor.text_tokenizer
     special = {tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token} - {None}

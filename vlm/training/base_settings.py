@@ -73,9 +73,9 @@ class BaseSettings:
     """Examples of a step, over all processes."""
     micro_batch: int | None = None
     """Examples of one forward pass on one process; None takes all of its share at once."""
-    warmup: float = 0.05
+    warmup_ratio: float = 0.05
     """Share of the steps in which the learning rates rise."""
-    floor: float = 0.1
+    min_lr_ratio: float = 0.1
     """The last learning rate as a share of its peak, reached by a cosine; 1 keeps the peak."""
     weight_decay: float = 0.0
     """On matrices only."""
@@ -127,8 +127,8 @@ class BaseSettings:
             steps=self.steps,
             batch=self.batch,
             micro_batch=micro_batch,
-            warmup=round(self.warmup * self.steps),
-            floor=self.floor,
+            warmup_steps=round(self.warmup_ratio * self.steps),
+            min_lr_ratio=self.min_lr_ratio,
             weight_decay=self.weight_decay,
             clip=self.clip,
         )

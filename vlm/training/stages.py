@@ -29,8 +29,8 @@ class Stage:
         parameter names ("adaptor.*"); the first that matches decides.
     steps: optimizer steps. batch: examples of a step, over all micro-batches and ranks.
     micro_batch: examples of one forward pass on one rank.
-    warmup: steps of linear rise. floor: the last rate as a share of the peak (cosine decay to it;
-        1 keeps the rate constant).
+    warmup_steps: steps of linear rise. min_lr_ratio: the last rate as a share of the peak (cosine
+        decay to it; 1 keeps the rate constant).
     weight_decay: on matrices only. clip: largest gradient norm, over all trainable parameters.
     """
 
@@ -39,8 +39,8 @@ class Stage:
     steps: int
     batch: int
     micro_batch: int
-    warmup: int
-    floor: float = 0.1
+    warmup_steps: int
+    min_lr_ratio: float = 0.1
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
@@ -49,10 +49,12 @@ class Stage:
         for field in ("steps", "batch", "micro_batch"):
             if getattr(self, field) < 1:
                 raise StageError(f"{field} must be at least 1, found {getattr(self, field)}")
-        if not 0 <= self.warmup <= self.steps:
-            raise StageError(f"warmup must be in 0 to steps={self.steps}, found {self.warmup}")
-        if not 0 <= self.floor <= 1:
-            raise StageError(f"floor must be in 0 to 1, found {self.floor}")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise StageError(
+                f"warmup_steps must be in 0 to steps={self.steps}, found {self.warmup_steps}"
+            )
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise StageError(f"min_lr_ratio must be in 0 to 1, found {self.min_lr_ratio}")
         if not 0 <= self.weight_decay < math.inf:
             raise StageError(f"weight_decay must be at least 0, found {self.weight_decay}")
         if not self.clip > 0:
@@ -64,14 +66,17 @@ class Stage:
     def factor(self, step: int) -> float:
         """The share of the peak rate that step `step` (from 0) uses.
 
-        >>> stage = Stage(name="s", rates=(), steps=11, batch=1, micro_batch=1, warmup=2, floor=0.0)
+        >>> pace = {"steps": 11, "warmup_steps": 2, "min_lr_ratio": 0.0}
+        >>> stage = Stage(name="s", rates=(), batch=1, micro_batch=1, **pace)
         >>> [round(stage.factor(step), 2) for step in (0, 1, 2, 6, 10)]
         [0.5, 1.0, 0.98, 0.5, 0.02]
         """
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        progress = (step + 1 - self.warmup) / (self.steps - self.warmup + 1)
-        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = (step + 1 - self.warmup_steps) / (self.steps - self.warmup_steps + 1)
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (
+            1 + math.cos(math.pi * progress)
+        )
 
 
 def assign_rates(

@@ -5,7 +5,8 @@ training is one integer (see `vlm.data.mixture`). Opening one builds a small ind
 rows stay on disk until they are asked for, and pictures stay encoded.
 """
 
-from vlm.data.sources.base import BadSource, ListSource, Source
+from vlm.data.example import BadSource
+from vlm.data.sources.base import ListSource, Source
 from vlm.data.sources.clip_benchmark import ClipBenchmark
 from vlm.data.sources.coco import CocoSource
 from vlm.data.sources.json_rows import RowsSource

@@ -13,17 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from vlm.data.example import BadRow, Example, ImageRef
+from vlm.data.example import BadRow, BadSource, Example, ImageRef
 
 if TYPE_CHECKING:
     from vlm.data.sources.keys import UnreadKeys
 
 FIRST = 3
 """How many places a fault is named by."""
-
-
-class BadSource(ValueError):
-    """A source that cannot be opened; the message names it, what was expected and found."""
 
 
 @dataclass(frozen=True, slots=True)

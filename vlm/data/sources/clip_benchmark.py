@@ -19,8 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm.data.example import BadRow, Example, caption_example
-from vlm.data.sources.base import BadSource
+from vlm.data.example import BadRow, BadSource, Example, caption_example
 from vlm.data.sources.row import RowFormat
 from vlm.data.sources.shards import ShardSource
 

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 
 from vlm.data.boxes import SLACK_PX
-from vlm.data.example import BadRow, Box, Example, Turn
+from vlm.data.example import BadRow, BadSource, Box, Example, Turn
 from vlm.data.grounding import ground
-from vlm.data.sources.base import FIRST, BadSource, Fault, Source
+from vlm.data.sources.base import FIRST, Fault, Source
 from vlm.data.sources.coco_labels import Labels, read_labels
 from vlm.data.sources.json_rows import image_root_at
 from vlm.pixels import BadImage, image_size

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from vlm.data.sources.base import FIRST, BadSource, Fault
+from vlm.data.example import BadSource
+from vlm.data.sources.base import FIRST, Fault
 
 NAMELESS = "categories without a name and without boxes, left out"
 TWICE = "categories without boxes and with another's name, left out"

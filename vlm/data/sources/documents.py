@@ -14,8 +14,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from vlm.data.example import BadRow, Example, Turn
-from vlm.data.sources.base import BadSource, Derived, Source
+from vlm.data.example import BadRow, BadSource, Example, Turn
+from vlm.data.sources.base import Derived, Source
 
 SPLITS = ("train", "val")
 CHARACTERS = 400

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from vlm.data.example import BadRow, Example, ImageRef
-from vlm.data.sources.base import BadSource, FolderImages, ImageRoot, Source, read_bytes
+from vlm.data.example import BadRow, BadSource, Example, ImageRef
+from vlm.data.sources.base import FolderImages, ImageRoot, Source, read_bytes
 from vlm.data.sources.keys import UnreadKeys
 from vlm.data.sources.row import RowFormat, example_from_row
 from vlm.data.sources.tar import TarImages

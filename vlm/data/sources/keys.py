@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vlm.data.sources.base import BadSource
+from vlm.data.example import BadSource
 
 _PREFERRED = "answers to prefer one over another"
 _TURNS = "turns of a form of row that is not read"

@@ -13,8 +13,8 @@ import contextlib
 from dataclasses import replace
 from pathlib import Path
 
-from vlm.data.example import BadRow, Example, caption_example
-from vlm.data.sources.base import BadSource, Source, read_bytes
+from vlm.data.example import BadRow, BadSource, Example, caption_example
+from vlm.data.sources.base import Source, read_bytes
 from vlm.data.sources.json_rows import image_root_at, index_lines
 from vlm.data.sources.keys import HARMLESS, ROW_MEANING, UnreadKeys
 from vlm.data.sources.row import (

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from urllib.parse import unquote
 
-from vlm.data.sources.base import BadSource, Source
+from vlm.data.example import BadSource
+from vlm.data.sources.base import Source
 from vlm.data.sources.clip_benchmark import ClipBenchmark
 from vlm.data.sources.coco import CocoSource
 from vlm.data.sources.documents import Documents

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.data.example import BadRow, Example, ImageRef
-from vlm.data.sources.base import BadSource, FolderImages, Source
+from vlm.data.example import BadRow, BadSource, Example, ImageRef
+from vlm.data.sources.base import FolderImages, Source
 from vlm.data.sources.keys import HARMLESS, ROW_MEANING, UnreadKeys
 from vlm.data.sources.row import (
     CAPTION_KEYS,

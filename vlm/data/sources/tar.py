@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlm.data.example import BadRow, ImageRef
-from vlm.data.sources.base import BadSource, read_bytes, refuse_address
+from vlm.data.example import BadRow, BadSource, ImageRef
+from vlm.data.sources.base import read_bytes, refuse_address
 
 BLOCK = tarfile.BLOCKSIZE
 _COMPRESSED = {

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from string import Formatter
 
-from vlm.data.example import BadRow, Example, Turn
-from vlm.data.sources.base import BadSource, Derived, Source
+from vlm.data.example import BadRow, BadSource, Example, Turn
+from vlm.data.sources.base import Derived, Source
 from vlm.data.synthetic.scene import Dice
 
 SEPARATOR = " ; "

@@ -16,8 +16,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vlm.data.example import Example, ImageRef, caption_example
-from vlm.data.sources.base import BadSource, Source
+from vlm.data.example import BadSource, Example, ImageRef, caption_example
+from vlm.data.sources.base import Source
 from vlm.data.synthetic import degrade
 from vlm.data.synthetic.fonts import BadFont, Font, find_fonts, holding
 from vlm.data.synthetic.options import Options, read_options

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vlm.data.sources.base import BadSource
+from vlm.data.example import BadSource
 
 Options = Mapping[str, tuple[str, Callable[[str], Any]]]
 """Key -> the argument that it stands for, and what reads its value."""

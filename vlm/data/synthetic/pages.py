@@ -16,8 +16,8 @@ from xml.sax.saxutils import escape
 import cv2
 import numpy as np
 
-from vlm.data.example import Box, Example, ImageRef, caption_example
-from vlm.data.sources.base import BadSource, Source
+from vlm.data.example import BadSource, Box, Example, ImageRef, caption_example
+from vlm.data.sources.base import Source
 from vlm.data.synthetic import degrade
 from vlm.data.synthetic.fonts import BadFont, find_fonts
 from vlm.data.synthetic.lines import ALPHABETS, ppm

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import io
 
-from vlm.data.example import Box, Example, ImageRef, Turn, caption_example
+from vlm.data.example import BadSource, Box, Example, ImageRef, Turn, caption_example
 from vlm.data.grounding import ground
-from vlm.data.sources.base import BadSource, Source
+from vlm.data.sources.base import Source
 from vlm.data.synthetic.options import Options, read_options
 from vlm.data.synthetic.scene import (
     BACKGROUNDS,

@@ -26,7 +26,7 @@ from vlm.families.decoder_only.batch import Row, collate
 from vlm.families.decoder_only.image_layout import ImageLayout
 
 if TYPE_CHECKING:
-    from vlm.families.decoder_only.model import DecoderOnlyModel
+    from vlm.families.base import Model
 
 ROLES = ("system", "user", "assistant")
 PART_KEYS = {"text": "text", "image": "image"}
@@ -55,7 +55,7 @@ class Chat:
     earlier answers differ in their last bits, and with them now and then a greedy id.
     """
 
-    def __init__(self, model: DecoderOnlyModel, messages: Sequence[dict] | None = None) -> None:
+    def __init__(self, model: Model, messages: Sequence[dict] | None = None) -> None:
         self.model = model
         self.reset()
         messages = list(messages or ())

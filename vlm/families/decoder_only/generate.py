@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event
 
@@ -25,26 +24,10 @@ from vlm.compat.transformers import BaseStreamer
 from vlm.families.decoder_only.batch import Batch
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.losses.token import state_losses, sum_by_row
+from vlm.text.generation import Written
 
 GREEDY = {"do_sample": False, "num_beams": 1, "max_new_tokens": 64}
 """What generation does where nothing is asked; names are transformers'."""
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """What a model wrote.
-
-    text: special tokens left out. ids: with the end token, where one was written.
-    logprobs: log-probability of each id in nats, under the model's own (unscaled) distribution.
-    """
-
-    text: str
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-
-
-Written = tuple[list[int], list[float]]
-"""The ids that were written and the log-probability of each in nats."""
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from vlm.geometry import Resize
 from vlm.pixels import open_image
 
 if TYPE_CHECKING:
-    from vlm.families.decoder_only.model import DecoderOnlyModel
+    from vlm.families.base import Model
 
 MAX_NEW_TOKENS = 4 * 32
 """Longest answer where nothing else is asked: 32 boxes."""
@@ -57,7 +57,7 @@ class Found:
 
 
 def find(
-    model: DecoderOnlyModel,
+    model: Model,
     images: Sequence,
     phrases: Sequence[str | Sequence[str]],
     batch_size: int = 16,
@@ -121,7 +121,7 @@ class _Question:
 
 @torch.no_grad()
 def _questions(
-    model: DecoderOnlyModel,
+    model: Model,
     images: Sequence,
     asked: Sequence[Sequence[str]],
     numbers: range,
@@ -155,7 +155,7 @@ def _questions(
 
 @torch.no_grad()
 def _answers(
-    model: DecoderOnlyModel, questions: list[_Question], batch_size: int, options: dict
+    model: Model, questions: list[_Question], batch_size: int, options: dict
 ) -> list[tuple[_Question, engine.Written]]:
     """Each question with what is written, in their order; those of like length go together."""
     written: list[engine.Written | None] = [None] * len(questions)
@@ -241,7 +241,7 @@ def _turn(prompt: str, phrase: str) -> Turn:
     return Turn("user", (None, prompt.format(phrase=phrase)))
 
 
-def _bins(model: DecoderOnlyModel) -> dict[int, int]:
+def _bins(model: Model) -> dict[int, int]:
     tokens = model.processor.loc.tokens
     ids = model.processor.text_tokenizer.convert_tokens_to_ids(list(tokens))
     return {id: number for number, id in enumerate(ids)}
@@ -265,7 +265,7 @@ def _asked(images: Sequence, phrases: Sequence[str | Sequence[str]]) -> list[tup
     return asked
 
 
-def _check(model: DecoderOnlyModel, prompt: str, batch_size: int) -> None:
+def _check(model: Model, prompt: str, batch_size: int) -> None:
     if model.processor.loc is None:
         raise ValueError(
             "ground: this model has no <loc> tokens to write boxes with; decoder-only models that "

@@ -16,10 +16,10 @@ from vlm.families.base import Model, require_batch_size
 from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import Batch, Row, collate
 from vlm.families.decoder_only.chat import Chat, read_messages
-from vlm.families.decoder_only.generate import Generation
 from vlm.families.decoder_only.ground import find
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.families.decoder_only.processor import Processor
+from vlm.text.generation import Generation
 
 WINDOW = 8
 """Batches of rows that are sorted by length together."""

@@ -19,13 +19,14 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from vlm.compat.transformers import CACHE
 from vlm.families.decoder_only.batch import Batch
-from vlm.families.decoder_only.generate import Written, answer_losses, check_options
+from vlm.families.decoder_only.generate import answer_losses, check_options
 from vlm.families.encoder_decoder.cached_decoder import IMAGE_ROWS, stepper_of
 from vlm.families.encoder_decoder.module import EncoderDecoder, Memory
 from vlm.image_tokens import ViewGroup, map_pixels
 from vlm.kernels.mlp_parts import mlps_in_parts
 from vlm.kernels.packed_linear import packed_layers
 from vlm.text.decoders import first_position, positions_of
+from vlm.text.generation import Written
 
 LEAVE = 8
 """Rows leave once they are at least 1 in this many: each leaving copies what the others need."""

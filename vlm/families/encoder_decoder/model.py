@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from vlm.compat.torch import with_child
 from vlm.families.base import require_list
 from vlm.families.decoder_only.batch import Row, collate
-from vlm.families.decoder_only.generate import Generation, Written, evaluating
+from vlm.families.decoder_only.generate import evaluating
 from vlm.families.encoder_decoder import generate as transcribe
 from vlm.families.encoder_decoder.module import EncoderDecoder
 from vlm.families.encoder_decoder.processor import LineProcessor
@@ -24,6 +24,7 @@ from vlm.ocr.from_generation import lines_of
 from vlm.ocr.results import Reading, Token, Transcript
 from vlm.pixels import open_image
 from vlm.text.decoders import positions_of
+from vlm.text.generation import Generation, Written
 
 READS = ("lines", "pages")
 """What a model is shown at once: the image of a line (TrOCR), or a whole page (Donut)."""

@@ -17,6 +17,7 @@ from vlm.data.mixture import MixtureDataset
 from vlm.data.sources.base import Source
 from vlm.pixels import BadImage
 from vlm.training.checkpoints.format import CheckpointError
+from vlm.training.renamed import upgraded
 from vlm.training.stages import Stage
 
 SETTINGS, STAGE, MIXTURE, DATA = "settings", "stage", "mixture", "data"
@@ -91,6 +92,7 @@ def differences(
         changed under their names. path: the checkpoint, for messages.
     Raises CheckpointError listing all that differs without being named, and names of nothing.
     """
+    old = old | {part: upgraded(old[part], new[part].keys()) for part in (SETTINGS, STAGE)}
     known = new[SETTINGS].keys() | old[SETTINGS].keys()
     unknown = sorted(set(change) - known - {STAGE, MIXTURE, DATA})
     if unknown:

@@ -15,12 +15,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.compat.torch import stop_workers
-from vlm.data.encoded import Encoded
 from vlm.data.example import BadRow, Skipped
 from vlm.data.mixture import MixtureDataset, StepSampler
 from vlm.families.decoder_only.batch import Row
 from vlm.pixels import BadImage
 from vlm.training.loading.balance import Costs, Dealt
+from vlm.training.loading.encoded import Encoded
 from vlm.training.objectives.base import Objective
 
 

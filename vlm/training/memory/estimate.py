@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from vlm.data.encoded import Encoded
 from vlm.data.example import BadRow, Skipped
 from vlm.data.mixture import MixtureDataset, permuted
 from vlm.families.contrastive.batch import Pair
@@ -27,6 +26,7 @@ from vlm.families.decoder_only.batch import IMAGE, Row
 from vlm.families.line_reader.batch import LineRow
 from vlm.image_tokens import Pixels
 from vlm.pixels import BadImage
+from vlm.training.loading.encoded import Encoded
 from vlm.training.memory.simulate import Held, Rehearsal, Step
 from vlm.training.sharding import units_of
 from vlm.training.step import BUCKET_ELEMENTS

@@ -186,7 +186,7 @@ class Settings(BaseSettings):
 
 def training_data(settings: Settings) -> MixtureDataset:
     """The mixture of the settings' sources."""
-    require_share("warmup", settings.warmup)
+    require_share("warmup_ratio", settings.warmup_ratio)
     sources = [settings.open(spec) for spec in settings.train]
     if settings.weights is not None:
         check_weights(settings.weights, [source.name for source in sources])

@@ -345,7 +345,7 @@ def high_resolution_frozen(module: nn.Module) -> tuple[tuple[str, None], ...]:
 
 def training_data(settings: Settings) -> MixtureDataset:
     """The mixture of the settings' sources."""
-    for name in ("modality_warmup", "warmup"):
+    for name in ("modality_warmup", "warmup_ratio"):
         require_share(name, getattr(settings, name))
     if settings.pack is not None and settings.pack < 1:
         raise ValueError(f"pack must be at least 1 place, found {settings.pack}")

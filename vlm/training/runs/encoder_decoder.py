@@ -34,7 +34,7 @@ class TranscriberSettings(ReadingSettings):
     decoder: str = NEW
     """The text decoder, where there is none to go on from: new, or the hub id or folder of a text
     model (BERT, RoBERTa, GPT-2 and their like), which gets fresh cross-attention."""
-    tokenizer: str = "own"
+    text_tokenizer: str = "own"
     """own (the decoder's), characters (one token for each character of the alphabet), or the hub id
     or folder of one. Tokens that the decoder knows already keep what they learned."""
     line_px: tuple[int, int] | None = None
@@ -57,7 +57,7 @@ class TranscriberSettings(ReadingSettings):
         if self.start is not None:
             model = self._loaded()
         else:
-            if self.decoder == NEW and self.tokenizer == "own":
+            if self.decoder == NEW and self.text_tokenizer == "own":
                 tokenizer = character_tokenizer(self.characters())
             else:
                 tokenizer = self._tokenizer() if self.decoder == NEW else None
@@ -75,7 +75,7 @@ class TranscriberSettings(ReadingSettings):
                 prefix="drop" if self.vision == NEW else "keep",
                 seed=self.seed,
             )
-        if self.tokenizer != "own" and not (self.start is None and self.decoder == NEW):
+        if self.text_tokenizer != "own" and not (self.start is None and self.decoder == NEW):
             model = swap.with_tokenizer(model, self._tokenizer(), self.seed)
         if self.line_px is None:
             return model
@@ -97,9 +97,9 @@ class TranscriberSettings(ReadingSettings):
         return model
 
     def _tokenizer(self) -> Any:
-        if self.tokenizer == "characters":
+        if self.text_tokenizer == "characters":
             return character_tokenizer(self.characters())
-        return open_part(AutoTokenizer, Path(self.tokenizer))
+        return open_part(AutoTokenizer, Path(self.text_tokenizer))
 
 
 def _new_vision(seed: int) -> ColumnsTokenizer:

@@ -6,6 +6,7 @@ began, and is compared with the fingerprint that the checkpoint has of it.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -17,6 +18,7 @@ from vlm.precision import DTYPES
 from vlm.training.base_settings import RECIPES, BaseSettings
 from vlm.training.checkpoints.checkpoint import is_of, newest_whole
 from vlm.training.checkpoints.format import CheckpointError, read, read_about, stored
+from vlm.training.renamed import upgraded
 from vlm.training.run_folder import RunError
 from vlm.training.runs.launch import recipe_in
 from vlm.training.runs.run import PRECISION_REASON
@@ -90,7 +92,8 @@ def settings_of(run: Path, recipe: Path | None = None) -> BaseSettings:
         raise RunError(f"{file}: made by {place or 'an unnamed recipe'}; name it with --recipe")
     if not isinstance(found, type) or not issubclass(found, BaseSettings):
         raise RunError(f"{file}: expected the settings of a recipe, found {place}:{name}")
-    return config.from_dict(found, values, str(file))
+    names = {field.name for field in dataclasses.fields(found)}
+    return config.from_dict(found, upgraded(values, names), str(file))
 
 
 def fill(module: nn.Module, path: Path, precision: str) -> None:

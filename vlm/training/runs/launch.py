@@ -32,6 +32,7 @@ from vlm.training.activation_checkpointing import give_back_large_blocks
 from vlm.training.base_settings import BaseSettings, require_ranges, require_read_rates
 from vlm.training.checkpoints.checkpoint import CheckpointError
 from vlm.training.fit import Interrupted
+from vlm.training.renamed import new_name, require_new_names
 from vlm.training.run_folder import RunError
 from vlm.training.sharding import Shard
 from vlm.training.stages import StageError
@@ -101,6 +102,7 @@ def read_settings(
     Raises ValueError naming the file's keys that are no settings, numbers out of their range, and
     learning rates of what does not learn.
     """
+    require_new_names(arguments, {field.name for field in dataclasses.fields(settings_class)})
     default = None
     arguments = [
         word
@@ -136,6 +138,10 @@ def _from_yaml(settings_class: type[BaseSettings], path: Path) -> BaseSettings:
     values = {str(key).replace("-", "_"): value for key, value in values.items()}
     kinds = get_type_hints(settings_class)
     known = {field.name: kinds[field.name] for field in dataclasses.fields(settings_class)}
+    old = {key: new for key in values if (new := new_name(key, known))}
+    if old:
+        said = ", ".join(f"{key} is now {new}" for key, new in old.items())
+        raise ValueError(f"{path}: settings have changed their names: {said}")
     unknown = sorted(set(values) - known.keys())
     if unknown:
         raise ValueError(

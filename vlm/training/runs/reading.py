@@ -46,7 +46,7 @@ class ReadingSettings(BaseSettings):
 
     alphabet: str = "english"
     """Characters that are read: english, latin, cyrillic, greek, or a text file that holds them."""
-    language: str = "english"
+    lines_text: str = "english"
     """What drawn lines say: english (Python's documentation), a text file in the language, or the
     name that the package faker has for it, such as ru_RU or el_GR."""
     fonts: str = "any"
@@ -58,7 +58,7 @@ class ReadingSettings(BaseSettings):
     held_out: str = ""
     """Lines to evaluate on. None: drawn lines in the language that training never draws."""
     weight_decay: float = 0.02
-    floor: float = 0.02
+    min_lr_ratio: float = 0.02
     batch: int = 64
     eval_every: int = 500
     save_every: int = 500
@@ -74,11 +74,11 @@ class ReadingSettings(BaseSettings):
         """The source of drawn lines in the settings' language."""
         return (
             f"lines:{count}:seed={seed}:fonts={self.fonts}:alphabet={self.alphabet}"
-            f":text={self.language}:split={split}"
+            f":text={self.lines_text}:split={split}"
         )
 
     def data(self) -> MixtureDataset:
-        require_share("warmup", self.warmup)
+        require_share("warmup_ratio", self.warmup_ratio)
         if self.augment != "none":
             raise ValueError(
                 f"augment {self.augment!r}: expected none, as windows would cut letters off a "
