@@ -163,7 +163,7 @@ def test_pinpoint_tiles_put_the_image_in_the_middle():
     """What is not the image is black, and the record says where its pixels lie."""
     spec = PinpointTilesSpec(tile=square(8), resolutions=((8, 16), (16, 8), (16, 16)))
     for size_hw in ((9, 17), (17, 9), (30, 29), (2, 9)):
-        whole, *tiles = spec(tiny.picture(0, size_hw))
+        _, *tiles = spec(tiny.picture(0, size_hw))
         rows, columns = spec.layout(size_hw)
         assert len(tiles) == rows * columns == len(spec.view_sizes(size_hw)) - 1
         joined = torch.stack(tiles).view(rows, columns, 3, 8, 8).permute(2, 0, 3, 1, 4)

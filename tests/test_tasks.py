@@ -245,7 +245,7 @@ def test_bad_arguments_name_what_was_expected(tmp_path):
             model.caption([tiny.picture()], **options)
     with pytest.raises(ValueError, match="max_tokens must be at least 1, found -1"):
         tiny.processor(model.module, max_tokens=-1)
-    with pytest.raises(AttributeError, match="it is done by encoder-decoder models"):
+    with pytest.raises(AttributeError, match="it is done by models of the family prefix_decoder"):
         model.ocr([tiny.picture()])
 
 

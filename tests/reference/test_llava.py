@@ -1,9 +1,12 @@
 """LLaVA 1.5 and LLaVA-NeXT beside transformers' classes: pixels, ids, logits, training, answers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import vlm
+from tests import training
 from tests.reference.images_in_text import close, our_logits, reopened
 from tests.reference.tiny_llava import (
     GRID,
@@ -120,6 +123,18 @@ def test_llava_training_step_changes_every_part(folder, tmp_path):
         close(our_logits(model, batch)[batch.valid], expected[batch.valid])
 
 
+@pytest.mark.parametrize("pack", [None, 800])
+def test_llava_trains_by_the_same_loop(folder, tmp_path, pack):
+    """All parts learn, in rows side by side and end to end."""
+    model = vlm.load(folder, "cpu")
+    before = {name: p.detach().clone() for name, p in model.module.named_parameters()}
+    stage = replace(
+        training.STAGE, rates=(("*", 1e-2),), steps=2, batch=3, micro_batch=3, warmup_steps=0
+    )
+    training.train(tmp_path, stage, rows=examples(), chosen=model, pack=pack)
+    assert all(not torch.equal(p, before[name]) for name, p in model.module.named_parameters())
+
+
 def test_llava_greedy_ids_match_reference_and_batches(folder):
     model, (peer, processor) = vlm.load(folder, "cpu"), reopened(folder)
     batch = our_batch(model)
@@ -145,6 +160,17 @@ def test_llava_full_strategy_keeps_the_class_token(tmp_path):
     batch, inputs = our_batch(model), their_inputs(processor)
     assert batch.ids.eq(IMAGE).sum(1).tolist() == [GRID**2 + 1, 2 * (GRID**2 + 1), 0]
     assert torch.equal(with_marks(batch.ids, model)[batch.valid], inputs["input_ids"][batch.valid])
+    close(our_logits(model, batch)[batch.valid], peer(**inputs).logits[batch.valid])
+
+
+@torch.no_grad()
+def test_llava_opens_folders_with_an_image_processor_of_their_own(tmp_path):
+    write_folder(tmp_path, "llava", images={"name": "LlavaImageProcessor"})
+    model, (peer, processor) = vlm.load(tmp_path, "cpu"), reopened(tmp_path)
+    assert type(processor.image_processor).__name__ == "LlavaImageProcessor"
+    batch, inputs = our_batch(model), their_inputs(processor)
+    (group,) = batch.groups
+    close(group.pixels, inputs["pixel_values"], 1e-6)
     close(our_logits(model, batch)[batch.valid], peer(**inputs).logits[batch.valid])
 
 

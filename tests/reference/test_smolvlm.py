@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import vlm
+from tests import training
 from tests.reference.images_in_text import close, our_logits, reopened
 from tests.reference.tiny_smolvlm import (
     KINDS,
@@ -118,6 +119,18 @@ def test_smolvlm_training_step_changes_every_part(folder):
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
+    assert all(not torch.equal(p, before[name]) for name, p in model.module.named_parameters())
+
+
+@pytest.mark.parametrize("pack", [None, 800])
+def test_smolvlm_trains_by_the_same_loop(folder, tmp_path, pack):
+    """All parts learn, in rows side by side and end to end."""
+    model = vlm.load(folder, "cpu")
+    before = {name: p.detach().clone() for name, p in model.module.named_parameters()}
+    stage = replace(
+        training.STAGE, rates=(("*", 1e-2),), steps=2, batch=3, micro_batch=3, warmup_steps=0
+    )
+    training.train(tmp_path, stage, rows=examples(), chosen=model, pack=pack)
     assert all(not torch.equal(p, before[name]) for name, p in model.module.named_parameters())
 
 
