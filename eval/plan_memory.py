@@ -84,9 +84,7 @@ def decoder_only(small: bool, vocabulary: int = 16384, answer: int = 96) -> tupl
         scored = torch.zeros(len(ids), dtype=torch.bool)
         scored[places + 20 :] = True
         views = ((torch.randn(3, 224, 224), (0, 0)),)
-        rows.append(
-            Row(name=f"row {number}", ids=ids, scored=scored, views=views, places=(places,))
-        )
+        rows.append(Row(name=f"row {number}", ids=ids, scored=scored, views=views))
     return module, rows, NextToken(2)
 
 

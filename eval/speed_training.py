@@ -165,6 +165,7 @@ def batch_for(
         ids=ids,
         valid=valid,
         scored=scored,
+        positions=position * valid,
         groups=(ViewGroup(pixels=pixels, owner=owner),),
         names=tuple(f"row {row}" for row in range(size)),
     )
@@ -211,7 +212,6 @@ def rows_of(batch: Batch) -> list[Row]:
             ids=batch.ids[row, batch.valid[row]],
             scored=batch.scored[row, batch.valid[row]],
             views=((group.pixels[row], (0, 0)),),
-            places=(int((batch.ids[row] == IMAGE).sum()),),
         )
         for row, name in enumerate(batch.names)
     ]

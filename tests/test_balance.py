@@ -174,7 +174,7 @@ def test_a_measured_row_is_the_encoded_one_without_values(model, options):
         cut += encoded.cut
         assert torch.equal(measured.ids, encoded.ids)
         assert torch.equal(measured.scored, encoded.scored)
-        for name in ("name", "places", "boxes", "cut"):
+        for name in ("name", "layout", "boxes", "cut"):
             assert getattr(measured, name) == getattr(encoded, name)
         shapes = [
             [(pixel_shape(pixels), owner) for pixels, owner in row.views]

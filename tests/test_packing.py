@@ -191,7 +191,7 @@ def test_first_place_of_a_packed_example_is_no_target():
 
 def row_of(length, name="row", scored=True):
     mask = torch.full((length,), scored)
-    return Row(name=name, ids=torch.arange(length), scored=mask, views=(), places=())
+    return Row(name=name, ids=torch.arange(length), scored=mask, views=())
 
 
 def test_rows_are_packed_into_few_parts_and_none_is_lost():

@@ -15,7 +15,6 @@ from tests.tiny import prefix_decoder
 from vlm.data.example import BadRow, Example, Turn
 from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import IMAGE, collate
-from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.families.prefix_decoder.model import PrefixDecoderModel
 from vlm.families.prefix_decoder.module import PrefixDecoder
@@ -161,7 +160,9 @@ def test_document_is_read_causally():
     batch = collate([row], 256)
     assert batch.prefix.sum() == 1
     causal = DecoderOnly(model.tokenizer, model.adaptor, tiny.text_model())
-    torch.testing.assert_close(model(batch), causal(batch), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model(batch), causal(dataclasses.replace(batch, sees="causal")), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_row_has_one_answer():
@@ -255,10 +256,10 @@ def test_prefix_model_trains_by_the_same_loop(tmp_path):
     for micro_batch in (4, 2):
         module = prefix_decoder()
         made = processor(module)
-        parts = DecoderOnlyModel(module=module, processor=made, stop_ids=(made.end_id,))
+        model = PrefixDecoderModel(module=module, processor=made, stop_ids=(made.end_id,))
         stage = dataclasses.replace(training.STAGE, micro_batch=micro_batch, steps=2)
         chosen, _, _ = training.train(
-            tmp_path / str(micro_batch), stage, chosen=PrefixDecoderModel(parts), precision="fp32"
+            tmp_path / str(micro_batch), stage, chosen=model, precision="fp32"
         )
         states.append(training.weights(chosen))
     for name, weight in states[0].items():

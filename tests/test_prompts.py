@@ -200,8 +200,8 @@ def test_shrinking_never_cuts_an_image_run(limit):
         assert limit < 50
         return
     assert len(row.ids) <= limit
-    assert int((row.ids == IMAGE).sum()) == 6 * len(row.places)
-    assert [image for _, (image, _) in row.views] == list(range(len(row.places)))
+    assert int((row.ids == IMAGE).sum()) == 6 * len(row.layout.images)
+    assert [image for _, (image, _) in row.views] == list(range(len(row.layout.images)))
     assert row.scored[-1]
     whole = tiny.processor(tiny.decoder_only()).encode(example)
     assert row.cut == int((whole.ids != IMAGE).sum() - (row.ids != IMAGE).sum())

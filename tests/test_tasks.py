@@ -82,7 +82,7 @@ def test_score_equals_the_logprobs_of_what_was_generated():
         ids = torch.cat([row.ids, torch.tensor(written.ids)])
         scored = torch.zeros(len(ids), dtype=torch.bool)
         scored[len(row.ids) :] = True
-        row = type(row)(name="r", ids=ids, scored=scored, views=row.views, places=row.places)
+        row = type(row)(name="r", ids=ids, scored=scored, views=row.views, layout=row.layout)
         loss = engine.answer_losses(model.module, collate([row], model.processor.pad_id))
         assert float(-loss) == pytest.approx(sum(written.logprobs), abs=1e-3)
 
@@ -97,7 +97,7 @@ def test_beam_logprobs_equal_the_rescored_beam():
         row = model.processor.encode_literal(pictures, prompt)
         ids = torch.cat([row.ids, torch.tensor(found.ids)])
         scored = torch.arange(len(ids)) >= len(row.ids)
-        row = type(row)(name="r", ids=ids, scored=scored, views=row.views, places=row.places)
+        row = type(row)(name="r", ids=ids, scored=scored, views=row.views, layout=row.layout)
         batch = collate([row], model.processor.pad_id)
         losses = token_losses(model.module(batch), batch.targets)
         assert found.logprobs == pytest.approx((-losses).tolist(), abs=1e-3)
@@ -245,7 +245,7 @@ def test_bad_arguments_name_what_was_expected(tmp_path):
             model.caption([tiny.picture()], **options)
     with pytest.raises(ValueError, match="max_tokens must be at least 1, found -1"):
         tiny.processor(model.module, max_tokens=-1)
-    with pytest.raises(AttributeError, match="it is done by encoder-decoder models"):
+    with pytest.raises(AttributeError, match="it is done by models of the family prefix_decoder"):
         model.ocr([tiny.picture()])
 
 

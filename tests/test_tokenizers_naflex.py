@@ -129,7 +129,6 @@ def test_naflex_views_of_one_size_are_encoded_together_as_alone():
             ids=no_ids,
             scored=no_ids.bool(),
             views=((tokenizer.pixel_spec(image)[0], (0, 0)),),
-            places=(),
         )
         for image in pictures
     ]
@@ -157,7 +156,7 @@ def test_naflex_pictures_take_places_in_a_stream_as_their_own_grids_are_large():
         (tokens,) = encode(tokenizer, picture(*size_hw))
         encoded.append(bridge(tokens.owned_by(torch.tensor([[b, 0, 0]]))))
     packed, example = pack(encoded)
-    counts = [places(size_hw) for size_hw in sizes]
+    counts = [places(size_hw).length for size_hw in sizes]
     assert example.bincount().tolist() == counts == [tokenizer.tokens_for(hw) for hw in sizes]
     assert len(packed) == sum(counts)
     assert counts[0] == counts[1] != counts[2]

@@ -125,7 +125,7 @@ def test_paligemma_answers_continue_as_when_read_at_once(folder):
                 ids=torch.cat([row.ids, before]),
                 scored=torch.cat([row.scored, answer]),
                 views=row.views,
-                places=row.places,
+                layout=row.layout,
             )
             logits = our_logits(model, collate([longer], 0))
             assert int(logits[0, -1].argmax()) == id

@@ -207,7 +207,7 @@ def _show_places(
     console.print(row_text(ids, scored, valid, row, processor, colour))
     console.print(Text(f"scored mask  {mask_runs(scored)}", style="dim"))
     console.print(Text(f"valid mask   {mask_runs(valid)}", style="dim"))
-    if processor.prefix:  # read at once, the rest after it
+    if row.layout.sees == "prefix":  # read at once, the rest after it
         console.print(Text(f"prefix mask  {mask_runs(batch.prefix[b, own])}", style="dim"))
     for box in row.boxes:
         console.print(box_line(box), highlight=False)
@@ -279,7 +279,7 @@ def row_text(
     """One row, decoded: ids int64[T], scored and valid bool[T]. Without colour, scored text stands
     in [[double brackets]], and answers that are not scored in [unscored: ...]."""
     text = Text()
-    places = iter(row.places)
+    spans = iter(row.layout.spans)
     kinds = [kind if ok else "pad" for kind, ok in zip(_kinds(ids, scored), valid.tolist())]
     if row.unscored is not None:
         for t in row.unscored.nonzero()[:, 0].tolist():
@@ -291,7 +291,7 @@ def row_text(
         start += length
         if kind == "image":
             while length:
-                count = next(places)
+                count = next(spans).length
                 text.append(f"[image × {count}]", style=RUN)
                 length -= count
         elif kind == "pad":

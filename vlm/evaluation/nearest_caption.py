@@ -29,7 +29,7 @@ def views_of(tokenizer: ImageTokenizer, example: Example) -> Row:
         for view, pixels in enumerate(tokenizer.pixel_spec(open_image(image)))
     ]
     nothing = torch.zeros(0, dtype=torch.long)
-    return Row(name=example.name, ids=nothing, scored=nothing.bool(), views=tuple(views), places=())
+    return Row(name=example.name, ids=nothing, scored=nothing.bool(), views=tuple(views))
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from vlm.pixels.sources import (
     from_torchvision,
     from_transformers,
     pair_from_transformers,
+    tile_from_transformers,
 )
 from vlm.pixels.spec import HALF, IMAGENET, OPENAI, PixelSpec, Statistics
 
@@ -29,4 +30,5 @@ __all__ = [
     "image_size",
     "open_image",
     "pair_from_transformers",
+    "tile_from_transformers",
 ]

@@ -92,6 +92,16 @@ def pair_from_transformers(processor: BaseImageProcessor) -> tuple[PixelSpec, Pi
     )
 
 
+def tile_from_transformers(processor: BaseImageProcessor, side_px: int) -> PixelSpec:
+    """The preprocessing of one square view of an image processor that cuts images into tiles by
+    rules of its own: stretched to `side_px`, with the processor's filter, backend and statistics.
+
+    Raises ValueError that names the class, the field, and its value.
+    """
+    _, shared = _shared(processor)
+    return PixelSpec(size_hw=(side_px, side_px), fit="stretch", **shared)
+
+
 def _shared(processor: Any) -> tuple[type, dict]:
     """The backend's class, and the fields of a PixelSpec that every processor states alike."""
     from vlm.compat.transformers import resizing_backends
@@ -243,6 +253,7 @@ def _convnext(processor: Any, shared: dict) -> PixelSpec:
 _HYBRID = "DeepseekVLHybridImageProcessor"
 _SPECIAL = {
     "SamImageProcessor": _sam,
+    "LlavaImageProcessor": _standard,  # its own step alone is padding, which is refused
     "DeepseekVLImageProcessor": _deepseek_vl,
     "Siglip2ImageProcessor": _siglip2,
     "DonutImageProcessor": _donut,

@@ -236,7 +236,7 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
         max_tokens=context_of(module.text),
         image_mark=reader.image_token,
     )
-    places = processor.places_for(low_spec.size_hw)
+    places = processor.places_for(low_spec.size_hw).length
     if places != reader.num_image_tokens:
         raise ValueError(
             f"{where}: the processor writes {reader.num_image_tokens} places for an image, the "

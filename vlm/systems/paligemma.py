@@ -224,7 +224,7 @@ def load(folder: Path, values: dict[str, Any]) -> PrefixDecoderModel:
         prefix=True,
         framed=True,
     )
-    places = processor.places_for(tokenizer.pixel_spec.size_hw)
+    places = processor.places_for(tokenizer.pixel_spec.size_hw).length
     if places != reader.image_seq_length:
         raise ValueError(
             f"{where}: the processor writes {reader.image_seq_length} places for an image, the "

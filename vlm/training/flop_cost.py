@@ -31,7 +31,7 @@ class FlopCost:
 
     >>> from vlm.families.decoder_only.batch import collate_packed
     >>> ids = torch.arange(5)
-    >>> row = Row(name="row", ids=ids, scored=ids > 2, views=(), places=())
+    >>> row = Row(name="row", ids=ids, scored=ids > 2, views=())
     >>> cost = FlopCost(place=100, pair=1, target=10)
     >>> cost.of_row(row), cost.of_batch(collate_packed([row, row]))
     (545, 1090)

@@ -175,7 +175,7 @@ def level(module: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
     passes = max(map(len, everyone))
     views = [max(g[n] if n < len(g) else 0 for g in everyone) for n in range(passes)]
     spec = module.tokenizer.pixel_spec
-    levelled = [*batches, *(_blank_batch() for _ in range(passes - len(batches)))]
+    levelled = [*batches, *(_blank_batch(module) for _ in range(passes - len(batches)))]
     return [
         replace(batch, ghosts=tuple(_blank_views(spec) for _ in range(count - len(batch.groups))))
         for batch, count in zip(levelled, views)
@@ -189,14 +189,16 @@ def passes_of_ranks(own: int) -> list[int]:
     return everyone
 
 
-def _blank_batch() -> Batch:
+def _blank_batch(module: nn.Module) -> Batch:
     """One row of two places, none of them scored."""
     return Batch(
         ids=torch.zeros(1, 2, dtype=torch.long),
         valid=torch.ones(1, 2, dtype=torch.bool),
         scored=torch.zeros(1, 2, dtype=torch.bool),
+        positions=torch.arange(2)[None],
         groups=(),
         names=("blank",),
+        sees=module.sees,
     )
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from vlm.data.example import BadRow, Turn
 from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import Row, collate
+from vlm.families.decoder_only.image_layout import ImageLayout
 
 if TYPE_CHECKING:
     from vlm.families.base import Model
@@ -37,10 +38,10 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass(slots=True)
 class _Seen:
-    """A picture of the conversation: its places in the stream, and its image tokens float[P, D]
+    """A picture of the conversation: its layout in the stream, and its image tokens float[P, D]
     once they are made, which the pixels in `row` are kept for until then."""
 
-    places: int
+    layout: ImageLayout
     row: Row | None
     tokens: Tensor | None = None
 
@@ -101,7 +102,7 @@ class Chat:
         turns = [*self._turns, turn]
         seen = [*self._seen, *self._look(pictures, name)]
         processor = self.model.processor
-        ids = processor.prompt_ids(turns, [one.places for one in seen], name)
+        ids = processor.prompt_ids(turns, [one.layout for one in seen], name)
         options = {**engine.GREEDY, **options}
         if processor.max_tokens is not None:
             room = processor.max_tokens - len(ids)
@@ -182,15 +183,15 @@ class Chat:
         processor = self.model.processor
         mark = processor.image_mark
         rows = [processor.encode_literal([one], mark, name=name) for one in pictures]
-        return [_Seen(row.places[0], row) for row in rows]
+        return [_Seen(row.layout.images[0], row) for row in rows]
 
     def _encode(self, one: _Seen) -> Tensor:
         """A picture's image tokens at the language model's width, float[P, D]."""
         if one.tokens is None:
             batch = collate([one.row], self.model.processor.pad_id)
             dtype = next(self.model.module.tokenizer.parameters()).dtype
-            groups = batch.to(self.model.device, dtype).groups
-            one.tokens, _ = self.model.module.encode(groups)
+            batch = batch.to(self.model.device, dtype)
+            one.tokens, _ = self.model.module.encode(batch.groups, batch.arrangement)
             one.row = None
         return one.tokens
 

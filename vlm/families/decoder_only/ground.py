@@ -140,15 +140,15 @@ def _questions(
         sizes.append((picture.height, picture.width))
     dtype = next(model.module.tokenizer.parameters()).dtype
     batch = collate(rows, processor.pad_id, "left").to(model.device, dtype)
-    tokens, owner = model.module.encode(batch.groups)
+    tokens, owner = model.module.encode(batch.groups, batch.arrangement)
     questions = []
     for at, (i, row, size_hw) in enumerate(zip(numbers, rows, sizes)):
         resize = processor.pixel_spec.resize_record(size_hw)
         own = tokens[owner == at]
         for phrase in asked[i]:
-            ids = processor.prompt_ids((_turn(prompt, phrase),), row.places, row.name)
+            ids = processor.prompt_ids((_turn(prompt, phrase),), row.layout.images, row.name)
             nothing = torch.zeros(len(ids), dtype=torch.bool)
-            asks = Row(name=row.name, ids=ids, scored=nothing, views=(), places=row.places)
+            asks = Row(name=row.name, ids=ids, scored=nothing, views=(), layout=row.layout)
             questions.append(_Question(i, phrase, resize, own, asks))
     return questions
 

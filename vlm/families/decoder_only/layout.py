@@ -6,7 +6,7 @@ model that came from a published system, also that folder's small files, in `ref
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from vlm import adaptors, tokenizers
 from vlm.data.grounding import GROUND_PROMPT
 from vlm.families import native_layout
+from vlm.families.decoder_only import view_order
 from vlm.families.decoder_only.model import ANSWER_PROMPT, CAPTION_PROMPT, DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly, Places
-from vlm.families.decoder_only.processor import MARK, Processor
+from vlm.families.decoder_only.processor import MARK, Processor, Template
+from vlm.families.decoder_only.view_order import InTurn
 from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.families.registry import model_of
 from vlm.geometry import LocTokens
@@ -36,7 +38,8 @@ class Folder(native_layout.Folder):
     """What config.json says of a decoder-only or prefix model.
 
     adaptor: a configuration with its `kind`. stop_ids: ids that end an answer. loc: how boxes are
-    written; None: not at all. The rest is the prompts'.
+    written; None: not at all. views: how the views of an image follow each other, a configuration
+    with its `kind`. template: how the chat template is used. The rest is the prompts'.
     """
 
     adaptor: dict[str, Any]
@@ -51,6 +54,8 @@ class Folder(native_layout.Folder):
     loc: LocTokens | None = None
     image_mark: str = MARK
     framed: bool = False
+    views: dict[str, Any] = field(default_factory=lambda: view_order.config_of(InTurn()))
+    template: Template = field(default_factory=Template)
 
 
 def build(
@@ -214,6 +219,8 @@ def save(model: DecoderOnlyModel, folder: Path, merge: bool = True) -> None:
         loc=model.processor.loc,
         image_mark=model.processor.image_mark,
         framed=model.processor.framed,
+        views=view_order.config_of(model.processor.places_for.views),
+        template=model.processor.template,
     )
     native_layout.write(model, description, folder, merge)
 
@@ -244,13 +251,14 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
     processor = Processor(
         native_layout.read_text_tokenizer(folder),
         module.tokenizer.pixel_spec,
-        Places(module.tokenizer, module.adaptor),
+        Places(module.tokenizer, module.adaptor, view_order.build(said.views)),
         system=said.system,
         max_tokens=said.max_tokens,
         loc=said.loc,
         image_mark=said.image_mark,
         prefix=said.family == PrefixDecoder.family,
         framed=said.framed,
+        template=said.template,
     )
     return model_of(
         module=module.eval(),

@@ -100,7 +100,6 @@ class LineProcessor:
             ids=ids,
             scored=torch.zeros_like(ids, dtype=torch.bool),
             views=self._see(picture, 0, name),
-            places=(),
         )
 
     def prompt_ids(self, prompt: str | None, name: str = "prompt") -> list[int]:
@@ -180,7 +179,6 @@ class LineProcessor:
                 for number, image in enumerate(images)
                 for view in self._see(image, number, name)
             ),
-            places=(),
             cut=cut,
         )
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from vlm.compat.transformers import attention_of
 from vlm.families.decoder_only.batch import Batch
+from vlm.families.decoder_only.image_layout import Sees
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.image_tokens import ImageTokenizer
 from vlm.kernels.packed_attention import read_segments
@@ -32,6 +33,7 @@ class PrefixDecoder(DecoderOnly):
     """
 
     family = "prefix_decoder"
+    sees: Sees = "prefix"
 
     def __init__(self, tokenizer: ImageTokenizer, adaptor: nn.Module, text: nn.Module) -> None:
         super().__init__(tokenizer, adaptor, text)
@@ -39,7 +41,8 @@ class PrefixDecoder(DecoderOnly):
 
     def read(self, vectors: Tensor, batch: Batch) -> Tensor:
         """The language model's final states float[B, T, D]; `batch.prefix` is read at once. Raises
-        ValueError as `DecoderOnly.read` does."""
+        ValueError as `DecoderOnly.read` does for packed rows, and for causal rows."""
+        self.require_sees(batch)
         if batch.bounds is not None:
             prefix = batch.example[batch.prefix].bincount(minlength=len(batch.names))
             return read_segments(self.text, vectors, batch.positions, batch.bounds, prefix)
