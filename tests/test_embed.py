@@ -11,10 +11,10 @@ from tests import tiny
 from tests.contrastive_models import IMAGES
 from tests.folders import public
 from tests.reference import tiny_clip, tiny_siglip
-from vlm.families.contrastive import layout as pairing
 from vlm.families.contrastive.model import ContrastiveModel, same_labels
 from vlm.lora import Lora, add_lora
 from vlm.pixels import BadImage
+from vlm.systems import compose_contrastive
 from vlm.systems.pretrained import load_vision
 from vlm.weights import WeightsError, same_bits
 
@@ -297,7 +297,7 @@ def towers(tmp_path_factory):
 def test_build_joins_pretrained_towers(tmp_path, towers, pool, loss, bias):
     vision, text = towers
     settings = dict(vision=vision, text=text, pool=pool, loss=loss, width=8, length=9)
-    given = ContrastiveModel(pairing.build(**settings, seed=3))
+    given = compose_contrastive.build(**settings, seed=3)
     assert given.module.dim == 8
     assert (None if given.module.bias is None else given.module.bias.item()) == bias
     ids, _, _ = given.processor.texts(["a cat"])
@@ -308,7 +308,7 @@ def test_build_joins_pretrained_towers(tmp_path, towers, pool, loss, bias):
     again = vlm.load(tmp_path).embed_texts(LABELS[:3])
     torch.testing.assert_close(again, vectors, atol=1e-6, rtol=0)
     state = torch.get_rng_state()
-    again = pairing.build(**settings, seed=3).module
+    again = compose_contrastive.build(**settings, seed=3).module
     assert torch.equal(torch.get_rng_state(), state)
     assert same_bits(again.state_dict(), given.module.state_dict())
 
@@ -316,7 +316,9 @@ def test_build_joins_pretrained_towers(tmp_path, towers, pool, loss, bias):
 def test_build_leaves_a_locked_tower_without_a_head(towers):
     """LiT."""
     vision, text = towers
-    given = pairing.build(vision=vision, text=text, pool="own", image_head=False, width=99)
+    given = compose_contrastive.build(
+        vision=vision, text=text, pool="own", image_head=False, width=99
+    )
     assert given.module.dim == given.module.tokenizer.pooled_dim
     assert [n for n, _ in given.module.named_parameters() if n.startswith("image_head")] == []
 
@@ -335,13 +337,13 @@ def test_build_leaves_a_locked_tower_without_a_head(towers):
 def test_build_refuses_settings_that_do_not_fit(towers, settings, message):
     vision, text = towers
     with pytest.raises(ValueError, match=message):
-        pairing.build(**dict(vision=vision, text=text) | settings)
+        compose_contrastive.build(**dict(vision=vision, text=text) | settings)
 
 
 def test_build_refuses_the_text_tower_of_a_two_tower_model(towers):
     vision = towers[0]
     with pytest.raises(ValueError, match="found siglip_text_model, whose texts are pooled"):
-        pairing.build(vision=vision, text=vision.partition(":")[2], text_pooling="own")
+        compose_contrastive.build(vision=vision, text=vision.partition(":")[2], text_pooling="own")
 
 
 def test_processor_travels_to_workers_without_weights(clip):

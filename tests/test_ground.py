@@ -25,11 +25,11 @@ from vlm.draw import draw_boxes, draw_page
 from vlm.evaluation import base
 from vlm.evaluation.grounding import GroundingEvaluation, Settings
 from vlm.families.decoder_only.ground import NO_AREA, NO_BOX, NOT_FOURS, find, read_answer
-from vlm.families.decoder_only.layout import add_loc_tokens
 from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.geometry import LocTokens
 from vlm.pixels import BadImage, PixelSpec
+from vlm.systems.compose import add_loc_tokens
 
 ROOT = Path(__file__).parent.parent
 

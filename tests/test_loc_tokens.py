@@ -10,9 +10,9 @@ from tests.boxes import RECORDS, random_boxes
 from tests.folders import write_parts
 from vlm.data.example import BadRow, Box, Example, Turn
 from vlm.data.grounding import ground
-from vlm.families.decoder_only.layout import add_loc_tokens
 from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.geometry import LocTokens
+from vlm.systems.compose import add_loc_tokens
 from vlm.vocabulary import grow
 
 

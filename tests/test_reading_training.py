@@ -22,10 +22,10 @@ from tests.contrastive_runs import assert_close, assert_follows
 from tests.line_readers import LINES, settings
 from tests.runs import lines
 from vlm.data.example import BadRow
-from vlm.families.encoder_decoder import layout as transcriber
 from vlm.families.encoder_decoder import swap_text_tokenizer as swap
-from vlm.families.encoder_decoder.layout import DecoderSizes
 from vlm.families.line_reader.model import LineReaderModel
+from vlm.systems import compose_encoder_decoder
+from vlm.systems.compose_encoder_decoder import DecoderSizes
 from vlm.training.objectives.ctc import Transcribe
 from vlm.training.objectives.next_token import NextToken
 from vlm.training.runs.encoder_decoder import TranscriberSettings
@@ -261,7 +261,7 @@ def test_two_processes_train_an_encoder_decoder_as_one_does(tmp_path):
     """T9: recipes/trocr.py's loop by gloo, on lines of unequal lengths; without dropout, which each
     process draws for itself."""
     sizes = DecoderSizes(width=64, depth=1, heads=2, mlp_width=64, length=32, dropout=0.0)
-    started = transcriber.build(
+    started = compose_encoder_decoder.build(
         vision=line_readers.parts().module.tokenizer,
         text=sizes,
         text_tokenizer=character_tokenizer(LineReaderSettings().characters()),

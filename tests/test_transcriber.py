@@ -11,9 +11,9 @@ from vlm import systems
 from vlm.data.example import caption_example
 from vlm.families.decoder_only.batch import collate
 from vlm.families.encoder_decoder import generate as transcribe
-from vlm.families.encoder_decoder import layout as transcriber
-from vlm.families.encoder_decoder.layout import DecoderSizes, build
 from vlm.losses.token import token_losses
+from vlm.systems.compose_encoder_decoder import DecoderSizes, build
+from vlm.vocabulary import ids_of
 
 SIZES = DecoderSizes(width=32, depth=2, heads=4, mlp_width=48, length=40)
 VIT = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
@@ -175,11 +175,11 @@ def test_native_folder_of_another_version_or_with_unknown_keys_is_refused(vision
 def test_ids_of_a_tokenizer_are_its_own():
     """T8: bos and eos, or BERT's cls and sep; without a start, the end."""
     tokenizer = text_tokenizer()
-    assert transcriber.ids_of(tokenizer) == (259, 258, 256)
+    assert ids_of(tokenizer) == (259, 258, 256)
     tokenizer.bos_token = None
-    assert transcriber.ids_of(tokenizer) == (258, 258, 256)
+    assert ids_of(tokenizer) == (258, 258, 256)
     tokenizer.pad_token = None
-    assert transcriber.ids_of(tokenizer) == (258, 258, 258)
+    assert ids_of(tokenizer) == (258, 258, 258)
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="expected an eos or sep token"):
-        transcriber.ids_of(tokenizer)
+        ids_of(tokenizer)

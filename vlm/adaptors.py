@@ -339,3 +339,33 @@ def config_of(adaptor: nn.Module) -> dict[str, Any]:
     """The configuration of an adaptor, `kind` included: the inverse of `build`."""
     kind = next(kind for kind, cls in KINDS.items() if type(adaptor) is cls)
     return {"kind": kind, **to_dict(adaptor.config)}
+
+
+def adaptor_config(
+    kind: str, *, in_width: int, out_width: int, depth: int, ratio: int, queries: int
+) -> dict[str, Any]:
+    """The configuration of an adaptor by name, its hidden layers as wide as the language model."""
+    widths = {"in_width": in_width, "out_width": out_width}
+    deep = {"depth": depth, "hidden_width": out_width}
+    known = {
+        "linear": {"kind": "mlp", **widths, "depth": 1, "hidden_width": out_width},
+        "mlp": {"kind": "mlp", **widths, **deep},
+        "pixel_shuffle": {
+            "kind": "pixel_shuffle",
+            **widths,
+            **deep,
+            "ratio": ratio,
+            "norm": True,
+            "positions": 6,
+        },
+        "resampler": {
+            "kind": "resampler",
+            **widths,
+            "depth": depth,
+            "queries": queries,
+            "heads": max(1, out_width // 64),
+        },
+    }
+    if kind not in known:
+        raise ValueError(f"adaptor {kind!r} is not one of {', '.join(known)}")
+    return known[kind]

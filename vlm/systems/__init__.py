@@ -54,10 +54,10 @@ def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Model
 
 def build(*, dtype: str = "auto", **settings) -> DecoderOnlyModel:
     """A model composed of pretrained parts and a fresh adaptor, on the CPU; dtype is that of
-    `load`, the other settings are those of `vlm.families.decoder_only.layout.build`."""
-    from vlm.families.decoder_only import layout
+    `load`, the other settings are those of `vlm.systems.compose.build`."""
+    from vlm.systems import compose
 
-    model = layout.build(**settings)
+    model = compose.build(**settings)
     compute_in(model.module, dtype, "cpu")
     return model
 

@@ -38,7 +38,6 @@ from transformers import (
 )
 
 from vlm import adaptors
-from vlm.families.decoder_only.layout import context_of
 from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly, Places
 from vlm.families.decoder_only.processor import Processor
@@ -47,6 +46,7 @@ from vlm.image_tokens import ImageTokenizer
 from vlm.merge import plain_state
 from vlm.pixels import PixelSpec, from_transformers, pair_from_transformers
 from vlm.pixels.spec import HALF, OPENAI
+from vlm.systems.compose import context_of
 from vlm.systems.published import (
     KeyMap,
     architecture,

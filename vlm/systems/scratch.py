@@ -12,12 +12,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
-from vlm.families.contrastive.layout import LOSSES, ContrastiveModel
+from vlm.families.contrastive.layout import ContrastiveModel
 from vlm.families.contrastive.module import Contrastive
 from vlm.families.contrastive.processor import PairProcessor
 from vlm.pixels import PixelSpec
 from vlm.pixels.spec import HALF
 from vlm.pooling import OwnPool
+from vlm.systems.compose_contrastive import LOSSES
 from vlm.systems.open_clip.layout import clip_tokenizer
 from vlm.text.encoders import TextEncoder, build_backbone
 from vlm.tokenizers import transformers as encoders

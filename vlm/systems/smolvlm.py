@@ -31,7 +31,6 @@ from transformers import (
 )
 
 from vlm import adaptors
-from vlm.families.decoder_only.layout import context_of
 from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly, Places
 from vlm.families.decoder_only.processor import Processor
@@ -39,6 +38,7 @@ from vlm.families.decoder_only.view_order import Tagged
 from vlm.families.published_files import open_part, read_reference
 from vlm.image_tokens import ImageTokenizer
 from vlm.pixels import tile_from_transformers
+from vlm.systems.compose import context_of
 from vlm.systems.published import (
     KeyMap,
     first_names,

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from vlm.families.encoder_decoder.layout import ids_of
 from vlm.families.encoder_decoder.model import EncoderDecoderModel
 from vlm.families.encoder_decoder.processor import LineProcessor
 from vlm.text import decoders as text_decoders
+from vlm.vocabulary import ids_of
 
 
 def with_tokenizer(

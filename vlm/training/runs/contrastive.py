@@ -16,12 +16,11 @@ from tqdm import tqdm
 from vlm.data.augment import LEVELS
 from vlm.data.mixture import Mixture, MixtureDataset, check_weights
 from vlm.data.sources.base import Source
-from vlm.families.contrastive import layout as pairing
 from vlm.families.contrastive.batch import collate_pairs
 from vlm.families.contrastive.model import ContrastiveModel
 from vlm.families.decoder_only.generate import evaluating
 from vlm.metrics.retrieval import retrieval
-from vlm.systems import scratch
+from vlm.systems import compose_contrastive, scratch
 from vlm.training.base_settings import Augmentation, BaseSettings, Usual, require_share
 from vlm.training.fit import fit
 from vlm.training.run_folder import Curves
@@ -123,7 +122,7 @@ class Settings(BaseSettings):
         if self.vision == NEW:
             sizes = {name: getattr(self, name) for name in SIZES}
             return scratch.build(scratch.ScratchConfig(**sizes), self.loss, self.seed)
-        return pairing.build(
+        return compose_contrastive.build(
             vision=self.vision,
             text=self.text,
             pool=self.pool,

@@ -15,10 +15,10 @@ from vlm.data.augment import LEVELS
 from vlm.data.mixture import Mixture, MixtureDataset, check_weights
 from vlm.data.sources import Source
 from vlm.data.sources.documents import TextOnly
-from vlm.families.decoder_only.layout import CAPTION_PROMPT, add_loc_tokens
-from vlm.families.decoder_only.model import DecoderOnlyModel
+from vlm.families.decoder_only.model import CAPTION_PROMPT, DecoderOnlyModel
 from vlm.geometry import LocTokens
 from vlm.lora import Lora, add_lora, lora_of, quantize_4bit
+from vlm.systems.compose import add_loc_tokens
 from vlm.training.base_settings import BaseSettings, Usual, require_share
 from vlm.training.run_folder import RunError
 from vlm.training.stages import FROZEN
@@ -103,7 +103,7 @@ PARTS = ("vision", "image_px", "vision_layer", "text", "text_layers", "adaptor",
 class FromParts(Settings):
     """Settings of a run that composes its model of pretrained parts and a fresh adaptor.
 
-    mask: what a place of the stream sees, see `vlm.families.decoder_only.layout.build`.
+    mask: what a place of the stream sees, see `vlm.systems.compose.build`.
     """
 
     mask: ClassVar[str] = "causal"
