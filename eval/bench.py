@@ -229,7 +229,7 @@ def measure(call: Callable[[], Any]) -> Measured:
 
 
 class Repeated(NamedTuple):
-    """Calls in a row. seconds: their median, the first left out. peak_mb: of the process over all
+    """Calls in a row. seconds: their median, the first skipped. peak_mb: of the process over all
     of them. values: what each gave."""
 
     seconds: float
@@ -238,7 +238,7 @@ class Repeated(NamedTuple):
 
 
 def repeat(call: Callable[[], Any], count: int) -> Repeated:
-    """`count` timed calls, behind one that is not timed."""
+    """`count` timed calls, after one that is not timed."""
     gc.collect()
     reset_peak()
     seconds, values = [], []

@@ -8,11 +8,11 @@ turn, for several rounds: ours with the state, objective and optimizer of `fit`;
 model, `ClipLoss` and AdamW as its training script has them. In bf16 its precisions are `amp_bf16`
 (fp32 weights under autocast) and `pure_bf16` (bf16 weights, its fastest, which loses small
 updates), in fp32 there is `fp32` alone. Reported are the medians of samples/s and of the process's
-peak memory while it trains (building the model left out), and the ratios, which alone carry over to
+peak memory while it trains (without building the model), and the ratios, which alone carry over to
 other machines of the kind.
 
 Where ours gains: open_clip's text tower computes all 77 places of every caption; in a causal tower
-read at the end token those behind it change nothing, and ours stops at the batch's longest.
+read at the end token those after it change nothing, and ours stops at the batch's longest.
 """
 
 from __future__ import annotations

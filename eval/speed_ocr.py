@@ -6,13 +6,13 @@ TrOCR-small's sizes (DeiT at 384 pixels, six decoder layers 256 wide, 64,044 ids
 batch 16, 32 new tokens, of which none ends a line. First both write in fp32: their ids must be
 identical. Then each variant writes in the same precision in a process of its own, in turn, for
 several rounds. Reported are the medians of lines/s and of the process's peak memory while it writes
-(building the model left out), the seconds of the encoder alone, and the ratio, which alone carries
+(without building the model), the seconds of the encoder alone, and the ratio, which alone carries
 over to other machines of the kind.
 
 Where ours gains: image keys and values are projected once, into the layout that a single query
 reads fastest; what was written lies in buffers of one size; weights are laid out once for products
 with few rows, in bf16 all, in fp32 those that are measured faster so; no logits processors;
-pictures are encoded a few at a time, so that what is in work stays in the caches, in bf16 with
+images are encoded a few at a time, so that what is in work stays in the caches, in bf16 with
 whole products in place of the fused attention where they gain. The encoder's products are the same
 for both, so the ratio is the larger the faster a machine multiplies.
 """
@@ -93,7 +93,7 @@ def groups_of(views: Tensor) -> tuple[ViewGroup, ...]:
 
 
 def write(model, views: Tensor) -> list[list[int]]:
-    """The ids that a model writes for pictures, start left out."""
+    """The ids that a model writes for images, start skipped."""
     if isinstance(model, EncoderDecoder):
         found = transcribe.greedy(model, groups_of(views), [START], [NEVER], PAD, TOKENS)
         return [ids for ids, _ in found]

@@ -9,7 +9,7 @@ several rounds: ours with the state and step of `fit` (packed rows, the loss in 
 copies of fp32 master weights), with a token cache too where the image tokenizer is frozen. In bf16
 Llava trains under autocast with fp32 weights (what a Trainer does with bf16=True) and in pure bf16,
 trained weights too; in fp32 it has one variant. Reported are the medians of samples/s and of the
-process's peak memory while it trains (building the model left out), and the ratios; the operations
+process's peak memory while it trains (without building the model), and the ratios; the operations
 a second that our steps reach; and, with --profile, which operations their time goes to.
 
 With --nanovlm, the folder of a checkout of nanoVLM, the same is done beside it, in bf16 under
@@ -61,7 +61,7 @@ from vlm.pixels import HALF, PixelSpec
 from vlm.precision import DTYPES
 from vlm.tokenizers.encoders import ENCODERS
 from vlm.tokenizers.transformers import TransformersTokenizer
-from vlm.training.activation_checkpointing import give_back_large_blocks
+from vlm.training.activation_checkpointing import set_mmap_threshold
 from vlm.training.flops import flop_counter
 from vlm.training.loading.token_cache import cached_tokens
 from vlm.training.objectives.base import sum_totals
@@ -204,7 +204,7 @@ def nanovlm_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def rows_of(batch: Batch) -> list[Row]:
-    """The rows of a padded batch with one picture each, as a loader gives them."""
+    """The rows of a padded batch with one image each, as a loader gives them."""
     (group,) = batch.groups
     return [
         Row(
@@ -226,7 +226,7 @@ def step_of_ours(
 ) -> tuple[Step, FlopsOf]:
     """A step as `vlm.training.fit` makes it, and one whose operations are to be counted. cached:
     with a token cache, as long as the process lasts."""
-    give_back_large_blocks()
+    set_mmap_threshold()
     batch, _ = batch_for(peer, BATCH)
     module = ours_from(peer, linear)
     rates = Stage(

@@ -1,4 +1,4 @@
-"""Contrastive training: pictures and captions in one space (CLIP, SigLIP, LiT).
+"""Contrastive training: images and captions in one space (CLIP, SigLIP, LiT).
 
     accelerate launch recipes/contrastive.py
 

@@ -30,7 +30,7 @@ END = tiny.SPECIAL.index("<|im_end|>") + 256
 
 
 def text_tokenizer(padding_side="right"):
-    """Bytes, each text with one end token behind it."""
+    """Bytes, each text with one end token after it."""
     tokenizer = tiny.text_tokenizer()
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <|im_end|>", special_tokens=[("<|im_end|>", END)]

@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from tests import tiny
-from tests.tiny import picture
+from tests.tiny import image
 from vlm import adaptors
 from vlm.data.example import caption_example
 from vlm.families.encoder_decoder.module import EncoderDecoder
@@ -35,7 +35,7 @@ def text_config(kind, **more):
     name = "trocr" if kind == "sinusoidal" else kind
     places = dict(PLACES)
     if kind == "roberta":
-        places["max_position_embeddings"] = 64 + 257  # counted from behind the pad id
+        places["max_position_embeddings"] = 64 + 257  # counted from after the pad id
     values = dict(is_decoder=True, add_cross_attention=True) | SHAPES[kind] | places | IDS
     return transformers.AutoConfig.for_model(name, **(values | more))
 
@@ -64,7 +64,7 @@ def processor(module, **options):
 
 def rows(processor, *texts):
     return [
-        processor.encode(caption_example(f"r{i}", picture(i), text, ""))
+        processor.encode(caption_example(f"r{i}", image(i), text, ""))
         for i, text in enumerate(texts)
     ]
 

@@ -17,8 +17,8 @@ def parts(characters="abc ", seed=0):
 
 def line(text="ab", width=96, height=24, seed=0):
     noise = torch.rand(height, width, 3, generator=torch.Generator().manual_seed(seed))
-    picture = Image.fromarray((noise * 255).byte().numpy())
-    return tiny.example(f"line {seed}", (None,), text, images=(picture,))
+    image = Image.fromarray((noise * 255).byte().numpy())
+    return tiny.example(f"line {seed}", (None,), text, images=(image,))
 
 
 LINES = f":fonts={DEJAVU}:kind=clean:longest=6"

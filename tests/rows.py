@@ -17,7 +17,7 @@ def annotation(id, image, category, bbox, **more):
 
 
 def records():
-    """Ids that are no row numbers, annotations not in the pictures' order, a crowd, a picture with
+    """Ids that are no row numbers, annotations not in the images' order, a crowd, an image with
     nothing on it and one with a crowd alone."""
     images = [
         {"id": 70 - i, "file_name": name, "height": height, "width": width}

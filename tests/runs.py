@@ -1,4 +1,4 @@
-"""Runs in processes of their own, and what they leave behind."""
+"""Runs in processes of their own, and what they leave after."""
 
 import importlib
 import json

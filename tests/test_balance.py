@@ -131,19 +131,19 @@ def test_rows_that_do_not_divide_are_refused():
 
 
 def tiled():
-    """A tiny model whose pictures take one to five views."""
+    """A tiny model whose images take one to five views."""
     inner = towers.transformers_tower("siglip_vision_model", (32, 48))
     return towers.composed(TilesTokenizer(inner, max_tiles=4, thumbnail=True))
 
 
 def rows(seed=0):
-    """Pictures of unequal sizes, several in a row or none, answers of unequal lengths."""
+    """Images of unequal sizes, several in a row or none, answers of unequal lengths."""
     sizes = [(30, 90), (64, 64), (200, 40), (9, 17)]
     examples = [
-        tiny.example(f"r{i}", (None, "what?"), "word " * (1 + i), (tiny.picture(i, size_hw),))
+        tiny.example(f"r{i}", (None, "what?"), "word " * (1 + i), (tiny.image(i, size_hw),))
         for i, size_hw in enumerate(sizes)
     ]
-    pair = tuple(tiny.picture(i, size_hw) for i, size_hw in enumerate(sizes[:2]))
+    pair = tuple(tiny.image(i, size_hw) for i, size_hw in enumerate(sizes[:2]))
     return [
         *examples,
         tiny.example("pair", (None, "and", None, "differ?"), "yes", pair),
@@ -185,9 +185,9 @@ def test_a_measured_row_is_the_encoded_one_without_values(model, options):
     assert bool(cut) == bool(options)
 
 
-def test_pictures_are_measured_by_their_headers(tmp_path):
+def test_images_are_measured_by_their_headers(tmp_path):
     path = tmp_path / "cut.jpg"
-    tiny.picture(0, (300, 200)).save(path)
+    tiny.image(0, (300, 200)).save(path)
     path.write_bytes(path.read_bytes()[:-2000])
     processor = tiny.processor(tiled())
     example = tiny.example("cut", images=(ImageRef(path, "cut.jpg"),), content=(None, "what?"))
@@ -195,7 +195,7 @@ def test_pictures_are_measured_by_their_headers(tmp_path):
     with pytest.raises(BadImage, match=r"cut: .*damaged"):
         processor.encode(example)
     path.write_bytes(b"nothing")
-    with pytest.raises(BadImage, match=r"cut: cut\.jpg: expected a picture"):
+    with pytest.raises(BadImage, match=r"cut: cut\.jpg: expected an image"):
         processor.measure(example)
 
 

@@ -18,7 +18,7 @@ from vlm.pixels import image_size, open_image
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a COCO file beside its pictures, and gives its path."""
+    """Writes a COCO file beside its images, and gives its path."""
     for name, (height, width) in SIZES.items():
         Image.new("RGB", (width, height)).save(tmp_path / name)
 
@@ -30,7 +30,7 @@ def write(tmp_path):
     return write
 
 
-def test_rows_are_pictures_with_their_boxes_as_corners(write):
+def test_rows_are_images_with_their_boxes_as_corners(write):
     source = CocoSource(write(records()))
     assert len(source) == 2
     assert source.labels == ("teddy bear", "cat")
@@ -60,8 +60,8 @@ def test_crowds_are_left_out_of_rows_and_kept_for_evaluation(write):
     assert source.crowds(1) == ()
     assert (source.crowd_count, source.without_boxes) == (2, 2)
     assert list(map(str, source.faults)) == [
-        "2 images on which no box can be asked for, left out: image 68, image 67",
-        "2 crowds (iscrowd 1), left out of answers: annotation 4 of image 70 [0, 0, 60, 12], "
+        "2 images on which no box can be asked for, skipped: image 68, image 67",
+        "2 crowds (iscrowd 1), not in answers: annotation 4 of image 70 [0, 0, 60, 12], "
         "annotation 6 of image 68 [0, 0, 9, 9]",
     ]
     assert not any(fault.harmful for fault in source.faults)
@@ -82,7 +82,7 @@ def test_boxes_equal_the_librarys(write):
         assert [box.label for box in source[row].boxes] == names
 
 
-def test_source_opens_by_text_with_its_pictures_elsewhere(write, tmp_path):
+def test_source_opens_by_text_with_its_images_elsewhere(write, tmp_path):
     path = write(records())
     other = tmp_path / "elsewhere"
     other.mkdir()
@@ -187,14 +187,14 @@ def test_root_category_with_the_name_of_a_class_is_left_out(write):
     assert source.labels == ("teddy bear", "cat")
     assert source[1].boxes[0].label == "cat"
     assert [str(fault) for fault in source.faults] == [
-        "1 categories without boxes and with another's name, left out: 0 ('cat')"
+        "1 categories without boxes and with another's name, skipped: 0 ('cat')"
     ]
     values["categories"][0]["name"] = "animals"
     for category in values["categories"][1:]:
         category["supercategory"] = "animals"
     source = CocoSource(write(values))
     assert source.labels == ("teddy bear", "cat")
-    assert "that the others belong to, left out: 0 ('animals')" in str(source.faults[0])
+    assert "that the others belong to, skipped: 0 ('animals')" in str(source.faults[0])
 
 
 def test_category_without_a_name_is_left_out_or_loses_its_boxes(write):
@@ -210,7 +210,7 @@ def test_category_without_a_name_is_left_out_or_loses_its_boxes(write):
     assert [box.label for box in source[0].boxes] == ["cat", "teddy bear"]
 
 
-def test_picture_that_loses_all_its_boxes_is_no_row(write):
+def test_image_that_loses_all_its_boxes_is_no_row(write):
     values = records()
     values["annotations"][0]["bbox"] = [0, 0, 0, 0]
     source = CocoSource(write(values), bad_boxes="skip")
@@ -290,13 +290,13 @@ def test_file_that_is_no_coco_file_says_what_was_expected(write, tmp_path):
         CocoSource(path)
 
 
-def test_picture_of_another_size_than_the_files_is_named(write, tmp_path):
+def test_image_of_another_size_than_the_files_is_named(write, tmp_path):
     source = CocoSource(write(records()))
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
     with pytest.raises(BadRow, match=r"image 70: expected a\.png to be 60 × 40 .* found 30 × 20"):
         source[0]
-    (tmp_path / "a.png").write_bytes(b"no picture")
-    with pytest.raises(BadRow, match=r"image 70: a\.png: expected a picture"):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(BadRow, match=r"image 70: a\.png: expected an image"):
         source[0]
     (tmp_path / "a.png").unlink()
     with pytest.raises(BadRow, match=r"image 70: image file 'a\.png' is not under"):
@@ -304,11 +304,11 @@ def test_picture_of_another_size_than_the_files_is_named(write, tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_image_size_equals_the_opened_pictures(write, tmp_path, orientation):
+def test_image_size_equals_the_opened_images(write, tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (60, 40)).save(tmp_path / "turned.jpg", exif=exif)
     source = CocoSource(write(records()))
     reference = source._images.find("turned.jpg", "row")
-    picture = open_image(reference)
-    assert image_size(reference) == (picture.height, picture.width)
+    image = open_image(reference)
+    assert image_size(reference) == (image.height, image.width)

@@ -71,7 +71,7 @@ def test_rows_keep_their_order_whatever_the_groups():
     assert (expected[0] - expected[1]).abs().max() > 1e-3
 
 
-def test_pictures_of_other_sizes_lie_in_one_batch():
+def test_images_of_other_sizes_lie_in_one_batch():
     module = model("net, mean")
     groups = [
         ViewGroup(pixels=torch.randn(1, 3, 64, 96), owner=torch.tensor([[1, 0, 0]])),
@@ -82,7 +82,7 @@ def test_pictures_of_other_sizes_lie_in_one_batch():
     torch.testing.assert_close(both, torch.cat(alone[::-1]), atol=1e-6, rtol=1e-5)
 
 
-def test_views_of_a_picture_are_averaged_before_they_are_normalised():
+def test_views_of_a_image_are_averaged_before_they_are_normalised():
     module = model()
     pixels = torch.randn(3, 3, 32, 48)
     owner = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 0, 1]])
@@ -130,7 +130,7 @@ def test_parts_that_do_not_fit_are_named():
         Contrastive(**parts | {"image_head": nn.Identity()}, scale=1.0, bias=None)
     with pytest.raises(ValueError, match="pool 'class' reads a class token"):
         Contrastive(**parts | {"pool": pooling.ClassPool()}, scale=1.0, bias=None)
-    with pytest.raises(ValueError, match="at least one picture, found none"):
+    with pytest.raises(ValueError, match="at least one image, found none"):
         module.embed_images([])
 
 

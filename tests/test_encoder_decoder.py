@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from tests import tiny
 from tests.encoder_decoders import SHAPES, model, processor, rows, wide
-from tests.tiny import picture
+from tests.tiny import image
 from vlm import adaptors
 from vlm.data.example import BadRow, Skipped
 from vlm.families.decoder_only.batch import collate
@@ -43,7 +43,7 @@ def test_loss_equals_cross_entropy_on_the_unshifted_labels(kind):
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_gradients_are_the_same_for_every_split(kind):
-    """T9: texts and pictures of unequal lengths, whole, in twos, one by one, dealt to two ranks,
+    """T9: texts and images of unequal lengths, whole, in twos, one by one, dealt to two ranks,
     beside autograd on the plain mean over all scored tokens."""
     module = model(kind)
     normal, broad = processor(module), wide(module, (8, 40))
@@ -84,10 +84,10 @@ def test_padding_and_batch_change_no_logit_of_a_row(kind):
 
 @torch.no_grad()
 def test_memories_keep_the_order_of_examples_and_views():
-    """T16, T18: groups of several pixel sizes, views of one example behind each other."""
+    """T16, T18: groups of several pixel sizes, views of one example after each other."""
     module = model()
     normal, broad = processor(module), wide(module, (4, 8))
-    one, two = normal.encode_picture(picture(1)), broad.encode_picture(picture(2))
+    one, two = normal.encode_image(image(1)), broad.encode_image(image(2))
     both = dataclasses.replace(one, views=(*two.views, (one.views[0][0], (1, 0))))
     memory = module.encode(collate([one, both, two], 256).groups)
     assert memory.valid.sum(1).tolist() == [6, 8, 2]
@@ -99,7 +99,7 @@ def test_memories_keep_the_order_of_examples_and_views():
 
 @pytest.mark.parametrize("kind", ["trocr", "mbart", "bert"])
 @torch.no_grad()
-def test_later_ids_change_no_earlier_logit_and_pictures_change_all(kind):
+def test_later_ids_change_no_earlier_logit_and_images_change_all(kind):
     module = model(kind)
     batch = collate(rows(processor(module), "a cat sat"), 256)
     memory = module.encode(batch.groups)
@@ -168,13 +168,13 @@ def test_pieces_of_ids_join_to_their_text():
     assert chosen.pieces([]) == ()
 
 
-def test_row_needs_a_picture_and_a_text():
+def test_row_needs_a_image_and_a_text():
     chosen = processor(model())
     with pytest.raises(BadRow, match="r: expected a picture of the text, found none"):
         chosen.encode(tiny.example("r", ("say",), "it"))
     module = model()
     text_only = dataclasses.replace(rows(chosen, "ab")[0], views=())
-    with pytest.raises(ValueError, match=r"a picture in every row, found none in 1: \['r0'\]"):
+    with pytest.raises(ValueError, match=r"an image in every row, found none in 1: \['r0'\]"):
         module(collate([text_only], 256))
     with pytest.raises(ValueError, match="padded on the right"):
         module(collate(rows(chosen, "ab", "longer"), 256, "left"))

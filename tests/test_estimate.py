@@ -56,14 +56,14 @@ def test_ranks_that_exchange_gradients_hold_all_in_fp32_and_a_bucket():
 def test_memory_goes_by_the_heaviest_rows_and_tokens_by_all():
     """Some of the longest are text alone here, so that those with images are simulated too."""
     found = estimate()
-    longest, pictured = found._heaviest(3)
+    longest, imaged = found._heaviest(3)
     assert lengths(longest) == sorted(lengths(found.rows), reverse=True)[:3]
     assert not all(row.views for row in longest)
-    assert all(row.views for row in pictured)
+    assert all(row.views for row in imaged)
     assert [len(rows) for rows in found._heaviest(40)] == [40, 40]
     mean = sum(lengths(found.rows)) / len(found.rows)
     assert found.tokens_per_example == pytest.approx(mean)
-    alone = max(estimate(chosen=rows).held(3, 1).total for rows in (longest, pictured))
+    alone = max(estimate(chosen=rows).held(3, 1).total for rows in (longest, imaged))
     assert found.held(3, 1).total == pytest.approx(alone, rel=0.05)
 
 
@@ -119,7 +119,7 @@ def test_rows_come_from_all_of_a_run_and_from_every_source():
 
 def test_rows_that_cannot_be_used_are_skipped():
     processor = training.model().processor
-    bad = tiny.example("bad", (None, "what?"), "word", images=(b"no picture",))
+    bad = tiny.example("bad", (None, "what?"), "word", images=(b"no image",))
     good = tiny.example("good", ("say it",), "word")
     found = rows_of_run(training.dataset([bad, good]), processor, 16, 16)
     assert {row.name for row in found} == {"good"}

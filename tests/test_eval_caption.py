@@ -31,8 +31,8 @@ CAPTIONS = ("a cat", "a dog", "a red cat", "two dogs", "a big house", "a cat on 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A saved tiny model, a pretrained backbone's folder, and rows of pictures in two files: of
-    seven held-out ones the last shows the first's picture again."""
+    """A saved tiny model, a pretrained backbone's folder, and rows of images in two files: of
+    seven held-out ones the last shows the first's image again."""
     folder = tmp_path_factory.mktemp("eval")
     torch.manual_seed(0)
     backbone = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, **VIT)
@@ -58,7 +58,7 @@ def made(tmp_path_factory):
         lines = []
         for number, text in enumerate(CAPTIONS):
             seed = first + number % (6 if name == "held" else 9)
-            tiny.picture(seed, (20, 30)).save(folder / f"{name}{seed}.png")
+            tiny.image(seed, (20, 30)).save(folder / f"{name}{seed}.png")
             lines.append(json.dumps({"image": f"{name}{seed}.png", "caption": text}))
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
@@ -80,7 +80,7 @@ def read(out):
 
 @pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(made, tmp_path, capsys):
-    """T19: six pictures in batches of two do not divide over the two; every caption and neighbour
+    """T19: six images in batches of two do not divide over the two; every caption and neighbour
     is the same, and none comes twice."""
     main("caption", arguments(made, tmp_path / "one"))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
@@ -102,7 +102,7 @@ def test_two_processes_give_the_figures_of_one(made, tmp_path, capsys):
         *[[text] for text in CAPTIONS[1:6]],
     ]
     assert one["rows"] == 7
-    assert one["metrics"]["pictures"] == 6
+    assert one["metrics"]["images"] == 6
     assert "6 images" in capsys.readouterr().out
     assert Image.open(tmp_path / "one/captions.png").width > 300
 
@@ -130,13 +130,13 @@ def test_captions_equal_those_of_the_public_model(made, tmp_path):
 
     main("caption", arguments(made, tmp_path))
     _, lines = read(tmp_path)
-    pictures = [made / f"held{i}.png" for i in range(6)]
+    images = [made / f"held{i}.png" for i in range(6)]
     assert [line["caption"] for line in lines] == vlm.load(made / "model", device="cpu").caption(
-        pictures, max_new_tokens=5
+        images, max_new_tokens=5
     )
 
 
-def test_nearest_neighbour_of_a_known_picture_is_itself(made):
+def test_nearest_neighbour_of_a_known_image_is_itself(made):
     """And of two equally near ones the first."""
     from vlm.data.sources import open_source
 
@@ -153,10 +153,10 @@ def test_nearest_neighbour_of_a_known_picture_is_itself(made):
 
 
 def unusable(tmp_path):
-    """Two good rows, text alone, and a picture that is none."""
-    tiny.picture(1).save(tmp_path / "good.png")
-    tiny.picture(2).save(tmp_path / "other.png")
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    """Two good rows, text alone, and an image that is none."""
+    tiny.image(1).save(tmp_path / "good.png")
+    tiny.image(2).save(tmp_path / "other.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     rows = [
         {"image": "good.png", "caption": "a cat"},
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]},
@@ -220,12 +220,12 @@ def test_options_are_checked_before_the_model_is_opened(made, tmp_path, monkeypa
         assert message in capsys.readouterr().err
 
 
-def test_pictures_in_bytes_are_told_apart_by_their_bytes():
+def test_images_in_bytes_are_told_apart_by_their_bytes():
     import io
 
     def example(seed, text):
         file = io.BytesIO()
-        tiny.picture(seed).save(file, "PNG")
+        tiny.image(seed).save(file, "PNG")
         return caption_example(f"{seed} {text}", ImageRef(file.getvalue(), "x"), text, "what?")
 
     source = ListSource([example(0, "a"), example(1, "b"), example(0, "c")])

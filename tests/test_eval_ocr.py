@@ -29,27 +29,27 @@ READS = ("Hello world", "one too three", "a", "Zebra 4z", "the quick brown fox j
 SURE = (0.99, 0.4, 0.9, 0.3, 0.6, 0.8)
 
 
-def line_picture(text, size=32):
+def line_image(text, size=32):
     """A text in Pillow's own font, black on white."""
     font = ImageFont.load_default(size)
-    picture = Image.new("RGB", (int(font.getlength(text)) + 24, size + 24), "white")
-    ImageDraw.Draw(picture).text((12, 8), text, fill="black", font=font)
-    return picture
+    image = Image.new("RGB", (int(font.getlength(text)) + 24, size + 24), "white")
+    ImageDraw.Draw(image).text((12, 8), text, fill="black", font=font)
+    return image
 
 
-def digest(picture):
-    return hashlib.md5(picture.tobytes()).hexdigest()
+def digest(image):
+    return hashlib.md5(image.tobytes()).hexdigest()
 
 
 def reading(*texts, confidence=1.0):
-    """What is read of a picture, a line each."""
+    """What is read of an image, a line each."""
     place = {"xyxy_px": (0, 0, 9, 9), "corners_px": ((0, 0), (9, 0), (9, 9), (0, 9))}
     lines = [Line(text, confidence, (Word(text, confidence),), **place) for text in texts]
     return Reading(tuple(lines), (9, 9))
 
 
 class FakeReader:
-    """Reads what a file says of the pictures: digests to (text, confidence)."""
+    """Reads what a file says of the images: digests to (text, confidence)."""
 
     family = "line_reader"
 
@@ -57,10 +57,10 @@ class FakeReader:
         self.known = json.loads(Path(path).read_text())
         self.module = nn.Linear(1, 1)
 
-    def read_lines(self, pictures, batch_size):
+    def read_lines(self, images, batch_size):
         found = []
-        for picture in pictures:
-            text, sure = self.known[digest(picture)]
+        for image in images:
+            text, sure = self.known[digest(image)]
             words = text.split(" ")
             tokens = [
                 Token(" " * (i > 0) + w, sure ** (1 / len(words))) for i, w in enumerate(words)
@@ -71,12 +71,12 @@ class FakeReader:
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """A list of line pictures, and a model that reads them with faults."""
+    """A list of line images, and a model that reads them with faults."""
     known, rows = {}, ["image\ttext"]
     for number, (truth, read, sure) in enumerate(zip(TRUTHS, READS, SURE)):
-        picture = line_picture(truth)
-        picture.save(tmp_path / f"{number}.png")
-        known[digest(picture)] = (read, sure)
+        image = line_image(truth)
+        image.save(tmp_path / f"{number}.png")
+        known[digest(image)] = (read, sure)
         rows.append(f"{number}.png\t{truth}")
     (tmp_path / "known.json").write_text(json.dumps(known))
     (tmp_path / "rows.tsv").write_text("\n".join(rows) + "\n")
@@ -106,9 +106,9 @@ class Peer:
     def about(self):
         return {"version": "5"}
 
-    def prepare(self, pictures):
+    def prepare(self, images):
         self.prepared += 1
-        return pictures
+        return images
 
     def read(self, prepared, way):
         return [ocr_peers.Said("Hello") for _ in prepared] if way == "one" else None
@@ -232,11 +232,11 @@ def test_pages_are_compared_as_whole_texts_with_their_breaks_as_spaces(made, mon
     readings = [reading("Hello", "world"), reading("two", "", "lines")]
     seen = {}
 
-    def ocr(pictures, batch_size, layout):
-        seen.update(layout=layout, count=len(pictures))
+    def ocr(images, batch_size, layout):
+        seen.update(layout=layout, count=len(images))
         return readings
 
-    def read_lines(pictures, batch_size):
+    def read_lines(images, batch_size):
         raise AssertionError("pages were read as lines")
 
     model = SimpleNamespace(ocr=ocr, module=nn.Linear(1, 1), read_lines=read_lines)
@@ -252,12 +252,12 @@ def test_pages_are_compared_as_whole_texts_with_their_breaks_as_spaces(made, mon
     assert not (made / "out/worst.png").exists()
 
 
-def test_model_without_lines_is_asked_for_the_picture(made, monkeypatch):
+def test_model_without_lines_is_asked_for_the_image(made, monkeypatch):
     """Its lines' confidences together are that of the text."""
     readings = [reading(text, confidence=sure) for text, sure in zip(READS, SURE)]
     readings[0] = reading("Hello", "world", confidence=0.9)
     model = SimpleNamespace(
-        ocr=lambda pictures, batch_size: readings[: len(pictures)], module=nn.Linear(1, 1)
+        ocr=lambda images, batch_size: readings[: len(images)], module=nn.Linear(1, 1)
     )
     monkeypatch.setattr("vlm.load", lambda name, **_: model)
     result = run(made)
@@ -272,15 +272,15 @@ def test_page_of_worst_lines_shows_them_worst_first(made, monkeypatch):
     drawn = []
     monkeypatch.setattr("vlm.evaluation.ocr.draw_lines", lambda *given: drawn.append(given))
     run(made)
-    pictures, truths, reads, path, notes = drawn[0]
-    assert len(pictures) == 3
+    images, truths, reads, path, notes = drawn[0]
+    assert len(images) == 3
     assert sorted(truths) == sorted(t for t, r in zip(TRUTHS, READS) if t != r)
     assert all(note.endswith("1 edits") for note in notes)
     assert reads[0] == "one too three"
     assert path.name == "worst.png"
 
 
-def test_drawings_are_pictures(made):
+def test_drawings_are_images(made):
     run(made)
     for name in ("worst.png", "reliability-lines.png", "reliability-words.png"):
         pixels = np.asarray(Image.open(made / "out" / name).convert("RGB"))
@@ -291,18 +291,18 @@ def test_drawings_are_pictures(made):
 def test_only_what_is_wrong_is_coloured_on_the_page(tmp_path):
     def colours(truth, read):
         """Whether a page has green (of the truth) and red (of what was read) ink."""
-        draw_lines([line_picture("x")], [truth], [read], tmp_path / "page.png", ["note"])
+        draw_lines([line_image("x")], [truth], [read], tmp_path / "page.png", ["note"])
         pixels = np.asarray(Image.open(tmp_path / "page.png")).astype(int)
         red, green, blue = pixels.transpose(2, 0, 1)
         return bool((green > red + 60).any()), bool((red > np.maximum(green, blue) + 60).any())
 
     assert colours("cat", "cat") == (False, False)
     assert colours("cat", "cot") == (True, True)
-    assert colours("cat", "at") == (True, True)  # with a caret where the c is left out
+    assert colours("cat", "at") == (True, True)  # with a caret where the c is skipped
     assert colours("a cat", "acat") == (True, True)
     assert colours("cat", "cats") == (False, True)
     with pytest.raises(ValueError, match="found 1, 1, 0 and 1"):
-        draw_lines([line_picture("x")], ["x"], [], tmp_path / "page.png")
+        draw_lines([line_image("x")], ["x"], [], tmp_path / "page.png")
 
 
 def test_rows_left_out_are_counted_and_named(made, capsys):
@@ -366,8 +366,8 @@ def test_tesseract_is_run_as_its_users_run_it(program):
         "version": "5.9.9", "cores": 3, "failed": 0,
         "command": "tesseract IMAGE stdout --psm 7 -l eng",
     }  # fmt: skip
-    prepared = peer.prepare([line_picture("x")] * 4)
-    assert [Image.open(path).size for path in prepared] == [line_picture("x").size] * 4
+    prepared = peer.prepare([line_image("x")] * 4)
+    assert [Image.open(path).size for path in prepared] == [line_image("x").size] * 4
     for way, threads in (("one by one", 3), ("one on each core", 1)):
         said = peer.read(prepared, way)
         assert [one.text for one in said] == [
@@ -375,22 +375,22 @@ def test_tesseract_is_run_as_its_users_run_it(program):
         ]
     said = peer.read(prepared, "a list on each core")
     assert [one.text for one in said] == [f"{i}.png" for i in range(4)]
-    behind = "basename \"$path\"; printf '\\f'"
-    program.write_text(PROGRAM.replace(behind, "printf \"$mark$path\"; mark='\\f'"))
+    after = "basename \"$path\"; printf '\\f'"
+    program.write_text(PROGRAM.replace(after, "printf \"$mark$path\"; mark='\\f'"))
     said = peer.read(prepared, "a list on each core")
     assert [Path(one.text).name for one in said] == [f"{i}.png" for i in range(4)]
     page = ocr_peers.Tesseract(1, page=True)
-    assert "--psm 3" in page.read(page.prepare([line_picture("x")]), "one by one")[0].text
+    assert "--psm 3" in page.read(page.prepare([line_image("x")]), "one by one")[0].text
 
 
 def test_tesseract_that_fails_reads_nothing_and_counts_it(program):
     program.write_text(PROGRAM.replace("  *) basename", "  *1.png) exit 1 ;;\n  *) basename"))
     peer = ocr_peers.Tesseract(2)
-    said = peer.read(peer.prepare([line_picture("x")] * 3), "one by one")
+    said = peer.read(peer.prepare([line_image("x")] * 3), "one by one")
     assert [bool(one.text) for one in said] == [True, False, True]
     assert peer.about()["failed"] == 1
     program.write_text(PROGRAM.replace("basename \"$path\"; printf '\\f'", "exit 1"))
-    assert peer.read(peer.prepare([line_picture("x")] * 3), "a list on each core") is None
+    assert peer.read(peer.prepare([line_image("x")] * 3), "a list on each core") is None
 
 
 def test_missing_peers_say_how_to_get_them(made, program, monkeypatch, capsys):
@@ -410,7 +410,7 @@ def test_missing_peers_say_how_to_get_them(made, program, monkeypatch, capsys):
 @pytest.mark.skipif(shutil.which("tesseract") is None, reason="tesseract is not installed")
 def test_tesseract_reads_a_drawn_line_alike_in_all_ways():
     peer = ocr_peers.Tesseract(1)
-    prepared = peer.prepare([line_picture("Hello world"), line_picture("one two three")])
+    prepared = peer.prepare([line_image("Hello world"), line_image("one two three")])
     for way in peer.ways:
         said = peer.read(prepared, way)
         assert [one.text for one in said] == ["Hello world", "one two three"], way
@@ -428,11 +428,11 @@ def test_rapidocr_reads_a_drawn_line_with_the_models_in_its_package(monkeypatch)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     peer = ocr_peers.RapidOcr(1)
     blank = Image.new("RGB", (80, 40), "white")
-    said = peer.read(peer.prepare([line_picture("Hello world"), blank]), "one by one")
+    said = peer.read(peer.prepare([line_image("Hello world"), blank]), "one by one")
     assert [" ".join(one.text.split()) for one in said] == ["Hello world", ""]
     assert len(peer.about()["models"]) == 3
     alone = ocr_peers.PEERS["rapidocr-lines"](1)
-    said = alone.read(alone.prepare([line_picture("Hello world")]), "one by one")
+    said = alone.read(alone.prepare([line_image("Hello world")]), "one by one")
     assert " ".join(said[0].text.split()) == "Hello world"
     assert (alone.name, alone.about()["models"]) == ("rapidocr-lines", ["PP-OCRv6_rec_small.onnx"])
     with pytest.raises(ValueError, match="rapidocr-lines: expected lines, found --page"):

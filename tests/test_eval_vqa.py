@@ -23,7 +23,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vqa")
     rows = []
     for i, question in enumerate(QUESTIONS):
-        tiny.picture(i, (20, 30)).save(folder / f"{i}.png")
+        tiny.image(i, (20, 30)).save(folder / f"{i}.png")
         answers = ["two"] * 6 + ["three"] * 4 if i == 0 else ["a cat", "cat"][: 1 + i % 2]
         rows.append({"image": f"{i}.png", "question": question, "answers": answers})
     talk = [{"role": "user", "content": "<image>where"}, {"role": "assistant", "content": "here"}]
@@ -98,7 +98,7 @@ def test_questions_are_put_into_the_prompt(made, model, tmp_path):
 
 def test_rows_that_cannot_be_asked_are_named_or_skipped_and_counted(made, model, tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"no image")
-    tiny.picture(0).save(tmp_path / "good.png")
+    tiny.image(0).save(tmp_path / "good.png")
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
     rows = [
         {"image": "good.png", "question": "who", "answers": ["a"]},

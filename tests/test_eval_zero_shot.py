@@ -26,11 +26,11 @@ TEMPLATES = ("{}", "a {c}", "many {}")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A saved tiny model, and nine rows of pictures with a class under a key of its own."""
+    """A saved tiny model, and nine rows of images with a class under a key of its own."""
     folder = tmp_path_factory.mktemp("eval")
     public().save(folder / "model")
     for i in range(len(KINDS)):
-        tiny.picture(i, (20, 30)).save(folder / f"{i}.png")
+        tiny.image(i, (20, 30)).save(folder / f"{i}.png")
     write_rows(folder, KINDS)
     return folder
 
@@ -65,7 +65,7 @@ def refusal(made, out, capsys, *more):
 
 @pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(made, tmp_path, capsys):
-    """T19: nine pictures in batches of four do not divide over the two; the prompts of three
+    """T19: nine images in batches of four do not divide over the two; the prompts of three
     classes are one batch, so that the second process has none."""
     more = ("--templates", *TEMPLATES)
     one = run(made, tmp_path / "one", *more, "--workers", "1")
@@ -92,9 +92,9 @@ def test_figures_are_those_of_the_public_models_scores(made, tmp_path, bias):
     given.save(tmp_path / "model")
     more = ("--model", str(tmp_path / "model"), "--templates", *TEMPLATES)
     result = run(made, tmp_path / "out", *more)
-    pictures = [made / f"{i}.png" for i in range(9)]
+    images = [made / f"{i}.png" for i in range(9)]
     templates = [template.replace("{c}", "{}") for template in TEMPLATES]
-    scores = given.classify(pictures, CLASSES, templates).numpy()
+    scores = given.classify(images, CLASSES, templates).numpy()
     right = np.array([CLASSES.index(kind) for kind in KINDS])
     expected = classification(scores, right, scale=1.0).figures()
     for key, value in expected.items():
@@ -129,7 +129,7 @@ def test_result_says_what_was_asked_and_how(made, tmp_path, capsys):
 
 
 def test_templates_and_classes_may_lie_in_files(made, tmp_path):
-    """A label is read as the name behind its tab; classes without pictures are candidates too."""
+    """A label is read as the name after its tab; classes without images are candidates too."""
     (tmp_path / "templates.txt").write_text("a {c}\nan {}\n\n")
     (tmp_path / "classes.txt").write_text("fox\tred fox\ncat\ndog\twild dog\nhorse\n")
     result = run(
@@ -141,9 +141,9 @@ def test_templates_and_classes_may_lie_in_files(made, tmp_path):
     assert result["metrics"]["classes_without_examples"] == 1
     assert result["metrics"]["by_class"]["horse"] is None
     assert result["metrics"]["chance"]["top_1"] == 0.25
-    pictures = [made / f"{i}.png" for i in range(9)]
+    images = [made / f"{i}.png" for i in range(9)]
     scores = vlm.load(made / "model", device="cpu").classify(
-        pictures, result["classes"], result["templates"]
+        images, result["classes"], result["templates"]
     )
     right = np.array([{"fox": 0, "cat": 1, "dog": 2}[kind] for kind in KINDS])
     expected = classification(scores, right, scale=1.0).figures()
@@ -161,10 +161,10 @@ def test_clip_benchmark_brings_its_classes_and_templates(made, tmp_path):
     assert result["metrics"]["examples"] == 4
 
 
-def test_classes_of_a_picture_folder_are_its_folders(made, tmp_path):
+def test_classes_of_a_image_folder_are_its_folders(made, tmp_path):
     for i in range(4):
         (tmp_path / "data" / CLASSES[i % 2]).mkdir(parents=True, exist_ok=True)
-        tiny.picture(i, (20, 30)).save(tmp_path / f"data/{CLASSES[i % 2]}/{i}.png")
+        tiny.image(i, (20, 30)).save(tmp_path / f"data/{CLASSES[i % 2]}/{i}.png")
     arguments = ["--model", str(made / "model"), "--data", str(tmp_path / "data")]
     arguments += ["--out", str(tmp_path / "out"), "--workers", "0", "--threads", "1"]
     main("zero-shot", arguments)
@@ -195,7 +195,7 @@ def test_classes_of_equal_names_are_refused_or_merged(made, tmp_path, capsys):
     ("text", "message"),
     [
         ("cat\n\ndog\n", "classes.txt:2: expected class names, found an empty line"),
-        ("cat\ndog\t \nfox", "classes.txt:2: expected a name behind 'dog'"),
+        ("cat\ndog\t \nfox", "classes.txt:2: expected a name after 'dog'"),
         ("cat\ndog\ncat\n", "found the same at several places of the list: {'cat': [1, 3]}"),
         ("cat\ta\ncat\tb\n", "expected each label once, found 'cat' with two names"),
         ("", "classes.txt: expected class names, one a line, found none"),
@@ -250,13 +250,13 @@ def test_a_place_that_cannot_be_written_to_is_named_before_the_model_is_opened(
 
 def test_what_reads_rows_travels_to_workers(made, tmp_path, monkeypatch):
     """Spawned ones get it pickled."""
-    embed_pictures, travelled = zero_shot.embed_pictures, []
+    embed_images, travelled = zero_shot.embed_images, []
 
     def embed(*given):
         travelled.append(pickle.loads(pickle.dumps(given[-1])))
-        return embed_pictures(*given[:-1], travelled[0])
+        return embed_images(*given[:-1], travelled[0])
 
-    monkeypatch.setattr(zero_shot, "embed_pictures", embed)
+    monkeypatch.setattr(zero_shot, "embed_images", embed)
     (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
     for more in ((), ("--classes", str(tmp_path / "classes.txt"))):
         assert run(made, tmp_path / "out", *more)["classes"] == CLASSES

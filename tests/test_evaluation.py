@@ -72,7 +72,7 @@ def test_command_evaluates_a_model(tmp_path, monkeypatch):
         return training.model()
 
     monkeypatch.setattr(vlm, "load", load)
-    tiny.picture(0, (20, 30)).save(tmp_path / "a.png")
+    tiny.image(0, (20, 30)).save(tmp_path / "a.png")
     row = {"image": "a.png", "question": "who", "answers": ["a cat"]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     cli.main(

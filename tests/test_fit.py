@@ -44,7 +44,7 @@ def test_step_is_the_same_for_every_split_into_micro_batches(tmp_path, micro_bat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by_kind", [False, True], ids=["shuffled", "one rank without pictures"])
+@pytest.mark.parametrize("by_kind", [False, True], ids=["shuffled", "one rank without images"])
 def test_two_processes_follow_one(tmp_path, by_kind):
     """T9, T10: loss, gradient norm and weights, also where one rank holds text alone throughout."""
     data = training.in_order(training.split_by_kind()) if by_kind else None
@@ -450,7 +450,7 @@ def test_disk_that_fills_during_a_run_stops_it_before_writing(tmp_path, monkeypa
 
 def test_rows_of_like_length_are_padded_together_and_none_is_lost(tmp_path, monkeypatch):
     """T9: long documents beside short captions, padded apart or together, give the same losses."""
-    rows = [tiny.example(f"r{i}", answer="w" * (1 + 40 * (i % 3)), images=(tiny.picture(i),))
+    rows = [tiny.example(f"r{i}", answer="w" * (1 + 40 * (i % 3)), images=(tiny.image(i),))
             for i in range(9)]  # fmt: skip
     _, _, apart = training.train(tmp_path / "apart", rows=rows)
     processor = training.model().processor

@@ -1,4 +1,4 @@
-"""Phrases to boxes: reading answers, encoding each picture once, drawing, the command and the
+"""Phrases to boxes: reading answers, encoding each image once, drawing, the command and the
 evaluation."""
 
 import json
@@ -42,13 +42,13 @@ def model(bins=16, **options):
 
 
 def questions():
-    """Pictures of several shapes, with phrases of several lengths and numbers."""
+    """Images of several shapes, with phrases of several lengths and numbers."""
     return [
-        (tiny.picture(1), ["cat", "a long red dog", "it"]),
-        (tiny.picture(2, (30, 5)), "bird"),
-        (tiny.picture(3, (3, 40)), []),
-        (tiny.picture(4, (12, 12)), ["cat", "cat"]),
-        (tiny.picture(5, (20, 21)), ["the second shape from the left"]),
+        (tiny.image(1), ["cat", "a long red dog", "it"]),
+        (tiny.image(2, (30, 5)), "bird"),
+        (tiny.image(3, (3, 40)), []),
+        (tiny.image(4, (12, 12)), ["cat", "cat"]),
+        (tiny.image(5, (20, 21)), ["the second shape from the left"]),
     ]
 
 
@@ -59,7 +59,7 @@ def listed(phrases):
 @pytest.mark.parametrize("constrained", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_answers_equal_those_of_one_phrase_at_a_time(kind, constrained):
-    """Need 13, and the slow twin: each phrase asked alone of its picture."""
+    """Need 13, and the slow twin: each phrase asked alone of its image."""
     made = model(kind=kind)
     images, phrases = zip(*questions())
     options = {"constrained": constrained, "max_new_tokens": 8}
@@ -80,13 +80,13 @@ def test_answers_equal_those_of_one_phrase_at_a_time(kind, constrained):
                     assert made.answer([image], [question], max_new_tokens=8) == [answer.text]
 
 
-def test_each_picture_is_encoded_once_for_all_its_phrases():
+def test_each_image_is_encoded_once_for_all_its_phrases():
     made = model()
     images, phrases = zip(*questions())
     seen = []
     made.module.tokenizer.register_forward_pre_hook(lambda _, pixels: seen.append(len(pixels[0])))
     made.ground(images, phrases, batch_size=2, max_new_tokens=4)
-    assert sum(seen) == 4  # of five pictures one has no phrase
+    assert sum(seen) == 4  # of five images one has no phrase
 
 
 def test_constrained_answers_are_whole_boxes():
@@ -135,7 +135,7 @@ def read(made, written, resize):
 @pytest.mark.parametrize("frame", ["input", "image"])
 @pytest.mark.parametrize("fit", SPECS)
 def test_boxes_come_back_in_the_callers_pixels(fit, frame):
-    """Need 20, T18: pictures and views that are not square; half a bin is lost at most."""
+    """Need 20, T18: images and views that are not square; half a bin is lost at most."""
     made = training.model()
     loc = LocTokens(bins=256, frame=frame)
     add_loc_tokens(made, loc)
@@ -202,46 +202,46 @@ def test_answer_that_cannot_be_read_gives_no_box_and_says_why(text, count, fault
 def test_box_in_the_padding_is_left_out():
     made = model()
     spec = PixelSpec(**SPECS["pad"], resample="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
-    text = "<loc0000><loc0001><loc0001><loc0009>"  # above a wide picture, in yxyx
+    text = "<loc0000><loc0001><loc0001><loc0009>"  # above a wide image, in yxyx
     ids = made.processor.text_tokenizer(text)["input_ids"]
     found = read(made, (ids, [-1.0] * 4), spec.resize_record((10, 100)))
     assert (found.boxes, found.fault) == ((), NO_AREA)
 
 
 def test_bad_arguments_name_what_was_expected(tmp_path):
-    made, picture = model(), tiny.picture()
+    made, image = model(), tiny.image()
     for arguments, message in (
         ((["a.png"], []), "there are 1 images and 0 entries of phrases"),
         (("a.png", ["x"]), "images and phrases are lists"),
-        (([picture], "x"), "images and phrases are lists"),
-        (([[picture, picture]], ["x"]), r"images\[0\]: expected one picture"),
-        (([picture], [["x", " "]]), r"phrases\[0\]: expected a text to look for, found ' '"),
-        (([picture], [[3]]), r"phrases\[0\]: expected a text to look for, found 3"),
-        (([picture], ["x"], 0), "batch_size must be at least 1, found 0"),
+        (([image], "x"), "images and phrases are lists"),
+        (([[image, image]], ["x"]), r"images\[0\]: expected one image"),
+        (([image], [["x", " "]]), r"phrases\[0\]: expected a text to look for, found ' '"),
+        (([image], [[3]]), r"phrases\[0\]: expected a text to look for, found 3"),
+        (([image], ["x"], 0), "batch_size must be at least 1, found 0"),
     ):
         with pytest.raises(ValueError, match=message):
             made.ground(*arguments)
     for prompt in ("Where?", "Where is {phrase} in {it}?", "{phrase", "{}", "{phrase.x}"):
         with pytest.raises(ValueError, match=r"expected a prompt with \{phrase\} where"):
-            made.ground([picture], ["x"], prompt=prompt)
+            made.ground([image], ["x"], prompt=prompt)
     with pytest.raises(BadImage, match=r"gone\.png"):
         made.ground([tmp_path / "gone.png"], ["x"])
     with pytest.raises(ValueError, match="num_beams must be at least 1, found 0"):
-        made.ground([picture], ["x"], num_beams=0)
+        made.ground([image], ["x"], num_beams=0)
     with pytest.raises(ValueError, match="ground: this model has no <loc> tokens"):
-        training.model().ground([picture], ["x"])
+        training.model().ground([image], ["x"])
 
 
 def test_phrase_is_asked_as_in_training():
     """The prompt's ids are those before the answer in a training row of the same phrase."""
     made = model()
     box = Box(0, (1.0, 2.0, 9.0, 7.0), "a red {star}")
-    example = ground(Example("r", (Turn("user", (None,)),), (tiny.picture(),), (box,)))
+    example = ground(Example("r", (Turn("user", (None,)),), (tiny.image(),), (box,)))
     row = made.processor.encode(example)
     asked = []
     embed = made.module.embed
     made.module.embed = lambda ids, *rest: asked.append(ids) or embed(ids, *rest)
-    made.ground([tiny.picture()], [box.label], max_new_tokens=1)
+    made.ground([tiny.image()], [box.label], max_new_tokens=1)
     first = int(row.scored.nonzero()[0])
     assert asked[0][0].tolist() == row.ids[:first].tolist()
 
@@ -251,24 +251,24 @@ def test_phrase_is_asked_as_in_training():
 
 def test_boxes_are_drawn_where_they_are():
     """The outline's pixels are the box's outermost ones: its end is exclusive."""
-    picture = Image.new("RGB", (600, 500), "black")
-    drawn = np.asarray(draw_boxes(picture, [Box(0, (100, 200, 300, 400), "cat", 0.5)])).astype(int)
+    image = Image.new("RGB", (600, 500), "black")
+    drawn = np.asarray(draw_boxes(image, [Box(0, (100, 200, 300, 400), "cat", 0.5)])).astype(int)
     colour = drawn[300, 100]
     assert colour.tolist() != [0, 0, 0]
     for y, x in ((300, 100), (300, 299), (399, 200), (200, 250)):
         assert (drawn[y, x] == colour).all()
     for y, x in ((300, 90), (300, 310), (410, 200), (300, 200)):
         assert (drawn[y, x] == 0).all()
-    assert np.asarray(picture).max() == 0  # the given picture stays as it is
+    assert np.asarray(image).max() == 0  # the given image stays as it is
 
 
-def test_small_pictures_are_enlarged_and_odd_boxes_drawn():
+def test_small_images_are_enlarged_and_odd_boxes_drawn():
     boxes = [
         Box(0, (0, 0, 1, 1), "a" * 300, 1.0),
         Box(0, (29.9, 19.9, 30, 20), "edge", 0.1),
         *[Box(0, (3, 3, 20, 12), f"label {i}", i / 20) for i in range(20)],
     ]
-    drawn = draw_boxes(tiny.picture(0, (20, 30)), boxes, [Box(0, (1, 1, 8, 9), "犬 $x$")])
+    drawn = draw_boxes(tiny.image(0, (20, 30)), boxes, [Box(0, (1, 1, 8, 9), "犬 $x$")])
     assert drawn.size == (480, 320)
     assert draw_boxes(Image.new("RGB", (1, 1)), [Box(0, (0, 0, 1, 1), "x", 1.0)]).size == (480, 480)
 
@@ -288,22 +288,22 @@ def test_page_holds_every_drawing(tmp_path):
 
 def test_ground_command_prints_boxes_and_draws_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vlm, "load", lambda *_, **__: model(), raising=False)
-    tiny.picture(0, (40, 60)).save(tmp_path / "a.png")
+    tiny.image(0, (40, 60)).save(tmp_path / "a.png")
     common = ["--model", "x", "--constrained"]
-    picture, drawn = str(tmp_path / "a.png"), tmp_path / "drawn.png"
-    cli.main(["ground", picture, "cat", "red dog", *common, "--json", "--draw", str(drawn)])
+    image, drawn = str(tmp_path / "a.png"), tmp_path / "drawn.png"
+    cli.main(["ground", image, "cat", "red dog", *common, "--json", "--draw", str(drawn)])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["phrase"] for line in lines] == ["cat", "red dog"]
-    expected = model().ground([picture], [["cat", "red dog"]], constrained=True)[0]
+    expected = model().ground([image], [["cat", "red dog"]], constrained=True)[0]
     found = [tuple(box["xyxy_px"]) for line in lines for box in line["boxes"]]
     assert found == [box.xyxy_px for box in expected]
     assert Image.open(drawn).size == (480, 320)
-    cli.main(["ground", picture, "cat", *common])
+    cli.main(["ground", image, "cat", *common])
     assert capsys.readouterr().out.startswith("cat: ")
 
 
 def test_ground_command_checks_its_input_before_the_model(tmp_path, capsys):
-    tiny.picture().save(tmp_path / "a.png")
+    tiny.image().save(tmp_path / "a.png")
     for arguments, message in (
         ([str(tmp_path / "gone.png"), "cat"], "gone.png"),
         ([str(tmp_path / "a.png")], "name at least one phrase"),
@@ -372,7 +372,7 @@ def evaluate(monkeypatch, tmp_path, data, answers=None, **settings):
     monkeypatch.setattr(vlm, "load", lambda *_, **__: made, raising=False)
     if answers is not None:
         monkeypatch.setattr("vlm.families.decoder_only.ground._answers", answers(made))
-    return run(Settings(model="tiny", data=data, out=tmp_path / "out", pictures=2, **settings))
+    return run(Settings(model="tiny", data=data, out=tmp_path / "out", images=2, **settings))
 
 
 def run(settings):
@@ -380,14 +380,14 @@ def run(settings):
 
 
 def test_evaluation_of_a_model_that_knows_is_perfect(monkeypatch, tmp_path, capsys):
-    """Boxes through tokens and back, pictures of many sizes; 11 rows in batches of 4."""
+    """Boxes through tokens and back, images of many sizes; 11 rows in batches of 4."""
     data = "scenes:11:seed=77:size=mixed"
     source = open_source(data)
     result = evaluate(monkeypatch, tmp_path, data, lambda made: knows(made, source), batch_size=4)
     figures = result["metrics"]
     assert figures["accuracy"]["share"] == 1.0
     assert figures["AP"] == pytest.approx(1.0)
-    assert figures["pictures"] == 11
+    assert figures["images"] == 11
     assert figures["predicted_boxes"] == figures["true_boxes"] > 11
     assert figures["unreadable_answers"] == 0
     assert "phrases found, IoU ≥ 0.5" in capsys.readouterr().out
@@ -397,7 +397,7 @@ def test_evaluation_of_a_model_that_knows_is_perfect(monkeypatch, tmp_path, caps
     for key in ("model", "data", "prompt", "preprocessing", "versions", "loc"):
         assert result[key] is not None
     assert len((out / "predictions.jsonl").read_text().splitlines()) == 11
-    assert Image.open(out / "pictures.png").format == "PNG"
+    assert Image.open(out / "images.png").format == "PNG"
     far = evaluate(monkeypatch, tmp_path, data, lambda made: knows(made, source, noise=-60.0))
     assert far["metrics"]["accuracy"]["share"] < 0.2
     assert far["metrics"]["AP"] < 0.2
@@ -405,7 +405,7 @@ def test_evaluation_of_a_model_that_knows_is_perfect(monkeypatch, tmp_path, caps
 
 def test_evaluation_of_a_coco_file_asks_for_all_labels_when_told(monkeypatch, tmp_path):
     for name in ("a", "b"):
-        tiny.picture(0, (30, 40)).save(tmp_path / f"{name}.png")
+        tiny.image(0, (30, 40)).save(tmp_path / f"{name}.png")
     image = {"height": 30, "width": 40}
     box = {"category_id": 1, "bbox": [1, 2, 10, 20], "iscrowd": 0}
     values = {
@@ -454,7 +454,7 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
     saved_model(tmp_path / "run/model")
     settings = Settings(
         model=str(tmp_path / "run"), data="scenes:20:seed=3:size=mixed", rows=13, seed=5,
-        batch_size=2, max_new_tokens=8, constrained=True, pictures=0,
+        batch_size=2, max_new_tokens=8, constrained=True, images=0,
     )  # fmt: skip
     one = run(settings)
     out = tmp_path / "run/grounding"
@@ -464,7 +464,7 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
         "--main_process_port", "0", "eval/grounding.py", "--model", settings.model,
         "--data", settings.data, "--rows", "13", "--seed", "5", "--batch-size", "2",
-        "--max-new-tokens", "8", "--constrained", "--pictures", "0",
+        "--max-new-tokens", "8", "--constrained", "--images", "0",
     ]  # fmt: skip
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,

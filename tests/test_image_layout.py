@@ -62,7 +62,7 @@ def test_joined_views_follow_the_rows_of_the_image():
 @pytest.mark.parametrize("size_hw", [(100, 300), (300, 100), (100, 100), (7, 5), (1, 99)])
 def test_unpadded_grid_is_what_is_not_padding(size_hw):
     """Beside marking the pixels of an image in a square that it is put in the middle of: rows that
-    hold no pixel of it are left out, and of those that hold some at most the outermost."""
+    hold no pixel of it are skipped, and of those that hold some at most the outermost."""
     side, (H, W) = 16, size_hw
     scale = side / max(H, W)
     rows, columns = unpadded(size_hw, (side, side))
@@ -150,20 +150,20 @@ def test_edge_tiles_are_refused_unless_square_and_cover_the_image():
         EdgeTilesSpec(tile=tiny.Patches().pixel_spec, long_px=8, splits=True)
     spec = EdgeTilesSpec(tile=square(8), long_px=20, splits=True)
     for size_hw in ((9, 17), (17, 9), (100, 3), (1, 1)):
-        views = spec(tiny.picture(0, size_hw))
+        views = spec(tiny.image(0, size_hw))
         rows, columns = spec.layout(size_hw)
         assert [tuple(view.shape[1:]) for view in views] == list(spec.view_sizes(size_hw))
         assert len(views) == rows * columns + 1
         resize = spec.resize_record(size_hw)
         assert resize.scale_xy == (columns * 8 / size_hw[1], rows * 8 / size_hw[0])
-    assert len(EdgeTilesSpec(tile=square(8), long_px=20, splits=False)(tiny.picture())) == 1
+    assert len(EdgeTilesSpec(tile=square(8), long_px=20, splits=False)(tiny.image())) == 1
 
 
 def test_pinpoint_tiles_put_the_image_in_the_middle():
     """What is not the image is black, and the record says where its pixels lie."""
     spec = PinpointTilesSpec(tile=square(8), resolutions=((8, 16), (16, 8), (16, 16)))
     for size_hw in ((9, 17), (17, 9), (30, 29), (2, 9)):
-        _, *tiles = spec(tiny.picture(0, size_hw))
+        _, *tiles = spec(tiny.image(0, size_hw))
         rows, columns = spec.layout(size_hw)
         assert len(tiles) == rows * columns == len(spec.view_sizes(size_hw)) - 1
         joined = torch.stack(tiles).view(rows, columns, 3, 8, 8).permute(2, 0, 3, 1, 4)

@@ -113,9 +113,9 @@ def test_beam_total_equals_the_rescored_log_probability(seed):
 def test_confidences_lie_in_0_to_1_and_a_temperature_moves_them_to_the_middle():
     """T20."""
     reader = parts()
-    pictures = [line(seed=i, width=40 + 30 * i).images[0] for i in range(5)]
+    images = [line(seed=i, width=40 + 30 * i).images[0] for i in range(5)]
     for beams in (1, 3):
-        for read in reader.read_lines(pictures, num_beams=beams):
+        for read in reader.read_lines(images, num_beams=beams):
             assert 0 <= read.confidence <= 1
             assert all(0 <= token.confidence <= 1 for token in read.tokens)
     assert apply_temperature(math.log(0.9), 2.0) == pytest.approx(0.75)
@@ -125,17 +125,17 @@ def test_confidences_lie_in_0_to_1_and_a_temperature_moves_them_to_the_middle():
 
 
 @pytest.mark.parametrize("one", ["line.png", b"bytes"])
-def test_one_picture_in_place_of_a_list_is_refused(one):
+def test_one_image_in_place_of_a_list_is_refused(one):
     for read in (parts().ocr, parts().read_lines):
-        with pytest.raises(ValueError, match="images is a list of pictures"):
+        with pytest.raises(ValueError, match="images is a list of images"):
             read(one)
 
 
 def test_lines_come_back_in_their_order_whatever_their_widths():
     reader = parts()
-    pictures = [line(seed=i, width=width).images[0] for i, width in enumerate((300, 30, 90, 31))]
-    together = [read.text for read in reader.read_lines(pictures, batch_size=2)]
-    assert together == [reader.read_lines([picture])[0].text for picture in pictures]
+    images = [line(seed=i, width=width).images[0] for i, width in enumerate((300, 30, 90, 31))]
+    together = [read.text for read in reader.read_lines(images, batch_size=2)]
+    assert together == [reader.read_lines([image])[0].text for image in images]
 
 
 def test_readings_are_yielded_before_the_next_image_is_taken(monkeypatch):
@@ -150,13 +150,13 @@ def test_readings_are_yielded_before_the_next_image_is_taken(monkeypatch):
 
 
 def test_long_lines_are_read_fewer_at_a_time(monkeypatch):
-    pictures = [line(seed=i, width=w).images[0] for i, w in enumerate((300, 90, 300, 90, 300))]
+    images = [line(seed=i, width=w).images[0] for i, w in enumerate((300, 90, 300, 90, 300))]
     reader, sizes = parts(), []
-    read = [one.text for one in reader.read_lines(pictures)]
+    read = [one.text for one in reader.read_lines(images)]
     monkeypatch.setattr(text_reader, "LARGEST", 2 * 120**2)  # two of the short ones
     whole = reader._read
     monkeypatch.setattr(reader, "_read", lambda rows, n: sizes.append(len(rows)) or whole(rows, n))
-    assert [one.text for one in reader.read_lines(pictures)] == read
+    assert [one.text for one in reader.read_lines(images)] == read
     assert sizes == [2, 1, 1, 1]
 
 
@@ -172,7 +172,7 @@ def test_blank_line_of_a_reader_that_says_nothing_is_empty_and_sure():
 
 
 @pytest.mark.parametrize("size", [(3, 5), (20_000, 20), (40, 900), (1, 1)])
-def test_pictures_of_any_shape_are_read(size):
+def test_images_of_any_shape_are_read(size):
     parts().read_lines([Image.new("RGB", size, "white")])
 
 
@@ -192,10 +192,10 @@ def test_characters_given_twice_are_refused():
         LineProcessor(None, "aba")
 
 
-@pytest.mark.parametrize("fault", ["text", "pictures"])
-def test_a_line_needs_one_picture_and_a_text(fault):
+@pytest.mark.parametrize("fault", ["text", "images"])
+def test_a_line_needs_one_image_and_a_text(fault):
     example = line("  ") if fault == "text" else tiny.example("none", ("read",), "ab")
-    with pytest.raises(BadRow, match="one picture and its text"):
+    with pytest.raises(BadRow, match="one image and its text"):
         parts().processor.encode(example)
 
 
@@ -213,8 +213,8 @@ def test_folder_round_trips(tmp_path):
     again = vlm.load(tmp_path / "reader", device="cpu")
     assert again.temperatures == made.temperatures
     assert again.processor.characters == "abc "
-    pictures = [line(seed=i).images[0] for i in range(3)]
-    assert again.read_lines(pictures) == made.read_lines(pictures)
+    images = [line(seed=i).images[0] for i in range(3)]
+    assert again.read_lines(images) == made.read_lines(images)
 
 
 def test_other_characters_keep_what_is_known_of_the_old():
@@ -247,8 +247,8 @@ def test_reader_learns_a_line_by_heart():
         optimizer.step()
         optimizer.zero_grad()
     assert loss < 0.1
-    pictures = [line(text, seed=i).images[0] for i, text in enumerate(("ab", "cab a"))]
-    assert [read.text for read in made.read_lines(pictures)] == ["ab", "cab a"]
+    images = [line(text, seed=i).images[0] for i, text in enumerate(("ab", "cab a"))]
+    assert [read.text for read in made.read_lines(images)] == ["ab", "cab a"]
 
 
 def test_fitted_temperatures_make_a_boastful_reader_modest():
@@ -256,12 +256,12 @@ def test_fitted_temperatures_make_a_boastful_reader_modest():
     with torch.no_grad():
         made.module.head.weight.mul_(40)  # sure of everything, and mostly wrong
     reader = made
-    pictures = [line(seed=i).images[0] for i in range(12)]
-    read = reader.read_lines(pictures)
+    images = [line(seed=i).images[0] for i in range(12)]
+    read = reader.read_lines(images)
     truths = [r.text if i % 4 == 0 else "a b c" for i, r in enumerate(read)]
-    fitted = reader.fit_temperatures(pictures, truths)
+    fitted = reader.fit_temperatures(images, truths)
     assert fitted.token > 1
-    after = reader.read_lines(pictures)
+    after = reader.read_lines(images)
     assert [r.text for r in after] == [r.text for r in read]
     mean = [
         torch.tensor([t.confidence for r in rs for t in r.tokens]).mean() for rs in (read, after)

@@ -15,7 +15,7 @@ def votes(**counts):
     ("agree", "accuracy"),
     [
         (0, 0.0),
-        (1, 0.3),  # left out itself: 0 others; the nine other ways: 1/3
+        (1, 0.3),  # skipped itself: 0 others; the nine other ways: 1/3
         (2, 0.6),  # two ways with 1/3, eight with 2/3
         (3, 0.9),  # three ways with 2/3, seven with 1
         (4, 1.0),

@@ -16,7 +16,7 @@ from vlm.training.stages import FROZEN, StageError, prepare
 LOSSES = ("softmax", "sigmoid")
 LOCKED = {
     "none": (),
-    "picture": ("tokenizer", "pool", "image_head"),
+    "image": ("tokenizer", "pool", "image_head"),
     "text": ("text", "text_head"),
     "both": ("tokenizer", "pool", "image_head", "text", "text_head"),
 }

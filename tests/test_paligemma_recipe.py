@@ -49,7 +49,7 @@ def coco(tmp_path):
 
 
 def test_scenes_return_from_cocos_files(coco, tmp_path):
-    """Pictures of any size, every box in its own pixels; pycocotools opens the file too."""
+    """Images of any size, every box in its own pixels; pycocotools opens the file too."""
     from pycocotools.coco import COCO
 
     scenes, again = open_source(SCENES), open_source(coco)
@@ -57,9 +57,9 @@ def test_scenes_return_from_cocos_files(coco, tmp_path):
     assert len(again) == len(scenes)
     for row in range(len(scenes)):
         true, read = scenes[row], again[row]
-        pictures = [open_image(example.images[0]) for example in (true, read)]
-        assert pictures[0].size == pictures[1].size
-        assert pictures[0].tobytes() == pictures[1].tobytes()
+        images = [open_image(example.images[0]) for example in (true, read)]
+        assert images[0].size == images[1].size
+        assert images[0].tobytes() == images[1].tobytes()
         assert list(read.boxes) == [Box(0, b.xyxy_px, b.label) for b in true.boxes]
     records = COCO(str(tmp_path / "coco/instances.json"))
     assert len(records.getAnnIds()) == sum(len(scenes[row].boxes) for row in range(len(scenes)))
@@ -75,7 +75,7 @@ def test_scenes_are_written_by_a_command(tmp_path, capsys):
 
 def boxed(labels=("cup", "cat", "cup")):
     boxes = tuple(Box(0, (i, 4 - i, i + 3, 9 - i), label) for i, label in enumerate(labels))
-    return Example("row", (Turn("user", (None,)),), (tiny.picture(),), boxes)
+    return Example("row", (Turn("user", (None,)),), (tiny.image(),), boxes)
 
 
 def test_detection_writes_each_box_with_its_label():
@@ -86,8 +86,8 @@ def test_detection_writes_each_box_with_its_label():
         detection(boxed(), ["dog"], "detect {phrase}")
     with pytest.raises(BadRow, match="row: expected boxes to ask for, found none"):
         detection(boxed(()), [], "detect {phrase}")
-    two = Example("two", (Turn("user", (None, None)),), (tiny.picture(), tiny.picture()))
-    with pytest.raises(BadRow, match=r"two: expected one picture, .* found 2"):
+    two = Example("two", (Turn("user", (None, None)),), (tiny.image(), tiny.image()))
+    with pytest.raises(BadRow, match=r"two: expected one image, .* found 2"):
         detection(two, ["cat"], "detect {phrase}")
 
 
@@ -110,7 +110,7 @@ def test_detect_asks_for_some_labels_the_same_ones_again(coco):
 
 
 def test_prompted_puts_the_question_in_its_place():
-    image = tiny.picture()
+    image = tiny.image()
     rows = [tiny.example("q", ("See ", None, "\nwhat?"), "a cat", (image,)),
             caption_example("c", image, "a dog", "Describe it.")]  # fmt: skip
     source = Prompted(ListSource(rows), "answer en {question}")
@@ -170,12 +170,12 @@ def test_new_model_learns_detection_and_is_evaluated(coco, tmp_path):
     assert model.processor.loc.bins == 16
     assert model.ground_prompt == "detect {phrase}"
     assert model.caption_prompt == "caption en"
-    settings = Settings(model=str(tmp_path / "run"), data=coco, max_new_tokens=6, pictures=2)
+    settings = Settings(model=str(tmp_path / "run"), data=coco, max_new_tokens=6, images=2)
     result = base.run(GroundingEvaluation(settings))
     assert result["prompt"] == "detect {phrase}"
     assert 0 <= result["metrics"]["AP"] <= 1
-    assert result["metrics"]["pictures"] == 6
-    assert (tmp_path / "run/grounding/pictures.png").is_file()
+    assert result["metrics"]["images"] == 6
+    assert (tmp_path / "run/grounding/images.png").is_file()
 
 
 @pytest.mark.parametrize(

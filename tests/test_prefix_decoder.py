@@ -57,7 +57,7 @@ def changed(batch, row, place):
 @torch.no_grad()
 def test_answer_is_causal_and_prompt_is_not(kind):
     """T2: a changed answer token changes no logit before it; a changed prompt token changes logits
-    of the prompt before it, and a changed picture those of the text before it."""
+    of the prompt before it, and a changed image those of the text before it."""
     model = prefix_decoder(kind)
     batch = collate([processor(model).encode(tiny.example(answer="a cat sat on it"))], 256)
     plain = all_logits(model, batch)
@@ -168,7 +168,7 @@ def test_document_is_read_causally():
 def test_row_has_one_answer():
     made = processor(prefix_decoder())
     turns = [Turn("user", (None, "a?")), Turn("assistant", ("b",))] * 2
-    example = Example("two", (*turns[:2], Turn("user", ("c?",)), turns[3]), (tiny.picture(),))
+    example = Example("two", (*turns[:2], Turn("user", ("c?",)), turns[3]), (tiny.image(),))
     with pytest.raises(BadRow, match=r"two: expected one answer, .* found 2"):
         made.encode(example)
     assert made.encode_prompt(example.question()).scored.sum() == 0
@@ -197,7 +197,7 @@ def test_prompt_has_the_same_ids_with_and_without_its_answer():
     whole, asked = made.encode(example), made.encode_prompt(example.question())
     assert whole.ids.tolist() == [*asked.ids, *tokenizer("b<|im_end|>")["input_ids"]]
     assert whole.scored.tolist() == [False] * len(asked.ids) + [True, True]
-    literal = made.encode_literal([tiny.picture()], "<image>is it a", "b")
+    literal = made.encode_literal([tiny.image()], "<image>is it a", "b")
     assert torch.equal(literal.ids, whole.ids)
 
 
@@ -215,13 +215,13 @@ def test_composed_prefix_model_returns_from_its_folder(tmp_path, kind):
     assert again.ocr_prompt == "ocr"
     assert again.answer_prompt == "answer en {question}"
     assert again.processor.prefix
-    asked = [[tiny.picture()]], ["what?"]
+    asked = [[tiny.image()]], ["what?"]
     assert again.answer(*asked, max_new_tokens=5) == model.answer(*asked, max_new_tokens=5)
-    (reading,) = again.ocr([tiny.picture()], max_new_tokens=4)
+    (reading,) = again.ocr([tiny.image()], max_new_tokens=4)
     assert reading.size_hw == (9, 17)
     assert again.reads == "pages"
     again.ocr_prompt = None
-    assert again.ocr([tiny.picture()], prompt="ocr", max_new_tokens=4) == [reading]
+    assert again.ocr([tiny.image()], prompt="ocr", max_new_tokens=4) == [reading]
     with pytest.raises(ValueError, match="mask is one of causal, prefix, found 'none'"):
         vlm.build(vision=vision, text=text, adaptor="mlp", mask="none")
 
@@ -230,7 +230,7 @@ def test_readings_are_yielded_before_the_next_batch_is_opened():
     module = prefix_decoder()
     made = processor(module)
     model = PrefixDecoderModel(module=module, processor=made, stop_ids=(made.end_id,))
-    images, taken = [tiny.picture(seed) for seed in range(5)], []
+    images, taken = [tiny.image(seed) for seed in range(5)], []
     given = (taken.append(image) or image for image in images)
     stream = model.ocr(given, batch_size=2, prompt="ocr", max_new_tokens=3, stream=True)
     assert taken == []
@@ -247,7 +247,7 @@ def test_model_without_a_prompt_for_reading_says_so():
     made = processor(module)
     model = PrefixDecoderModel(module=module, processor=made, stop_ids=(made.end_id,))
     with pytest.raises(ValueError, match="trained on no prompt for reading"):
-        model.ocr([tiny.picture()])
+        model.ocr([tiny.image()])
 
 
 def test_prefix_model_trains_by_the_same_loop(tmp_path):

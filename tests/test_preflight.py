@@ -75,7 +75,7 @@ class Given:
 
 
 SIZES = dict(TINY, image_px=64, batch=64)
-"""Settings of a recipe whose pictures take more memory than its weights."""
+"""Settings of a recipe whose images take more memory than its weights."""
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def lines():
 
 def encoder_decoder():
     model = training.encoder_decoder_model()
-    return model, training.pictures_alone(), NextToken(model.processor.pad_id)
+    return model, training.images_alone(), NextToken(model.processor.pad_id)
 
 
 def decoder_only(pack=None):

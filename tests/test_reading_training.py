@@ -105,7 +105,7 @@ def test_another_alphabet_keeps_the_strokes_of_the_reader_that_it_starts_from(tm
 
 
 def line_table(folder, texts):
-    """A table of blank pictures of unequal widths with texts."""
+    """A table of blank images of unequal widths with texts."""
     rows = ["image\ttext"]
     for i, text in enumerate(texts):
         Image.new("RGB", (60 + i, 20), "white").save(folder / f"{i}.png")
@@ -198,7 +198,7 @@ def test_lines_keep_their_shape_before_an_encoder_of_squares(tmp_path):
     model = TranscriberSettings(vision=vision, **asked).build()
     processor = model.processor
     for size, wanted in (((40, 20), (16, 32)), ((300, 30), (16, 128)), ((96, 16), (16, 88))):
-        ((view, _),) = processor.encode_picture(Image.new("RGB", size, "white")).views
+        ((view, _),) = processor.encode_image(Image.new("RGB", size, "white")).views
         assert tuple(view.shape[1:]) == wanted
     assert model.module.tokenizer.pixel_spec == processor.pixel_spec
 

@@ -195,7 +195,7 @@ def test_gpus_keep_more_of_norms_than_cpus():
 
 
 def test_simulation_takes_no_memory_for_wide_batches():
-    """Thousands of pictures of rows that lie in memory once; what they hold grows evenly, as soon
+    """Thousands of images of rows that lie in memory once; what they hold grows evenly, as soon
     as the loss takes its places in parts. On GPUs, where norms take all places at once."""
     module, rows, objective = decoder_only()
     simulated = SimulatedStep(module, stage(ADAPTOR), objective, torch.bfloat16, gpu=True)

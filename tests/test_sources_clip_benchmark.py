@@ -9,7 +9,7 @@ from vlm.data.sources import BadSource, ClipBenchmark, open_source
 from vlm.pixels import open_image
 
 
-def test_each_caption_is_a_row_with_its_picture(tmp_path):
+def test_each_caption_is_a_row_with_its_image(tmp_path):
     source = open_source(f"clip_benchmark:{retrieval_folder(tmp_path)}:test")
     assert len(source) == 6
     assert source.classes is source.templates is None
@@ -59,11 +59,11 @@ def test_shards_are_read_in_the_order_of_their_numbers(tmp_path):
     assert [source[row].answer for row in range(22)] == [NAMES[i % 3] for i in range(22)]
 
 
-def test_pictures_without_captions_are_named_when_they_are_read(tmp_path):
+def test_images_without_captions_are_named_when_they_are_read(tmp_path):
     samples = [
         {"png": packed(0), "txt": ""},
         {"png": packed(1)},
-        {"txt": "no picture"},
+        {"txt": "no image"},
         {"png": packed(2), "txt": "a\n\nb"},
         {"png": packed(3), "txt": b"\xff"},
     ]

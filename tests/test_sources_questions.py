@@ -15,7 +15,7 @@ QUESTION = {"image": "a.png", "question": "How many?"}
 def read(tmp_path):
     """The source of one row, in a file beside two images."""
     for i, name in enumerate(("a.png", "b.png")):
-        tiny.picture(i, (5, 3)).save(tmp_path / name)
+        tiny.image(i, (5, 3)).save(tmp_path / name)
 
     def read(row, **options):
         (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
@@ -67,9 +67,9 @@ def test_question_that_is_no_text_is_refused(read):
 def test_tables_may_have_columns_of_questions_and_answers(tmp_path):
     from datasets import Dataset
 
-    tiny.picture(0, (5, 3)).save(tmp_path / "a.png")
-    picture = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
-    table = {"image": [picture], "question": ["How many?"], "answers": [["two", "2"]]}
+    tiny.image(0, (5, 3)).save(tmp_path / "a.png")
+    image = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
+    table = {"image": [image], "question": ["How many?"], "answers": [["two", "2"]]}
     Dataset.from_dict(table).save_to_disk(tmp_path / "table")
     source = open_source(str(tmp_path / "table"))
     assert source[0].references == ("two", "2")

@@ -182,7 +182,7 @@ def test_modality_warmup_begins_with_text_alone():
     )  # fmt: skip
     data = training_data(settings)
     documents = [data[i].is_document for i in range(800)]
-    assert all(documents[:14])  # the expected number of rows with pictures is under a half
+    assert all(documents[:14])  # the expected number of rows with images is under a half
     assert abs(sum(documents[:400]) - (200 + 50)) <= 5  # half of the warm-up, and a quarter of it
     assert abs(sum(documents[400:]) - 100) <= 5
 

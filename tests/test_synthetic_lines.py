@@ -39,14 +39,14 @@ def test_a_row_is_the_same_whenever_it_is_read():
     assert lines(seed=4)[0].images[0].data != first[0].images[0].data
 
 
-def test_rows_are_pictures_with_their_text():
+def test_rows_are_images_with_their_text():
     source = lines()
     for row in range(20):
         example = source[row]
-        picture = open_image(example.images[0])
+        image = open_image(example.images[0])
         assert example.answer == source.line(row).text
-        assert picture.width > 3
-        assert picture.height > 3
+        assert image.width > 3
+        assert image.height > 3
         assert example.name == f"{source.name}[{row}]"
 
 
@@ -112,7 +112,7 @@ def test_a_share_of_lines_is_in_made_up_hands_and_the_others_stay():
         assert mixed.line(row).text == plain.line(row).text
         assert (mixed.font_of(row) == "made-up") == (row in made_up)
         if row not in made_up:
-            assert np.array_equal(mixed.picture(row), plain.picture(row))
+            assert np.array_equal(mixed.image(row), plain.image(row))
     with pytest.raises(BadSource, match="hands from 0 to 1, found 2"):
         lines(hands=2)
     assert open_source(f"lines:3:fonts={DEJAVU}:hands=1").hand_of(0)

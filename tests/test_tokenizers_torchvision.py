@@ -8,7 +8,8 @@ import torch
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from tests.tokenizer_laws import check_laws, encode, picture, spec
+from tests.tokenizer_laws import check_laws, encode, spec
+from tests.tokenizer_laws import image as one_image
 from vlm import tokenizers
 from vlm.pixels import from_torchvision
 from vlm.tokenizers.torchvision import (
@@ -188,7 +189,7 @@ def test_load_takes_weights_and_preprocessing_by_name(cached):
     reference = cached("mobilenet_v3_small", "IMAGENET1K_V1")
     weights = models.get_model_weights("mobilenet_v3_small").IMAGENET1K_V1
     tokenizer = tokenizers.load("torchvision:mobilenet_v3_small:DEFAULT", prefix="drop")
-    image = picture(240, 310)
+    image = one_image(240, 310)
     pixels = weights.transforms()(image)[None]
     (ours,) = encode(tokenizer, image)
     with torch.no_grad():
@@ -234,7 +235,7 @@ def test_load_names_the_weights_that_there_are(id):
 @pytest.mark.parametrize("name", ["resnet50", "vit_b_16", "vgg16", "swin_v2_t", "googlenet"])
 def test_preprocessing_equals_torchvision_on_non_square_images(name):
     """All weights of the network; some of VGG's keep grey levels of 255, with rounding to match."""
-    image = picture(251, 333)
+    image = one_image(251, 333)
     for weights in models.get_model_weights(name):
         transforms = weights.transforms()
         (view,) = from_torchvision(transforms)(image)

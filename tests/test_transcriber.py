@@ -6,7 +6,7 @@ import transformers
 
 from tests import encoder_decoders as law
 from tests import tiny
-from tests.tiny import picture
+from tests.tiny import image
 from vlm import systems
 from vlm.data.example import caption_example
 from vlm.families.decoder_only.batch import collate
@@ -57,7 +57,7 @@ def bert_folder(folder, head=True, **more):
 
 def batch_of(model, texts=("ab", "a longer one")):
     rows = [
-        model.processor.encode(caption_example(f"r{i}", picture(i), text, ""))
+        model.processor.encode(caption_example(f"r{i}", image(i), text, ""))
         for i, text in enumerate(texts)
     ]
     return collate(rows, model.processor.pad_id)
@@ -65,7 +65,7 @@ def batch_of(model, texts=("ab", "a longer one")):
 
 def write(model, new=12):
     processor = model.processor
-    groups = collate([processor.encode_picture(picture(i)) for i in range(3)], 0).groups
+    groups = collate([processor.encode_image(image(i)) for i in range(3)], 0).groups
     return transcribe.greedy(
         model.module, groups, processor.start_ids, model.end_ids, processor.pad_id, new
     )

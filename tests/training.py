@@ -48,9 +48,9 @@ CONTRAST = dataclasses.replace(STAGE, name="pairs", rates=(("*", 1e-3),), batch=
 
 
 def examples():
-    """Pictures and text alone, with answers of unequal lengths."""
+    """Images and text alone, with answers of unequal lengths."""
     rows = [
-        tiny.example(f"r{i}", (None, "what?"), "word " * (1 + i % 5), images=(tiny.picture(i),))
+        tiny.example(f"r{i}", (None, "what?"), "word " * (1 + i % 5), images=(tiny.image(i),))
         for i in range(10)
     ]
     rows += [tiny.example(f"t{i}", ("say it",), "long answer " * (i + 1)) for i in range(3)]
@@ -64,10 +64,10 @@ def model(**options):
 
 
 def pairs(count=11, unread=()):
-    """Pictures with captions of unequal lengths; those numbered in `unread` have an empty one."""
+    """Images with captions of unequal lengths; those numbered in `unread` have an empty one."""
     captions = ["" if i in unread else f"{i} " + "ab" * (1 + i % 4) for i in range(count)]
     return [
-        tiny.example(f"p{i}", (None, "what?"), caption, images=(tiny.picture(i),))
+        tiny.example(f"p{i}", (None, "what?"), caption, images=(tiny.image(i),))
         for i, caption in enumerate(captions)
     ]
 
@@ -91,10 +91,10 @@ def text_lines():
     ]
 
 
-def pictures_alone():
-    """Pictures with texts of unequal lengths."""
+def images_alone():
+    """Images with texts of unequal lengths."""
     return [
-        caption_example(f"r{i}", tiny.picture(i), "word " * (1 + i % 5) + str(i), "")
+        caption_example(f"r{i}", tiny.image(i), "word " * (1 + i % 5) + str(i), "")
         for i in range(11)
     ]
 
@@ -135,7 +135,7 @@ class InOrder:
 
 
 def split_by_kind():
-    """Rows of which, in batches of 4 over 2 ranks, rank 0 has pictures and rank 1 has none."""
+    """Rows of which, in batches of 4 over 2 ranks, rank 0 has images and rank 1 has none."""
     rows = examples()
     return [*rows[0:2], *rows[10:12], *rows[2:4], rows[12], rows[10]]
 
@@ -266,7 +266,7 @@ def run_one(out, options):
         options["objective"] = TwoTotals(model().processor.pad_id)
     family = options.pop("family", None)
     if family == "encoder_decoder":
-        options["chosen"], data = encoder_decoder_model(), dataset(pictures_alone())
+        options["chosen"], data = encoder_decoder_model(), dataset(images_alone())
     if family == "line_reader":
         options["chosen"], data = line_model(), dataset(text_lines())
     gradients = keep_gradients(out) if options.pop("gradients", False) else nullcontext()

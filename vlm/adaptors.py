@@ -163,7 +163,7 @@ class PixelShuffleConfig:
     """Blocks of `ratio` x `ratio` neighbouring tokens become one token, then an MLP.
 
     norm: a LayerNorm over each block before the MLP, for backbones whose features are of any
-        scale. positions: octaves of sines and cosines of a block's place in the picture that are
+        scale. positions: octaves of sines and cosines of a block's place in the image that are
         put beside it, for backbones that do not say where a feature lies (CNNs); 0 puts none.
     bias: of every layer of the MLP.
     """
@@ -229,8 +229,8 @@ class PixelShuffle(nn.Module):
 
 
 def grid_waves(grid_hw: tuple[int, int], octaves: int) -> Tensor:
-    """Where each cell of a grid lies in the picture: float32[h * w, 4 * octaves], sines and cosines
-    of its middle's row and column, 0 to 1 over the picture, at half a period and its octaves.
+    """Where each cell of a grid lies in the image: float32[h * w, 4 * octaves], sines and cosines
+    of its middle's row and column, 0 to 1 over the image, at half a period and its octaves.
 
     Equal places get equal waves whatever the grid, so that a trained adaptor may see other grids.
     """
@@ -286,7 +286,7 @@ class ResamplerBlock(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Any number of image tokens becomes a fixed number, whatever the picture's size.
+    """Any number of image tokens becomes a fixed number, whatever the image's size.
 
     Positions come from the image tokens themselves. Source: the perceiver resampler of Flamingo
     (arXiv 2204.14198, section 3.1) in its single-image form.

@@ -78,7 +78,7 @@ class InspectBatch:
     plain: bool = False
     """No colours, for files."""
     draw: Path | None = None
-    """Draw the pictures, as the model sees them, into this PNG file; with --pack the packed rows,
+    """Draw the images, as the model sees them, into this PNG file; with --pack the packed rows,
     place by place, over them."""
 
     def run(self, rest: list[str]) -> None:
@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = {"args": arguments, "prog": "vlm", "description": __doc__.partition(":")[2]}
     try:
-        if arguments[:1] == ["launch"]:  # all behind it is accelerate's and the recipe's
+        if arguments[:1] == ["launch"]:  # all after it is accelerate's and the recipe's
             Launch().run(arguments[1:])
         elif arguments[:1] == ["eval"]:  # a task's options are its own
             Evaluate().run(arguments[1:])

@@ -24,7 +24,7 @@ from vlm.config import from_dict, to_dict
 from vlm.image_tokens import ImageTokenizer, meta_pixels, meta_twin
 
 PROBE_HW = (256, 192)
-"""Rows and columns of the picture that shows which layers an image tokenizer calls."""
+"""Rows and columns of the image that shows which layers an image tokenizer calls."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,7 @@ class Lora:
     their input, in training.
     targets: shell wildcards over the names of the component's layers ("*.q_proj"). None takes all
     linear layers, and in a net that has more convolutions than these its convolutions too
-    (grouped ones and ones with padding of their own left out); never an output head or an
+    (grouped ones and ones with padding of their own skipped); never an output head or an
     embedding.
     Source: arXiv 2106.09685.
     """
@@ -114,7 +114,7 @@ def add_lora_of(module: nn.Module, values: Mapping[str, dict[str, Any]], where: 
 
 
 def quantize_4bit(text: nn.Module) -> None:
-    """Gives the language model's linear layers, its head and LoRA's own left out, 4-bit weights
+    """Gives the language model's linear layers, its head and LoRA's own skipped, 4-bit weights
     (NF4), in place, to put LoRA beside them. They are packed when the model is moved to a device.
     Folders that are saved hold them unpacked, in bf16.
 

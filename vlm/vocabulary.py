@@ -202,7 +202,7 @@ def _split(table: nn.Parameter, rows: Tensor) -> tuple[nn.Parameter, nn.Paramete
 
 
 def character_tokenizer(characters: str):
-    """A fast tokenizer of transformers whose tokens are single characters, behind `<s>`, `<pad>`,
+    """A fast tokenizer of transformers whose tokens are single characters, after `<s>`, `<pad>`,
     `</s>` and `<unk>`: for scripts that no published tokenizer of a decoder knows. Texts are
     composed (NFC) and runs of white space are one space, as line readers have it.
 

@@ -20,7 +20,7 @@ from tests.reference.tiny_llava import (
     with_marks,
     write_folder,
 )
-from tests.tiny import picture
+from tests.tiny import image as one_image
 from vlm import cli
 from vlm.data.example import Example, Turn
 from vlm.families.decoder_only import generate as engine
@@ -46,7 +46,7 @@ def test_llava_pixels_and_ids_match_reference(folder):
     model, (_, processor) = vlm.load(folder, "cpu"), reopened(folder)
     layouts = set()
     for size_hw in (*SIZES.values(), *map(tuple, PINPOINTS)):
-        image, prompt = picture(3, size_hw), "what is <image>\n a cat"
+        image, prompt = one_image(3, size_hw), "what is <image>\n a cat"
         row = model.processor.encode_literal([image], prompt)
         inputs = processor(images=[image], text=[prompt], return_tensors="pt")
         assert torch.equal(with_marks(row.ids, model), inputs["input_ids"][0])
@@ -202,7 +202,7 @@ def test_llava_prompt_matches_snapshot(folder):
     """A text that spells the image's mark stays text."""
     model = vlm.load(folder, "cpu")
     turns = (Turn("user", (None, "a <image>?")), Turn("assistant", ("it",)))
-    row = model.processor.encode(Example("r", turns, (picture(1, (64, 64)),)))
+    row = model.processor.encode(Example("r", turns, (one_image(1, (64, 64)),)))
     text = text_of(row, model.processor.text_tokenizer)
     if is_next(model):
         length = GRID**2 + 2 * GRID * (2 * GRID + 1)
@@ -241,5 +241,5 @@ def test_llava_is_listed_and_used_by_commands(folder, tmp_path, capsys):
     cli.main(["systems"])
     assert "llava_next" in capsys.readouterr().out
     path = tmp_path / "a.png"
-    picture(1, (20, 40)).save(path)
+    one_image(1, (20, 40)).save(path)
     cli.main(["caption", str(path), "--model", str(folder), "--max-new-tokens", "3"])

@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 
 import vlm
 from tests.reference.tiny_siglip import TOKENIZERS, write_folder
-from tests.tiny import picture
+from tests.tiny import image
 from vlm.systems import siglip
 from vlm.tokenizers import tiles
 from vlm.weights import WeightsError, same_bits
 
 TEXTS = ["a cat", "A photo of  two DOGS!", "the tree is green and the sky is blue, too"]
-PICTURES = [picture(0, (40, 71)), picture(1, (90, 33)), picture(2, (20, 21))]
+IMAGES = [image(0, (40, 71)), image(1, (90, 33)), image(2, (20, 21))]
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
@@ -25,7 +25,7 @@ def folder(request, tmp_path_factory):
     return path
 
 
-def reference_outputs(folder, texts=TEXTS, pictures=PICTURES):
+def reference_outputs(folder, texts=TEXTS, images=IMAGES):
     """transformers' unit vectors and logits of a folder, strictly opened, texts at full length."""
     model, report = transformers.AutoModel.from_pretrained(
         folder, output_loading_info=True, dtype=torch.float32
@@ -34,7 +34,7 @@ def reference_outputs(folder, texts=TEXTS, pictures=PICTURES):
     assert not any(found.values()), found
     processor = transformers.AutoProcessor.from_pretrained(folder)
     given = processor(
-        images=list(pictures), text=list(texts), return_tensors="pt", padding="max_length",
+        images=list(images), text=list(texts), return_tensors="pt", padding="max_length",
         truncation=True,
     )  # fmt: skip
     assert "attention_mask" not in given
@@ -42,10 +42,10 @@ def reference_outputs(folder, texts=TEXTS, pictures=PICTURES):
         return model.eval()(**given)
 
 
-def check_same(folder, theirs, texts=TEXTS, pictures=PICTURES):
+def check_same(folder, theirs, texts=TEXTS, images=IMAGES):
     """Our vectors and logits are theirs; returns our model."""
     model = vlm.load(folder, device="cpu")
-    ours = model.embed_images(pictures), model.embed_texts(texts)
+    ours = model.embed_images(images), model.embed_texts(texts)
     torch.testing.assert_close(ours[0], theirs.image_embeds, atol=1e-5, rtol=0)
     torch.testing.assert_close(ours[1], theirs.text_embeds, atol=1e-5, rtol=0)
     scores = model.module.logits(*ours).detach()
@@ -74,11 +74,11 @@ def test_siglip_at_a_published_geometry_and_width_matches_reference(tmp_path):
     text = size.text | {"num_hidden_layers": 2}
     vision = size.vision | {"num_hidden_layers": 4}
     write_folder(tmp_path, text=text, noise=0.02, **vision)
-    pictures = [picture(0, (300, 171)), picture(1, (150, 400))]
-    theirs = reference_outputs(tmp_path, pictures=pictures)
+    images = [image(0, (300, 171)), image(1, (150, 400))]
+    theirs = reference_outputs(tmp_path, images=images)
     assert theirs.image_embeds.shape == (2, 768)
-    assert theirs.image_embeds.std(0).mean() > 1e-3  # pictures do matter
-    model = check_same(tmp_path, theirs, pictures=pictures)
+    assert theirs.image_embeds.std(0).mean() > 1e-3  # images do matter
+    model = check_same(tmp_path, theirs, images=images)
     assert model.processor.texts(TEXTS).ids.shape == (3, 64)
 
 

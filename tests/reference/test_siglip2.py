@@ -1,5 +1,5 @@
 """SigLIP 2 at native resolution equals transformers' Siglip2Model with the same weights, through
-the real processor, for pictures of different shapes in one batch and texts of different lengths."""
+the real processor, for images of different shapes in one batch and texts of different lengths."""
 
 import json
 from dataclasses import replace
@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import vlm
-from tests.reference.tiny_naflex import PICTURES
+from tests.reference.tiny_naflex import IMAGES
 from tests.reference.tiny_siglip2 import LENGTH, saved
 from vlm.systems import siglip2
 from vlm.systems.published import published_name
@@ -24,10 +24,10 @@ def load(folder):
 
 
 def embed(model):
-    """Our vectors of PICTURES and of TEXTS, the longest of which is cut."""
+    """Our vectors of IMAGES and of TEXTS, the longest of which is cut."""
     with pytest.warns(UserWarning, match="1 of 4 texts were longer than 64 tokens"):
         texts = model.embed_texts(TEXTS)
-    return model.embed_images(list(PICTURES.values())), texts
+    return model.embed_images(list(IMAGES.values())), texts
 
 
 close = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
@@ -45,11 +45,11 @@ close = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
 )
 def test_siglip2_embeddings_match_reference_through_the_real_processor(options, tmp_path):
     """Traps T3 (pads are attended, unless the tokenizer masks them) and T18: tall, wide, square,
-    tiny and large pictures in one batch of transformers, padded and masked there."""
+    tiny and large images in one batch of transformers, padded and masked there."""
     reference = saved(tmp_path, **options)
     model = load(tmp_path)
     reader = transformers.AutoProcessor.from_pretrained(tmp_path)
-    inputs = reader(text=TEXTS, images=list(PICTURES.values()), return_tensors="pt")
+    inputs = reader(text=TEXTS, images=list(IMAGES.values()), return_tensors="pt")
     with torch.no_grad():
         theirs = reference(**inputs)
     images, texts = embed(model)
@@ -67,7 +67,7 @@ def test_siglip2_takes_the_folders_budget_of_patches(tmp_path):
     model = load(tmp_path)
     assert model.processor.pixel_spec.max_patches == 100
     reader = transformers.AutoProcessor.from_pretrained(tmp_path)
-    inputs = reader(images=list(PICTURES.values()), max_num_patches=100, return_tensors="pt")
+    inputs = reader(images=list(IMAGES.values()), max_num_patches=100, return_tensors="pt")
     with torch.no_grad():
         theirs = reference.get_image_features(**inputs).pooler_output
     close(embed(model)[0], torch.nn.functional.normalize(theirs, dim=-1))
@@ -97,7 +97,7 @@ def test_siglip2_saved_as_reference_opens_in_transformers_with_the_same_outputs(
     assert same_bits(read_weights(tmp_path / "written"), read_weights(tmp_path / "published"))
     reopened = transformers.AutoModel.from_pretrained(tmp_path / "written").eval()
     reader = transformers.AutoProcessor.from_pretrained(tmp_path / "written")
-    inputs = reader(text=TEXTS, images=list(PICTURES.values()), return_tensors="pt")
+    inputs = reader(text=TEXTS, images=list(IMAGES.values()), return_tensors="pt")
     with torch.no_grad():
         assert torch.equal(
             reopened(**inputs).logits_per_image, reference(**inputs).logits_per_image
@@ -112,7 +112,7 @@ def test_siglip2_saved_after_training_keeps_what_changed(tmp_path):
     model.save(tmp_path / "written", layout="reference")
     reopened = transformers.AutoModel.from_pretrained(tmp_path / "written").eval()
     reader = transformers.AutoProcessor.from_pretrained(tmp_path / "written")
-    inputs = reader(text=TEXTS, images=list(PICTURES.values()), return_tensors="pt")
+    inputs = reader(text=TEXTS, images=list(IMAGES.values()), return_tensors="pt")
     with torch.no_grad():
         theirs = reopened(**inputs)
     images, texts = embed(model)

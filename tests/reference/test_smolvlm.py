@@ -23,7 +23,7 @@ from tests.reference.tiny_smolvlm import (
     with_marks,
     write_folder,
 )
-from tests.tiny import picture
+from tests.tiny import image as one_image
 from vlm import cli
 from vlm.data.example import Example, Turn
 from vlm.families.decoder_only.batch import IMAGE, collate, collate_packed
@@ -55,7 +55,7 @@ def test_smolvlm_pixels_and_ids_match_reference(kind, settings, tmp_path):
     model, (_, processor) = vlm.load(tmp_path, "cpu"), reopened(tmp_path)
     shapes = set()
     for size_hw in SIZES.values():
-        image, prompt = picture(3, size_hw), "what is <image>? a cat"
+        image, prompt = one_image(3, size_hw), "what is <image>? a cat"
         row = model.processor.encode_literal([image], prompt)
         inputs = processor(images=[[image]], text=[prompt], return_tensors="pt")
         assert torch.equal(with_marks(row.ids, model), inputs["input_ids"][0])
@@ -162,7 +162,7 @@ def their_text(model, content):
 def test_smolvlm_prompt_matches_snapshot(folder):
     processor = vlm.load(folder, "cpu").processor
     row = processor.encode_prompt(
-        Example("r", (Turn("user", (None, "a <image>?")),), (picture(1, (40, 60)),))
+        Example("r", (Turn("user", (None, "a <image>?")),), (one_image(1, (40, 60)),))
     )
     text, run = "", 0
     for id in row.ids.tolist():
@@ -206,5 +206,5 @@ def test_smolvlm_is_listed_and_used_by_commands(folder, tmp_path, capsys):
     cli.main(["systems"])
     assert "smolvlm" in capsys.readouterr().out
     path = tmp_path / "a.png"
-    picture(1, (20, 40)).save(path)
+    one_image(1, (20, 40)).save(path)
     cli.main(["caption", str(path), "--model", str(folder), "--max-new-tokens", "3"])

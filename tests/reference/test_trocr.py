@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.reference.tiny_trocr import KINDS, TEXT, load, text_tokenizer, write_folder
-from tests.tiny import picture
+from tests.tiny import image as one_image
 from vlm import systems
 from vlm.data.example import caption_example
 from vlm.families.decoder_only.batch import collate
@@ -18,7 +18,7 @@ from vlm.systems import trocr
 from vlm.weights import WeightsError, same_bits
 
 TEXTS = ["a", "Hello, line!", "two words"]
-PICTURES = [picture(0, (12, 71)), picture(1, (40, 33)), picture(2, (20, 21))]
+IMAGES = [one_image(0, (12, 71)), one_image(1, (40, 33)), one_image(2, (20, 21))]
 
 
 SLOW = ("base", "printed", "beit")
@@ -48,23 +48,23 @@ def reference(folder, dtype=torch.float32):
     return model.eval()
 
 
-def pixels_of(folder, pictures=PICTURES):
-    """What transformers' own processor makes of the pictures."""
+def pixels_of(folder, images=IMAGES):
+    """What transformers' own processor makes of the images."""
     processor = transformers.AutoProcessor.from_pretrained(folder)
     assert type(processor).__name__ == "TrOCRProcessor"
-    return processor(images=list(pictures), return_tensors="pt").pixel_values
+    return processor(images=list(images), return_tensors="pt").pixel_values
 
 
-def batch_of(processor, texts=TEXTS, pictures=PICTURES):
+def batch_of(processor, texts=TEXTS, images=IMAGES):
     rows = [
         processor.encode(caption_example(f"r{i}", image, text, ""))
-        for i, (image, text) in enumerate(zip(pictures, texts))
+        for i, (image, text) in enumerate(zip(images, texts))
     ]
     return collate(rows, processor.pad_id)
 
 
-def views_of(processor, pictures=PICTURES):
-    rows = [processor.encode_picture(image) for image in pictures]
+def views_of(processor, images=IMAGES):
+    rows = [processor.encode_image(image) for image in images]
     return collate(rows, processor.pad_id).groups
 
 
@@ -78,7 +78,7 @@ def write(model, new=10, **options):
 
 @torch.no_grad()
 def test_trocr_logits_match_reference(folder):
-    """T18, T3: through the real processor, pictures that are not square, texts of unequal length;
+    """T18, T3: through the real processor, images that are not square, texts of unequal length;
     prefix tokens are attended to."""
     model, theirs = load(folder), reference(folder)
     batch = batch_of(model.processor)
@@ -183,7 +183,7 @@ def test_trocr_lines_of_other_widths_read_alone_as_in_a_batch(folder):
     """T3, T18: memories of unequal length are padded and masked."""
     model = load(folder).with_size((16, 96), fit="height", patch_px=8)
     processor = model.processor
-    rows = [processor.encode_picture(image) for image in PICTURES]
+    rows = [processor.encode_image(image) for image in IMAGES]
     groups = collate(rows, 1).groups
     assert len(groups) > 1
     ends = processor.start_ids, model.end_ids, 1, 8

@@ -4,7 +4,7 @@ import torch
 import transformers
 from tokenizers import processors
 
-from tests.tiny import picture
+from tests.tiny import image
 from vlm.data.example import Example, Turn
 from vlm.families.decoder_only.batch import IMAGE, collate
 
@@ -109,8 +109,8 @@ SIZES = {
     "one view": (32, 32),
 }
 ROWS = [
-    ([picture(1, SIZES["portrait"])], (None, "what is it?"), "a cat"),
-    ([picture(2, SIZES["landscape"]), picture(3, SIZES["small"])],
+    ([image(1, SIZES["portrait"])], (None, "what is it?"), "a cat"),
+    ([image(2, SIZES["landscape"]), image(3, SIZES["small"])],
      (None, None, "is it a cat or a dog?"), "two dogs, a cat"),
     ([], ("what is a cat?",), "it"),
 ]  # fmt: skip
@@ -131,12 +131,12 @@ def examples(answers=True):
 def their_inputs(processor, rows=ROWS, answers=False, padding_side="left"):
     """transformers' inputs of rows, answers and their ends included or asked for."""
     texts, images = [], []
-    for pictures, content, answer in rows:
+    for image_list, content, answer in rows:
         parts = [{"type": "image"} if p is None else {"type": "text", "text": p} for p in content]
         messages = [{"role": "user", "content": parts}]
         text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         texts.append(f"{text} {answer}</s>" if answers else text)
-        images += pictures
+        images += image_list
     return processor(
         text=texts, images=images or None, return_tensors="pt", padding=True,
         padding_side=padding_side,

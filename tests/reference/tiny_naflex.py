@@ -1,4 +1,4 @@
-"""Pictures of any shape, and a tiny SigLIP 2 of native resolution."""
+"""Images of any shape, and a tiny SigLIP 2 of native resolution."""
 
 import numpy as np
 import skimage.data
@@ -14,7 +14,7 @@ TINY = {
 }
 
 
-def pictures() -> dict[str, Image.Image]:
+def images() -> dict[str, Image.Image]:
     coffee, cat = skimage.data.coffee(), skimage.data.chelsea()
     arrays = {
         "wide": coffee,
@@ -28,4 +28,4 @@ def pictures() -> dict[str, Image.Image]:
     return {name: Image.fromarray(array) for name, array in arrays.items()}
 
 
-PICTURES = pictures()
+IMAGES = images()

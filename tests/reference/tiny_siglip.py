@@ -25,7 +25,7 @@ def siglip_tokenizer(folder, length):
 
 
 def gemma_tokenizer(folder, length):
-    """SigLIP 2's, as its fixed-size folders have it: an end token, pads behind, capitals stay."""
+    """SigLIP 2's, as its fixed-size folders have it: an end token, pads after, capitals stay."""
     names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁"]
     names += [chr(c) for c in range(33, 127)] + [f"<0x{byte:02X}>" for byte in range(256)]
     return transformers.GemmaTokenizer(

@@ -6,7 +6,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 from transformers.models.smolvlm import processing_smolvlm
 
-from tests.tiny import picture
+from tests.tiny import image
 from vlm.data.example import Example, Turn
 from vlm.families.decoder_only.batch import IMAGE, collate
 
@@ -111,8 +111,8 @@ SIZES = {
     "square": (64, 64),
 }
 ROWS = [
-    ([picture(1, SIZES["portrait"])], (None, "what is it?"), "a cat"),
-    ([picture(2, SIZES["landscape"]), picture(3, SIZES["small"])],
+    ([image(1, SIZES["portrait"])], (None, "what is it?"), "a cat"),
+    ([image(2, SIZES["landscape"]), image(3, SIZES["small"])],
      ("what is ", None, "and", None, "?"), "two dogs, a cat"),
     ([], ("what is a cat?",), "it"),
 ]  # fmt: skip
@@ -134,7 +134,7 @@ def their_inputs(processor, rows=ROWS, answers=False, padding_side="left"):
     """transformers' inputs of rows, answers included or asked for. Its processor takes no batch in
     which a row has no image beside rows that have some; then pixels are those of the others."""
     texts, images = [], []
-    for pictures, content, answer in rows:
+    for image_list, content, answer in rows:
         parts = [{"type": "image"} if p is None else {"type": "text", "text": p} for p in content]
         messages = [{"role": "user", "content": parts}]
         if answers:
@@ -144,7 +144,7 @@ def their_inputs(processor, rows=ROWS, answers=False, padding_side="left"):
             messages, tokenize=False, add_generation_prompt=not answers
         )
         texts.append(text.removesuffix("\n"))
-        images.append(pictures)
+        images.append(image_list)
     return processor(
         text=texts, images=images if any(images) else None, add_special_tokens=False,
         return_tensors="pt", padding=True, padding_side=padding_side,

@@ -33,7 +33,7 @@ KINDS = {
 
 
 def text_tokenizer(**special):
-    """Bytes behind TrOCR's four special tokens; its own calls put <s> and </s> around a text."""
+    """Bytes after TrOCR's four special tokens; its own calls put <s> and </s> around a text."""
     names = ["<s>", "<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     core = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

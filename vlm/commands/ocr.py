@@ -29,14 +29,14 @@ PAGES_AT_ONCE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Ocr:
-    """Read the text of pictures and PDFs, line by line in reading order."""
+    """Read the text of images and PDFs, line by line in reading order."""
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name="images")]
-    """Picture and PDF files."""
+    """Image and PDF files."""
     model: str = "line-reader"
     """The reader: the one that comes with the package, a run folder, a model folder or a hub id."""
     layout: Literal["auto", "line", "page"] = "auto"
-    """page finds the lines; line takes each picture as one; auto decides by what is on it. Models
+    """page finds the lines; line takes each image as one; auto decides by what is on it. Models
     of whole pages (Donut, PaliGemma) are shown the page."""
     prompt: str | None = None
     """What a model of whole pages is asked, literally; by default what it was trained on."""
@@ -48,12 +48,12 @@ class Ocr:
     grow as pages are read; in a folder a file ends in .new until it is whole."""
     bad_pages: Literal["raise", "skip"] = "raise"
     """Files and pages that cannot be read: stop and name them, those that are missing or neither
-    picture nor PDF before any is read; or leave them out, and name them at the end."""
+    image nor PDF before any is read; or skip them, and name them at the end."""
     draw: Path | None = None
     """Draw lines, their confidences and texts into this PNG file; of several pages into files with
     -1, -2 and so on before .png."""
     min_confidence: float = 0.0
-    """Lines below it are left out, and counted; 0 to 1."""
+    """Lines below it are skipped, and counted; 0 to 1."""
     num_beams: int = 1
     """Beams of the search; 1 is greedy."""
     batch_size: int = 16
@@ -96,7 +96,7 @@ class Ocr:
                 output.finish()
         if unsure:
             print(
-                f"{unsure} lines of a confidence below {self.min_confidence:g} left out",
+                f"{unsure} lines of a confidence below {self.min_confidence:g} skipped",
                 file=sys.stderr,
             )
         if left_out and not skip:
@@ -108,7 +108,7 @@ class Ocr:
             raise ValueError(_together(left_out, len(left_out)))
         if left_out:
             print(
-                f"{len(left_out)} files or pages left out:", *left_out, sep="\n  ", file=sys.stderr
+                f"{len(left_out)} files or pages skipped:", *left_out, sep="\n  ", file=sys.stderr
             )
 
     def _readings(
@@ -150,7 +150,7 @@ class Ocr:
     def _check(self) -> None:
         """Raises ValueError for options that cannot be."""
         if not self.files:
-            raise ValueError("name at least one picture or PDF")
+            raise ValueError("name at least one image or PDF")
         require_least(self, num_beams=1, batch_size=1, dpi=1)
         if not 0 <= self.min_confidence <= 1:
             raise ValueError(f"--min-confidence: expected 0 to 1, found {self.min_confidence}")
@@ -177,7 +177,7 @@ class Ocr:
                 "the family line_reader, encoder_decoder or prefix_decoder"
             )
         if reads == "pages" and self.layout == "line":
-            raise ValueError(f"--layout line: {self.model} reads a picture as a whole")
+            raise ValueError(f"--layout line: {self.model} reads an image as a whole")
         if reads == "lines" and self.prompt is not None:
             raise ValueError(f"--prompt: {self.model} reads lines, and is asked nothing")
 

@@ -155,7 +155,7 @@ class MakePlan:
         )
         console.print(
             f"memory by the heaviest and time by all of some {self.rows} rows of the run; reading "
-            "data, evaluations and checkpoints left out",
+            "data, evaluations and checkpoints skipped",
             style="dim",
         )
 

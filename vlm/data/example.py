@@ -23,7 +23,7 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A row that was left out, and why; the trainer counts these and reports them."""
+    """A row that was skipped, and why; the trainer counts these and reports them."""
 
     name: str
     reason: str
@@ -31,7 +31,7 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """A picture not yet decoded.
+    """An image not yet decoded.
 
     data: encoded bytes (PNG, JPEG, ...), or the path of a file. Models take a decoded image too,
         for its name's sake.
@@ -74,7 +74,7 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """The text alone, places of images and boxes left out."""
+        """The text alone, places of images and boxes skipped."""
         return "".join(part for part in self.content if isinstance(part, str))
 
     @property

@@ -51,7 +51,7 @@ class Settings:
     rows: int | None = None
     """How many rows, spread evenly over the data; None takes all."""
     ignore_keys: tuple[str, ...] = ()
-    """Keys of rows that are left out although they change what a row means."""
+    """Keys of rows that are skipped although they change what a row means."""
     precision: Precision = "auto"
     """auto keeps the model's own where the device is fast in it, else takes fp32."""
     threads: int | None = None

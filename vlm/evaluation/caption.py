@@ -205,7 +205,7 @@ class CaptionEvaluation(base.Evaluation[Settings]):
         columns = {"model": result["metrics"]}
         if "baseline" in result:
             columns["nearest neighbour"] = result["baseline"]["metrics"]
-        images = result["metrics"]["pictures"]
+        images = result["metrics"]["images"]
         table = Table("metric", *columns, title=f"{images} images of {result['data']}")
         for name, what in (
             ("exact match", "exact_match"), ("CIDEr-D", "cider_d"), ("BLEU-4", "bleu_4"),

@@ -11,7 +11,7 @@ from vlm.data.sources import ClipBenchmark
 from vlm.data.sources.base import Source
 from vlm.families.contrastive.model import same_labels
 from vlm.families.contrastive.processor import PairProcessor
-from vlm.retrieval.embed_rows import only_picture
+from vlm.retrieval.embed_rows import only_image
 
 
 class Classes(NamedTuple):
@@ -70,7 +70,7 @@ def read_classes(path: Path | None, source: Source) -> Classes | None:
         for line in read_lines(path, "class names"):
             label, tab, name = line.partition("\t")
             if tab and not name.strip():
-                raise ValueError(f"{path}:{len(pairs) + 1}: expected a name behind {label!r}")
+                raise ValueError(f"{path}:{len(pairs) + 1}: expected a name after {label!r}")
             pairs.append((label.strip(), name.strip() if tab else label.strip()))
     elif source.classes is not None:
         where, pairs = source.name, [(name, name) for name in source.classes]
@@ -113,7 +113,7 @@ def told_apart(
 def read_label(classes: Classes | None, example: Example) -> str:
     """What a row says that its class is. Raises BadRow where it says nothing, or has not exactly
     one image, and for none of the classes, where there is a list of them."""
-    only_picture(example)
+    only_image(example)
     answers = [turn.text.strip() for turn in example.turns if turn.role == "assistant"]
     if len(answers) != 1 or not answers[0]:
         found = f"{len(answers)} texts" if len(answers) != 1 else "an empty text"

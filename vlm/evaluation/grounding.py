@@ -9,7 +9,7 @@ takes all boxes. With `--ask present` only what is on an image is asked for, so 
 something that is not there cannot count against a model: such metrics stand apart from a
 detector's, which `--ask all` asks for (COCO files only).
 
-In --out: result.json, predictions.jsonl (every image) and pictures.png (some, with their boxes).
+In --out: result.json, predictions.jsonl (every image) and images.png (some, with their boxes).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Settings(base.Settings):
     """Images, and phrases, at once."""
     out: Path | None = None
     """Folder for the results; None: `grounding` in the run."""
-    pictures: int = 16
+    images: int = 16
     """How many images are drawn."""
 
 
@@ -75,7 +75,7 @@ class GroundingEvaluation(base.Evaluation[Settings]):
     task = "grounding"
     settings_type = Settings
     ability = "ground"
-    least: ClassVar = {"batch_size": 1, "max_new_tokens": 1, "pictures": 0}
+    least: ClassVar = {"batch_size": 1, "max_new_tokens": 1, "images": 0}
     libraries = ("pycocotools",)
 
     def check(self) -> None:
@@ -99,7 +99,7 @@ class GroundingEvaluation(base.Evaluation[Settings]):
 
     @property
     def files(self) -> tuple[str, ...]:
-        return "predictions.jsonl", *["pictures.png"][: self.settings.pictures]
+        return "predictions.jsonl", *["images.png"][: self.settings.images]
 
     def open(self, say: Callable[..., None]) -> None:
         settings = self.settings
@@ -131,7 +131,7 @@ class GroundingEvaluation(base.Evaluation[Settings]):
                 found.append((place, Skipped(name, "no boxes")))
         answers = find(
             model,
-            [record.pop("picture") for record in records],
+            [record.pop("opened") for record in records],
             [record["phrases"] for record in records],
             self.batch,
             prompt=settings.prompt,
@@ -172,7 +172,7 @@ class GroundingEvaluation(base.Evaluation[Settings]):
         asked = "labels on the image" if self.settings.ask == "present" else "all labels"
         for key in ("AP", "AP50", "AP75"):
             table.add_row(f"{key} (asked: {asked})", f"{values[key]:.3f}")
-        table.add_row("images", str(values["pictures"]))
+        table.add_row("images", str(values["images"]))
         phrases, boxes = ("phrases_asked", "phrases_present"), ("predicted_boxes", "true_boxes")
         table.add_row("phrases asked / present", " / ".join(str(values[key]) for key in phrases))
         table.add_row("boxes predicted / true", " / ".join(str(values[key]) for key in boxes))
@@ -184,10 +184,10 @@ class GroundingEvaluation(base.Evaluation[Settings]):
     def write(self, predictions: list[dict[str, Any]]) -> None:
         lines = (json.dumps(record, ensure_ascii=False) for record in predictions)
         (self.out / "predictions.jsonl").write_text("".join(f"{line}\n" for line in lines))
-        shown = predictions[: self.settings.pictures]
+        shown = predictions[: self.settings.images]
         if shown:
             drawings = [self._draw(record) for record in shown]
-            draw_page(drawings, [record["name"] for record in shown], self.out / "pictures.png")
+            draw_page(drawings, [record["name"] for record in shown], self.out / "images.png")
 
     def _draw(self, record: dict[str, Any]) -> Any:
         """An image with its predicted and true boxes."""
@@ -208,12 +208,12 @@ def images_of(source: Source, row: int, at: int, ask: str) -> list[dict[str, Any
     Raises BadRow where a box cannot be one of its image.
     """
     example = source[row]
-    pictures = [open_image(picture) for picture in example.images]
-    sizes_hw = [(picture.height, picture.width) for picture in pictures]
+    images = [open_image(one_image) for one_image in example.images]
+    sizes_hw = [(one_image.height, one_image.width) for one_image in images]
     boxes = check_boxes(example.boxes, sizes_hw, example.name)
     crowds = source.crowds(row) if isinstance(source, CocoSource) else ()
     records = []
-    for image, picture in enumerate(pictures):
+    for image, one_image in enumerate(images):
         true = [box for box in boxes if box.image == image]
         if true:
             present = dict.fromkeys(box.label for box in true)
@@ -223,7 +223,7 @@ def images_of(source: Source, row: int, at: int, ask: str) -> list[dict[str, Any
                     "row": row,
                     "name": example.name,
                     "image": image,
-                    "picture": picture,
+                    "opened": one_image,
                     "phrases": list(source.labels if ask == "all" else present),
                     "true": [(box.label, box.xyxy_px) for box in true],
                     "crowds": [(box.label, box.xyxy_px) for box in crowds],
@@ -268,7 +268,7 @@ def box_metrics(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "accuracy": wilson(int(found.sum()), len(found))._asdict(),
         "accuracy_of_one_true_box": wilson(sum(single), len(single))._asdict() if single else None,
         **precision,
-        "pictures": len(records),
+        "images": len(records),
         "phrases_asked": len(answers),
         "phrases_present": len(asked),
         "phrases_with_one_true_box": len(single),

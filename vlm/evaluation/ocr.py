@@ -253,7 +253,7 @@ class OcrEvaluation(base.Evaluation[Settings]):
 
 
 def groups_of(lines: Sequence[Seen], sources: Sequence[Source]) -> dict[str, list[str]]:
-    """By what lines are told apart, and the group of each; what sets none apart is left out."""
+    """By what lines are told apart, and the group of each; what sets none apart is skipped."""
     kinds = {True: "handwriting", False: "printed", None: "not said"}
     groups = {
         "data": [sources[line.data].name for line in lines],

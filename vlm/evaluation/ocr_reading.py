@@ -23,7 +23,7 @@ from vlm.evaluation.ocr_peers import Reader, Said
 from vlm.ocr.results import Reading, Transcript, words_of
 from vlm.pixels import BadImage, open_image
 from vlm.ranks import batches_of_rank, gather_in_order, gather_list
-from vlm.retrieval.embed_rows import only_picture
+from vlm.retrieval.embed_rows import only_image
 
 UNIT = 128
 """Lines that are read at once."""
@@ -36,7 +36,7 @@ class Seen:
     """A line and what was read of it.
 
     data: which of the sources, row: its row there. hand: whether it is handwriting, None where the
-    source does not say; font, and wear (what the picture suffers from), "" likewise. said: by
+    source does not say; font, and wear (what the image suffers from), "" likewise. said: by
     reader.
     """
 
@@ -53,7 +53,7 @@ class Seen:
 class Model:
     """What `vlm.load` gives, as a reader: `read_lines` of models of lines, else `ocr`.
 
-    page: pictures are whole pages; a model of lines then finds their lines.
+    page: images are whole pages; a model of lines then finds their lines.
     Raises ValueError for a model that does not read.
     """
 
@@ -76,8 +76,8 @@ class Model:
             "cores": torch.get_num_threads(),
         }
 
-    def prepare(self, pictures: Sequence[Image.Image]) -> list[Image.Image]:
-        return list(pictures)
+    def prepare(self, images: Sequence[Image.Image]) -> list[Image.Image]:
+        return list(images)
 
     def read(self, prepared: Sequence[Image.Image], way: str) -> list[Said]:
         of_lines = hasattr(self.model, "read_lines")
@@ -94,8 +94,8 @@ def _read(reading: Reading) -> Said:
     return Said(reading.text, sure, tuple((w.text, w.confidence) for w in reading.words))
 
 
-def _transcribed(transcript: Transcript, picture: Image.Image) -> Said:
-    W, H = picture.size
+def _transcribed(transcript: Transcript, image: Image.Image) -> Said:
+    W, H = image.size
     corners = ((0, 0), (W, 0), (W, H), (0, H))
     words = words_of(transcript.tokens, (0, 0, W, H), corners)
     return Said(
@@ -115,7 +115,7 @@ class Timing:
 
 
 def look(source: Source, data: int, row: int, page: bool) -> tuple[Seen, Image.Image]:
-    """A row's line, still to be read, and its picture. Raises BadRow or BadImage."""
+    """A row's line, still to be read, and its image. Raises BadRow or BadImage."""
     example = source[row]
     if not example.answer.strip():
         raise BadRow(f"{example.name}: expected a text, found none")
@@ -127,7 +127,7 @@ def look(source: Source, data: int, row: int, page: bool) -> tuple[Seen, Image.I
         seen.wear = source.wear_of(row)
     if hasattr(source, "hand_of"):
         seen.hand = source.hand_of(row)
-    return seen, open_image(only_picture(example))
+    return seen, open_image(only_image(example))
 
 
 def read_all(
@@ -151,11 +151,11 @@ def read_all(
     clock = {reader.name: {way: Timing() for way in reader.ways} for reader in readers}
     warm = False
     for unit in batches_of_rank(accelerator, len(rows), UNIT, "reading"):
-        found, pictures = [], []
+        found, images = [], []
         for place in unit:
             data, row = rows[place]
             try:
-                line, picture = look(sources[data], data, row, page)
+                line, image = look(sources[data], data, row, page)
             except (BadRow, BadImage) as error:
                 if bad_rows == "raise":
                     raise
@@ -164,14 +164,14 @@ def read_all(
                 skipped.append((place, Skipped(name, reason)))
                 continue
             found.append((place, line))
-            pictures.append(picture)
+            images.append(image)
         if not found:
             continue
         for reader in readers:
             if not warm:
                 for way in reader.ways:
-                    reader.read(reader.prepare(pictures[:WARM_UP]), way)
-            for (_, line), said in zip(found, _timed(reader, pictures, clock, repeats)):
+                    reader.read(reader.prepare(images[:WARM_UP]), way)
+            for (_, line), said in zip(found, _timed(reader, images, clock, repeats)):
                 line.said[reader.name] = said
         warm = True
         seen += found
@@ -183,10 +183,10 @@ def read_all(
 
 
 def _timed(
-    reader: Reader, pictures: list[Image.Image], clock: dict[str, dict[str, Timing]], repeats: int
+    reader: Reader, images: list[Image.Image], clock: dict[str, dict[str, Timing]], repeats: int
 ) -> list[Said]:
-    """What the reader says of a unit's pictures, each way timed as often as is asked for."""
-    prepared, first = reader.prepare(pictures), None
+    """What the reader says of a unit's images, each way timed as often as is asked for."""
+    prepared, first = reader.prepare(images), None
     for way in reader.ways:
         timing, times, said = clock[reader.name][way], [], None
         for _ in range(repeats):
@@ -200,7 +200,7 @@ def _timed(
             continue
         first = first or said
         timing.seconds += statistics.median(times)
-        timing.lines += len(pictures)
+        timing.lines += len(images)
         timing.other += sum(a.text != b.text for a, b in zip(first, said))
     return first
 

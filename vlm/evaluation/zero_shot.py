@@ -46,9 +46,9 @@ from vlm.families.decoder_only.generate import evaluating
 from vlm.metrics.classification import classification
 from vlm.ranks import reduce_sum
 from vlm.retrieval.embed_rows import (
-    Pictures,
+    Images,
     Reading,
-    embed_pictures,
+    embed_images,
     embed_texts,
 )
 
@@ -115,12 +115,12 @@ class ZeroShotEvaluation(base.Evaluation[Settings]):
         same_names = self.settings.same_names
         return told_apart(model.processor, self.classes, self.templates, same_names)
 
-    def predict_all(self, model: ContrastiveModel, accelerator: Accelerator) -> Pictures:
+    def predict_all(self, model: ContrastiveModel, accelerator: Accelerator) -> Images:
         """The vectors of all images and of all classes, on every rank."""
         options = self.settings
         read = partial(read_label, self.classes)
         reading = Reading(batch=options.batch, workers=options.workers, bad_rows=options.bad_rows)
-        found = embed_pictures(model, self.source, self.rows, accelerator, reading, read)
+        found = embed_images(model, self.source, self.rows, accelerator, reading, read)
         self.skipped = [row for _, row in found.skipped]
         self.require_some(found.beside)
         if self.classes is None:
@@ -138,7 +138,7 @@ class ZeroShotEvaluation(base.Evaluation[Settings]):
         return found
 
     def score(
-        self, model: ContrastiveModel, predictions: Pictures, accelerator: Accelerator
+        self, model: ContrastiveModel, predictions: Images, accelerator: Accelerator
     ) -> dict[str, Any]:
         names, stands = self.names, self.stands
         number = {name: i for i, name in enumerate(names)}
@@ -207,7 +207,7 @@ class ZeroShotEvaluation(base.Evaluation[Settings]):
                 f"{result['tokens_cut']} tokens were cut"
             )
 
-    def write(self, predictions: Pictures) -> None:
+    def write(self, predictions: Images) -> None:
         title = f"{self.settings.model} on {self.source.name}"
         draw_reliability(self.calibration, title, self.out / "reliability.png")
 

@@ -56,7 +56,7 @@ class TextReader(Model):
         images: paths, bytes, PIL images or arrays; any iterable, from which they are taken as they
             are needed. layout: "line" takes each image as one line, "page" finds its lines, "auto"
             decides for each.
-        min_confidence: lines that are less sure are left out, with a warning that counts them.
+        min_confidence: lines that are less sure are skipped, with a warning that counts them.
         stream: gives an iterator that yields each reading as soon as it is there, before further
             images are opened, so that any number of pages is read in bounded memory.
         options: those of `read_lines`.
@@ -72,25 +72,25 @@ class TextReader(Model):
         return readings if stream else list(readings)
 
     def read_lines(
-        self, pictures: Sequence, batch_size: int = 32, num_beams: int = 1, **options
+        self, images: Sequence, batch_size: int = 32, num_beams: int = 1, **options
     ) -> list[Transcript]:
-        """What is written in each picture of a single line.
+        """What is written in each image of a single line.
 
         num_beams: 1 takes the likeliest character or token each time; more search among texts.
-        A blank picture has the text "", and as confidence that nothing stands there.
+        A blank image has the text "", and as confidence that nothing stands there.
         Raises ValueError for an option that reading does not have.
         """
-        require_list(pictures)
+        require_list(images)
         self._require_known(options)
         if batch_size < 1 or num_beams < 1:
             raise ValueError(
                 f"batch_size and num_beams must be at least 1, found {batch_size}, {num_beams}"
             )
-        done: list[Transcript | None] = [None] * len(pictures)
-        bar = tqdm(total=len(pictures), desc="lines", disable=len(pictures) <= 256, leave=False)
+        done: list[Transcript | None] = [None] * len(images)
+        bar = tqdm(total=len(images), desc="lines", disable=len(images) <= 256, leave=False)
         with evaluating(self.module), torch.inference_mode(), bar:
-            for first in range(0, len(pictures), WINDOW * batch_size):
-                part = pictures[first : first + WINDOW * batch_size]
+            for first in range(0, len(images), WINDOW * batch_size):
+                part = images[first : first + WINDOW * batch_size]
                 rows = [self._encode(p, name_of(p, first + i)) for i, p in enumerate(part)]
                 for group in _groups([_width(row) for row in rows], batch_size):
                     read = self._read([rows[i] for i in group], num_beams, **options)
@@ -99,24 +99,24 @@ class TextReader(Model):
                     bar.update(len(group))
         return done
 
-    def fit_temperatures(self, pictures: Sequence, truths: Sequence[str]) -> Temperatures:
-        """Makes confidences honest, by lines that it has not learned from; they are kept, and saved
+    def fit_temperatures(self, images: Sequence, truths: Sequence[str]) -> Temperatures:
+        """Calibrates confidences, by lines that it has not learned from; they are kept, and saved
         with the model in our own layout. The order of confidences never changes.
 
-        truths: what stands on each picture; compared in NFC, white space joined. Where all lines,
+        truths: what stands on each image; compared in NFC, white space joined. Where all lines,
         or all tokens, are right (or all wrong), theirs stay as they were.
         Raises ValueError where there are more of one than of the other.
         """
         from vlm.metrics.text import normalise, pieces_right  # of the extra ocr
 
-        if len(pictures) != len(truths):
+        if len(images) != len(truths):
             raise ValueError(
-                f"expected a truth for each picture, found {len(pictures)} pictures and "
+                f"expected a truth for each image, found {len(images)} images and "
                 f"{len(truths)} truths"
             )
         before, self.temperatures = self.temperatures, UNFITTED
         try:
-            read = self.read_lines(pictures)
+            read = self.read_lines(images)
         except BaseException:
             self.temperatures = before
             raise
@@ -142,8 +142,8 @@ class TextReader(Model):
                 f"{', '.join(unknown)}"
             )
 
-    def _encode(self, picture, name: str) -> LineRow | Row:
-        """A picture as what is read."""
+    def _encode(self, image, name: str) -> LineRow | Row:
+        """An image as what is read."""
         raise NotImplementedError
 
     def _read(self, rows: Sequence, num_beams: int, **options) -> list[Transcript]:
@@ -173,6 +173,6 @@ def _width(row: LineRow | Row) -> int:
     return pixel_hw(row.views[0][0])[1]
 
 
-def name_of(picture, index: int) -> str:
-    """What messages call a picture."""
-    return str(picture) if isinstance(picture, (str, Path)) else f"line {index}"
+def name_of(image, index: int) -> str:
+    """What messages call an image."""
+    return str(image) if isinstance(image, (str, Path)) else f"line {index}"

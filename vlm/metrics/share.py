@@ -20,7 +20,7 @@ class Interval(NamedTuple):
 def wilson(hits: float, count: int, z: float = 1.959964) -> Interval:
     """The share of hits with Wilson's score interval, by default at 95 %; honest at 0 and 1 too.
 
-    Draws are taken as independent, which phrases of one picture are not quite. hits need not be
+    Draws are taken as independent, which phrases of one image are not quite. hits need not be
     whole: a share of another count may be stated for as many draws as are independent.
     Source: Wilson 1927, "Probable inference"; count at least 1.
 

@@ -116,7 +116,7 @@ def anls(pairs: Sequence[Pair]) -> np.ndarray:
     space between words, do not count.
     Source: Biten et al. 2019 (ST-VQA), equation 1, and Mathew et al. 2021 (DocVQA). At exactly 0.5
     the similarity counts, as in the evaluation code of the Robust Reading Competition; the equation
-    leaves it out.
+    skips it.
     Raises ValueError for no pairs, or a question without references, naming it by its place.
     """
     _check(pairs)

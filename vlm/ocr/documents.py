@@ -63,7 +63,7 @@ def open_pages(
             with Pdf(path, dpi, password) as pdf:
                 for index in range(len(pdf)):
                     try:
-                        yield Page(path, pdf.name(index), pdf.picture(index))
+                        yield Page(path, pdf.name(index), pdf.image(index))
                     except BadPdf as error:
                         faults.append(str(error))
                         if not skip:

@@ -1,7 +1,7 @@
-"""Pictures of pages or of single lines in, readings out, by any model that reads lines.
+"""Images of pages or of single lines in, readings out, by any model that reads lines.
 
-The lines of several pictures are read together, so that batches are full; of how many, so that
-neither the number of pictures nor their size fills the memory, `read_each` decides.
+The lines of several images are read together, so that batches are full; of how many, so that
+neither the number of images nor their size fills the memory, `read_each` decides.
 Columns are read from left to right, whatever way a script runs; texts are in logical order (see
 `vlm.ocr.results`).
 """
@@ -24,33 +24,33 @@ from vlm.ocr.streaming import batches, check_images, filter_by_confidence, open_
 
 Layout = Literal["auto", "line", "page"]
 LINE_SHAPE = 2.0
-"""How many times as wide as high a picture is that may be one line."""
+"""How many times as wide as high an image is that may be one line."""
 FILLED = 0.4
-"""The share of a picture's height that its one line fills at least for it to be a line's own."""
+"""The share of an image's height that its one line fills at least for it to be a line's own."""
 BLANK_SPREAD = 6.0
-"""Grey levels between the darkest and the lightest pixels (1 in 1,000 left out) of a blank one."""
+"""Grey levels between the darkest and the lightest pixels (1 in 1,000 skipped) of a blank one."""
 SURELY_LINE = 6.0
-"""How many times as wide as high a picture is that holds no page of lines."""
+"""How many times as wide as high an image is that holds no page of lines."""
 WINDOW = 16
 """Batches of lines that are read together, at least, where there are as many."""
 WINDOW_PIXELS = 64_000_000
-"""Pixels of the pictures that are held together, at most, a single larger one left out of account:
+"""Pixels of the images that are held together, at most, a single larger one not counted:
 about 16 pages of 200 dots to the inch."""
 
 
 class LineReader(Protocol):
-    """What reads lines: one transcript a picture, in their order."""
+    """What reads lines: one transcript an image, in their order."""
 
     def read_lines(
-        self, pictures: list[Image.Image], batch_size: int, **options
+        self, images: list[Image.Image], batch_size: int, **options
     ) -> list[Transcript]: ...
 
 
 class _Cut(NamedTuple):
-    """One line to be read. margin: of the line's height, around it on its picture. whole: whether
-    the line is the whole picture, so that it stays even where nothing is read on it."""
+    """One line to be read. margin: of the line's height, around it on its image. whole: whether
+    the line is the whole image, so that it stays even where nothing is read on it."""
 
-    picture: Image.Image
+    image: Image.Image
     corners_px: Corners
     margin: float
     whole: bool
@@ -96,12 +96,12 @@ def read_each(
         as wide as high. "auto" takes an image as one line where at most one row of text is found
         on it and it has a line's shape, or where that row fills it; else it reads the lines that
         are found.
-    min_confidence: lines below it are left out, with a warning that names the image and says
+    min_confidence: lines below it are skipped, with a warning that names the image and says
         how many.
     options: for `reader.read_lines`.
 
     An image on which no line is found, a blank one among them, gives a Reading without lines,
-    except with "line". Found lines on which the model reads nothing are left out. Text turned by 90
+    except with "line". Found lines on which the model reads nothing are skipped. Text turned by 90
     degrees, alone or on a whole page, is read in both directions beside the upright way, and the
     way of the highest confidence is kept; corners then begin at the text's own top left. Letters
     stacked upright on each other are read as lines of one letter.
@@ -148,7 +148,7 @@ def _read(
     """What is read on pages, their lines read together."""
     cuts = [one for plan in plans for way in plan.ways for one in way]
     transcripts = iter(
-        reader.read_lines([one.picture for one in cuts], batch_size=batch_size, **options)
+        reader.read_lines([one.image for one in cuts], batch_size=batch_size, **options)
         if cuts
         else ()
     )
@@ -170,52 +170,52 @@ def _trust(reading: Reading) -> float:
     return reading.confidence if reading.text.strip() else -1.0
 
 
-def _ways(picture: Image.Image, layout: Layout, name: str) -> list[list[_Cut]]:
-    """The ways in which a picture may be read, each as its lines in order; mostly one."""
+def _ways(image: Image.Image, layout: Layout, name: str) -> list[list[_Cut]]:
+    """The ways in which an image may be read, each as its lines in order; mostly one."""
     if layout == "line":
-        long = picture.width >= SURELY_LINE * picture.height  # and lines need not be looked for
-        rows = 1 if long else _rows(find_lines(picture))
+        long = image.width >= SURELY_LINE * image.height  # and lines need not be looked for
+        rows = 1 if long else _rows(find_lines(image))
         if rows > 1:
             warnings.warn(
                 f"{name}: {rows} lines of text are found, and it is read as one: a full page given "
                 'to a line model; layout "page" reads its lines',
                 stacklevel=3,
             )
-        return [[_whole(picture)]]
-    upright = _way(picture, layout)
-    if (not upright and _is_blank(picture)) or not runs_sideways(picture):
+        return [[_whole(image)]]
+    upright = _way(image, layout)
+    if (not upright and _is_blank(image)) or not runs_sideways(image):
         return [upright]
     ways = [upright]
     for turn in (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270):
-        turned = _way(picture.transpose(turn), layout)
-        back = [tuple(_turned_back(corner, turn, picture.size) for corner in one.corners_px)
+        turned = _way(image.transpose(turn), layout)
+        back = [tuple(_turned_back(corner, turn, image.size) for corner in one.corners_px)
                 for one in turned]  # fmt: skip
         ways.append([one._replace(corners_px=corners) for one, corners in zip(turned, back)])
     return ways
 
 
-def _way(picture: Image.Image, layout: Layout) -> list[_Cut]:
-    """A picture's lines in order, as it stands."""
-    found = find_lines(picture)
-    if layout == "auto" and _is_line(picture, found):
-        return [] if not found and _is_blank(picture) else [_whole(picture)]
-    return [_Cut(cut(picture, one), one.corners_px, MARGIN, False) for one in order(found)]
+def _way(image: Image.Image, layout: Layout) -> list[_Cut]:
+    """An image's lines in order, as it stands."""
+    found = find_lines(image)
+    if layout == "auto" and _is_line(image, found):
+        return [] if not found and _is_blank(image) else [_whole(image)]
+    return [_Cut(cut(image, one), one.corners_px, MARGIN, False) for one in order(found)]
 
 
-def _whole(picture: Image.Image) -> _Cut:
-    width, height = picture.size
+def _whole(image: Image.Image) -> _Cut:
+    width, height = image.size
     corners = ((0.0, 0.0), (float(width), 0.0), (float(width), float(height)), (0.0, float(height)))
-    return _Cut(picture, corners, 0.0, True)
+    return _Cut(image, corners, 0.0, True)
 
 
-def _is_line(picture: Image.Image, found: Sequence[Found]) -> bool:
-    """Whether a picture shows one line and little else."""
+def _is_line(image: Image.Image, found: Sequence[Found]) -> bool:
+    """Whether an image shows one line and little else."""
     if _rows(found) > 1:
         return False
     if not found:
-        return picture.width >= LINE_SHAPE * picture.height
+        return image.width >= LINE_SHAPE * image.height
     tops, bottoms = zip(*((one.xyxy_px[1], one.xyxy_px[3]) for one in found))
-    return max(bottoms) - min(tops) >= FILLED * picture.height
+    return max(bottoms) - min(tops) >= FILLED * image.height
 
 
 def _rows(found: Sequence[Found]) -> int:
@@ -228,8 +228,8 @@ def _rows(found: Sequence[Found]) -> int:
     return len(ends)
 
 
-def _is_blank(picture: Image.Image) -> bool:
-    grey = np.asarray(picture.convert("L"))
+def _is_blank(image: Image.Image) -> bool:
+    grey = np.asarray(image.convert("L"))
     low, high = np.percentile(grey, (0.1, 99.9))
     return high - low < BLANK_SPREAD
 
@@ -237,7 +237,7 @@ def _is_blank(picture: Image.Image) -> bool:
 def _turned_back(
     corner: tuple[float, float], turn: Image.Transpose, size: tuple[int, int]
 ) -> tuple[float, float]:
-    """Where a point of a turned picture lies on the picture itself, of (width, height) `size`."""
+    """Where a point of a turned image lies on the image itself, of (width, height) `size`."""
     u, v = corner
     if turn == Image.Transpose.ROTATE_90:  # counter-clockwise
         return size[0] - v, u
@@ -245,14 +245,14 @@ def _turned_back(
 
 
 def _line(one: _Cut, transcript: Transcript) -> Line | None:
-    """A line on the caller's picture; None where one was found and nothing read on it."""
+    """A line on the caller's image; None where one was found and nothing read on it."""
     if not one.whole and not transcript.text.strip():
         return None
     xs, ys = zip(*one.corners_px)
     box: XyxyPx = (min(xs), min(ys), max(xs), max(ys))
     a, b, _, d = one.corners_px
     length = math.dist(a, b)
-    # A span is a share of the picture that was read, which is wider than the line by two margins.
+    # A span is a share of the image that was read, which is wider than the line by two margins.
     out = one.margin * math.dist(a, d)
     tokens = [
         token
@@ -265,5 +265,5 @@ def _line(one: _Cut, transcript: Transcript) -> Line | None:
 
 
 def _share(at: float, length: float, out: float) -> float:
-    """A share of a line's picture as a share of the line."""
+    """A share of a line's image as a share of the line."""
     return min(1.0, max(0.0, (at * (length + 2 * out) - out) / max(length, 1e-6)))

@@ -36,10 +36,10 @@ def check_images(images: Iterable, min_confidence: float) -> None:
 
 
 def name_of(image: Any, number: int) -> str:
-    """What messages call an image: its path, or "picture 1" and so on."""
+    """What messages call an image: its path, or "image 1" and so on."""
     if isinstance(image, (str, Path)):
         return str(image)
-    return getattr(image, "name", f"picture {number}")
+    return getattr(image, "name", f"image {number}")
 
 
 def open_each(images: Iterable) -> Iterator[tuple[str, Image.Image]]:
@@ -88,7 +88,7 @@ def filter_by_confidence(reading: Reading, name: str, min_confidence: float) -> 
     kept, left_out = keep_sure(reading, min_confidence)
     if left_out:
         warnings.warn(
-            f"{name}: {left_out} lines of a confidence below {min_confidence:g} left out",
+            f"{name}: {left_out} lines of a confidence below {min_confidence:g} skipped",
             stacklevel=2,
         )
     return kept

@@ -1,6 +1,6 @@
-"""From picture files to normalised pixels.
+"""From image files to normalised pixels.
 
-`decode` opens untrusted pictures safely; `spec` resizes, crops or pads, and normalises them as a
+`decode` opens untrusted images safely; `spec` resizes, crops or pads, and normalises them as a
 model expects; `sources` reads that specification from the configurations of other libraries.
 """
 

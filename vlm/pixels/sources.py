@@ -58,7 +58,7 @@ def from_transformers(processor: BaseImageProcessor) -> PixelSpec:
     if special is not None:
         return special(processor, shared)
     if name.removesuffix("Pil") == _HYBRID:
-        raise ValueError(f"{name}: gives two pictures; read both with pair_from_transformers")
+        raise ValueError(f"{name}: gives two images; read both with pair_from_transformers")
     own = [
         step for step in _STEPS if getattr(type(processor), step, 0) is not getattr(base, step, 0)
     ]
@@ -73,13 +73,13 @@ def from_transformers(processor: BaseImageProcessor) -> PixelSpec:
 def pair_from_transformers(processor: BaseImageProcessor) -> tuple[PixelSpec, PixelSpec]:
     """The high-resolution and the low-resolution preprocessing of DeepSeek-VL 7B.
 
-    The second takes the picture that the first gives before normalising (`resize_u8`), not the
+    The second takes the image that the first gives before normalising (`resize_u8`), not the
     original. Raises ValueError for any other processor.
     Source: transformers, `DeepseekVLHybridImageProcessor._preprocess`.
     """
     if type(processor).__name__.removesuffix("Pil") != _HYBRID:
         raise ValueError(
-            f"{type(processor).__name__}: expected {_HYBRID}, the processor of two pictures"
+            f"{type(processor).__name__}: expected {_HYBRID}, the processor of two images"
         )
     _, shared = _shared(processor)
     high = {
@@ -201,7 +201,7 @@ def _deepseek_vl(processor: Any, shared: dict, prefix: str = "") -> PixelSpec:
 
 
 def _siglip2(processor: Any, shared: dict) -> PixelSpec:
-    """As many whole patches as `max_num_patches` allows, in the picture's own aspect.
+    """As many whole patches as `max_num_patches` allows, in the image's own aspect.
 
     The number is the image processor's own, that of its folder. transformers' Siglip2Processor,
     which joins it to a tokenizer, calls it with 256 whatever the folder says, unless it is given

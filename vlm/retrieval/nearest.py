@@ -31,7 +31,7 @@ CLUSTER = 39
 class Clusters:
     """What an approximate search gives up: for a query `probes` of `clusters` clusters are
     searched, which finds the share `recall` of the nearest ten, measured with vectors of the index
-    as queries. Queries of another kind, texts among pictures, can find fewer."""
+    as queries. Queries of another kind, texts among images, can find fewer."""
 
     clusters: int
     probes: int
@@ -76,7 +76,7 @@ def _clustered(vectors: np.ndarray):
     engine.train(vectors)
     engine.add(vectors)
     sample = vectors[:: -(-N // SAMPLE)]
-    nearest = min(11, N)  # each picture is its own nearest
+    nearest = min(11, N)  # each image is its own nearest
     true, _ = faiss.knn(sample, vectors, nearest, faiss.METRIC_INNER_PRODUCT)
     least = true[:, -1:] - 1e-6
     engine.nprobe = 1

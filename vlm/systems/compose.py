@@ -35,7 +35,7 @@ def build(
     mask: str = "causal",
     seed: int = 0,
 ) -> DecoderOnlyModel:
-    """A model of pretrained parts and a fresh adaptor, whose language model reads the pictures.
+    """A model of pretrained parts and a fresh adaptor, whose language model reads the images.
 
     vision: "demo", or "kind:id" such as "transformers:google/siglip-base-patch16-224",
         "timm:vit_base_patch16_dinov2" or "open_clip:ViT-B-32:laion2b_s34b_b79k".
@@ -45,7 +45,7 @@ def build(
         longer rows, see `Processor`.
     text_layers: how many of the language model's first layers are kept, for small and fast
         models; None keeps all.
-    mask: "causal", a decoder-only model; or "prefix", where pictures and prompt see each other and
+    mask: "causal", a decoder-only model; or "prefix", where images and prompt see each other and
         the answer alone is causal, as in PaliGemma.
     seed: of the adaptor's weights; the global generator is left as it is.
     Raises OSError or FetchError where weights cannot be had, ValueError for what does not fit.

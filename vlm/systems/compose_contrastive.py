@@ -38,7 +38,7 @@ def build(
         language model, whose decoder is taken. Padding is masked, as in their own training.
     pool: "own", "class", "mean" or "attention". text_pooling: "class", "mean", "last" or "own".
     width: of the shared space. length: the most tokens of a text. loss: "softmax" or "sigmoid".
-    image_head: False leaves the picture's vector as it is, which then has the shared width (LiT
+    image_head: False leaves the image's vector as it is, which then has the shared width (LiT
         with a locked tower).
     seed: of fresh weights; the global generator is left as it is.
     Raises OSError where weights cannot be had, ValueError where parts do not fit.
@@ -91,7 +91,7 @@ def build(
 
 
 def _missing_end(text_tokenizer) -> int | None:
-    """The end id that a text tokenizer has and does not put behind a text."""
+    """The end id that a text tokenizer has and does not put after a text."""
     ids = text_tokenizer("a")["input_ids"]
     special = text_tokenizer.all_special_ids
     return None if ids[-1] in special else text_tokenizer.eos_token_id

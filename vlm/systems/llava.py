@@ -73,7 +73,7 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
     with init_empty_weights(include_buffers=False):
         tokenizer = _tiles(config, reader, where) if tiled else _tower(config, reader)
         module = _compose(tokenizer, config, "newline_mlp" if tiled else "mlp")
-    module.text.tie_weights()  # making parameters empty has parted tied ones
+    module.text.tie_weights()  # making parameters empty has sharded tied ones
     load_weights(module, state, where, lambda key: published_name(key, key_map))
     module.text.generation_config = GenerationConfig()
     text_tokenizer, image_mark = reader.tokenizer, reader.image_token
@@ -100,7 +100,7 @@ def save(model: DecoderOnlyModel, folder: Path) -> None:
     """Writes transformers' layout: the files of the folder that the model came from, with what has
     changed since (weights, dtype, vocabulary).
 
-    Raises ValueError for weights that the layout has no place for.
+    Raises ValueError for weights that the layout cannot represent.
     """
     save_decoder_only(model, folder, KEY_MAPS[model.reference.model_type])
 
@@ -149,10 +149,10 @@ def _require_known(config: PreTrainedConfig, reader: Any, where: str) -> None:
 
 
 def _unused(config: PreTrainedConfig) -> list[str]:
-    """Prefixes of CLIP's weights behind the layer that is read: its later blocks and its norm."""
+    """Prefixes of CLIP's weights after the layer that is read: its later blocks and its norm."""
     depth = config.vision_config.num_hidden_layers
-    behind = range(config.vision_feature_layer % (depth + 1), depth)
-    parts = ["post_layernorm.", *(f"encoder.layers.{layer}." for layer in behind)]
+    after = range(config.vision_feature_layer % (depth + 1), depth)
+    parts = ["post_layernorm.", *(f"encoder.layers.{layer}." for layer in after)]
     return [f"{prefix}{part}" for prefix in TOWERS for part in parts]
 
 

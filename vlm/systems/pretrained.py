@@ -39,7 +39,7 @@ def load_vision(
     family (or a file of weights that `vlm.load` opens), whose image tokenizer is taken as it was
     trained.
 
-    size_hw: pixels that pictures are brought to; None keeps the backbone's own.
+    size_hw: pixels that images are brought to; None keeps the backbone's own.
     layer: -1 the backbone's final features, its closing norm included, and of a folder those that
         it was trained for; other numbers an earlier block or level as it is (-2 is what LLaVA takes
         of CLIP).
@@ -75,7 +75,7 @@ def _vision_of(
     folder: str, size_hw: tuple[int, int] | None, layer: int, prefix: str, pooled: bool
 ) -> ImageTokenizer:
     """The image tokenizer, weights and all, of a model of any family; what is not asked of it, such
-    as the pooling of a contrastive one, is left behind."""
+    as the pooling of a contrastive one, is left after."""
     trained = systems.load(folder, device="cpu", dtype="stored").module.tokenizer
     values = tokenizers.config_to_dict(trained)
     kind = values["kind"]

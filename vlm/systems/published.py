@@ -38,7 +38,7 @@ def architecture(config: PreTrainedConfig) -> dict[str, Any]:
 
 def listed_stop_ids(folder: Path, processor: Processor) -> tuple[int, ...]:
     """The end token, and what the folder's generation_config.json names beside it; ids that are no
-    special tokens are left out, since classes write their own defaults there."""
+    special tokens are skipped, since classes write their own defaults there."""
     named: Any = []
     if (folder / "generation_config.json").is_file():
         named = GenerationConfig.from_pretrained(folder).eos_token_id or []
@@ -110,7 +110,7 @@ def save_decoder_only(model: DecoderOnlyModel, folder: Path, key_map: KeyMap) ->
     """Writes a decoder-only model in its published layout: the files of the folder that it came
     from, with what has changed since (weights, dtype, vocabulary, whether the head is tied).
 
-    Raises ValueError for weights that the layout has no place for, before anything is written.
+    Raises ValueError for weights that the layout cannot represent, before anything is written.
     """
     module, reference = model.module, model.reference
     for key in plain_state(module):
@@ -128,7 +128,7 @@ def save_decoder_only(model: DecoderOnlyModel, folder: Path, key_map: KeyMap) ->
 
 def require_unchanged(processor: PairProcessor, pixel_spec: PixelSpec, length: int) -> None:
     """Raises ValueError naming every setting of a processor that is not what the files of a
-    published layout say: `pixel_spec` for pictures; for texts `length` tokens at most, with the
+    published layout say: `pixel_spec` for images; for texts `length` tokens at most, with the
     text tokenizer's own capitals and end."""
     text = {"length": length, "lower_case": False, "end_id": None}
     expected = _pixel_settings(pixel_spec) | text
@@ -140,7 +140,7 @@ def require_unchanged(processor: PairProcessor, pixel_spec: PixelSpec, length: i
     ]
     if wrong:
         raise ValueError(
-            "the published layout has no place for preprocessing that was changed; "
+            "preprocessing that was changed cannot be represented in the Hugging Face format: "
             f"{'; '.join(wrong)}"
         )
 
@@ -157,7 +157,7 @@ def _pixel_settings(spec: PixelSpec) -> dict[str, Any]:
 def published_name(key: str, key_map: KeyMap) -> str:
     """What one of our weights is called in the published layout.
 
-    Raises ValueError for a weight that the layout has no place for (a LoRA that is not merged).
+    Raises ValueError for a weight that the layout cannot represent (a LoRA that is not merged).
 
     >>> published_name("adaptor.out.bias", [("model.aligner.proj.", "adaptor.out.")])
     'model.aligner.proj.bias'
@@ -166,7 +166,8 @@ def published_name(key: str, key_map: KeyMap) -> str:
         if key.startswith(ours):
             return published + key.removeprefix(ours)
     raise ValueError(
-        f"the published layout has no place for {key}; it has {[ours for _, ours in key_map]}"
+        f"{key} cannot be represented in the Hugging Face format, which has "
+        f"{[ours for _, ours in key_map]}"
     )
 
 

@@ -1,6 +1,6 @@
 """Contrastive models with fresh weights, of any size, to train from scratch.
 
-The picture's tower is SigLIP's (a plain vision transformer with an attention pooling), the text's
+The image's tower is SigLIP's (a plain vision transformer with an attention pooling), the text's
 CLIP's (causal, read at the end token), so that a batch's texts are only as long as its longest.
 Texts are CLIP's byte pairs, which come with open_clip: nothing is fetched.
 """
@@ -30,8 +30,8 @@ HEAD_WIDTH = 64
 class ScratchConfig:
     """Sizes of both towers.
 
-    image_px, patch_px: sides of the square picture and its patches, in pixels.
-    width, depth: of the picture's tower; text_width, text_depth: of the text's. Heads are 64 wide,
+    image_px, patch_px: sides of the square image and its patches, in pixels.
+    width, depth: of the image's tower; text_width, text_depth: of the text's. Heads are 64 wide,
     and perceptrons four times the width.
     length: the most tokens of a text. embed_width: of the shared space.
     Raises ValueError for sizes below 1, and for those that do not divide.

@@ -38,7 +38,7 @@ class TimmConfig:
     model_args: arguments for `timm.create_model`, such as img_size or dynamic_img_size.
     level: feature level as timm counts them, a block of a plain ViT, a stage of others; -1 last.
     prefix: "drop" or "keep" the class, distillation and register tokens.
-    norm: whether tokens are the final features, after all that the backbone puts behind its last
+    norm: whether tokens are the final features, after all that the backbone puts after its last
         level: a norm, in some convolutional nets a wider convolution. The last level only.
     pooled: whether the backbone's own head pools the final features too; needs norm=True.
     pixel_spec: the preprocessing.
@@ -141,7 +141,7 @@ def load(
     """The tokenizer with timm's pretrained weights: a timm name such as
     "vit_base_patch16_224.augreg_in21k", "hf-hub:owner/name" or "local-dir:/path".
 
-    size_hw: pixels that pictures are brought to; None keeps the backbone's own. A backbone of
+    size_hw: pixels that images are brought to; None keeps the backbone's own. A backbone of
         fixed size is made for it, its positions resized as the weights are read.
     model_args: more arguments for `timm.create_model`.
     Raises OSError where the weights cannot be had.

@@ -126,7 +126,7 @@ class TransformersTokenizer(ImageTokenizer):
     Takes `backbone` over: blocks after `layer`, an unasked pooling head, an unasked final norm and
     mask tokens are removed from it, so that training finds no parameter without a gradient.
     Positions are resized to any grid of at least one patch, the encoder's own way; pixels beyond
-    the last whole patch are left out (384 / 14 uses 378).
+    the last whole patch are skipped (384 / 14 uses 378).
 
     backbone: one of the classes in `ENCODERS`, finished. The options are those of
         `TransformersConfig`.
@@ -265,7 +265,7 @@ class TransformersTokenizer(ImageTokenizer):
 @contextmanager
 def _own_windows(backbone: nn.Module) -> Iterator[None]:
     """Windows and shifts stay as they were made: where a grid is one window, a layer stops shifting
-    and keeps to that for all later pictures, larger ones too."""
+    and keeps to that for all later images, larger ones too."""
     layers = [m for m in backbone.modules() if hasattr(m, "set_shift_and_window_size")]
     had = [(layer.shift_size, layer.window_size) for layer in layers]
     try:
@@ -323,7 +323,7 @@ def load(
     """The tokenizer with the weights of a hub id or local folder, in float32.
 
     A folder of a whole model (CLIP, SigLIP, SAM) gives its vision encoder.
-    size_hw: pixels that pictures are brought to; None keeps the folder's own size.
+    size_hw: pixels that images are brought to; None keeps the folder's own size.
     Raises OSError where folder or hub give nothing, ValueError for an encoder that is not in
     `ENCODERS` and for weights that the folder lacks.
     """

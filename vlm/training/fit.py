@@ -25,7 +25,7 @@ from tqdm import tqdm
 from vlm.data.mixture import MixtureDataset, StepSampler
 from vlm.precision import DTYPES
 from vlm.training.checkpoints.checkpoint import KEEP, Checkpoints, Progress
-from vlm.training.checkpoints.run_identity import decided_by
+from vlm.training.checkpoints.run_identity import run_identity
 from vlm.training.loading.loader import MicroBatch, batches_of, micro_batch_loader
 from vlm.training.loading.token_cache import cached_tokens
 from vlm.training.meter import Meter, device_use, peak_flops
@@ -77,7 +77,7 @@ class LoopConfig:
         if self.token_cache is not None and self.shard != "no":
             raise ValueError(
                 f"token_cache {self.token_cache}: sharded processes compute tokens together, so "
-                "that none may read them instead; leave it out, or --shard"
+                "that none may read them instead; skip it, or --shard"
             )
         if self.precision not in DTYPES:
             raise ValueError(f"precision is one of {', '.join(DTYPES)}, found {self.precision!r}")
@@ -118,7 +118,7 @@ def fit(
     module, device, dtype = model.module, accelerator.device, DTYPES[loop.precision]
     state = build_state(module, stage, dtype, device=device, shard=loop.shard)
     run.table(describe(module, state.optimizer), loop.precision)
-    identity = decided_by(run.deciding, stage, data) if accelerator.is_main_process else {}
+    identity = run_identity(run.deciding, stage, data) if accelerator.is_main_process else {}
     checkpoints = Checkpoints(
         run.checkpoints, module, state.optimizer, identity, keep=loop.keep, say=run.say
     )

@@ -1,12 +1,12 @@
-"""A run's folder: settings, versions, metrics, plots, pictures, checkpoints and the model.
+"""A run's folder: settings, versions, metrics, plots, images, checkpoints and the model.
 
 settings.json    every setting, defaults resolved
 versions.json    Python, platform, device and library versions
 metrics.jsonl    one line a step, and one for each evaluation
 tensorboard/     the same for TensorBoard
 loss.png         the loss curve
-samples.png      held-out pictures with their true and generated captions
-pictures/        a few of these pictures, to try the model on
+samples.png      held-out images with their true and generated captions
+images/        a few of these images, to try the model on
 result.json      the closing figures
 checkpoints/     to resume from
 model/           what `vlm.load` opens
@@ -268,11 +268,11 @@ def plot_loss(history: list[dict[str, Any]], path: Path, curves: Curves = CAPTIO
 
 
 def draw_captions(
-    pictures: list, true: list[str], generated: list[str], path: Path, columns: int = 4
+    images: list, true: list[str], generated: list[str], path: Path, columns: int = 4
 ) -> None:
-    """A page of pictures, each with its true and its generated caption, as a PNG.
+    """A page of images, each with its true and its generated caption, as a PNG.
 
-    pictures: PIL images.
+    images: PIL images.
     """
     import textwrap
 
@@ -281,12 +281,12 @@ def draw_captions(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = -(-len(pictures) // columns)
+    rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.1 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, picture, said, wrote in zip(axes.flat, pictures, true, generated):
-        axis.imshow(picture)
+    for axis, image, said, wrote in zip(axes.flat, images, true, generated):
+        axis.imshow(image)
         same = said.strip().lower() == wrote.strip().lower()
         axis.set_title(_plain(textwrap.fill(said, 32)), fontsize=9, color="#444444")
         axis.text(

@@ -228,9 +228,9 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> float:
     if sharded:
         mesh = sharded[0].device_mesh
         group = mesh.get_group("shard") if mesh.ndim > 1 else mesh.get_group()
-        parted = squares[1:].to(torch.float64)
-        dist.all_reduce(parted, group=group)
-        squares[1:] = parted
+        sharded = squares[1:].to(torch.float64)
+        dist.all_reduce(sharded, group=group)
+        squares[1:] = sharded
     norm = float(squares.sum().sqrt())
     factor = largest / (norm + 1e-6)
     if factor < 1:

@@ -34,7 +34,7 @@ def read_answers(value: Any) -> tuple[str, ...] | None:
 
 
 def question_turns(
-    row: Mapping, name: str, pictures: Sequence[ImageRef]
+    row: Mapping, name: str, images: Sequence[ImageRef]
 ) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
     """The turns of a row that is a question, and all its answers. Raises BadRow."""
     question = row[QUESTION_KEY]
@@ -47,5 +47,5 @@ def question_turns(
             f"{name}: expected {ANSWERS_KEY} to be a list of texts, none empty, found {found!r}"
         )
     most_given = Counter(answers).most_common(1)[0][0]
-    asked = Turn("user", (*[None] * len(pictures), question.strip()))
+    asked = Turn("user", (*[None] * len(images), question.strip()))
     return (asked, Turn("assistant", (most_given,))), answers

@@ -1,6 +1,6 @@
 """Tables of the `datasets` library: hub sets, Parquet files, image folders, saved folders.
 
-The table stays memory-mapped on disk. Its pictures are taken as encoded bytes or paths: decoding
+The table stays memory-mapped on disk. Its images are taken as encoded bytes or paths: decoding
 is `vlm.pixels.open_image`'s, which has limits that `datasets` has not.
 """
 
@@ -39,7 +39,7 @@ class TableSource(Source):
     form: its columns, in place of keys. Where no column holds text, class labels do: their names,
         under "label" or the column that `form.caption` names.
     image_root: the folder that image paths start from and may not leave; None: paths are refused,
-        pictures must lie in the table.
+        images must lie in the table.
     Rows are named NAME[ROW]. Raises BadSource where a column is missing.
     """
 
@@ -80,7 +80,7 @@ class TableSource(Source):
         self.require_rows()
 
     def _note_columns(self, table: Dataset, read: list[str]) -> None:
-        """Counts the columns that are left out: each by all rows, shown by the first."""
+        """Counts the columns that are skipped: each by all rows, shown by the first."""
         rest = [key for key in table.column_names if key not in read and key not in HARMLESS]
         if rest and len(table):
             first = _undecoded(table.select_columns(rest))[0]
@@ -173,7 +173,7 @@ def _one_split(table: Dataset | DatasetDict, body: str, split: str | None) -> Da
 
 
 def _undecoded(table: Dataset) -> Dataset:
-    """The table with every column of pictures, sound or videos, or lists of these, left encoded."""
+    """The table with every column of images, sound or videos, or lists of these, left encoded."""
     from datasets import Audio, Image, LargeList, List, Video
 
     encoded = (Image, Audio, Video)

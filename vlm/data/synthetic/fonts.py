@@ -88,7 +88,7 @@ class Font:
 def find_fonts(names: str | Sequence[str] = "any") -> list[Font]:
     """The fonts that are named, in an order that hangs on names alone.
 
-    names: any of, or several parted by commas: "any" (installed packages `fontpkg-*` but those
+    names: any of, or several separated by commas: "any" (installed packages `fontpkg-*` but those
         held out; where there are none, the system's), "train" or "held_out" (the families listed
         here), "system", a family of fontpkg such as "lato", a folder, or a font file.
     Raises BadFont naming what gives no font, and how to install it.

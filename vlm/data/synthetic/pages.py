@@ -1,7 +1,7 @@
 """Drawn pages of text whose lines, boxes, reading order and structure are true by construction.
 
 A page follows from (seed, row) alone: a title or none, one or two columns of paragraphs under
-headings, ragged or justified, a picture or none, a page number or none; then turned by a few
+headings, ragged or justified, an image or none, a page number or none; then turned by a few
 degrees, inked, lit and worn. For line finders, for reading order, and for readers of whole pages.
 """
 
@@ -77,7 +77,7 @@ class Pages(Source):
     fonts: as `find_fonts` takes them. text: "english" (Python's documentation) or a text file in
         UTF-8; split: which of its lines are used.
     kind: one of `degrade.KINDS`. columns: 1 or 2; None gives each page its own number.
-    Pictures are uncompressed bytes, drawn when a row is read. Rows are named NAME[ROW].
+    Images are uncompressed bytes, drawn when a row is read. Rows are named NAME[ROW].
     Raises BadSource, BadFont or BadText naming what does not fit.
     """
 
@@ -176,7 +176,7 @@ def _turn(
 
 def _see(pixels: np.ndarray, rng: np.random.Generator, kind: str, body_px: int) -> np.ndarray:
     """The page as a scanner or camera gives it: light, blur, noise, compression, in strengths that
-    leave letters of `body_px` to be read. `degrade.see` takes a picture for one line."""
+    leave letters of `body_px` to be read. `degrade.see` takes an image for one line."""
     if kind in ("clean", "print"):
         return pixels
     height, width = pixels.shape[:2]

@@ -47,7 +47,7 @@ def split_of(line: str) -> str:
 def documentation(split: str) -> tuple[str, ...]:
     """Lines of Python's manual topics and of its library's docstrings, sorted, white space joined,
     `SHORTEST` to `LONGEST` characters long; rules and the like, without a letter or digit, are
-    left out."""
+    skipped."""
     return _kept((line for line in _documentation() if any(map(str.isalnum, line))), split)
 
 
@@ -126,7 +126,7 @@ def _kept(lines: Iterable[str], split: str, shortest: int = SHORTEST) -> tuple[s
 
 
 def _cut(line: str) -> list[str]:
-    """A line in pieces of at most `LONGEST` characters, parted at spaces where there are some."""
+    """A line in pieces of at most `LONGEST` characters, sharded at spaces where there are some."""
     pieces = []
     while len(line) > LONGEST:
         at = line.rfind(" ", 1, LONGEST + 1)
@@ -141,7 +141,7 @@ class Writer:
     names), so that rare signs are seen too.
 
     lines: whole lines to draw from. characters: the only ones that may be written; what a line has
-    besides is left out of the draw. split: the split that every line belongs to. made: share of
+    besides is not drawn. split: the split that every line belongs to. made: share of
     made lines. words: for made lines; None takes the words of `lines`. longest: the most characters
     of a line, beyond which it is cut.
     Raises BadText where no line can be written with `characters`, and where these hold letters of

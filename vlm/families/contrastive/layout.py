@@ -37,7 +37,7 @@ class Head:
 class Folder(native_layout.Folder):
     """What config.json says of a contrastive model.
 
-    The tokenizer's has the preprocessing of pictures. pool: a configuration with its `kind`.
+    The tokenizer's has the preprocessing of images. pool: a configuration with its `kind`.
     image_head, text_head: None where the tower's vector has the shared width already.
     bias: whether cosines get a bias (sigmoid loss).
     length, pad_to_length, lower_case, end_id: the text side of `PairProcessor`.
@@ -57,7 +57,7 @@ def save(model: ContrastiveModel, folder: Path, merge: bool = True) -> None:
     """Writes our own layout; see the module's docstring. merge: whether LoRA is merged into the
     weights that are written, or kept as layers of its own.
 
-    Raises ValueError, before anything is written, for what the layout has no place for.
+    Raises ValueError, before anything is written, for what the layout cannot represent.
     """
     module, processor = model.module, model.processor
     description = Folder(

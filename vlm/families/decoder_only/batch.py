@@ -116,7 +116,7 @@ def _sees(rows: Sequence[Row]) -> Sees:
 
 def pack_rows(rows: Sequence[Row], most: int) -> list[list[Row]]:
     """The rows in few parts of at most `most` places each, every part in the rows' own order. A
-    longer row is a part of its own: none is left out or cut.
+    longer row is a part of its own: none is skipped or cut.
 
     First fit decreasing: the longest row first, each into the first part that has room for it.
     """

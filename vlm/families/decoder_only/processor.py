@@ -47,7 +47,7 @@ class Template:
 
 
 class Processor:
-    """Pictures and text in, rows of ids and pixels out.
+    """Images and text in, rows of ids and pixels out.
 
     text_tokenizer: a fast transformers tokenizer with a chat template.
     pixel_spec: the image tokenizer's own preprocessing.
@@ -55,7 +55,7 @@ class Processor:
     system: the system message put before every conversation that has none; None leaves that to
         the template, "" asks for an empty one (none where the template takes no system message).
     max_tokens: the longest row; None means no limit. overflow says what happens to longer rows:
-        "drop" leaves them out, "shrink" cuts text from the end. Neither ever cuts an image run.
+        "drop" skips them, "shrink" cuts text from the end. Neither ever cuts an image run.
     loc: how boxes are written; None where the language model has no tokens for them.
     image_mark: stands for an image in a literal prompt.
     prefix: whether the model reads all that is before an answer at once, as prefix decoders do. A
@@ -133,16 +133,16 @@ class Processor:
         """A training row: the conversation up to the end token of its last answer, or a document
         with the end token, all of it scored.
 
-        Raises BadRow or BadImage naming the row where a picture cannot be read or there is no
+        Raises BadRow or BadImage naming the row where an image cannot be read or there is no
         answer. Gives Skipped where the row does not fit `max_tokens` and cannot be shrunk.
         """
         return self._encode(example, self._see)
 
     def measure(self, example: Example) -> Row | Skipped:
         """What `encode` gives, its pixels on the meta device, where tensors have shapes and no
-        values: of pictures the headers alone are read.
+        values: of images the headers alone are read.
 
-        Raises BadRow or BadImage as `encode` does, but not for damage behind a header.
+        Raises BadRow or BadImage as `encode` does, but not for damage after a header.
         """
         return self._encode(example, self._foresee)
 
@@ -192,10 +192,10 @@ class Processor:
         )
 
     def prompt_ids(self, turns: Sequence[Turn], images: Sequence[ImageLayout], name: str) -> Tensor:
-        """The ids int64[T] of a conversation whose pictures were seen before, up to the opening
+        """The ids int64[T] of a conversation whose images were seen before, up to the opening
         of the assistant's turn; IMAGE at image places.
 
-        images: the layout of each picture, in the order of the turns.
+        images: the layout of each image, in the order of the turns.
         Raises BadRow naming both numbers where it is longer than `max_tokens`.
         """
         ids, *_ = self._ids(turns, images, name, open_answer=True)
@@ -205,12 +205,12 @@ class Processor:
     def encode_literal(
         self, images: Sequence, prompt: str, answer: str | None = None, name: str = "prompt"
     ) -> Row:
-        """A row from a literal prompt in which each `image_mark` is a picture's place.
+        """A row from a literal prompt in which each `image_mark` is an image's place.
 
         Special tokens are added as the text tokenizer adds them by itself, or where prompts are
         `framed` the chat template. Where there is an answer, it and the end token are scored.
-        Raises BadRow where marks and pictures differ in number, or the row is longer than
-        `max_tokens`; BadImage naming the picture.
+        Raises BadRow where marks and images differ in number, or the row is longer than
+        `max_tokens`; BadImage naming the image.
         """
         marks = prompt.count(self.image_mark)
         if marks != len(images):
@@ -276,7 +276,7 @@ class Processor:
         return StreamLayout(images=tuple(images), sees="prefix" if self.prefix else "causal")
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of generated ids, special tokens left out."""
+        """The text of generated ids, special tokens skipped."""
         return self.text_tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def _look(
@@ -295,14 +295,14 @@ class Processor:
     def _see(self, image, number: int, name: str) -> tuple[list, tuple[int, int]]:
         """The views of one image, each with its (image, view) numbers, and its rows and columns."""
         try:
-            picture = open_image(image)
-            views = [(view, (number, i)) for i, view in enumerate(self.pixel_spec(picture))]
+            one_image = open_image(image)
+            views = [(view, (number, i)) for i, view in enumerate(self.pixel_spec(one_image))]
         except BadImage as error:
             raise BadImage(f"{name}: {error}") from error
-        return views, (picture.height, picture.width)
+        return views, (one_image.height, one_image.width)
 
     def _foresee(self, image, number: int, name: str) -> tuple[list, tuple[int, int]]:
-        """What `_see` gives, by the picture's header; pixels have shapes and no values."""
+        """What `_see` gives, by the image's header; pixels have shapes and no values."""
         try:
             size_hw = image_size(image)
         except BadImage as error:
@@ -473,7 +473,7 @@ class Processor:
     def _piece(
         self, text: str, continues: bool, add_special_tokens: bool
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and character offsets of one piece of text; a piece after an image is read behind a
+        """Ids and character offsets of one piece of text; a piece after an image is read after a
         special token, which is then taken off, so that no word-start mark is made up for it."""
         anchor = self.text_tokenizer.eos_token if continues else None
         prefix = anchor or ""
@@ -514,7 +514,7 @@ class Processor:
 
 
 def _mark_of(inside: list[str]) -> str:
-    """What an id whose characters stand behind these marks is of: an answer, where one is."""
+    """What an id whose characters stand after these marks is of: an answer, where one is."""
     return next((mark for mark in (ANSWER, CONTEXT) if mark in inside), END)
 
 
@@ -525,6 +525,6 @@ def _apart(marked: str) -> tuple[str, ...]:
 
 
 def _user(prompt: str, image_mark: str) -> Turn:
-    """A literal prompt as the user's message, each mark a picture's place."""
+    """A literal prompt as the user's message, each mark an image's place."""
     first, *others = prompt.split(image_mark)
     return Turn("user", (first, *(part for text in others for part in (None, text))))

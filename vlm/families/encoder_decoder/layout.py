@@ -52,7 +52,7 @@ def save(model: EncoderDecoderModel, folder: Path, merge: bool = True) -> None:
     """Writes our own layout; see the module's docstring. merge: whether LoRA is merged into the
     weights that are written, or kept as layers of its own.
 
-    Raises ValueError where the processor's pictures are not the image tokenizer's.
+    Raises ValueError where the processor's images are not the image tokenizer's.
     """
     module, processor = model.module, model.processor
     if processor.pixel_spec != module.tokenizer.pixel_spec:

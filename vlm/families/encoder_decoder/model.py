@@ -125,7 +125,7 @@ class EncoderDecoderModel(TextReader):
         num_beams: int = 1,
         **options,
     ) -> list[Generation]:
-        """What the model writes on each picture after a literal prompt (None: its start alone)."""
+        """What the model writes on each image after a literal prompt (None: its start alone)."""
         self._require_known(options)
         prompts = [None] * len(images) if prompts is None else prompts
         if len(prompts) != len(images):
@@ -135,7 +135,7 @@ class EncoderDecoderModel(TextReader):
             for first in range(0, len(images), batch_size):
                 part = range(first, min(first + batch_size, len(images)))
                 rows = [
-                    self.processor.encode_picture(images[i], prompts[i], name_of(images[i], i))
+                    self.processor.encode_image(images[i], prompts[i], name_of(images[i], i))
                     for i in part
                 ]
                 for i, (ids, logprobs) in zip(part, self._write(rows, num_beams, **options)):
@@ -150,7 +150,7 @@ class EncoderDecoderModel(TextReader):
         answers: Sequence[str],
         batch_size: int = 16,
     ) -> torch.Tensor:
-        """Log-probability of each answer, its end included, on its picture: fp32[N], nats."""
+        """Log-probability of each answer, its end included, on its image: fp32[N], nats."""
         prompts = [None] * len(images) if prompts is None else prompts
         if not len(images) == len(prompts) == len(answers):
             raise ValueError(
@@ -189,8 +189,8 @@ class EncoderDecoderModel(TextReader):
         processor.pixel_spec = spec
         return replace(self, module=module, processor=processor)
 
-    def _encode(self, picture, name: str) -> Row:
-        return self.processor.encode_picture(picture, None, name)
+    def _encode(self, image, name: str) -> Row:
+        return self.processor.encode_image(image, None, name)
 
     def _read(self, rows: Sequence[Row], num_beams: int, **options) -> list[Transcript]:
         return [self._transcript(*pair) for pair in self._write(rows, num_beams, **options)]
@@ -220,7 +220,7 @@ class EncoderDecoderModel(TextReader):
         return Transcript(tuple(tokens), apply_temperature(sum(logprobs), self.temperatures.line))
 
     def _page(self, written: Generation, prompt: str | None, size_hw: tuple[int, int]) -> Reading:
-        """What was written on a page of size_hw pixels. Fields that the prompt begins, behind its
+        """What was written on a page of size_hw pixels. Fields that the prompt begins, after its
         first token, which names the task, are part of the answer."""
         pieces = tagged_text.pieces(self.processor, written.ids)
         tokens, end = self._tokens(written.ids, written.logprobs, pieces)

@@ -1,4 +1,4 @@
-"""Prefix decoders: image tokens and prompt read as a whole, the answer written behind them.
+"""Prefix decoders: image tokens and prompt read as a whole, the answer written after them.
 
 PaliGemma is of this family. Placement is that of decoder-only models; what differs is the mask.
 Image and prompt see each other whatever their order, the answer sees them and what was written of
@@ -109,8 +109,8 @@ def seen_before(kind: str, config: PreTrainedConfig, valid: Tensor) -> Tensor:
     if kind == "sliding_attention":
         return (distance >= 0) & (distance < config.sliding_window)
     if kind == "chunked_attention":
-        behind = place - valid.long().argmax(1)[:, None]
-        chunk = behind.div(config.attention_chunk_size, rounding_mode="floor")
+        after = place - valid.long().argmax(1)[:, None]
+        chunk = after.div(config.attention_chunk_size, rounding_mode="floor")
         return (distance >= 0) & (chunk[:, :, None] == chunk[:, None, :])
     raise ValueError(
         f"{config.model_type} has layers of kind {kind}, which cannot read a prefix at once; "

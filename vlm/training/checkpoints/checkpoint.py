@@ -192,7 +192,7 @@ class Checkpoints:
             again = int(NAME.fullmatch(old.name)[1]) - int(NAME.fullmatch(path.name)[1])
             self.say(
                 f"broken checkpoint: {'; '.join(said)}; set aside as {_aside(old).name}, going on "
-                f"from {path.name}, so that {again} steps are done again"
+                f"from {path.name}, so that {again} steps will be repeated"
             )
         if path is None:
             self.say(f"{self.folder}: no checkpoint in it, starting from the beginning")

@@ -47,7 +47,7 @@ def deal(costs: Sequence[int], parts: int) -> list[list[int]]:
 
 
 def deal_step(costs: Sequence[int], ranks: int, micro_batches: int) -> list[int]:
-    """The rows of a step in the order in which the ranks, one behind the other, take them: a
+    """The rows of a step in the order in which the ranks, one after the other, take them: a
     permutation of 0 to len(costs) - 1.
 
     ranks get equal counts of rows, and cut them into equal counts, `micro_batches` of them: so

@@ -45,7 +45,7 @@ RECALL = Curves(
 class Settings(BaseSettings):
     """Settings of a contrastive run: a fresh model, one of pretrained towers, or one to go on from.
 
-    Pictures and captions are told apart within a step's batch, over all processes and
+    Images and captions are told apart within a step's batch, over all processes and
     micro-batches: a smaller micro_batch saves memory and changes nothing that is learned.
     """
 
@@ -57,23 +57,23 @@ class Settings(BaseSettings):
     """A contrastive model to go on from: a run, a folder in our layout, transformers' or
     open_clip's, or a hub id. Its own towers and heads are taken."""
     vision: str = NEW
-    """The picture's tower: "new" (a fresh transformer of the sizes below), "demo", "kind:id" of a
+    """The image's tower: "new" (a fresh transformer of the sizes below), "demo", "kind:id" of a
     pretrained one, or the folder of a model or run, as in stage 1."""
     text: str = NEW
     """The text's tower: "new", "demo" (SmolLM2-135M), or the hub id or folder of a text encoder or
     causal language model. Both towers are new, or neither."""
     lock_image: bool = False
-    """Leave the picture's tower as it is, and train the rest (LiT). Its weights are kept, and
+    """Leave the image's tower as it is, and train the rest (LiT). Its weights are kept, and
     saved, in the precision of the run."""
     lock_text: bool = False
     """Leave the text's tower as it is."""
 
     image_px: int = 64
-    """Side of the picture that a new tower sees."""
+    """Side of the image that a new tower sees."""
     patch_px: int = 8
     """Side of its patches."""
     width: int = 192
-    """Width of a new picture's tower, a multiple of 64."""
+    """Width of a new image's tower, a multiple of 64."""
     depth: int = 6
     """Its layers."""
     text_width: int = 192
@@ -86,7 +86,7 @@ class Settings(BaseSettings):
     """The most tokens of a text, where no model to go on from says so; longer ones are cut and
     counted."""
     pool: Literal["own", "class", "mean", "attention"] = "mean"
-    """How a pretrained picture's tower becomes one vector."""
+    """How a pretrained image's tower becomes one vector."""
     text_pooling: Literal["own", "class", "mean", "last"] = "mean"
     """How a pretrained text's tower becomes one vector."""
 
@@ -97,7 +97,7 @@ class Settings(BaseSettings):
     epochs: Literal["exact", "resampled"] = "exact"
     """exact: every row once before any comes again; resampled: each draw takes any row."""
     image_rate: float = Usual(1e-3)
-    """Peak learning rate of the picture's tower."""
+    """Peak learning rate of the image's tower."""
     text_rate: float = Usual(1e-3)
     """Peak learning rate of the text's tower."""
     head_rate: float = 1e-3
@@ -172,7 +172,7 @@ class Settings(BaseSettings):
             sizes = [name for name in SIZES if name not in ("length", "embed_width")]
             unread = {"a model of pretrained towers": sizes}
         if self.lock_image:
-            unread["a locked picture's tower"] = ("image_rate",)
+            unread["a locked image's tower"] = ("image_rate",)
         if self.lock_text:
             unread["a locked text's tower"] = ("text_rate",)
         if self.lock_image and self.lock_text:
@@ -181,7 +181,7 @@ class Settings(BaseSettings):
         for way, names in unread.items():
             given = sorted(name for name in names if getattr(self, name) != defaults[name])
             if given:
-                raise ValueError(f"{way} does not read {given}; leave them out")
+                raise ValueError(f"{way} does not read {given}; skip them")
 
 
 def training_data(settings: Settings) -> MixtureDataset:
@@ -208,7 +208,7 @@ def run(settings: Settings, make_stage: MakeStage, make_objective: MakeObjective
     if there < settings.batch:
         training_run.say(
             f"a batch of {settings.batch} holds rows more than once, as the data have {there}: the "
-            "loss tells a caption apart from its own picture's other copies"
+            "loss tells a caption apart from its own image's other copies"
         )
     rows, skipped, cut = training_run.held_out(model, held_out)
     accelerator = training_run.accelerator
@@ -242,11 +242,11 @@ def retrieval_on(
     accelerator: Accelerator,
     batch_size: int = 64,
 ) -> dict[str, Any]:
-    """Recall both ways among the pictures and captions of rows: each picture's own caption is the
+    """Recall both ways among the images and captions of rows: each image's own caption is the
     one right text. The same on any number of ranks.
 
     Returns pairs (how many), image_to_text_r1, _r5, _r10 and text_to_image_r1, _r5, _r10 (shares),
-    and each with _95 behind it (low and high end of its 95 % interval).
+    and each with _95 after it (low and high end of its 95 % interval).
     Raises BadRow or BadImage for a row that cannot be read.
     """
     module, device = model.module, accelerator.device

@@ -31,7 +31,7 @@ from vlm.training.runs.run import MakeObjective, MakeStage, TrainingRun
 from vlm.training.stages import Stage
 from vlm.weights import cast_parameters
 
-PICTURES = 16
+IMAGES = 16
 
 
 def usable_documents(model: DecoderOnlyModel, source: Source, count: int) -> list[int]:
@@ -171,19 +171,19 @@ class _Evaluate:
 def show_some(
     model: DecoderOnlyModel, source: Source, rows: list[int], training_run: TrainingRun
 ) -> None:
-    """Writes samples.png: some held-out pictures with their true and generated answers, and a few
-    of the pictures themselves, named after their row, to try the model on."""
+    """Writes samples.png: some held-out images with their true and generated answers, and a few
+    of the images themselves, named after their row, to try the model on."""
     out, say = training_run.settings.out, training_run.say
-    examples = [source[row] for row in rows[:: max(1, len(rows) // PICTURES)][:PICTURES]]
-    pictures = [open_image(example.images[0]) for example in examples]
+    examples = [source[row] for row in rows[:: max(1, len(rows) // IMAGES)][:IMAGES]]
+    images = [open_image(example.images[0]) for example in examples]
     with training_run.accelerator.autocast():
         written = model.answer_examples(examples, max_new_tokens=32)
     true = [example.answer for example in examples]
-    draw_captions(pictures, true, written, out / "samples.png")
-    (out / "pictures").mkdir(exist_ok=True)
-    paths = [out / "pictures" / f"{number}.png" for number in range(4)]
-    for picture, path in zip(pictures, paths):
-        picture.save(path)
+    draw_captions(images, true, written, out / "samples.png")
+    (out / "images").mkdir(exist_ok=True)
+    paths = [out / "images" / f"{number}.png" for number in range(4)]
+    for image, path in zip(images, paths):
+        image.save(path)
     say()
     for said, wrote in list(zip(true, written))[:6]:
         say(f"  true: {_short(said):34} generated: {_short(wrote)}", highlight=False, markup=False)

@@ -28,7 +28,7 @@ from vlm.data.mixture import split_of
 from vlm.data.sources import BadSource
 from vlm.pixels import BadImage
 from vlm.precision import Choice, choose, cores
-from vlm.training.activation_checkpointing import give_back_large_blocks
+from vlm.training.activation_checkpointing import set_mmap_threshold
 from vlm.training.base_settings import BaseSettings, require_ranges, require_read_rates
 from vlm.training.checkpoints.checkpoint import CheckpointError
 from vlm.training.fit import Interrupted
@@ -112,7 +112,7 @@ def read_settings(
     if "--config" in arguments:
         at = arguments.index("--config")
         if at + 1 == len(arguments):
-            raise ValueError("--config: expected a YAML file behind it")
+            raise ValueError("--config: expected a YAML file after it")
         default = _from_yaml(settings_class, Path(arguments[at + 1]))
         arguments = arguments[:at] + arguments[at + 2 :]
     about = f"{about or ''}\n--config FILE.yaml takes settings from a file."
@@ -217,7 +217,7 @@ def accelerator_for(settings: BaseSettings) -> tuple[Accelerator, int, Choice]:
     _require_alike(settings, accelerator)
     share_cores(accelerator, settings.threads)
     if accelerator.device.type == "cpu":
-        give_back_large_blocks()
+        set_mmap_threshold()
     share, _ = split_of(settings.batch, settings.micro_batch, accelerator.num_processes)
     return accelerator, share, choice
 

@@ -52,8 +52,8 @@ class ReadingSettings(BaseSettings):
     """What drawn lines say: english (Python's documentation), a text file in the language, or the
     name that the package faker has for it, such as ru_RU or el_GR."""
     fonts: str = "any"
-    """Fonts of drawn lines: any, train, system, families of fontpkg, folders or files, parted by
-    commas. Those that lack letters of the alphabet are left out."""
+    """Fonts of drawn lines: any, train, system, families of fontpkg, folders or files, separated by
+    commas. Those that lack letters of the alphabet are skipped."""
     train: tuple[str, ...] = ()
     """Training data, any number of: lines:COUNT:KEY=VALUE, PATH.tsv, FOLDER, PATH-{0000..0009}.tar,
     PATH.jsonl. None: drawn lines in the language, endlessly many."""
