@@ -16,6 +16,7 @@ from tests.pages import PARAGRAPH, draw_lines
 from vlm import cli
 from vlm.compat.extras import ABOUT, MissingExtra, needs
 from vlm.data.sources.spec import open_source
+from vlm.evaluation import main
 from vlm.retrieval import nearest
 from vlm.training.run_folder import Run
 
@@ -150,6 +151,17 @@ def test_a_run_without_tensorboard_says_so_once_and_logs_the_rest(lacks, tmp_pat
     said = f"curves are in metrics.jsonl alone: {told('tensorboard', 'tensorboard')}\n"
     assert re.fullmatch(said, capsys.readouterr().err)
     assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "package"), [("caption", "sacrebleu"), ("grounding", "pycocotools")]
+)
+def test_evaluations_need_the_extra_eval(lacks, task, package):
+    lacks(
+        package, anew=[n for n in sys.modules if n.startswith(("vlm.metrics", "vlm.evaluation."))]
+    )
+    with pytest.raises(SystemExit, match=told(package, "eval")):
+        main(task, [])
 
 
 def test_a_package_that_is_there_and_broken_fails_with_its_own_error():
