@@ -63,7 +63,7 @@ def test_images_of_tiles_and_pairs_are_shown_as_they_are_seen():
     spec = towers.SPEC
     image = tiny.image(0, (64, 96))
     tiles = TilesSpec(tile=spec, max_tiles=4, thumbnail=True)
-    pair = PairedSpec(high=spec.with_size((64, 96)), low=spec, low_from="image")
+    pair = PairedSpec(high=spec.with_size((64, 96)), low=spec, low_from="picture")
     for chosen, shape in ((tiles, (3, 32, 48)), (pair, (3, 64, 96))):
         seen = chosen.unnormalise(chosen(image)[0])
         assert (seen.dtype, tuple(seen.shape)) == (torch.uint8, shape)

@@ -72,7 +72,7 @@ def test_lora_of_a_deeper_component_leaves_its_neighbour_alone():
     from vlm.tokenizers.paired import AverageNeck, PairedTokenizer
 
     high, low = towers.timm_vit(size_hw=(64, 64)), towers.timm_vit(size_hw=(32, 32))
-    tower = PairedTokenizer(high, low, low_from="image", high_neck=AverageNeck(24))
+    tower = PairedTokenizer(high, low, low_from="picture", high_neck=AverageNeck(24))
     module = towers.composed(tower)
     add_lora(module, {"tokenizer.low": Lora(rank=4, targets=("*.qkv",))})
     names = {n for n, _ in module.named_parameters() if "lora_" in n}

@@ -50,7 +50,7 @@ def paired():
     """A model with two towers, the high one seeing four times the pixels of the low one."""
     high, low = towers.timm_vit(size_hw=(64, 64)), towers.transformers_tower("siglip_vision_model")
     return towers.composed(
-        PairedTokenizer(high, low, low_from="image", high_neck=AverageNeck(high.dim))
+        PairedTokenizer(high, low, low_from="picture", high_neck=AverageNeck(high.dim))
     )
 
 

@@ -11,7 +11,7 @@ from vlm.tokenizers.transformers import build
 NECKS = {"average": AverageNeck, "bilinear": BilinearNeck}
 
 
-def pair(high_hw=(64, 96), low_hw=(32, 48), neck="average", low_from="image", **low):
+def pair(high_hw=(64, 96), low_hw=(32, 48), neck="average", low_from="picture", **low):
     """SAM at `high_hw` and SigLIP at `low_hw`, both 16 pixels a patch."""
     high = build(tiny("sam_vision_model", high_hw))
     low = build(tiny("siglip_vision_model", low_hw, **low))
@@ -19,7 +19,7 @@ def pair(high_hw=(64, 96), low_hw=(32, 48), neck="average", low_from="image", **
 
 
 @pytest.mark.parametrize("neck", NECKS)
-@pytest.mark.parametrize("low_from", ["image", "high"])
+@pytest.mark.parametrize("low_from", ["picture", "high"])
 def test_paired_tokenizer_keeps_the_laws_on_non_square_pixels(neck, low_from):
     """Traps T16 and T18: counts, parts, rebuilding and gradients, where rows and columns differ."""
     check_laws(pair(neck=neck, low_from=low_from))
@@ -63,7 +63,7 @@ def test_paired_spec_makes_low_pixels_from_the_padded_high_image():
     """Trap T18: from the image the low tower sees it stretched, from high with its bars."""
     high, low = spec(64, 64, fit="pad"), spec(32, 32)
     image = one_image(64, 32).point(lambda value: 255)
-    of_image = PairedSpec(high=high, low=low, low_from="image")(image)[0][1]
+    of_image = PairedSpec(high=high, low=low, low_from="picture")(image)[0][1]
     of_high = PairedSpec(high=high, low=low, low_from="high")(image)[0][1]
     assert (of_image == 1).all()
     assert (of_high[:, :, :6] == -1).all()
@@ -75,7 +75,7 @@ def test_paired_tokenizer_raises_when_a_tower_keeps_its_prefix():
     """Trap T16."""
     high = build(tiny("sam_vision_model", (64, 96)))
     low = build(tiny("clip_vision_model", (32, 48), prefix="keep"))
-    tokenizer = PairedTokenizer(high, low, low_from="image", high_neck=AverageNeck(high.dim))
+    tokenizer = PairedTokenizer(high, low, low_from="picture", high_neck=AverageNeck(high.dim))
     with pytest.raises(ValueError, match=r"low tower .* without prefix tokens.*length=7"):
         tokenizer.tokens_for((10, 10))
 
@@ -92,7 +92,7 @@ def test_paired_tokenizer_accepts_any_finished_neck():
             return self.project(BilinearNeck(8)(tokens, grid_hw))
 
     plain = pair()
-    tokenizer = PairedTokenizer(plain.high, plain.low, low_from="image", high_neck=Double(8))
+    tokenizer = PairedTokenizer(plain.high, plain.low, low_from="picture", high_neck=Double(8))
     (tokens,) = encode(tokenizer, one_image(20, 30))
     assert tokens.tokens.shape == (1, 6, 4 + plain.low.dim)
     assert "high_neck" in tokenizer.parts()

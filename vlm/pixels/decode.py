@@ -53,7 +53,7 @@ def open_image(
         shape [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] (RGBA), uint8, uint16, or float in 0 to 1.
     name: what messages call it; None takes the path, the ImageRef's name or the kind of source.
     max_pixels: most rows times columns, compared with the header before any decoding.
-    background: RGB, 0 to 255, shown after transparent pixels.
+    background: RGB, 0 to 255, shown behind transparent pixels.
 
     The EXIF orientation is applied. 16-bit values are scaled by 255 / 65535, palettes and CMYK are
     converted. Of several frames the first is taken, with a warning that names the image; of a

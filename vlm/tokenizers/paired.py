@@ -29,17 +29,17 @@ class PairedSpec:
     """One image as pixels for two towers.
 
     high, low: each tower's preprocessing.
-    low_from: what `low` is applied to: the "image", or "high": the high tower's resized and
+    low_from: what `low` is applied to: the "picture", or "high": the high tower's resized and
         padded image, before its normalisation (DeepSeek-VL 7B).
     """
 
     high: PixelSpec
     low: PixelSpec
-    low_from: Literal["image", "high"]
+    low_from: Literal["picture", "high"]
 
     def __post_init__(self) -> None:
-        if self.low_from not in ("image", "high"):
-            raise ValueError(f"low_from must be 'image' or 'high', found {self.low_from!r}")
+        if self.low_from not in ("picture", "high"):
+            raise ValueError(f"low_from must be 'picture' or 'high', found {self.low_from!r}")
 
     def view_sizes(self, size_hw: tuple[int, int]) -> tuple[tuple, ...]:
         """For each view its two pixel sizes, ((H, W) of high, (H, W) of low)."""
@@ -133,7 +133,7 @@ class PairedConfig:
 
     high: dict[str, Any]
     low: dict[str, Any]
-    low_from: Literal["image", "high"]
+    low_from: Literal["picture", "high"]
     neck: str
 
 
@@ -155,7 +155,7 @@ class PairedTokenizer(ImageTokenizer):
         high: ImageTokenizer,
         low: ImageTokenizer,
         *,
-        low_from: Literal["image", "high"],
+        low_from: Literal["picture", "high"],
         high_neck: nn.Module,
     ) -> None:
         super().__init__()
