@@ -108,42 +108,25 @@ def save(model: DecoderOnlyModel, folder: Path) -> None:
 def _require_known(config: PreTrainedConfig, reader: Any, where: str) -> None:
     """Raises ValueError naming each setting of a folder that is not one of the published kinds."""
     strategy = config.vision_feature_select_strategy
+    joins = config.model_type == "llava_next"  # tiles, by their grids, where no class token stands
+    settings = {
+        "vision_config.model_type": (config.vision_config.model_type, (TOWER,)),
+        "projector_hidden_act": (config.projector_hidden_act, ("gelu",)),
+        "vision_feature_select_strategy": (strategy, ("default",) if joins else tuple(PREFIX)),
+        "the processor's vision_feature_select_strategy": (
+            reader.vision_feature_select_strategy or strategy,
+            (strategy,),
+        ),
+    }
     wrong = [
-        f"{field}: expected {expected}, found {found!r}"
-        for field, expected, found, fits in (
-            (
-                "vision_config.model_type",
-                repr(TOWER),
-                config.vision_config.model_type,
-                config.vision_config.model_type == TOWER,
-            ),
-            (
-                "vision_feature_layer",
-                "one layer",
-                config.vision_feature_layer,
-                isinstance(config.vision_feature_layer, int),
-            ),
-            (
-                "vision_feature_select_strategy",
-                "'default', as tiles are joined by their grids",
-                strategy,
-                strategy == "default" or config.model_type == "llava",
-            ),
-            (
-                "projector_hidden_act",
-                "'gelu'",
-                config.projector_hidden_act,
-                config.projector_hidden_act == "gelu",
-            ),
-            (
-                "the processor's vision_feature_select_strategy",
-                repr(strategy),
-                reader.vision_feature_select_strategy,
-                reader.vision_feature_select_strategy in (None, strategy),
-            ),
-        )
-        if not fits
+        f"{field}: expected {' or '.join(map(repr, expected))}, found {found!r}"
+        for field, (found, expected) in settings.items()
+        if found not in expected
     ]
+    if not isinstance(config.vision_feature_layer, int):
+        wrong.append(
+            f"vision_feature_layer: expected one layer, found {config.vision_feature_layer}"
+        )
     if wrong:
         raise ValueError(f"{where}: {'; '.join(wrong)}")
 

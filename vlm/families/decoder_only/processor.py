@@ -2,7 +2,8 @@
 
 The language model's own chat template writes the prompt. Images and answers are marked while the
 template runs by private-use characters, which are taken out before the text becomes ids: what the
-model reads is exactly what its template writes, and a text that spells "<image>" stays text.
+model reads is what its template writes, with each image as its layout says (tags, line breaks, runs
+of image tokens), and a text that spells "<image>" stays text.
 Exactly the answers and the end token after each are scored, but for those whose turn says not to.
 Longer than most files here: template, marks, boxes, masks and cutting are one way through a row.
 """
