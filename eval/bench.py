@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -131,8 +130,7 @@ def medians(found: Mapping[str, Sequence[Figures]]) -> dict[str, Figures]:
     }
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """Medians of variants, a row each, beside ratios of the first variant's.
 
     columns: heading -> (figure, format such as "10.2f"). ratios: heading -> (figure, format), the

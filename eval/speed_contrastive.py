@@ -21,7 +21,6 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import replace
 from functools import partial
 
 import open_clip
@@ -176,7 +175,7 @@ def main() -> None:
     if difference > 1e-4:
         sys.exit("the losses differ: speeds would mean nothing")
     found = in_turn(variants, settings.rounds, partial(child, settings))
-    table = replace(STEPS, width=20)
+    table = STEPS._replace(width=20)
     table.print_head()
     table.print_rows(medians(found))
     print("speed: ours / variant, higher is better; memory: ours / variant, lower is better")

@@ -67,7 +67,7 @@ class Transcribe:
         return share
 
     def trial(self, module: LineReader, batch: LineBatch, autocast: Autocast) -> None:
-        self.backward(module, [batch], {"characters": 1}, autocast)
+        self.backward(module, [batch], dict.fromkeys(self.totals, 1), autocast)
 
     def after_step(self, module: LineReader) -> None:
         pass

@@ -70,7 +70,7 @@ class NextToken:
         return loss
 
     def trial(self, module: nn.Module, batch: Batch, autocast: Autocast) -> None:
-        self.backward(module, [batch], {"tokens": 1}, autocast)
+        self.backward(module, [batch], dict.fromkeys(self.totals, 1), autocast)
 
     def after_step(self, module: nn.Module) -> None:
         pass
