@@ -1,17 +1,23 @@
 """Prints what pip is to install to have the lowest versions that pyproject allows: a line for each
-library whose minor version here is a newer one than that."""
+library whose minor version here is a newer one than that.
+
+Of extras, what has a tested range: both bounds."""
 
 import tomllib
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 pyproject = Path(__file__).parent.parent / "pyproject.toml"
-for text in tomllib.loads(pyproject.read_text())["project"]["dependencies"]:
+project = tomllib.loads(pyproject.read_text())["project"]
+for text in chain(project["dependencies"], *project["optional-dependencies"].values()):
     wanted = Requirement(text)
-    (lowest,) = (s.version for s in wanted.specifier if s.operator == ">=")
-    parts = Version(lowest).release
+    bounds = {specifier.operator: specifier.version for specifier in wanted.specifier}
+    if wanted.name in ("vlm", "ruff") or set(bounds) != {">=", "<"}:
+        continue
+    parts = Version(bounds[">="]).release
     if Version(version(wanted.name)).release[: len(parts)] != parts:
-        print(f"{wanted.name}=={lowest}.*")
+        print(f"{wanted.name}=={bounds['>=']}.*")

@@ -10,7 +10,7 @@ same things and their names, and ours besides by zero-shot classification into t
 are those of training alone, from the end of the first step to the end of the last, as each program
 logs them.
 
-open_clip's run is `open_clip_train.main` with `--siglip`, CSV data and one worker. Its picture's
+open_clip's run is `open_clip_train.main` with `--siglip`, CSV data and one worker. Its image's
 tower is a SigLIP trunk of timm's, pooled by attention, as in open_clip's own SigLIP models; its
 text's tower is its causal transformer. Only whole epochs can be asked of it, so `--steps` is
 brought to whole epochs for both.
@@ -60,7 +60,7 @@ SIZES = Settings()
 
 @register_model
 def vit_beside_siglip(**_) -> VisionTransformer:
-    """Our fresh picture's tower in timm's class, for open_clip to find by its name."""
+    """Our fresh image's tower in timm's class, for open_clip to find by its name."""
     trunk = VisionTransformer(
         img_size=SIZES.image_px,
         patch_size=SIZES.patch_px,
@@ -147,14 +147,14 @@ def train_peer(settings: argparse.Namespace, folder: Path, epochs: int, steps: i
     (folder / "configs").mkdir(parents=True)
     (folder / "configs" / f"{NAME}.json").write_text(json.dumps(peer_config()))
     source = open_source(TRAIN)
-    pictures = folder / "pictures"
-    pictures.mkdir()
+    images = folder / "images"
+    images.mkdir()
     with (folder / "train.csv").open("w", newline="") as file:
         writer = csv.writer(file, delimiter="\t")
         writer.writerow(["filepath", "title"])
         for row in range(len(source)):
             example = source[row]
-            path = pictures / f"{row}.png"
+            path = images / f"{row}.png"
             open_image(example.images[0]).save(path)
             writer.writerow([str(path), example.answer])
     subprocess.run(
@@ -181,7 +181,7 @@ def train_peer(settings: argparse.Namespace, folder: Path, epochs: int, steps: i
 
 
 def load_peer(folder: Path) -> tuple[nn.Module, Callable]:
-    """The model that open_clip's program saved, and its preprocessing of a picture."""
+    """The model that open_clip's program saved, and its preprocessing of an image."""
     open_clip.add_model_config(folder / "configs")
     (path,) = (folder / "open_clip" / "checkpoints").glob("*.pt")
     model, _, preprocess = open_clip.create_model_and_transforms(NAME)
@@ -191,15 +191,15 @@ def load_peer(folder: Path) -> tuple[nn.Module, Callable]:
 
 
 def embed_peer(
-    model: nn.Module, preprocess: Callable, pictures: list, texts: list[str]
+    model: nn.Module, preprocess: Callable, image_list: list, texts: list[str]
 ) -> tuple[Tensor, Tensor]:
     """Embeddings by open_clip's model."""
     tokenizer = open_clip.get_tokenizer(NAME)
     with torch.no_grad():
         images = torch.cat(
             [
-                model.encode_image(torch.stack([preprocess(p) for p in pictures[i : i + 64]]))
-                for i in range(0, len(pictures), 64)
+                model.encode_image(torch.stack([preprocess(p) for p in image_list[i : i + 64]]))
+                for i in range(0, len(image_list), 64)
             ]
         )
         return images, model.encode_text(tokenizer(texts))
@@ -230,7 +230,7 @@ def main() -> None:
         }
         source, groups = open_source(HELD_OUT), open_source(f"{HELD_OUT}?caption=group")
         examples = [source[row] for row in range(len(source))]
-        pictures = [open_image(example.images[0]) for example in examples]
+        image_list = [open_image(example.images[0]) for example in examples]
         texts = [example.answer for example in examples]
         model = vlm.load(folder / "ours", device="cpu", dtype="float32")
         peer, preprocess = load_peer(folder)
@@ -239,8 +239,8 @@ def main() -> None:
             for name, module in (("ours", model.module), ("open_clip", peer))
         }
         embedded = {
-            "ours": (model.embed_images(pictures), model.embed_texts(texts)),
-            "open_clip": embed_peer(peer, preprocess, pictures, texts),
+            "ours": (model.embed_images(image_list), model.embed_texts(texts)),
+            "open_clip": embed_peer(peer, preprocess, image_list, texts),
         }
         print(f"{steps} steps of {settings.batch} pairs each, {epochs} epochs of open_clip's")
         print(f"{len(texts)} pairs of {HELD_OUT}, chance {1 / len(texts):.2%}")
@@ -260,7 +260,7 @@ def main() -> None:
         print(f"speed: ours / open_clip {seconds['open_clip'] / seconds['ours']:.2f}x")
         true = [groups[row].answer for row in range(len(groups))]
         labels = sorted(set(true))
-        scores = model.classify(pictures, [label.replace("-", " ") for label in labels])
+        scores = model.classify(image_list, [label.replace("-", " ") for label in labels])
         figures = classification(scores, torch.tensor([labels.index(t) for t in true]), scale=1.0)
         print(
             f"zero-shot group of ours: {figures.top_1.share:.1%}, chance {1 / len(labels):.1%} "

@@ -141,7 +141,7 @@ def check(settings: Settings, options: list[str]) -> tuple[Counts, float]:
 
 
 def warm_up() -> None:
-    """Imports what a run would, once for all of them, and leaves no thread behind."""
+    """Imports what a run would, once for all of them, and leaves no thread after."""
     import matplotlib
     import torch
     import torch.utils.tensorboard
@@ -208,7 +208,7 @@ class Attempt:
         return self._kill()
 
     def kill_while_saving(self, skip: int, delay_s: float) -> bool:
-        """Kills it up to `delay_s` after it has begun to write the checkpoint behind `skip` others,
+        """Kills it up to `delay_s` after it has begun to write the checkpoint after `skip` others,
         and as soon as that one is whole; whether it was still running."""
         begun: set[str] = set()
         while len(begun) <= skip:

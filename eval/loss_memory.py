@@ -24,16 +24,10 @@ Writes batch.json and batch.png, or ranks.json and ranks.png, into --out.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
 import json
 import math
 import os
-import resource
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,7 +35,7 @@ import matplotlib
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from bench import add_precision, chosen
+from bench import add_precision, child, chosen, measure, parser_for
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -74,31 +68,7 @@ def loss_of(side: str, loss: str, rank: int = 0, ranks: int = 1) -> Callable[...
     return lambda images, texts, log_scale, bias: peer(images, texts, log_scale.exp(), bias)
 
 
-def resident_mb() -> float:
-    """Resident memory of this process in MB; its peak so far where the system does not tell."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = (text for text in status.read_text().splitlines() if text.startswith("VmRSS"))
-        return int(line.split()[1]) / 1024
-    return peak_mb()
-
-
-def peak_mb() -> float:
-    """Peak resident memory of this process in MB, since `forget_peak` where the system can."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = (text for text in status.read_text().splitlines() if text.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def forget_peak() -> None:
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def measure(
+def figures(
     call: Callable[..., Tensor], batch: int, width: int, dtype: torch.dtype, seed: int = 0
 ) -> dict[str, float]:
     """One forward and backward pass: peak MB above the state before, MB of the whole process at its
@@ -112,19 +82,18 @@ def measure(
 
     call(*tensors(64)).backward()  # what torch sets up once is not the loss's
     inputs = tensors(batch)
-    gc.collect()
-    before = resident_mb()
-    forget_peak()
-    start = time.perf_counter()
-    value = call(*inputs)
-    value.backward()
-    seconds = time.perf_counter() - start
-    peak = peak_mb()
+
+    def both_passes() -> float:
+        value = call(*inputs)
+        value.backward()
+        return float(value.detach())
+
+    found = measure(both_passes)
     return {
-        "peak_mb": peak - before,
-        "process_mb": peak,
-        "seconds": seconds,
-        "value": float(value.detach()),
+        "peak_mb": found.taken_mb,
+        "process_mb": found.peak_mb,
+        "seconds": found.seconds,
+        "value": found.value,
     }
 
 
@@ -150,12 +119,7 @@ def against_batch(settings: argparse.Namespace) -> list[dict]:
                 tqdm.write(f"open_clip {loss} at {batch} is skipped: {reason}")
                 points.append({**point, "skipped": reason, "estimated_mb": needed})
                 continue
-        command = [sys.executable, __file__, "--only", side, loss, str(batch)]
-        command += ["--width", str(settings.width), "--precision", settings.precision]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-        points.append({**point, **json.loads(done.stdout.strip().splitlines()[-1])})
+        points.append({**point, **child(settings, side, loss, batch)})
     return points
 
 
@@ -212,7 +176,7 @@ def measure_rank(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks
     )
     call, dtype = loss_of(side, loss, rank, ranks), DTYPES[settings.precision]
-    found = measure(call, settings.local_batch, settings.width, dtype, seed=rank)
+    found = figures(call, settings.local_batch, settings.width, dtype, seed=rank)
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
@@ -290,9 +254,7 @@ def draw_ranks(points: list[dict], settings: argparse.Namespace, path: Path) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = parser_for(__doc__, rounds=False)
     parser.add_argument("--out", type=Path, help="folder for figures and plot")
     parser.add_argument(
         "--batches", type=int, nargs="+", default=[2**k for k in range(10, 17)], help="pairs"
@@ -309,7 +271,7 @@ def main() -> None:
     if settings.only:
         side, loss, batch = settings.only
         dtype = DTYPES[settings.precision]
-        print(json.dumps(measure(loss_of(side, loss), int(batch), settings.width, dtype)))
+        print(json.dumps(figures(loss_of(side, loss), int(batch), settings.width, dtype)))
         return
     if settings.out is None:
         parser.error("--out is needed: the folder for figures and plot")

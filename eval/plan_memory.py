@@ -2,9 +2,9 @@
 
     python eval/plan_memory.py
 
-For each case, of every family that trains here, a step is rehearsed without data (see
+For each case, of every family that trains here, a step is simulated without data (see
 `vlm.training.memory.simulate`), and two steps are carried out in a fresh process by the same
-objective, working weights and optimizer as `fit`'s, in the same precision. Measured is the
+objective and training state as `fit`'s, in the same precision. Measured is the
 process's peak resident memory during the second step, above what it held before the model was
 built, when a small model of the same kind had already run once, so that libraries and their
 compiled kernels are not counted. glibc is told to give back what is freed at once: so the figure
@@ -17,33 +17,37 @@ import argparse
 import ctypes
 import gc
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench import add_precision, autocast, chosen
-from speed_training import llava, ours_from, peak_mb, reset_peak
+from bench import (
+    add_precision,
+    autocast,
+    child,
+    chosen,
+    parser_for,
+    peak_mb,
+    reset_peak,
+    resident_mb,
+)
+from speed_training import llava, ours_from
 from torch import nn
 
 from vlm.families.contrastive.batch import Pair
 from vlm.families.decoder_only.batch import IMAGE, Row
 from vlm.families.line_reader import layout as line_reader
 from vlm.families.line_reader.batch import LineRow
-from vlm.kernels.norm_mlp import lean, lean_ways
 from vlm.precision import DTYPES
 from vlm.systems import scratch
-from vlm.training.master_weights import WorkingWeights
-from vlm.training.memory.simulate import Rehearsal
+from vlm.training.memory.simulate import SimulatedStep
 from vlm.training.objectives.base import Objective
 from vlm.training.objectives.contrastive import Contrast
 from vlm.training.objectives.ctc import Transcribe
 from vlm.training.objectives.next_token import NextToken
-from vlm.training.stages import FROZEN, Stage, optimizer_for, prepare
+from vlm.training.stages import FROZEN, Stage
+from vlm.training.state import build_state
 
 CHARACTERS = "".join(map(chr, range(33, 127)))
 
@@ -62,7 +66,7 @@ class Case:
 
 
 def decoder_only(small: bool, vocabulary: int = 16384, answer: int = 96) -> tuple:
-    """A SigLIP and a Llama of a fifth of the demo's size, rows of a picture and text."""
+    """A SigLIP and a Llama of a fifth of the demo's size, rows of an image and text."""
     width, layers = (64, 1) if small else (384, 8)
     vocabulary = 512 if small else vocabulary
     vision = dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
@@ -80,14 +84,12 @@ def decoder_only(small: bool, vocabulary: int = 16384, answer: int = 96) -> tupl
         scored = torch.zeros(len(ids), dtype=torch.bool)
         scored[places + 20 :] = True
         views = ((torch.randn(3, 224, 224), (0, 0)),)
-        rows.append(
-            Row(name=f"row {number}", ids=ids, scored=scored, views=views, places=(places,))
-        )
+        rows.append(Row(name=f"row {number}", ids=ids, scored=scored, views=views))
     return module, rows, NextToken(2)
 
 
 def contrastive(small: bool) -> tuple:
-    """A SigLIP from scratch, pictures with captions."""
+    """A SigLIP from scratch, images with captions."""
     width, depth, count = (64, 1, 2) if small else (384, 6, 32)
     sizes = scratch.ScratchConfig(
         image_px=128, patch_px=8, width=width, depth=depth, text_width=width, text_depth=depth,
@@ -141,53 +143,43 @@ def parts(rows: Sequence[Any], count: int) -> list[Sequence[Any]]:
 
 
 def planned_mb(case: Case, dtype: torch.dtype) -> float:
-    """The peak of a rehearsed step in MB."""
+    """The peak of a simulated step in MB."""
     module, rows, objective = case.make(False)
-    rehearsal = Rehearsal(module, case.stage, objective, dtype, gpu=False)
-    return rehearsal.step(parts(rows, case.micro_batches)).peak.total / 2**20
+    simulated = SimulatedStep(module, case.stage, objective, dtype, gpu=False)
+    return simulated.run(parts(rows, case.micro_batches)).peak.total / 2**20
 
 
-def resident_mb() -> float:
+def given_back_mb() -> float:
     """The process's resident memory in MB, what the allocator can give back given back."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    (line,) = (t for t in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in t)
-    return int(line.split()[1]) / 1024
+    return resident_mb()
 
 
 def learn(case: Case, dtype: torch.dtype, small: bool, before_last: Callable[[], None]) -> None:
     """Two steps as `fit` makes them; calls `before_last` between them."""
     module, rows, objective = case.make(small)
-    ways = lean_ways(module)
-    prepare(module, case.stage, dtype)
-    optimizer = optimizer_for(module, case.stage)
-    working = WorkingWeights(module, dtype)
-    trained = [p for p in module.parameters() if p.requires_grad]
+    state = build_state(module, case.stage, dtype)
     count = 1 if small else case.micro_batches
     batches = [batch for part in parts(rows, count) for batch in objective.collate(part)]
     del rows
+    totals = dict.fromkeys(objective.totals, 100)
     for last in (False, True):
         if last:
             before_last()
-        with working.in_use(), lean(module, ways):
-            objective.backward(module, batches, 100, lambda: autocast(dtype))
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        state.learn(objective, batches, totals, lambda: autocast(dtype))
 
 
 def measured_mb(name: str, dtype: torch.dtype) -> float:
     """The peak of a real step in this process, in MB above what it held before the model."""
     learn(CASES[name], dtype, True, lambda: None)
-    before = resident_mb()
-    learn(CASES[name], dtype, False, lambda: (resident_mb(), reset_peak()))
+    before = given_back_mb()
+    learn(CASES[name], dtype, False, lambda: (given_back_mb(), reset_peak()))
     return peak_mb() - before
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = parser_for(__doc__, rounds=False)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     add_precision(parser)
     parser.add_argument("--only", choices=list(CASES), help=argparse.SUPPRESS)
@@ -200,11 +192,7 @@ def main() -> None:
     print(f"{'case':36} {'planned MB':>11} {'measured MB':>12} {'difference':>11}")
     for name in settings.cases:
         planned = planned_mb(CASES[name], dtype)
-        command = [sys.executable, __file__, "--only", name, "--precision", settings.precision]
-        out = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | give_back
-        ).stdout
-        found = json.loads(out.strip().splitlines()[-1])
+        found = child(settings, name, env=give_back)
         print(f"{name:36} {planned:11.0f} {found:12.0f} {planned / found - 1:+11.1%}", flush=True)
 
 

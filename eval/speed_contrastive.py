@@ -4,32 +4,39 @@
 
 ViT-B/32 with random weights, softmax loss, batch 64, captions of 6 to 24 tokens. First both give
 their loss in fp32, which must agree to 1e-4. Then each variant trains in a process of its own, in
-turn, for several rounds: ours with the preparation, working weights, objective and optimizer of
-`fit`; open_clip with its model, `ClipLoss` and AdamW as its training script has them. In bf16 its
-precisions are `amp_bf16` (fp32 weights under autocast) and `pure_bf16` (bf16 weights, its fastest,
-which loses small updates), in fp32 there is `fp32` alone. Reported are the medians of samples/s and
-of the process's peak memory while it trains (building the model left out), and the ratios, which
-alone carry over to other machines of the kind.
+turn, for several rounds: ours with the state, objective and optimizer of `fit`; open_clip with its
+model, `ClipLoss` and AdamW as its training script has them. In bf16 its precisions are `amp_bf16`
+(fp32 weights under autocast) and `pure_bf16` (bf16 weights, its fastest, which loses small
+updates), in fp32 there is `fp32` alone. Reported are the medians of samples/s and of the process's
+peak memory while it trains (without building the model), and the ratios, which alone carry over to
+other machines of the kind.
 
 Where ours gains: open_clip's text tower computes all 77 places of every caption; in a causal tower
-read at the end token those behind it change nothing, and ours stops at the batch's longest.
+read at the end token those after it change nothing, and ours stops at the batch's longest.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
-import statistics
-import subprocess
 import sys
-import time
+from dataclasses import replace
+from functools import partial
 
 import open_clip
 import torch
-from bench import add_precision, autocast, chosen
-from speed_training import peak_mb, reset_peak
+from bench import (
+    STEPS,
+    add_precision,
+    autocast,
+    child,
+    chosen,
+    in_turn,
+    medians,
+    parser_for,
+    repeat,
+)
 from torch import Tensor
 
 from vlm.families.contrastive.batch import PairBatch
@@ -41,9 +48,9 @@ from vlm.precision import DTYPES
 from vlm.systems import clip
 from vlm.systems.open_clip import config as open_clip_config
 from vlm.systems.open_clip import layout as open_clip_layout
-from vlm.training.master_weights import WorkingWeights
 from vlm.training.objectives.contrastive import Contrast
-from vlm.training.stages import Stage, optimizer_for, prepare
+from vlm.training.stages import Stage
+from vlm.training.state import build_state
 
 VARIANTS = {
     "bf16": ("ours", "open_clip-amp_bf16", "open_clip-pure_bf16"),
@@ -113,18 +120,12 @@ def train(variant: str, steps: int, dtype: torch.dtype) -> dict[str, float]:
         del model
         stage = Stage(
             name="speed", rates=(("*", 1e-4),), steps=steps, batch=BATCH, micro_batch=BATCH,
-            warmup_steps=0, weight_decay=0.2, betas=(0.9, 0.98),
+            warmup_steps=0, weight_decay=0.2, betas=(0.9, 0.98), clip=math.inf,
         )  # fmt: skip
-        prepare(module, stage, dtype)
-        optimizer = optimizer_for(module, stage)
-        objective, working = Contrast("softmax"), WorkingWeights(module, dtype)
-
-        def learn() -> float:
-            with working.in_use():
-                loss = objective.backward(module, [ours], BATCH, lambda: autocast(dtype))
-            optimizer.step()
-            objective.after_step(module)
-            return loss
+        state = build_state(module, stage, dtype)
+        learn = partial(
+            state.learn, Contrast("softmax"), [ours], {"pairs": BATCH}, partial(autocast, dtype)
+        )
     else:
         pixels = ours.groups[0].pixels
         pure = variant.endswith("pure_bf16")
@@ -145,28 +146,19 @@ def train(variant: str, steps: int, dtype: torch.dtype) -> dict[str, float]:
             optimizer.step()
             with torch.no_grad():
                 model.logit_scale.clamp_(0, math.log(100))
+            optimizer.zero_grad(set_to_none=True)
             return float(loss.detach())
 
-    gc.collect()
-    reset_peak()
-    seconds, last = [], 0.0
-    for _ in range(steps):
-        start = time.perf_counter()
-        last = learn()
-        optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - start)
+    trained = repeat(learn, steps - 1)
     return {
-        "samples_per_s": BATCH / statistics.median(seconds[1:]),
-        "peak_mb": peak_mb(),
-        "loss": last,
+        "samples_per_s": BATCH / trained.seconds,
+        "peak_mb": trained.peak_mb,
+        "loss": trained.values[-1],
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each variant")
+    parser = parser_for(__doc__)
     parser.add_argument(
         "--steps", type=int, default=4, help="steps in each; the first is not timed"
     )
@@ -183,25 +175,10 @@ def main() -> None:
     print(f"fp32 loss: ours {mine:.6f}, open_clip {theirs:.6f}, difference {difference:.1e}")
     if difference > 1e-4:
         sys.exit("the losses differ: speeds would mean nothing")
-    found = {variant: [] for variant in variants}
-    for _ in range(settings.rounds):
-        for variant in variants:
-            command = [sys.executable, __file__, "--only", variant, "--steps", str(settings.steps)]
-            command += ["--precision", settings.precision]
-            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found[variant].append(json.loads(out.strip().splitlines()[-1]))
-    medians = {
-        variant: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        for variant, runs in found.items()
-    }
-    print(f"{'variant':20} {'samples/s':>10} {'peak MB':>9} {'loss':>8} {'speed':>7} {'memory':>7}")
-    for variant, figures in medians.items():
-        print(
-            f"{variant:20} {figures['samples_per_s']:10.2f} {figures['peak_mb']:9.0f} "
-            f"{figures['loss']:8.4f} "
-            f"{medians['ours']['samples_per_s'] / figures['samples_per_s']:6.2f}x "
-            f"{medians['ours']['peak_mb'] / figures['peak_mb']:6.2f}x"
-        )
+    found = in_turn(variants, settings.rounds, partial(child, settings))
+    table = replace(STEPS, width=20)
+    table.print_head()
+    table.print_rows(medians(found))
     print("speed: ours / variant, higher is better; memory: ours / variant, lower is better")
 
 

@@ -17,17 +17,13 @@ alone carry over to other machines of the kind.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import torch
-from bench import add_precision, chosen
-from speed_training import peak_mb, reset_peak
+from bench import Table, add_precision, child, chosen, in_turn, measure, medians, parser_for
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -36,6 +32,21 @@ from vlm.precision import DTYPES
 
 VARIANTS = ("ours", "ours-plain", "transformers")
 HEADS = ("frozen", "trainable")
+TABLE = Table(
+    columns={
+        "s": ("seconds", "7.2f"),
+        "cpu s": ("cpu_s", "7.2f"),
+        "peak MB": ("peak_mb", "8.0f"),
+        "loss": ("loss", "9.5f"),
+    },
+    ratios={
+        "time": ("seconds", "5.2f"),
+        "cpu": ("cpu_s", "5.2f"),
+        "memory": ("peak_mb", "6.2f"),
+    },
+    width=13,
+    lead=("head", 10),
+)
 ROWS = 8
 TOLERANCE = 1e-5
 
@@ -101,45 +112,35 @@ def compare(settings: argparse.Namespace) -> float:
     return worst
 
 
-def measure(variant: str, head: str, settings: argparse.Namespace) -> dict[str, float]:
+def figures(variant: str, head: str, settings: argparse.Namespace) -> dict[str, float]:
     """Median seconds and peak MB of a pass above what is there before it."""
     layer, states, *rest = inputs(settings, head, DTYPES[settings.precision], settings.places)
     run = passes(variant, layer, states, *rest)
-    seconds, busy, peaks = [], [], []
+    found = []
     for _ in range(settings.steps + 1):
         states.grad = layer.weight.grad = None
-        gc.collect()
-        reset_peak()
-        before = peak_mb()
-        start, worked = time.perf_counter(), time.process_time()
-        loss = run()
-        seconds.append(time.perf_counter() - start)
-        busy.append(time.process_time() - worked)
-        peaks.append(peak_mb() - before)
+        found.append(measure(run))
     return {
-        "seconds": statistics.median(seconds[1:]),
-        "cpu_s": statistics.median(busy[1:]),
-        "peak_mb": max(peaks[1:]),
-        "loss": loss,
+        "seconds": statistics.median(each.seconds for each in found[1:]),
+        "cpu_s": statistics.median(each.cpu_s for each in found[1:]),
+        "peak_mb": max(each.taken_mb for each in found[1:]),
+        "loss": found[-1].value,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = parser_for(__doc__)
     parser.add_argument("--width", type=int, default=576, help="numbers in a state")
     parser.add_argument("--vocab", type=int, default=257_216, help="ids, PaliGemma's by default")
     parser.add_argument("--places", type=int, default=2048, help="places in a batch")
     parser.add_argument("--scored", type=float, default=0.25, help="share of them that is scored")
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=HEADS)
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each variant")
     parser.add_argument("--steps", type=int, default=1, help="passes in each; one more goes before")
     add_precision(parser)
     parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.only:
-        print(json.dumps(measure(*settings.only, settings)))
+        print(json.dumps(figures(*settings.only, settings)))
         return
     chosen(settings)
     if compare(settings) > TOLERANCE:
@@ -149,33 +150,12 @@ def main() -> None:
         f"width {settings.width}, {settings.vocab} ids; time and memory: ours / variant, lower is "
         "better"
     )
-    print(
-        f"{'head':10} {'variant':13} {'s':>7} {'cpu s':>7} {'peak MB':>8} {'loss':>9} "
-        f"{'time':>6} {'cpu':>6} {'memory':>7}"
-    )
+    TABLE.print_head()
     for head in settings.heads:
-        found = {variant: [] for variant in VARIANTS}
-        for _ in range(settings.rounds):
-            for variant in VARIANTS:
-                command = [sys.executable, __file__, "--only", variant, head]
-                for name in ("width", "vocab", "places", "scored", "steps", "precision"):
-                    command += [f"--{name}", str(getattr(settings, name))]
-                out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                found[variant].append(json.loads(out.strip().splitlines()[-1]))
-        medians = {
-            variant: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-            for variant, runs in found.items()
-        }
-        mine = medians["ours"]
-        for variant, figures in medians.items():
-            print(
-                f"{head:10} {variant:13} {figures['seconds']:7.2f} {figures['cpu_s']:7.2f} "
-                f"{figures['peak_mb']:8.0f} {figures['loss']:9.5f} "
-                + " ".join(
-                    f"{mine[key] / figures[key]:{size}.2f}x"
-                    for key, size in (("seconds", 5), ("cpu_s", 5), ("peak_mb", 6))
-                )
-            )
+        found = in_turn(
+            VARIANTS, settings.rounds, lambda variant, head=head: child(settings, variant, head)
+        )
+        TABLE.print_rows(medians(found), head)
 
 
 if __name__ == "__main__":

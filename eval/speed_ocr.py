@@ -6,13 +6,13 @@ TrOCR-small's sizes (DeiT at 384 pixels, six decoder layers 256 wide, 64,044 ids
 batch 16, 32 new tokens, of which none ends a line. First both write in fp32: their ids must be
 identical. Then each variant writes in the same precision in a process of its own, in turn, for
 several rounds. Reported are the medians of lines/s and of the process's peak memory while it writes
-(building the model left out), the seconds of the encoder alone, and the ratio, which alone carries
+(without building the model), the seconds of the encoder alone, and the ratio, which alone carries
 over to other machines of the kind.
 
 Where ours gains: image keys and values are projected once, into the layout that a single query
 reads fastest; what was written lies in buffers of one size; weights are laid out once for products
 with few rows, in bf16 all, in fp32 those that are measured faster so; no logits processors;
-pictures are encoded a few at a time, so that what is in work stays in the caches, in bf16 with
+images are encoded a few at a time, so that what is in work stays in the caches, in bf16 with
 whole products in place of the fused attention where they gain. The encoder's products are the same
 for both, so the ratio is the larger the faster a machine multiplies.
 """
@@ -20,17 +20,13 @@ for both, so the ratio is the larger the faster a machine multiplies.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import statistics
-import subprocess
 import sys
-import time
+from functools import partial
 
 import torch
 import transformers
-from bench import add_precision, chosen
-from speed_training import peak_mb, reset_peak
+from bench import Table, add_precision, child, chosen, in_turn, medians, parser_for, repeat
 from torch import Tensor
 
 from vlm.families.encoder_decoder import generate as transcribe
@@ -41,6 +37,15 @@ from vlm.systems import trocr
 from vlm.systems.published import first_names, published_name
 
 VARIANTS = ("ours", "transformers")
+TABLE = Table(
+    columns={
+        "lines/s": ("lines_per_s", "9.2f"),
+        "encoder s": ("encoder_s", "10.3f"),
+        "peak MB": ("peak_mb", "9.0f"),
+    },
+    ratios={"speed": ("lines_per_s", "6.2f"), "memory": ("peak_mb", "6.2f")},
+    width=14,
+)
 SIZE = "small"
 BATCH, TOKENS = 16, 32
 START, PAD, NEVER = 2, 1, -1
@@ -88,7 +93,7 @@ def groups_of(views: Tensor) -> tuple[ViewGroup, ...]:
 
 
 def write(model, views: Tensor) -> list[list[int]]:
-    """The ids that a model writes for pictures, start left out."""
+    """The ids that a model writes for images, start skipped."""
     if isinstance(model, EncoderDecoder):
         found = transcribe.greedy(model, groups_of(views), [START], [NEVER], PAD, TOKENS)
         return [ids for ids, _ in found]
@@ -104,23 +109,20 @@ def measure(variant: str, repeats: int, dtype: torch.dtype) -> dict[str, float]:
         model = ours_from(model)
     model = model.to(dtype)
     views = pixels().to(dtype)
-    gc.collect()
-    reset_peak()
-    seconds, encoding = [], []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        write(model, views)
-        seconds.append(time.perf_counter() - start)
-    figures = {"lines_per_s": BATCH / statistics.median(seconds[1:]), "peak_mb": peak_mb()}
-    for _ in range(repeats):
-        start = time.perf_counter()
-        with torch.no_grad():
-            if variant == "ours":
-                transcribe.encode(model, groups_of(views))
-            else:
-                model.encoder(views)
-        encoding.append(time.perf_counter() - start)
-    return figures | {"encoder_s": statistics.median(encoding)}
+    written = repeat(lambda: write(model, views), repeats)
+
+    @torch.no_grad()
+    def encode() -> None:
+        if variant == "ours":
+            transcribe.encode(model, groups_of(views))
+        else:
+            model.encoder(views)
+
+    return {
+        "lines_per_s": BATCH / written.seconds,
+        "peak_mb": written.peak_mb,
+        "encoder_s": repeat(encode, repeats).seconds,
+    }
 
 
 def same_ids(count: int = 4) -> tuple[bool, int]:
@@ -132,10 +134,7 @@ def same_ids(count: int = 4) -> tuple[bool, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each variant")
+    parser = parser_for(__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="batches in each, one more to warm")
     add_precision(parser)
     parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
@@ -148,29 +147,9 @@ def main() -> None:
     print(f"fp32 ids: {'identical' if equal else 'different'}, {different} different ids written")
     if not equal:
         sys.exit("the ids differ: speeds would mean nothing")
-    found = {variant: [] for variant in VARIANTS}
-    for _ in range(settings.rounds):
-        for variant in VARIANTS:
-            command = [
-                sys.executable, __file__, "--only", variant, "--repeats", str(settings.repeats),
-                "--precision", settings.precision,
-            ]  # fmt: skip
-            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found[variant].append(json.loads(out.strip().splitlines()[-1]))
-    medians = {
-        variant: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        for variant, runs in found.items()
-    }
-    print(
-        f"{'variant':14} {'lines/s':>9} {'encoder s':>10} {'peak MB':>9} {'speed':>7} {'memory':>7}"
-    )
-    ours = medians["ours"]
-    for variant, figures in medians.items():
-        print(
-            f"{variant:14} {figures['lines_per_s']:9.2f} {figures['encoder_s']:10.3f} "
-            f"{figures['peak_mb']:9.0f} {ours['lines_per_s'] / figures['lines_per_s']:6.2f}x "
-            f"{ours['peak_mb'] / figures['peak_mb']:6.2f}x"
-        )
+    found = in_turn(VARIANTS, settings.rounds, partial(child, settings))
+    TABLE.print_head()
+    TABLE.print_rows(medians(found))
     print("speed: ours / variant, higher is better; memory: ours / variant, lower is better")
 
 

@@ -23,15 +23,12 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
-from bench import add_precision, chosen
+from bench import Table, add_precision, child, chosen, in_turn, measure, medians, parser_for
 from torch import Tensor
 from torch.nn import functional
 
@@ -40,6 +37,16 @@ from vlm.precision import DTYPES
 
 VARIANTS = ("ours", "clip_benchmark")
 KS = (1, 5, 10)
+TABLE = Table(
+    columns={
+        "seconds": ("seconds", "8.2f"),
+        "taken MB": ("taken_mb", "9.0f"),
+        "peak MB": ("peak_mb", "8.0f"),
+    },
+    ratios={"time": ("seconds", "6.1f"), "memory": ("taken_mb", "6.3f")},
+    width=16,
+    inverted=("time",),
+)
 PEER_BATCH = 64
 
 
@@ -124,13 +131,6 @@ def product_peak(width: int, device: str) -> float:
     return best
 
 
-def resident_mb(kind: str) -> float:
-    """The process's resident memory in MB: VmRSS now, VmHWM at its peak since it was reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (text for text in lines if text.startswith(kind))
-    return int(line.split()[1]) / 1024
-
-
 def run(variant: str, settings: argparse.Namespace) -> dict[str, float | dict[str, float]]:
     """One variant on one set: seconds, its memory in MB, GFLOP/s of the product, and recalls."""
     if settings.threads:
@@ -141,34 +141,32 @@ def run(variant: str, settings: argparse.Namespace) -> dict[str, float | dict[st
     device = settings.device
     dtype = DTYPES[settings.precision]
     data = embeddings(count, captions, settings.width, settings.noise, settings.seed, device, dtype)
+    metric = (
+        functools.partial(ours, show=bool(settings.large)) if variant == "ours" else clip_benchmark
+    )
+
+    def timed() -> dict[str, float]:
+        recalls = metric(*data)
+        synchronise(device)
+        return recalls
+
     if device == "cpu":
-        before = resident_mb("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        found = measure(timed)
     else:
         before = torch.cuda.memory_allocated() / 2**20
         torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    metric = functools.partial(ours, show=bool(settings.large))
-    recalls = (metric if variant == "ours" else clip_benchmark)(*data)
-    synchronise(device)
-    seconds = time.perf_counter() - start
-    top = resident_mb("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20
+        found = measure(timed)
+        peak = torch.cuda.max_memory_allocated() / 2**20
+        found = found._replace(taken_mb=peak - before, peak_mb=peak)
     work = 2e-9 * settings.width * len(data[0]) * len(data[1])
     return {
-        "seconds": seconds,
-        "taken_mb": top - before,
-        "peak_mb": top,
-        "gflops": work / seconds,
+        "seconds": found.seconds,
+        "taken_mb": found.taken_mb,
+        "peak_mb": found.peak_mb,
+        "gflops": work / found.seconds,
         "product_gflops": product_peak(settings.width, device),
-        "recalls": recalls,
+        "recalls": found.value,
     }
-
-
-def in_own_process(variant: str, precision: str) -> dict[str, float | dict[str, float]]:
-    command = [sys.executable, __file__, "--only", variant, *sys.argv[1:]]
-    command += ["--precision", precision]
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(out.strip().splitlines()[-1])
 
 
 def print_large(found: dict[str, float], settings: argparse.Namespace) -> None:
@@ -185,9 +183,7 @@ def print_large(found: dict[str, float], settings: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = parser_for(__doc__)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--captions", type=int, default=5, help="of each image")
     parser.add_argument("--width", type=int, default=512)
@@ -195,7 +191,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice if not given")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each variant")
     parser.add_argument("--large", type=int, metavar="N", help="ours alone on N images, N texts")
     add_precision(parser)
     parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
@@ -203,34 +198,21 @@ def main() -> None:
     if settings.only:
         print(json.dumps(run(settings.only, settings)))
         return
-    precision = chosen(settings, settings.device).name
+    chosen(settings, settings.device)
     if settings.large:
-        print_large(in_own_process("ours", precision), settings)
+        print_large(child(settings, "ours"), settings)
         return
-    found = {variant: [] for variant in VARIANTS}
-    for _ in range(settings.rounds):
-        for variant in VARIANTS:
-            found[variant].append(in_own_process(variant, precision))
+    found = in_turn(VARIANTS, settings.rounds, functools.partial(child, settings))
     recalls = [run["recalls"] for runs in found.values() for run in runs]
     print(f"{'recall':18} {'ours':>10} {'clip_benchmark':>15}")
     for name, value in recalls[0].items():
         print(f"{name:18} {value:10.7f} {recalls[-1][name]:15.7f}")
     same = all(values == recalls[0] for values in recalls)
     print("the same to the last digit" if same else "the recalls DIFFER")
-    medians = {
-        variant: {
-            key: statistics.median(run[key] for run in runs) for key in runs[0] if key != "recalls"
-        }
-        for variant, runs in found.items()
-    }
-    mine = medians["ours"]
-    print(f"{'variant':16} {'seconds':>8} {'taken MB':>9} {'peak MB':>8} {'time':>7} {'memory':>7}")
-    for variant, figures in medians.items():
-        print(
-            f"{variant:16} {figures['seconds']:8.2f} {figures['taken_mb']:9.0f} "
-            f"{figures['peak_mb']:8.0f} {figures['seconds'] / mine['seconds']:6.1f}x "
-            f"{mine['taken_mb'] / figures['taken_mb']:6.3f}x"
-        )
+    middle = medians(found)
+    mine = middle["ours"]
+    TABLE.print_head()
+    TABLE.print_rows(middle)
     print("time: variant / ours, higher is better; memory: ours / variant, lower is better")
     print(
         f"ours: {mine['gflops']:.0f} GFLOP/s of {mine['product_gflops']:.0f} measured for fp32 "

@@ -5,11 +5,11 @@
 Sizes are SigLIP-B/16-224 and SmolLM2-135M with random weights, batch 8, answers of unequal lengths.
 Stage 1 trains the adaptor, stage 2 the language model too, stage 3 all. First both give their loss
 in fp32, which must agree to 1e-4. Then each variant trains in a process of its own, in turn, for
-several rounds: ours with the step of `fit` (packed rows, the loss in chunks, in bf16 working
-weights beside fp32 masters), with a token cache too where the image tokenizer is frozen. In bf16
+several rounds: ours with the state and step of `fit` (packed rows, the loss in chunks, bf16 compute
+copies of fp32 master weights), with a token cache too where the image tokenizer is frozen. In bf16
 Llava trains under autocast with fp32 weights (what a Trainer does with bf16=True) and in pure bf16,
 trained weights too; in fp32 it has one variant. Reported are the medians of samples/s and of the
-process's peak memory while it trains (building the model left out), and the ratios; the operations
+process's peak memory while it trains (without building the model), and the ratios; the operations
 a second that our steps reach; and, with --profile, which operations their time goes to.
 
 With --nanovlm, the folder of a checkout of nanoVLM, the same is done beside it, in bf16 under
@@ -22,20 +22,26 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
-import gc
 import json
-import resource
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench import add_precision, autocast, chosen
+from bench import (
+    STEPS,
+    add_precision,
+    autocast,
+    child,
+    chosen,
+    in_turn,
+    medians,
+    parser_for,
+    repeat,
+)
 from nanovlm import nanovlm_of
 from torch import Tensor, nn
 from transformers import (
@@ -50,18 +56,18 @@ from vlm import adaptors
 from vlm.families.decoder_only.batch import IMAGE, Batch, Row
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.image_tokens import ViewGroup
-from vlm.kernels.norm_mlp import lean, lean_ways
 from vlm.losses.token import token_losses
 from vlm.pixels import HALF, PixelSpec
 from vlm.precision import DTYPES
 from vlm.tokenizers.encoders import ENCODERS
 from vlm.tokenizers.transformers import TransformersTokenizer
-from vlm.training.activation_checkpointing import give_back_large_blocks
+from vlm.training.activation_checkpointing import set_mmap_threshold
 from vlm.training.flops import flop_counter
 from vlm.training.loading.token_cache import cached_tokens
-from vlm.training.master_weights import WorkingWeights
+from vlm.training.objectives.base import sum_totals
 from vlm.training.objectives.next_token import NextToken
-from vlm.training.stages import FROZEN, Stage, optimizer_for, prepare
+from vlm.training.stages import FROZEN, Stage
+from vlm.training.state import build_state
 
 Step = Callable[[], float]
 FlopsOf = Callable[[], int]
@@ -159,6 +165,7 @@ def batch_for(
         ids=ids,
         valid=valid,
         scored=scored,
+        positions=position * valid,
         groups=(ViewGroup(pixels=pixels, owner=owner),),
         names=tuple(f"row {row}" for row in range(size)),
     )
@@ -196,23 +203,8 @@ def nanovlm_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(batch["input_ids"], batch["pixel_values"], targets=targets)[1]
 
 
-def reset_peak() -> None:
-    """Forgets the process's peak memory so far, where the system can (Linux)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_mb() -> float:
-    """The process's peak resident memory in MB since `reset_peak`."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = (text for text in status.read_text().splitlines() if text.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def rows_of(batch: Batch) -> list[Row]:
-    """The rows of a padded batch with one picture each, as a loader gives them."""
+    """The rows of a padded batch with one image each, as a loader gives them."""
     (group,) = batch.groups
     return [
         Row(
@@ -220,7 +212,6 @@ def rows_of(batch: Batch) -> list[Row]:
             ids=batch.ids[row, batch.valid[row]],
             scored=batch.scored[row, batch.valid[row]],
             views=((group.pixels[row], (0, 0)),),
-            places=(int((batch.ids[row] == IMAGE).sum()),),
         )
         for row, name in enumerate(batch.names)
     ]
@@ -235,16 +226,13 @@ def step_of_ours(
 ) -> tuple[Step, FlopsOf]:
     """A step as `vlm.training.fit` makes it, and one whose operations are to be counted. cached:
     with a token cache, as long as the process lasts."""
-    give_back_large_blocks()
+    set_mmap_threshold()
     batch, _ = batch_for(peer, BATCH)
     module = ours_from(peer, linear)
     rates = Stage(
         name="speed", rates=RATES[stage], steps=1, batch=BATCH, micro_batch=BATCH, warmup_steps=0
     )
-    ways = lean_ways(module)
-    prepare(module, rates, dtype)
-    optimizer = optimizer_for(module, rates)
-    working = WorkingWeights(module, dtype)
+    state = build_state(module, rates, dtype)
     if cached:
         held = contextlib.ExitStack()
         atexit.register(held.close)
@@ -252,27 +240,16 @@ def step_of_ours(
         held.enter_context(cached_tokens(module.tokenizer, Path(folder)))
     objective = NextToken(pad_id=2, pack=PACK)
     batches = objective.collate(rows_of(batch))
-    scored = sum(objective.count(part).scored for part in batches)
-    trained = [p for p in module.parameters() if p.requires_grad]
-
-    def computes() -> contextlib.AbstractContextManager:
-        return autocast(dtype)
-
-    def step() -> float:
-        with working.in_use(), lean(module, ways):
-            loss = objective.backward(module, batches, scored, computes)
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
+    totals = sum_totals(objective.totals, [objective.count(part) for part in batches])
+    computes = partial(autocast, dtype)
 
     def counted() -> int:
-        with flop_counter() as counter, working.in_use():
-            objective.backward(module, batches, scored, computes)
-        optimizer.zero_grad(set_to_none=True)
+        with flop_counter() as counter, state.computing():
+            objective.backward(module, batches, totals, computes)
+        state.optimizer.zero_grad(set_to_none=True)
         return counter.get_total_flops()
 
-    return step, counted
+    return partial(state.learn, objective, batches, totals, computes), counted
 
 
 def step_of_llava(peer: LlavaForConditionalGeneration, stage: int, variant: str) -> Step:
@@ -344,21 +321,14 @@ def train(variant: str, stage: int, settings: argparse.Namespace) -> dict[str, A
     else:
         step = step_of_llava(peer, stage, variant)
     del peer
-    gc.collect()
-    reset_peak()
-    seconds, first = [], None
-    for _ in range(settings.steps):
-        start = time.perf_counter()
-        loss = step()
-        first = loss if first is None else first
-        seconds.append(time.perf_counter() - start)
+    trained = repeat(step, settings.steps - 1)
     found = {
-        "samples_per_s": BATCH / statistics.median(seconds[1:]),
-        "peak_mb": peak_mb(),
-        "loss": first,
+        "samples_per_s": BATCH / trained.seconds,
+        "peak_mb": trained.peak_mb,
+        "loss": trained.values[0],
     }
     if counted is not None:
-        found["gflops"] = counted() / statistics.median(seconds[1:]) / 1e9
+        found["gflops"] = counted() / trained.seconds / 1e9
     if settings.profile:
         with torch.profiler.profile() as profile:
             step()
@@ -368,11 +338,8 @@ def train(variant: str, stage: int, settings: argparse.Namespace) -> dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = parser_for(__doc__)
     parser.add_argument("--stages", type=int, nargs="+", default=[1], choices=sorted(RATES))
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each variant")
     parser.add_argument(
         "--steps", type=int, default=6, help="steps in each; the first is not timed"
     )
@@ -410,32 +377,18 @@ def require_same(mine: float, theirs: float, peer: str) -> None:
 def compare(stage: int, variants: tuple[str, ...], settings: argparse.Namespace) -> None:
     """Prints one stage's table; the first of the variants is ours."""
     ours = variants[0]
-    found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
-    for _ in range(settings.rounds):
-        for variant in variants:
-            command = [sys.executable, __file__, "--only", variant, "--steps", str(settings.steps)]
-            command += ["--stages", str(stage), "--precision", settings.precision]
-            if settings.nanovlm:
-                command += ["--nanovlm", str(settings.nanovlm)]
-            if settings.profile and variant == ours and not found[variant]:
-                command.append("--profile")
-            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            found[variant].append(json.loads(out.strip().splitlines()[-1]))
-    keys = ("samples_per_s", "peak_mb", "loss")
-    medians = {
-        variant: {key: statistics.median(run[key] for run in runs) for key in keys}
-        for variant, runs in found.items()
-    }
-    gflops = statistics.median(run["gflops"] for run in found[ours])
-    print(f"\nstage {stage}; ours at {gflops:,.0f} GFLOP/s")
-    print(f"{'variant':18} {'samples/s':>10} {'peak MB':>9} {'loss':>8} {'speed':>7} {'memory':>7}")
-    for variant, figures in medians.items():
-        print(
-            f"{variant:18} {figures['samples_per_s']:10.2f} {figures['peak_mb']:9.0f} "
-            f"{figures['loss']:8.4f} "
-            f"{medians[ours]['samples_per_s'] / figures['samples_per_s']:6.2f}x "
-            f"{medians[ours]['peak_mb'] / figures['peak_mb']:6.2f}x"
-        )
+    profiled: set[str] = set()
+
+    def measured(variant: str) -> dict[str, Any]:
+        profile = settings.profile and variant == ours and variant not in profiled
+        profiled.add(variant)
+        return child(settings, variant, stages=[stage], profile=profile)
+
+    found = in_turn(variants, settings.rounds, measured)
+    middle = medians(found)
+    print(f"\nstage {stage}; ours at {middle[ours]['gflops']:,.0f} GFLOP/s")
+    STEPS.print_head()
+    STEPS.print_rows(middle)
     if "profile" in found[ours][0]:
         print(found[ours][0]["profile"])
 

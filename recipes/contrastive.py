@@ -1,4 +1,4 @@
-"""Contrastive training: pictures and captions in one space (CLIP, SigLIP, LiT).
+"""Contrastive training: images and captions in one space (CLIP, SigLIP, LiT).
 
     accelerate launch recipes/contrastive.py
 
@@ -50,4 +50,4 @@ def objective(settings: Settings, model: ContrastiveModel, stage: Stage) -> Cont
 
 
 if __name__ == "__main__":
-    launch.start(Settings, lambda settings: run(settings, stage, objective))
+    launch.start(Settings, run, stage, objective)

@@ -3,7 +3,7 @@
     accelerate launch recipes/line_reader.py
 
 trains a small reader of English on lines that are drawn as it goes. A new script in one command,
-and fine-tuning the shipped reader on lines of your own (a table of pictures and their texts):
+and fine-tuning the shipped reader on lines of your own (a table of images and their texts):
 
     accelerate launch recipes/line_reader.py --start line-reader --alphabet cyrillic
         --lines-text ru_RU
@@ -33,4 +33,4 @@ def objective(settings: Settings, model: LineReaderModel, stage: Stage) -> Trans
 
 
 if __name__ == "__main__":
-    launch.start(Settings, lambda settings: run(settings, stage, objective))
+    launch.start(Settings, run, stage, objective)

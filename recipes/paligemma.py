@@ -4,8 +4,8 @@
         --train "coco:instances_train2017.json?root=train2017"
         --held-out "coco:instances_val2017.json?root=val2017"
 
-Tasks are caption, answer, detect and ocr, each put in PaliGemma's own words; training rows are a
-picture, one prompt and one answer. FOLDER is what transformers writes or the authors published of
+Tasks are caption, answer, detect and ocr, each put in PaliGemma's own words; training rows are an
+image, one prompt and one answer. FOLDER is what transformers writes or the authors published of
 PaliGemma 1 and 2, or the folder or run of a prefix model. Nothing is frozen, and rates, schedule
 and batch are those that the authors transfer VQAv2 with (arXiv 2407.07726); state the steps.
 `--start new` composes a model of any image tokenizer and language model instead, which needs no
@@ -125,4 +125,4 @@ def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:
 
 
 if __name__ == "__main__":
-    launch.start(Settings, lambda settings: run(settings, stage, objective))
+    launch.start(Settings, run, stage, objective)

@@ -43,4 +43,4 @@ def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:
 
 
 if __name__ == "__main__":
-    launch.start(Settings, lambda settings: run(settings, stage, objective))
+    launch.start(Settings, run, stage, objective)

@@ -2,7 +2,7 @@
 
     accelerate launch recipes/stage2_joint.py
 
-goes on from runs/stage1, on the packaged drawings and Python's own manual. Data with pictures rise
+goes on from runs/stage1, on the packaged drawings and Python's own manual. Data with images rise
 from none to their share while training warms up, so that the language model keeps what it knows.
 """
 
@@ -50,4 +50,4 @@ def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:
 
 
 if __name__ == "__main__":
-    launch.start(Settings, lambda settings: run(settings, stage, objective))
+    launch.start(Settings, run, stage, objective)

@@ -2,7 +2,7 @@
 
     accelerate launch recipes/stage3_sft.py
 
-goes on from runs/stage2, on the packaged drawings. Conversations of several turns and pictures are
+goes on from runs/stage2, on the packaged drawings. Conversations of several turns and images are
 trained as they are; exactly the answers are scored. A high-resolution tower stays frozen.
 """
 
@@ -52,4 +52,4 @@ def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:
 
 
 if __name__ == "__main__":
-    launch.start(Settings, lambda settings: run(settings, stage, objective))
+    launch.start(Settings, run, stage, objective)

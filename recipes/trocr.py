@@ -40,4 +40,4 @@ def objective(settings: Settings, model: EncoderDecoderModel, stage: Stage) -> N
 
 
 if __name__ == "__main__":
-    launch.start(Settings, lambda settings: run(settings, stage, objective))
+    launch.start(Settings, run, stage, objective)

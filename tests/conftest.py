@@ -24,3 +24,20 @@ def fresh_accelerator():
     yield
     if "accelerate.state" in sys.modules:
         sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def few_lines(tmp_path_factory):
+    """Python's own documentation takes seconds to read: tests of drawn lines take one module of
+    it."""
+    from pathlib import Path
+
+    from vlm.data.synthetic import text
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        nowhere = str(Path(text.__file__).parent / "nothing")
+        patch.setattr(text.sysconfig, "get_path", lambda _: nowhere)
+        text.documentation.cache_clear()
+        yield
+    text.documentation.cache_clear()

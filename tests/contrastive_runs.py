@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from tests import tiny, towers
-from tests.test_stages_chain import stage_of
+from tests.runs import stage_of
 from vlm.training.runs import contrastive
 from vlm.training.runs.contrastive import Settings
 
@@ -61,7 +61,7 @@ def write_rows(folder, **changed):
     """Rows of drawings with captions in a JSON file, some of them changed."""
     rows = []
     for i in range(8):
-        tiny.picture(i).save(folder / f"{i}.png")
+        tiny.image(i).save(folder / f"{i}.png")
         rows.append({"image": f"{i}.png", "caption": f"cat {i}"} | changed.get(f"row{i}", {}))
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

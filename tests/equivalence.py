@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tests import training
-from tests.test_fit import launch, lines
+from tests.runs import launch, lines
 
 EVERY = {"rates": [["*", 1e-3]], "clip": 1e9}
 FAMILIES = {

@@ -5,6 +5,7 @@ from pathlib import Path
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
+from vlm.ocr.pages import read_each
 from vlm.ocr.results import Token, Transcript
 
 DEJAVU = str(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
@@ -23,14 +24,14 @@ def draw_lines(lines, px, width=None, left=30, top=30, leading=1.5):
     step = round(leading * px)
     longest = max(round(font.getlength(line)) for line in lines)
     size = (width or left + longest + 30, top + step * len(lines) + 30)
-    picture = Image.new("RGB", size, "white")
+    image = Image.new("RGB", size, "white")
     boxes = []
     for number, line in enumerate(lines):
         layer = Image.new("L", size)
         ImageDraw.Draw(layer).text((left, top + number * step), line, fill=255, font=font)
         boxes.append(tuple(float(value) for value in layer.getbbox()))
-        picture.paste((0, 0, 0), mask=layer)
-    return picture, boxes
+        image.paste((0, 0, 0), mask=layer)
+    return image, boxes
 
 
 def write_pdf(path, *objects, trailer=b""):
@@ -55,28 +56,32 @@ def overlap(a, b):
 
 
 class WidthReader:
-    """Reads each picture's width and height, as two words over its left and right half; of a
-    picture without contrast, nothing."""
+    """Reads each image's width and height, as two words over its left and right half; of an
+    image without contrast, nothing."""
 
     reads = "lines"
 
     def __init__(self, confidences=(0.9,)):
-        self.confidences, self.batches, self.pictures = confidences, [], []
+        self.confidences, self.batches, self.images = confidences, [], []
 
-    def read_lines(self, pictures, batch_size, **options):
-        self.batches.append((len(pictures), batch_size, options))
-        self.pictures += pictures
+    def read_lines(self, images, batch_size, **options):
+        self.batches.append((len(images), batch_size, options))
+        self.images += images
         transcripts = []
-        for number, picture in enumerate(pictures):
+        for number, image in enumerate(images):
             confidence = self.confidences[number % len(self.confidences)]
-            low, high = picture.convert("L").getextrema()
+            low, high = image.convert("L").getextrema()
             if high - low < 20:
                 transcripts.append(Transcript((), confidence))
                 continue
             tokens = (
-                Token(str(picture.width), confidence, (0.0, 0.5)),
+                Token(str(image.width), confidence, (0.0, 0.5)),
                 Token(" ", 1.0, (0.5, 0.5)),
-                Token(str(picture.height), 1.0, (0.5, 1.0)),
+                Token(str(image.height), 1.0, (0.5, 1.0)),
             )
             transcripts.append(Transcript(tokens, confidence))
         return transcripts
+
+    def ocr(self, images, stream, **options):
+        assert stream
+        return read_each(self, images, **options)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from vlm.training.base_settings import BaseSettings
-from vlm.training.memory import preflight as room
+from vlm.training.memory import preflight
 from vlm.training.runs import launch
 
 
@@ -27,7 +27,7 @@ def run(case, settings):
     if case == "crowded":
         from tests import contrastive_runs
 
-        room.memory_for = lambda device, module: (2**40, 2**20)[rank]
+        preflight.memory_for = lambda device, module: (2**40, 2**20)[rank]
         contrastive_runs.run(Path(os.environ["OUT"]), **contrastive_runs.TINY)
     if case == "unlike":
         settings = replace(settings, clip=1.0 + rank, seed=rank)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import tiny, towers, training
-from tests.test_fit import launch, lines
+from tests.runs import launch, lines
 from vlm.data.example import BadRow, Example, ImageRef, Skipped, Turn
 from vlm.data.mixture import StepSampler
 from vlm.families.decoder_only.module import DecoderOnly
@@ -15,7 +15,7 @@ from vlm.image_tokens import pixel_shape
 from vlm.pixels import BadImage
 from vlm.tokenizers.tiles import TilesTokenizer
 from vlm.training.base_settings import deciding
-from vlm.training.flop_cost import Work, work_of
+from vlm.training.flop_cost import FlopCost, flop_cost_of
 from vlm.training.flops import flop_counter
 from vlm.training.loading.balance import Costs, Dealt, deal, deal_step
 from vlm.training.loading.loader import micro_batch_loader
@@ -131,19 +131,19 @@ def test_rows_that_do_not_divide_are_refused():
 
 
 def tiled():
-    """A tiny model whose pictures take one to five views."""
+    """A tiny model whose images take one to five views."""
     inner = towers.transformers_tower("siglip_vision_model", (32, 48))
     return towers.composed(TilesTokenizer(inner, max_tiles=4, thumbnail=True))
 
 
 def rows(seed=0):
-    """Pictures of unequal sizes, several in a row or none, answers of unequal lengths."""
+    """Images of unequal sizes, several in a row or none, answers of unequal lengths."""
     sizes = [(30, 90), (64, 64), (200, 40), (9, 17)]
     examples = [
-        tiny.example(f"r{i}", (None, "what?"), "word " * (1 + i), (tiny.picture(i, size_hw),))
+        tiny.example(f"r{i}", (None, "what?"), "word " * (1 + i), (tiny.image(i, size_hw),))
         for i, size_hw in enumerate(sizes)
     ]
-    pair = tuple(tiny.picture(i, size_hw) for i, size_hw in enumerate(sizes[:2]))
+    pair = tuple(tiny.image(i, size_hw) for i, size_hw in enumerate(sizes[:2]))
     return [
         *examples,
         tiny.example("pair", (None, "and", None, "differ?"), "yes", pair),
@@ -174,7 +174,7 @@ def test_a_measured_row_is_the_encoded_one_without_values(model, options):
         cut += encoded.cut
         assert torch.equal(measured.ids, encoded.ids)
         assert torch.equal(measured.scored, encoded.scored)
-        for name in ("name", "places", "boxes", "cut"):
+        for name in ("name", "layout", "boxes", "cut"):
             assert getattr(measured, name) == getattr(encoded, name)
         shapes = [
             [(pixel_shape(pixels), owner) for pixels, owner in row.views]
@@ -185,9 +185,9 @@ def test_a_measured_row_is_the_encoded_one_without_values(model, options):
     assert bool(cut) == bool(options)
 
 
-def test_pictures_are_measured_by_their_headers(tmp_path):
+def test_images_are_measured_by_their_headers(tmp_path):
     path = tmp_path / "cut.jpg"
-    tiny.picture(0, (300, 200)).save(path)
+    tiny.image(0, (300, 200)).save(path)
     path.write_bytes(path.read_bytes()[:-2000])
     processor = tiny.processor(tiled())
     example = tiny.example("cut", images=(ImageRef(path, "cut.jpg"),), content=(None, "what?"))
@@ -195,7 +195,7 @@ def test_pictures_are_measured_by_their_headers(tmp_path):
     with pytest.raises(BadImage, match=r"cut: .*damaged"):
         processor.encode(example)
     path.write_bytes(b"nothing")
-    with pytest.raises(BadImage, match=r"cut: cut\.jpg: expected a picture"):
+    with pytest.raises(BadImage, match=r"cut: cut\.jpg: expected an image"):
         processor.measure(example)
 
 
@@ -204,7 +204,7 @@ def test_a_row_that_cannot_be_read_has_no_cost_and_is_named_where_it_is_read():
     chosen = training.model()
     examples = training.pairs(8, unread=(5,))
     data = training.in_order(examples)
-    costs = Costs(data, chosen.processor, Work().of_row)
+    costs = Costs(data, chosen.processor, FlopCost().of_row)
     assert [costs(n) is None for n in range(8)] == [n == 5 for n in range(8)]
     for policy in ("raise", "skip"):
         data.on_bad_row = policy
@@ -212,7 +212,7 @@ def test_a_row_that_cannot_be_read_has_no_cost_and_is_named_where_it_is_read():
         for rank in range(2):
             sampler = StepSampler(8, 2, rank, 2, 0, 1)
             objective = NextToken(chosen.processor.pad_id)
-            given = data, chosen.processor, sampler, objective, 0, Work().of_row
+            given = data, chosen.processor, sampler, objective, 0, FlopCost().of_row
             micros += list(micro_batch_loader(*given))
         failed = [micro.failed for micro in micros if micro.failed]
         skipped = [item.name for micro in micros for item in micro.skipped]
@@ -228,13 +228,13 @@ def test_a_row_that_cannot_be_read_has_no_cost_and_is_named_where_it_is_read():
 def test_deal_does_not_depend_on_the_number_of_workers():
     chosen = training.model()
     data = training.dataset(training.examples())
-    work = work_of(chosen.module, training.STAGE.rates)
+    cost = flop_cost_of(chosen.module, training.STAGE.rates)
     found = []
     for workers in (0, 2):
         sampler = StepSampler(8, 2, 1, 2, 0, 2)
-        objective = NextToken(chosen.processor.pad_id, work=work)
+        objective = NextToken(chosen.processor.pad_id, cost=cost)
         loader = micro_batch_loader(
-            data, chosen.processor, sampler, objective, workers, work.of_row
+            data, chosen.processor, sampler, objective, workers, cost.of_row
         )
         found.append([[b.names for b in micro.batches] for micro in loader])
     assert found[0] == found[1]
@@ -243,7 +243,7 @@ def test_deal_does_not_depend_on_the_number_of_workers():
 def test_a_row_that_does_not_fit_the_context_costs_nothing():
     chosen = training.model()
     chosen.processor.max_tokens = 30
-    costs = Costs(training.in_order(training.examples()), chosen.processor, Work().of_row)
+    costs = Costs(training.in_order(training.examples()), chosen.processor, FlopCost().of_row)
     assert costs(9) == costs(12) == 0
 
 
@@ -256,48 +256,50 @@ def test_work_is_what_torch_counts(model):
     module = model()
     processor = tiny.processor(module)
     encoded = [processor.encode(example) for example in rows()]
-    objective = NextToken(processor.pad_id, pack=10**6, work=work_of(module, ALL))
+    objective = NextToken(processor.pad_id, pack=10**6, cost=flop_cost_of(module, ALL))
     (batch,) = objective.collate(encoded)
     with flop_counter() as counter:
         objective.trial(module, batch, torch.enable_grad)
-    assert objective.count(batch).work == pytest.approx(counter.get_total_flops(), rel=0.25)
+    assert objective.count(batch).cost == pytest.approx(counter.get_total_flops(), rel=0.25)
 
 
 def test_work_of_a_batch_is_that_of_its_rows():
     module = tiled()
     processor = tiny.processor(module)
-    work = work_of(module, ALL)
+    cost = flop_cost_of(module, ALL)
     encoded = [processor.encode(example) for example in rows()]
-    alone = [work.of_row(processor.measure(example)) for example in rows()]
-    assert alone == [work.of_row(row) for row in encoded]
+    alone = [cost.of_row(processor.measure(example)) for example in rows()]
+    assert alone == [cost.of_row(row) for row in encoded]
     (packed,) = NextToken(processor.pad_id, pack=10**6).collate(encoded)
-    assert work.of_batch(packed) == sum(alone)
+    assert cost.of_batch(packed) == sum(alone)
     padded = NextToken(processor.pad_id).collate(encoded)
-    assert sum(map(work.of_batch, padded)) > sum(alone)
-    assert Work().of_row(encoded[0]) == len(encoded[0].ids)
+    assert sum(map(cost.of_batch, padded)) > sum(alone)
+    assert FlopCost().of_row(encoded[0]) == len(encoded[0].ids)
 
 
-def test_what_is_frozen_works_less():
+def test_what_is_frozen_costs_less():
     module = tiny.decoder_only()
     parts = ("tokenizer", "adaptor", "text")
-    works = {
-        learns: work_of(module, tuple((f"{p}.*", 1e-3 if p in learns else FROZEN) for p in parts))
+    costs = {
+        learns: flop_cost_of(
+            module, tuple((f"{p}.*", 1e-3 if p in learns else FROZEN) for p in parts)
+        )
         for learns in (("adaptor",), ("adaptor", "text"), parts)
     }
-    bridge, joint, whole = works.values()
+    bridge, joint, whole = costs.values()
     assert joint.place * 2 == bridge.place * 3 == whole.place * 2
     pixels = torch.empty(3, 8, 12)
     assert bridge.view(pixels) == joint.view(pixels) < whole.view(pixels)
-    assert work_of(module, ALL, views=False).view is None
+    assert flop_cost_of(module, ALL, views=False).view is None
 
 
 @pytest.mark.parametrize("name", towers.MORE_TOWERS)
 def test_views_of_every_kind_are_counted(name):
     module = towers.composed(towers.MORE_TOWERS[name]())
     assert isinstance(module, DecoderOnly)
-    work = work_of(module.bfloat16(), ALL)
+    cost = flop_cost_of(module.bfloat16(), ALL)
     for pixels, _ in tiny.processor(module).measure(rows()[0]).views:
-        assert work.view(pixels) > 0
+        assert cost.view(pixels) > 0
 
 
 def test_balance_is_a_setting_that_decides_nothing_that_is_learned(tmp_path):
@@ -328,6 +330,7 @@ def one(tmp_path_factory):
     return training.train(tmp_path_factory.mktemp("one"), stage)[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["balanced", "sharded"])
 def test_two_processes_with_dealt_rows_follow_one(two, one, run):
     """T9: the same losses and gradients, whoever reads a row."""
@@ -337,6 +340,7 @@ def test_two_processes_with_dealt_rows_follow_one(two, one, run):
         assert (b["batch"], b["scored"], b["samples"]) == (a["batch"], a["scored"], a["samples"])
 
 
+@pytest.mark.slow
 def test_balance_is_logged_and_better_than_without(two, one):
     assert {line["balance"] for line in one} == {1.0}
     plain, dealt = (

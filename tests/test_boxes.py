@@ -25,8 +25,8 @@ from vlm.metrics.share import wilson
         ((5, 0, 3, 6), r"inverted box \[5, 0, 3, 6\] \(is it x, y, width, height"),
         ((5, 0, 5, 6), "x0 < x1 and y0 < y1, found .* without area"),
         ((0.1, 0.2, 0.5, 0.9), "fractions of it: multiply x by its width"),
-        ((-3, 0, 5, 6), "inside its picture, found"),
-        ((0, 0, 66, 6), r"inside its picture of 60 × 40 pixels \(width × height\), found"),
+        ((-3, 0, 5, 6), "inside its image, found"),
+        ((0, 0, 66, 6), r"inside its image of 60 × 40 pixels \(width × height\), found"),
         ((0, 0, 6, 45), "not thousandths"),
         ((-1, 0, 0, 6), "beside it"),
         ((60, 0, 60.5, 6), "beside it"),
@@ -43,7 +43,7 @@ def test_box_is_cut_where_rounding_put_it_beyond_the_border():
     assert check_box((0, 0, 1, 1), "row", (1, 1)) == (0.0, 0.0, 1.0, 1.0)
 
 
-def test_boxes_are_checked_against_their_own_picture():
+def test_boxes_are_checked_against_their_own_image():
     boxes = Box(0, (0, 0, 9, 30), "tall"), Box(1, (0, 0, 30, 9), "wide")
     assert check_boxes(boxes, [(30, 9), (9, 30)], "row") == boxes
     with pytest.raises(BadRow, match=r"row 3: box 0 \('tall'\): expected a box inside"):
@@ -141,7 +141,7 @@ def test_box_on_a_crowd_is_neither_right_nor_wrong():
         coco_precision(table(rows, [True, True]), found)
 
 
-def test_box_on_a_picture_without_that_category_is_wrong():
+def test_box_on_a_image_without_that_category_is_wrong():
     true = table([(0, 0, (0, 0, 10, 10), 1), (5, 1, (0, 0, 10, 10), 1)])
     found = table([*[(i, 0, (0, 0, 10, 10), 0.9 - i) for i in (0, 5)], (5, 1, (0, 0, 10, 10), 1)])
     assert coco_precision(true, found)["AP"] == pytest.approx(1.0)  # it comes last
@@ -177,7 +177,7 @@ def library_precision(true, predicted):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_precision_one_category_at_a_time_equals_the_librarys(seed):
-    """Pictures with several boxes, and one with 110; boxes that are moved, missed, mislabelled and
+    """Images with several boxes, and one with 110; boxes that are moved, missed, mislabelled and
     doubled; crowds."""
     generator = np.random.default_rng(seed)
     boxes, count = random_boxes(generator, 60), 60

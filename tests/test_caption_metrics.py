@@ -8,28 +8,29 @@ from pycocoevalcap.cider.cider import Cider
 
 from vlm.metrics.caption import (
     bleu_4,
+    bleu_4_interval,
     caption_figures,
     cider_d,
     exact_matches,
     normalise,
     tokens,
 )
-from vlm.metrics.share import wilson
+from vlm.metrics.share import bootstrap, wilson
 
 WORDS = ("a", "the", "cat", "dog", "on", "mat", "red", "runs", "sits", "with")
 
 
-def corpus(seed, pictures=200):
+def corpus(seed, images=200):
     """Random candidates and 1 to 5 references of 1 to 12 words, which share many n-grams."""
     draw = random.Random(seed)
 
     def sentence():
         return " ".join(draw.choices(WORDS[: draw.randint(3, 10)], k=draw.randint(1, 12)))
 
-    return [(sentence(), [sentence() for _ in range(draw.randint(1, 5))]) for _ in range(pictures)]
+    return [(sentence(), [sentence() for _ in range(draw.randint(1, 5))]) for _ in range(images)]
 
 
-def by_picture(pairs):
+def by_image(pairs):
     return {i: list(r) for i, (_, r) in enumerate(pairs)}, {
         i: [c] for i, (c, _) in enumerate(pairs)
     }
@@ -38,7 +39,7 @@ def by_picture(pairs):
 @pytest.mark.parametrize("seed", range(5))
 def test_scores_equal_the_coco_evaluations_on_random_corpora(seed):
     pairs = corpus(seed)
-    references, candidates = by_picture(pairs)
+    references, candidates = by_image(pairs)
     mean, each = Cider().compute_score(references, candidates)
     np.testing.assert_allclose(cider_d(pairs), each)
     assert caption_figures(pairs)["cider_d"] == pytest.approx(mean)
@@ -48,7 +49,7 @@ def test_scores_equal_the_coco_evaluations_on_random_corpora(seed):
 
 
 def test_cider_equals_the_hand_computed_score():
-    """Two pictures of two words each: every n-gram has the weight log 2, so the cosine of unigrams
+    """Two images of two words each: every n-gram has the weight log 2, so the cosine of unigrams
     is 1/2 for one of two words and that of bigrams 0; the mean is over n = 1 to 4, times 10. The
     length penalty counts bigrams, one on both sides."""
     pairs = [("red cat", ["red cat"]), ("blue cow", ["blue dog"])]
@@ -57,7 +58,7 @@ def test_cider_equals_the_hand_computed_score():
     assert cider_d(two)[0] == pytest.approx(10 * 2 / 4 / 2)  # the mean over references
     longer = [("red cat here now", ["red cat here"]), ("x", ["y"])]
     cosines = [3 / math.sqrt(12), 2 / math.sqrt(6), 1 / math.sqrt(2), 0]
-    # a word that no reference holds weighs as one that a single picture's do
+    # a word that no reference holds weighs as one that a single image's do
     assert cider_d(longer)[0] == pytest.approx(10 * sum(cosines) / 4 * math.exp(-1 / 72))
 
 
@@ -71,7 +72,7 @@ def test_bleu_equals_the_hand_computed_score():
     assert bleu_4(short) == pytest.approx(math.exp(1 - 7 / 4))
 
 
-def test_equal_captions_score_full_marks_where_pictures_differ():
+def test_equal_captions_score_full_marks_where_images_differ():
     pairs = [(text, [text]) for text in ("a cat sits on it", "some red dogs run home")]
     figures = caption_figures(pairs)
     assert figures["cider_d"] == pytest.approx(10)
@@ -89,8 +90,8 @@ def test_empty_candidates_score_nothing(empty):
     assert exact_matches(pairs).tolist() == [False, True]
 
 
-def test_one_picture_has_no_cider_and_duplicates_are_scored_each():
-    """With one picture, or the same references everywhere, no n-gram tells pictures apart."""
+def test_one_image_has_no_cider_and_duplicates_are_scored_each():
+    """With one image, or the same references everywhere, no n-gram tells images apart."""
     one = ("a red cat is here", ["a red cat is here"])
     assert cider_d([one]).tolist() == [0]
     assert bleu_4([one]) == pytest.approx(1)
@@ -102,12 +103,32 @@ def test_one_picture_has_no_cider_and_duplicates_are_scored_each():
     assert cider_d([("!", ["?"]), ("a", ["..."])]).tolist() == [0, 0]
 
 
-def test_order_of_pictures_changes_nothing():
+def test_order_of_images_changes_nothing():
     """So processes may gather their pairs in any order."""
     pairs = corpus(7)
     turned = pairs[13:] + pairs[:13]
     for name, figure in caption_figures(pairs).items():
         assert caption_figures(turned)[name] == pytest.approx(figure, rel=1e-12)
+
+
+def test_intervals_hold_the_corpus_figures():
+    figures = caption_figures(corpus(7))
+    for name in ("cider_d", "bleu_4"):
+        low, high = figures[f"{name}_95"]
+        assert low < figures[name] < high, name
+    alike = [("a cat sat on the red mat", ["the cat sat on the red mat today"])] * 5
+    assert bleu_4_interval(alike) == pytest.approx([bleu_4(alike)] * 2)
+    assert bleu_4_interval([("a cat", ["a cat"]), ("", ["x"])]) == (0.0, 0.0)
+
+
+def test_bootstrap_interval_of_a_mean_is_that_of_its_normal_distribution():
+    values = np.random.default_rng(1).normal(3.0, 2.0, 2000)
+    low, high = bootstrap(values[:, None], lambda sums: sums[:, 0] / len(values))
+    half = 1.96 * values.std() / len(values) ** 0.5
+    assert low == pytest.approx(values.mean() - half, abs=half / 8)
+    assert high == pytest.approx(values.mean() + half, abs=half / 8)
+    turned = bootstrap(values[::-1, None], lambda sums: sums[:, 0] / len(values))
+    assert turned == pytest.approx((low, high))
 
 
 def test_exact_match_compares_normalised_texts():
@@ -150,13 +171,11 @@ def test_wilson_interval_equals_the_published_example():
 
 def test_bad_pairs_are_named():
     for function in (exact_matches, cider_d, bleu_4):
-        with pytest.raises(ValueError, match="at least one picture"):
+        with pytest.raises(ValueError, match="at least one image"):
             function([])
-        with pytest.raises(
-            ValueError, match=r"picture 1: expected a list of references, found \[\]"
-        ):
+        with pytest.raises(ValueError, match=r"image 1: expected a list of references, found \[\]"):
             function([("a", ["b"]), ("a", [])])
-        with pytest.raises(ValueError, match="picture 0: expected a list of references, found 'b'"):
+        with pytest.raises(ValueError, match="image 0: expected a list of references, found 'b'"):
             function([("a", "b")])
-        with pytest.raises(ValueError, match="picture 0: expected a text as candidate, found None"):
+        with pytest.raises(ValueError, match="image 0: expected a text as candidate, found None"):
             function([(None, ["b"])])

@@ -10,14 +10,14 @@ from vlm.families.decoder_only.chat import Chat
 from vlm.pixels import BadImage
 
 
-def picture_part(seed=0):
-    return {"type": "image", "image": tiny.picture(seed)}
+def image_part(seed=0):
+    return {"type": "image", "image": tiny.image(seed)}
 
 
 def asked(*parts):
-    """A user's message: pictures by seed, and texts."""
+    """A user's message: images by seed, and texts."""
     return [
-        picture_part(part) if isinstance(part, int) else {"type": "text", "text": part}
+        image_part(part) if isinstance(part, int) else {"type": "text", "text": part}
         for part in parts
     ]
 
@@ -32,7 +32,7 @@ TURNS = (
 
 @pytest.fixture
 def counted():
-    """Makes a model of a kind and the list of pictures that its image tokenizer encodes."""
+    """Makes a model of a kind and the list of images that its image tokenizer encodes."""
 
     def build(kind="llama", **options):
         model = training.model(kind=kind, **options)
@@ -61,7 +61,7 @@ def test_chat_session_equals_reading_everything_again(kind, counted):
     assert len(seen) == 3 + (1 + 1 + 3 + 3)  # each once by the chat; the slow twin's, every time
 
 
-def test_chat_encodes_each_picture_once(counted):
+def test_chat_encodes_each_image_once(counted):
     model, seen = counted()
     chat = Chat(model, [{"role": "system", "content": "Be brief."}])
     for content in TURNS:
@@ -73,7 +73,7 @@ def test_chat_encodes_each_picture_once(counted):
     assert len(seen) == 6
 
 
-def test_chat_takes_pictures_whatever_mark_literal_prompts_have():
+def test_chat_takes_images_whatever_mark_literal_prompts_have():
     """DeepSeek-VL's processor has a mark of its own."""
     model, content = training.model(), asked(1, "what?")
     said = Chat(model).ask(content, max_new_tokens=4)
@@ -83,13 +83,13 @@ def test_chat_takes_pictures_whatever_mark_literal_prompts_have():
 
 def test_single_turn_chat_equals_answer():
     model = training.model()
-    picture = tiny.picture(4)
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": "what?"}]
+    image = tiny.image(4)
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]
     said = model.chat([{"role": "user", "content": content}], max_new_tokens=12)
-    assert [said] == model.answer([picture], ["what?"], max_new_tokens=12)
+    assert [said] == model.answer([image], ["what?"], max_new_tokens=12)
     beams = {"num_beams": 3, "max_new_tokens": 6}
     said = model.chat([{"role": "user", "content": content}], **beams)
-    assert [said] == model.answer([picture], ["what?"], **beams)
+    assert [said] == model.answer([image], ["what?"], **beams)
 
 
 def test_streamed_pieces_join_to_the_answer():
@@ -124,7 +124,7 @@ def streaming_threads():
 
 
 def test_abandoned_stream_leaves_no_thread_and_no_turn():
-    """What is asked next is answered as if the abandoned question, with its picture, never was."""
+    """What is asked next is answered as if the abandoned question, with its image, never was."""
     model = training.model()
     chat, plain = Chat(model), Chat(model)
     chat.ask(TURNS[0], max_new_tokens=5)
@@ -186,7 +186,7 @@ def test_context_overflow_names_both_numbers_before_anything_is_encoded(counted)
     chat = Chat(model)
     length = len(model.processor.encode_prompt(tiny.example("q", (None, "hi")).question()).ids)
     model.processor.max_tokens = length + 3
-    assert len(model.answer([tiny.picture()], ["hi"], max_new_tokens=1)) == 1
+    assert len(model.answer([tiny.image()], ["hi"], max_new_tokens=1)) == 1
     chat.ask(asked(0, "hi"), max_new_tokens=50)  # the answer ends where the context does
     seen.clear()
     with pytest.raises(
@@ -219,8 +219,8 @@ def test_conversation_goes_on_after_an_answer_without_text():
             [{"role": "bot", "content": "a"}],
             r"messages\[0\]: role 'bot' is not one of system, user",
         ),
-        ([{"role": "user", "content": "  "}], r"messages\[0\]: expected a text or a picture"),
-        ([{"role": "user", "content": []}], r"messages\[0\]: expected a text or a picture"),
+        ([{"role": "user", "content": "  "}], r"messages\[0\]: expected a text or an image"),
+        ([{"role": "user", "content": []}], r"messages\[0\]: expected a text or an image"),
         ([{"role": "user", "content": None}], r"messages\[0\]: content is a text or a list"),
         (
             [{"role": "assistant", "content": "a"}],
@@ -252,10 +252,10 @@ def test_conversation_goes_on_after_an_answer_without_text():
         ),
         (
             [
-                {"role": "system", "content": [picture_part()]},
+                {"role": "system", "content": [image_part()]},
                 {"role": "user", "content": "b"},
             ],
-            r"messages\[0\]: pictures stand in user messages, found one in system's",
+            r"messages\[0\]: images stand in user messages, found one in system's",
         ),
     ],
 )
@@ -264,7 +264,7 @@ def test_bad_messages_say_where_and_what_was_expected(messages, message):
         training.model().chat(messages)
 
 
-def test_bad_pictures_and_options_are_named_before_anything_is_computed(tmp_path, counted):
+def test_bad_images_and_options_are_named_before_anything_is_computed(tmp_path, counted):
     model, seen = counted()
     gone = [{"type": "image", "image": tmp_path / "gone.png"}]
     with pytest.raises(BadImage, match=r"messages\[0\]: .*gone\.png"):

@@ -7,8 +7,7 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from tests.test_coco import annotation, records
-from tests.test_sources_shards import png, sample, write_tar
+from tests.rows import annotation, png, records, sample, write_tar
 from vlm import cli
 from vlm.data.check import check_source, check_start
 from vlm.data.example import BadRow
@@ -20,7 +19,7 @@ GOOD = {"image": "a.png", "caption": "x"}
 @pytest.fixture
 def folder(tmp_path):
     Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     return tmp_path
 
 
@@ -124,10 +123,10 @@ def test_every_kind_of_rows_is_checked_alike(folder):
     assert check_source(open_source(str(folder / "rows.tsv"))).bad == 2
     (folder / "rows.json").write_text(json.dumps([GOOD, {**GOOD, "image": "broken.png"}]))
     assert check_source(open_source(str(folder / "rows.json"))).bad == 1
-    write_tar(folder / "s.tar", sample("a") | {"b.png": b"no picture", "b.txt": b"x"})
+    write_tar(folder / "s.tar", sample("a") | {"b.png": b"no image", "b.txt": b"x"})
     assert check_source(open_source(str(folder / "s.tar"))).bad == 1
-    pictures = [{"bytes": data, "path": None} for data in (png(), b"no picture", png())]
-    table = Dataset.from_dict({"image": pictures, "caption": ["x", "y", ""]})
+    images = [{"bytes": data, "path": None} for data in (png(), b"no image", png())]
+    table = Dataset.from_dict({"image": images, "caption": ["x", "y", ""]})
     assert check_source(TableSource(table, "t")).bad == 2
 
 
@@ -159,5 +158,5 @@ def test_run_stops_before_its_first_step_or_counts_bad_rows(folder):
     with pytest.raises(BadRow, match=r"rows.jsonl:2: .*one of 2 such among the first 3 rows of"):
         start([source])
     (line,) = start([source], "skip")
-    assert line.startswith("rows.jsonl: 2 of the first 3 rows left out, such as rows.jsonl:2: ")
+    assert line.startswith("rows.jsonl: 2 of the first 3 rows skipped, such as rows.jsonl:2: ")
     assert start([source], None) == []  # whoever reads them says it

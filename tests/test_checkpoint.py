@@ -128,7 +128,7 @@ def test_broken_file_is_named_and_the_checkpoint_before_taken(tmp_path, name, ha
     assert same_bits(found, states[1])
     assert f"{newest}/" in said[0]
     assert name in said[0] or (name, harm) == ("manifest.json", flip)  # a name in it, perhaps
-    assert "going on from step_00000001, so that 1 steps are done again" in said[0]
+    assert "going on from step_00000001, so that 1 steps will be repeated" in said[0]
     assert {path.name for path in tmp_path.iterdir()} == {"step_00000001", "broken_step_00000002"}
 
 

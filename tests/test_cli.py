@@ -30,33 +30,33 @@ def test_help_is_light():
 
 def test_commands_end_with_one_line_where_input_is_bad(tmp_path, capsys):
     text = tmp_path / "text.png"
-    text.write_text("no picture\n\n")
+    text.write_text("no image\n\n")
     notes = tmp_path / "notes"
     notes.write_text("a cat")
     empty, full = tmp_path / "empty", tmp_path / "full"
     for folder in (empty, full):
         folder.mkdir()
-    tiny.picture().save(full / "a.png")
+    tiny.image().save(full / "a.png")
     index = [str(full), "--model", "x"]
-    picture, x = str(full / "a.png"), ("--model", "x")  # no model: it must not be looked for first
+    image, x = str(full / "a.png"), ("--model", "x")  # no model: it must not be looked for first
     for arguments, message in (
         (["caption", str(text), "--model", "runs/none"], "text.png"),
         (["caption", str(tmp_path / "gone.png"), "--model", "x"], "gone.png"),
-        (["caption", "--model", "x"], "name at least one picture"),
-        (["answer", "--model", "x", "--question", "?"], "name at least one picture"),
+        (["caption", "--model", "x"], "name at least one image"),
+        (["answer", "--model", "x", "--question", "?"], "name at least one image"),
         (["answer", str(text), "--model", "x", "--question", "?"], "text.png"),
         (["chat", str(tmp_path / "gone.png"), "--model", "x"], "gone.png"),
         (["chat", "--model", "x", "--device", "gpu"], "device 'gpu': expected auto, cpu or a"),
         (["chat", "--model", "x", "--device", "meta"], "device 'meta': expected auto, cpu or a"),
-        (["classify", "--labels", "a", "--model", "x"], "name at least one picture"),
+        (["classify", "--labels", "a", "--model", "x"], "name at least one image"),
         (["classify", str(text), "--labels", "a", "--model", "x"], "text.png"),
-        (["embed", "--model", "x", "--out", "x.npz"], "name at least one picture, folder or text"),
+        (["embed", "--model", "x", "--out", "x.npz"], "name at least one image, folder or text"),
         (["embed", str(text), "--model", "x", "--out", "x.npy"], "expected a .npz file"),
-        (["embed", str(text), "--model", "x", "--out", "x.npz"], "text.png: expected a picture"),
+        (["embed", str(text), "--model", "x", "--out", "x.npz"], "text.png: expected an image"),
         (["embed", "--text", " ", "--model", "x", "--out", "x.npz"], "not empty, found ' '"),
         (["embed", "--texts", str(text), "--model", "x", "--out", "x.npz"], "line 2 empty"),
-        (["embed", "gone.png", "--model", "x", "--out", "x.npz"], "gone.png: expected a picture"),
-        (["index", str(text), "--model", "x", "--out", "x"], "expected a folder of pictures"),
+        (["embed", "gone.png", "--model", "x", "--out", "x.npz"], "gone.png: expected an image"),
+        (["index", str(text), "--model", "x", "--out", "x"], "expected a folder of images"),
         (["index", str(empty), "--model", "x", "--out", "x"], "found none among 0 files"),
         (["index", *index, "--out", str(tmp_path)], "expected an index or a new folder"),
         (["index", *index, "--out", "x", "--batch-size", "0"], "--batch-size must be at least 1"),
@@ -67,26 +67,26 @@ def test_commands_end_with_one_line_where_input_is_bad(tmp_path, capsys):
         (["retrieve", "x", " "], "expected a query, found an empty text"),
         (["retrieve", "x", "gone.png"], "at this path; to search for this text, say --text"),
         (["retrieve", "x", str(text)], "to search for this text, say --text"),
-        (["retrieve", "x", "--image", "gone.png"], "gone.png: expected a picture"),
+        (["retrieve", "x", "--image", "gone.png"], "gone.png: expected an image"),
         (["retrieve", "x", str(notes)], "found bytes that start with b'a cat'; to search"),
         (["retrieve", "x", str(notes)], "to search for this text, say --text"),
-        (["retrieve", "x", str(empty)], "expected a picture or a text, found a folder; to search"),
+        (["retrieve", "x", str(empty)], "expected an image or a text, found a folder; to search"),
         (["retrieve", "x", "cat", "--top", "0"], "--top must be at least 1, found 0"),
         (["retrieve", "x", "cat", "--draw", "a.jpg"], "--draw: expected a .png file"),
-        (["caption", picture, *x, "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
-        (["caption", picture, *x, "--batch-size", "0"], "--batch-size must be at least 1, found 0"),
-        (["answer", picture, *x, "--question", "?", "--num-beams", "0"], "--num-beams must be at"),
+        (["caption", image, *x, "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        (["caption", image, *x, "--batch-size", "0"], "--batch-size must be at least 1, found 0"),
+        (["answer", image, *x, "--question", "?", "--num-beams", "0"], "--num-beams must be at"),
         (["chat", *x, "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, found 0"),
-        (["ground", picture, "cat", *x, "--prompt", "where?"], "expected a prompt with {phrase}"),
-        (["ground", picture, "cat", *x, "--draw", "none/a.png"], "--draw: expected a .png file"),
-        (["classify", picture, *x, "--labels", "a", "a"], "expected each label once"),
-        (["classify", picture, *x, "--labels", "a", "--templates", "b"], "expected templates with"),
-        (["classify", picture, *x, "--labels", "a", "--batch-size", "0"], "--batch-size must be"),
+        (["ground", image, "cat", *x, "--prompt", "where?"], "expected a prompt with {phrase}"),
+        (["ground", image, "cat", *x, "--draw", "none/a.png"], "--draw: expected a .png file"),
+        (["classify", image, *x, "--labels", "a", "a"], "expected each label once"),
+        (["classify", image, *x, "--labels", "a", "--templates", "b"], "expected templates with"),
+        (["classify", image, *x, "--labels", "a", "--batch-size", "0"], "--batch-size must be"),
         (["embed", *x, "--text", "a", "--out", "none/x.npz"], "--out: expected a .npz file in a"),
         (["inspect-batch", "x.py", "--draw", "none/a.png"], "--draw: expected a .png file in a"),
         (["plan", "x.py", "--machine", "H100", "--mfu", "2"], "mfu must be above 0 and at most 1"),
         (["plan", "x.py", "--machine", "H100", "--tokens", "0"], "--tokens must be at least 1"),
-        (["caption", picture, *x, "--dtype", "int8"], "dtype is one of auto, stored, float32"),
+        (["caption", image, *x, "--dtype", "int8"], "dtype is one of auto, stored, float32"),
         (["fetch", "everything"], "no asset 'everything'; there are smollm2-135m-instruct"),
         (["inspect-batch", str(tmp_path / "none.py")], "expected a recipe file"),
     ):
@@ -162,7 +162,7 @@ def test_fetch_needs_room(tmp_path, monkeypatch):
         assets.fetch("smollm2-135m-instruct")
 
 
-def test_model_caption_command_prints_one_line_a_picture(tmp_path, monkeypatch, capsys):
+def test_model_caption_command_prints_one_line_a_image(tmp_path, monkeypatch, capsys):
     import vlm
 
     monkeypatch.setattr(vlm, "load", lambda *_, **__: training.model(), raising=False)
@@ -178,18 +178,18 @@ def test_model_caption_command_prints_one_line_a_picture(tmp_path, monkeypatch, 
 
 @pytest.fixture
 def opened(tmp_path, monkeypatch):
-    """Makes `vlm.load` give a tiny model, and two picture files."""
+    """Makes `vlm.load` give a tiny model, and two image files."""
     import vlm
 
     model = training.model()
     monkeypatch.setattr(vlm, "load", lambda *_, **__: model, raising=False)
     paths = [tmp_path / name for name in ("a.png", "b.png")]
     for number, path in enumerate(paths):
-        tiny.picture(number).save(path)
+        tiny.image(number).save(path)
     return model, [str(path) for path in paths]
 
 
-def test_answer_command_asks_about_each_picture_or_all_together(opened, capsys):
+def test_answer_command_asks_about_each_image_or_all_together(opened, capsys):
     model, files = opened
     options = ["--question", "what?", "--model", "x", "--max-new-tokens", "3"]
     cli.main(["answer", *files, *options])
@@ -209,7 +209,7 @@ class Typed(io.StringIO):
 
 
 def test_chat_command_answers_a_line_a_question(opened, monkeypatch, capsys):
-    """From a pipe; the pictures are encoded once, and after /reset the first one again."""
+    """From a pipe; the images are encoded once, and after /reset the first one again."""
     from vlm.families.decoder_only.chat import Chat
 
     model, files = opened
@@ -256,7 +256,7 @@ def test_chat_command_at_a_terminal_streams_and_goes_on_after_a_fault(opened, mo
     assert second in shown.out
     assert shown.err.count("error: ") == 2
     assert "gone.png" in shown.err
-    assert "/what: /image PATH adds a picture" in shown.err
+    assert "/what: /image PATH adds an image" in shown.err
 
 
 def test_chat_command_leaves_cleanly_when_interrupted(opened, monkeypatch, capsys):
@@ -294,17 +294,17 @@ def test_missing_gpu_is_one_line(monkeypatch, capsys):
 
 @pytest.fixture
 def towers(tmp_path, monkeypatch):
-    """Makes `vlm.load` give a tiny contrastive model, and a folder with three picture files."""
+    """Makes `vlm.load` give a tiny contrastive model, and a folder with three image files."""
     import vlm
-    from tests.test_embed import public
+    from tests.folders import public
 
     model = public()
     monkeypatch.setattr(vlm, "load", lambda *_, **__: model, raising=False)
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     (folder / "sub").mkdir(parents=True)
     paths = [folder / name for name in ("a.png", "b.png", "sub/c.png")]
     for number, path in enumerate(paths):
-        tiny.picture(number, (20 + number, 31)).save(path)
+        tiny.image(number, (20 + number, 31)).save(path)
     return model, folder, paths
 
 
@@ -319,7 +319,7 @@ def test_embed_command_writes_unit_vectors_with_names(towers, tmp_path, capsys):
     texts.write_text("a dog\nein Käfer\n", encoding="utf-8")
     options = ["--model", "runs/x", "--out", str(out)]
     cli.main(["embed", str(folder), *options, "--text", "a cat", "--texts", str(texts)])
-    assert capsys.readouterr().out == f"{out}: 3 pictures, 3 texts, 10 numbers each\n"
+    assert capsys.readouterr().out == f"{out}: 3 images, 3 texts, 10 numbers each\n"
     found = np.load(out)
     assert names(out, "image_names") == [str(path) for path in paths]
     assert names(out, "text_names") == ["a cat", "a dog", "ein Käfer"]
@@ -332,7 +332,7 @@ def test_embed_command_writes_unit_vectors_with_names(towers, tmp_path, capsys):
         np.testing.assert_allclose(found[key], vectors, atol=1e-6)
     cli.main(["embed", str(paths[0]), *options])
     assert set(np.load(out)) == {"model", "images", "image_names"}
-    assert sorted(os.listdir(tmp_path)) == ["pictures", "texts.txt", "vectors.npz"]
+    assert sorted(os.listdir(tmp_path)) == ["images", "texts.txt", "vectors.npz"]
 
 
 def test_embed_command_leaves_out_and_counts_what_cannot_be_read(towers, tmp_path, capsys):
@@ -346,8 +346,8 @@ def test_embed_command_leaves_out_and_counts_what_cannot_be_read(towers, tmp_pat
     assert not out.exists()
     cli.main(["embed", str(folder), *options, "--bad-rows", "skip"])
     shown = capsys.readouterr()
-    assert "2 pictures" in shown.out
-    assert f"left out: {paths[1]}: expected a whole PNG" in shown.err
+    assert "2 images" in shown.out
+    assert f"skipped: {paths[1]}: expected a whole PNG" in shown.err
     assert names(out, "image_names") == [str(paths[0]), str(paths[2])]
 
 
@@ -362,8 +362,8 @@ def test_embed_command_takes_the_lines_of_a_file_as_they_are(towers, tmp_path):
     assert out.stat().st_size < 20_000
 
 
-def test_embed_command_embeds_texts_before_pictures(towers, tmp_path, monkeypatch, capsys):
-    """A fault in a text comes before hours of pictures."""
+def test_embed_command_embeds_texts_before_images(towers, tmp_path, monkeypatch, capsys):
+    """A fault in a text comes before hours of images."""
     import torch
 
     model, folder, _ = towers
@@ -376,11 +376,11 @@ def test_embed_command_embeds_texts_before_pictures(towers, tmp_path, monkeypatc
     assert "zero or not finite for ['texts[0]']" in capsys.readouterr().err
 
 
-def test_index_is_built_once_and_searched_by_texts_and_pictures(towers, tmp_path, capsys):
+def test_index_is_built_once_and_searched_by_texts_and_images(towers, tmp_path, capsys):
     model, folder, paths = towers
     out, page = str(tmp_path / "index"), tmp_path / "hits.png"
     cli.main(["index", str(folder), "--model", "x", "--out", out])
-    assert capsys.readouterr().out.startswith(f"{out}: 3 pictures (3 new, 0 changed, 0 as before")
+    assert capsys.readouterr().out.startswith(f"{out}: 3 images (3 new, 0 changed, 0 as before")
     cli.main(["retrieve", out, "a cat", "--top", "2", "--draw", str(page)])
     scores = (model.embed_texts(["a cat"]) @ model.embed_images(paths).T)[0]
     best = scores.argsort(descending=True)[:2].tolist()
@@ -396,7 +396,7 @@ def test_index_is_built_once_and_searched_by_texts_and_pictures(towers, tmp_path
         cli.main(["retrieve", out, "--text", str(paths[2]), "--top", "1"])
     assert not capsys.readouterr().out.startswith("1.0000")
     paths[0].unlink()
-    tiny.picture(5, (41, 31)).save(paths[1])
+    tiny.image(5, (41, 31)).save(paths[1])
     with pytest.warns(UserWarning, match="1 of 1 texts were longer"):
         cli.main(["retrieve", out, "--text", str(folder), "--draw", str(page)])
     lines = [line.split("  ", 1)[1] for line in capsys.readouterr().out.splitlines()]
@@ -407,13 +407,13 @@ def test_index_is_built_once_and_searched_by_texts_and_pictures(towers, tmp_path
     ]
     cli.main(["index", str(folder), "--model", "x", "--out", out, "--approximate"])
     lines = capsys.readouterr().out.splitlines()
-    assert "2 pictures (0 new, 1 changed, 1 as before, 1 gone, 0 left out)" in lines[0]
+    assert "2 images (0 new, 1 changed, 1 as before, 1 gone, 0 skipped)" in lines[0]
     assert lines[1].startswith("1 of 1 clusters are searched: 100.0% of the nearest ten")
 
 
 def test_search_with_another_model_is_refused(towers, tmp_path, monkeypatch, capsys):
     import vlm
-    from tests.test_embed import public
+    from tests.folders import public
 
     _, folder, _ = towers
     out = str(tmp_path / "index")
@@ -444,7 +444,7 @@ def test_search_with_another_model_is_refused(towers, tmp_path, monkeypatch, cap
 
 def test_model_of_another_family_is_named(opened, tmp_path, capsys, monkeypatch):
     import vlm
-    from tests.test_embed import public
+    from tests.folders import public
 
     _, files = opened
     given = ["--model", "runs/x"]
@@ -471,7 +471,7 @@ def test_model_of_another_family_is_named(opened, tmp_path, capsys, monkeypatch)
 @pytest.mark.parametrize("bias", [None, -1.0])
 def test_classify_command_shows_the_best_labels(towers, monkeypatch, capsys, bias):
     import vlm
-    from tests.test_embed import public
+    from tests.folders import public
 
     _, _, paths = towers
     model = public(bias=bias)

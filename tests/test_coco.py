@@ -9,43 +9,16 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from tests.rows import SIZES, annotation, records
 from vlm.data.boxes import check_box
 from vlm.data.example import BadRow, Box
 from vlm.data.sources import BadSource, CocoSource, coco, open_source
 from vlm.pixels import image_size, open_image
 
-SIZES = {"a.png": (40, 60), "b.png": (30, 50), "c.png": (20, 20), "d.png": (20, 20)}
-
-
-def annotation(id, image, category, bbox, **more):
-    return {"id": id, "image_id": image, "category_id": category, "bbox": bbox, **more}
-
-
-def records():
-    """Ids that are no row numbers, annotations not in the pictures' order, a crowd, a picture with
-    nothing on it and one with a crowd alone."""
-    images = [
-        {"id": 70 - i, "file_name": name, "height": height, "width": width}
-        for i, (name, (height, width)) in enumerate(SIZES.items())
-    ]
-    outline = {"segmentation": [[1, 2, 3, 4, 5, 6]], "area": 9.5}
-    return {
-        "images": images,
-        "categories": [{"id": 90, "name": "teddy bear"}, {"id": 2, "name": "cat"}],
-        "annotations": [
-            annotation(1, 69, 2, [0, 0, 50, 30], iscrowd=0),
-            annotation(2, 70, 90, [30, 5.5, 20, 10], **outline),
-            annotation(3, 70, 2, [10, 20, 8, 8], **outline, iscrowd=0),
-            annotation(4, 70, 90, [0, 0, 60, 12], iscrowd=1),
-            annotation(5, 70, 90, [1, 2, 3, 4.25], iscrowd=0),
-            annotation(6, 68, 2, [0, 0, 9, 9], iscrowd=1),
-        ],
-    }
-
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a COCO file beside its pictures, and gives its path."""
+    """Writes a COCO file beside its images, and gives its path."""
     for name, (height, width) in SIZES.items():
         Image.new("RGB", (width, height)).save(tmp_path / name)
 
@@ -57,7 +30,7 @@ def write(tmp_path):
     return write
 
 
-def test_rows_are_pictures_with_their_boxes_as_corners(write):
+def test_rows_are_images_with_their_boxes_as_corners(write):
     source = CocoSource(write(records()))
     assert len(source) == 2
     assert source.labels == ("teddy bear", "cat")
@@ -87,8 +60,8 @@ def test_crowds_are_left_out_of_rows_and_kept_for_evaluation(write):
     assert source.crowds(1) == ()
     assert (source.crowd_count, source.without_boxes) == (2, 2)
     assert list(map(str, source.faults)) == [
-        "2 images on which no box can be asked for, left out: image 68, image 67",
-        "2 crowds (iscrowd 1), left out of answers: annotation 4 of image 70 [0, 0, 60, 12], "
+        "2 images on which no box can be asked for, skipped: image 68, image 67",
+        "2 crowds (iscrowd 1), not in answers: annotation 4 of image 70 [0, 0, 60, 12], "
         "annotation 6 of image 68 [0, 0, 9, 9]",
     ]
     assert not any(fault.harmful for fault in source.faults)
@@ -109,7 +82,7 @@ def test_boxes_equal_the_librarys(write):
         assert [box.label for box in source[row].boxes] == names
 
 
-def test_source_opens_by_text_with_its_pictures_elsewhere(write, tmp_path):
+def test_source_opens_by_text_with_its_images_elsewhere(write, tmp_path):
     path = write(records())
     other = tmp_path / "elsewhere"
     other.mkdir()
@@ -214,14 +187,14 @@ def test_root_category_with_the_name_of_a_class_is_left_out(write):
     assert source.labels == ("teddy bear", "cat")
     assert source[1].boxes[0].label == "cat"
     assert [str(fault) for fault in source.faults] == [
-        "1 categories without boxes and with another's name, left out: 0 ('cat')"
+        "1 categories without boxes and with another's name, skipped: 0 ('cat')"
     ]
     values["categories"][0]["name"] = "animals"
     for category in values["categories"][1:]:
         category["supercategory"] = "animals"
     source = CocoSource(write(values))
     assert source.labels == ("teddy bear", "cat")
-    assert "that the others belong to, left out: 0 ('animals')" in str(source.faults[0])
+    assert "that the others belong to, skipped: 0 ('animals')" in str(source.faults[0])
 
 
 def test_category_without_a_name_is_left_out_or_loses_its_boxes(write):
@@ -237,7 +210,7 @@ def test_category_without_a_name_is_left_out_or_loses_its_boxes(write):
     assert [box.label for box in source[0].boxes] == ["cat", "teddy bear"]
 
 
-def test_picture_that_loses_all_its_boxes_is_no_row(write):
+def test_image_that_loses_all_its_boxes_is_no_row(write):
     values = records()
     values["annotations"][0]["bbox"] = [0, 0, 0, 0]
     source = CocoSource(write(values), bad_boxes="skip")
@@ -251,6 +224,7 @@ def test_file_of_bad_boxes_alone_says_why_it_has_no_row(write):
         CocoSource(write(values), bad_boxes="skip")
 
 
+@pytest.mark.slow
 def test_file_with_a_bad_box_opens_as_fast_as_one_without(tmp_path):
     """A file of some 20 MB: what is wrong is found by arithmetic on all boxes at once."""
     images = [{"id": i, "file_name": f"{i}.jpg", "height": 480, "width": 640} for i in range(5000)]
@@ -316,13 +290,13 @@ def test_file_that_is_no_coco_file_says_what_was_expected(write, tmp_path):
         CocoSource(path)
 
 
-def test_picture_of_another_size_than_the_files_is_named(write, tmp_path):
+def test_image_of_another_size_than_the_files_is_named(write, tmp_path):
     source = CocoSource(write(records()))
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
     with pytest.raises(BadRow, match=r"image 70: expected a\.png to be 60 × 40 .* found 30 × 20"):
         source[0]
-    (tmp_path / "a.png").write_bytes(b"no picture")
-    with pytest.raises(BadRow, match=r"image 70: a\.png: expected a picture"):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(BadRow, match=r"image 70: a\.png: expected an image"):
         source[0]
     (tmp_path / "a.png").unlink()
     with pytest.raises(BadRow, match=r"image 70: image file 'a\.png' is not under"):
@@ -330,11 +304,11 @@ def test_picture_of_another_size_than_the_files_is_named(write, tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_image_size_equals_the_opened_pictures(write, tmp_path, orientation):
+def test_image_size_equals_the_opened_images(write, tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (60, 40)).save(tmp_path / "turned.jpg", exif=exif)
     source = CocoSource(write(records()))
     reference = source._images.find("turned.jpg", "row")
-    picture = open_image(reference)
-    assert image_size(reference) == (picture.height, picture.width)
+    image = open_image(reference)
+    assert image_size(reference) == (image.height, image.width)

@@ -111,6 +111,7 @@ def test_public_names_and_own_ones_are_no_insides(source):
     assert insides_in(source) == []
 
 
+@pytest.mark.slow
 def test_insides_of_libraries_are_named_in_compat_alone():
     sources = {
         str(path.relative_to(VLM)): path.read_text()

@@ -6,52 +6,8 @@ import transformers
 
 import vlm
 from tests import tiny
+from tests.folders import ENCODERS, write_parts
 from vlm.weights import same_bits
-
-ENCODERS = {
-    "siglip": (
-        transformers.SiglipVisionConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-            image_size=64, patch_size=16,
-        ),
-        transformers.SiglipVisionModel,
-        transformers.SiglipImageProcessor(size={"height": 64, "width": 64}),
-        16,
-    ),
-    "dinov2": (
-        transformers.Dinov2Config(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
-        ),
-        transformers.Dinov2Model,
-        transformers.BitImageProcessor(
-            size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56}
-        ),
-        16,
-    ),
-    "clip": (
-        transformers.CLIPVisionConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
-            image_size=56, patch_size=14,
-        ),
-        transformers.CLIPVisionModel,
-        transformers.CLIPImageProcessor(
-            size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}
-        ),
-        16,
-    ),
-}  # fmt: skip
-
-
-def write_parts(folder, encoder, text):
-    """A tiny image encoder and language model as the hub would give them: what `vision` and `text`
-    are then."""
-    config, model_class, image_processor, _ = ENCODERS[encoder]
-    torch.manual_seed(0)
-    model_class(config).save_pretrained(folder / "vision")
-    image_processor.save_pretrained(folder / "vision")
-    tiny.text_model(text).save_pretrained(folder / "text")
-    tiny.text_tokenizer().save_pretrained(folder / "text")
-    return f"transformers:{folder / 'vision'}", str(folder / "text")
 
 
 @pytest.fixture
@@ -64,18 +20,18 @@ def folders(tmp_path):
     [("siglip", "qwen2", -1), ("dinov2", "llama", -1), ("clip", "gemma2", -2)],
 )
 def test_any_pairing_composes_saves_and_reopens(folders, tmp_path, encoder, text, layer):
-    """T16, T18: towers with and without a class token; non-square pictures; places as promised."""
+    """T16, T18: towers with and without a class token; non-square images; places as promised."""
     vision, language = folders(encoder, text)
     model = vlm.build(vision=vision, text=language, vision_layer=layer, system="")
     patches = ENCODERS[encoder][3]
-    assert model.processor.places_for((30, 71)) == patches // 4
+    assert model.processor.places_for((30, 71)).length == patches // 4
     assert model.processor.max_tokens == 512  # the language model's context
-    pictures = [tiny.picture(1, (30, 71)), tiny.picture(2, (90, 20))]
-    captions = model.caption(pictures, max_new_tokens=6)
+    images = [tiny.image(1, (30, 71)), tiny.image(2, (90, 20))]
+    captions = model.caption(images, max_new_tokens=6)
     model.save(tmp_path / "saved")
     again = vlm.load(tmp_path / "saved", device="cpu")
     assert same_bits(model.module.state_dict(), again.module.state_dict())
-    assert again.caption(pictures, max_new_tokens=6) == captions
+    assert again.caption(images, max_new_tokens=6) == captions
 
 
 @pytest.mark.parametrize("adaptor", ["linear", "mlp", "resampler"])
@@ -91,15 +47,15 @@ def test_adaptors_are_chosen_by_name_and_seeded(folders, adaptor):
     assert torch.equal(torch.rand(3), before)  # the global generator is left alone
     assert same_bits(a.module.adaptor.state_dict(), b.module.adaptor.state_dict())
     assert not same_bits(a.module.adaptor.state_dict(), c.module.adaptor.state_dict())
-    assert a.processor.places_for((9, 9)) == (5 if adaptor == "resampler" else 16)
+    assert a.processor.places_for((9, 9)).length == (5 if adaptor == "resampler" else 16)
 
 
-def test_other_picture_size_is_taken_over_by_positions(folders):
-    """T18: a square encoder takes a wide picture by resized positions."""
+def test_other_image_size_is_taken_over_by_positions(folders):
+    """T18: a square encoder takes a wide image by resized positions."""
     vision, language = folders("siglip", "llama")
     model = vlm.build(vision=vision, text=language, size_hw=(32, 128))
-    assert model.processor.places_for((10, 10)) == (32 // 16) * (128 // 16) // 4
-    assert len(model.caption([tiny.picture()], max_new_tokens=2)) == 1
+    assert model.processor.places_for((10, 10)).length == (32 // 16) * (128 // 16) // 4
+    assert len(model.caption([tiny.image()], max_new_tokens=2)) == 1
 
 
 def test_parts_that_do_not_fit_are_refused_before_any_work(folders):
@@ -117,14 +73,14 @@ def test_parts_that_do_not_fit_are_refused_before_any_work(folders):
 def test_generation_is_plain_before_and_after_saving(folders, tmp_path):
     """A language model's own habits (a repetition penalty) neither apply nor get lost on saving."""
     vision, language = folders("siglip", "llama")
-    expected = vlm.build(vision=vision, text=language).caption([tiny.picture()], max_new_tokens=8)
+    expected = vlm.build(vision=vision, text=language).caption([tiny.image()], max_new_tokens=8)
     habits = transformers.GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1)
     habits.save_pretrained(language)
     model = vlm.build(vision=vision, text=language)
-    assert model.caption([tiny.picture()], max_new_tokens=8) == expected
+    assert model.caption([tiny.image()], max_new_tokens=8) == expected
     model.save(tmp_path / "saved")
     again = vlm.load(tmp_path / "saved", device="cpu")
-    assert again.caption([tiny.picture()], max_new_tokens=8) == expected
+    assert again.caption([tiny.image()], max_new_tokens=8) == expected
 
 
 def test_16_bit_models_keep_buffers_whose_meaning_16_bits_would_lose(folders, tmp_path):
@@ -133,4 +89,4 @@ def test_16_bit_models_keep_buffers_whose_meaning_16_bits_would_lose(folders, tm
     model = vlm.load(tmp_path / "saved", device="cpu", dtype="bfloat16")
     assert {p.dtype for p in model.module.parameters()} == {torch.bfloat16}
     assert model.module.text.model.rotary_emb.inv_freq.dtype == torch.float32
-    assert len(model.caption([tiny.picture()], max_new_tokens=2)) == 1
+    assert len(model.caption([tiny.image()], max_new_tokens=2)) == 1

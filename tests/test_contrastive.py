@@ -5,58 +5,12 @@ import torch
 from torch import nn
 
 from tests import tiny
-from tests.test_text_encoders import backbone
-from tests.towers import SPEC, timm_net
+from tests.contrastive_models import IMAGES, TEXTS, model
 from vlm import pooling
 from vlm.families.contrastive.batch import PairBatch
 from vlm.families.contrastive.module import Contrastive
 from vlm.image_tokens import ViewGroup
 from vlm.lora import Lora, add_lora
-from vlm.text.encoders import TextEncoder
-from vlm.tokenizers import timm
-
-ATTENTION = dict(kind="attention", in_width=24, heads=2, mlp_width=32)
-TEXTS = {
-    "bert, class": lambda: TextEncoder(backbone("bert"), "class", masked=True),
-    "llama, last": lambda: TextEncoder(backbone("llama"), "last", masked=True),
-    "clip, largest": lambda: TextEncoder(backbone("clip_text_model"), "largest", masked=False),
-}
-
-
-def tower(prefix="drop", pooled=False):
-    return timm.build(
-        timm.TimmConfig(
-            name="vit_tiny_patch16_224", level=-1, prefix=prefix, norm=True, pooled=pooled,
-            model_args=dict(img_size=(32, 48), depth=2, embed_dim=24, num_heads=2),
-            pixel_spec=SPEC,
-        )
-    )  # fmt: skip
-
-
-IMAGES = {
-    "mean": lambda: (tower(), dict(kind="mean")),
-    "class": lambda: (tower("keep"), dict(kind="class")),
-    "attention": lambda: (tower(), ATTENTION),
-    "own": lambda: (tower(pooled=True), dict(kind="own")),
-    "net, mean": lambda: (timm_net("tf_efficientnet_lite0"), dict(kind="mean")),
-}
-
-
-def model(image="mean", text="bert, class", seed=0, bias=None, width=10):
-    """A tiny two-tower model in fp32 and evaluation mode."""
-    torch.manual_seed(seed)
-    tokenizer, pool = IMAGES[image]()
-    pool = pooling.build(pool)
-    encoder = TEXTS[text]()
-    return Contrastive(
-        tokenizer,
-        pool,
-        nn.Linear(pool.width(tokenizer), width, bias=False),
-        encoder,
-        nn.Linear(encoder.dim, width),
-        scale=10.0,
-        bias=bias,
-    ).eval()
 
 
 def batch(lengths=(5, 3, 4), T=5, size_hw=(32, 48), seed=0):
@@ -117,7 +71,7 @@ def test_rows_keep_their_order_whatever_the_groups():
     assert (expected[0] - expected[1]).abs().max() > 1e-3
 
 
-def test_pictures_of_other_sizes_lie_in_one_batch():
+def test_images_of_other_sizes_lie_in_one_batch():
     module = model("net, mean")
     groups = [
         ViewGroup(pixels=torch.randn(1, 3, 64, 96), owner=torch.tensor([[1, 0, 0]])),
@@ -128,7 +82,7 @@ def test_pictures_of_other_sizes_lie_in_one_batch():
     torch.testing.assert_close(both, torch.cat(alone[::-1]), atol=1e-6, rtol=1e-5)
 
 
-def test_views_of_a_picture_are_averaged_before_they_are_normalised():
+def test_views_of_a_image_are_averaged_before_they_are_normalised():
     module = model()
     pixels = torch.randn(3, 3, 32, 48)
     owner = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 0, 1]])
@@ -176,7 +130,7 @@ def test_parts_that_do_not_fit_are_named():
         Contrastive(**parts | {"image_head": nn.Identity()}, scale=1.0, bias=None)
     with pytest.raises(ValueError, match="pool 'class' reads a class token"):
         Contrastive(**parts | {"pool": pooling.ClassPool()}, scale=1.0, bias=None)
-    with pytest.raises(ValueError, match="at least one picture, found none"):
+    with pytest.raises(ValueError, match="at least one image, found none"):
         module.embed_images([])
 
 

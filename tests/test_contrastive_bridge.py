@@ -7,12 +7,14 @@ from accelerate.state import AcceleratorState
 import vlm
 from tests import training
 from tests.contrastive_runs import SHORT, TINY, run, write_bert, write_decoder
-from tests.test_composed import write_parts
-from tests.test_stages_chain import stage_of
+from tests.folders import write_parts
+from tests.runs import stage_of
 from vlm.systems.pretrained import load_vision
 from vlm.training.runs import decoder_only as recipe
 from vlm.training.runs.contrastive import Settings
 from vlm.weights import same_bits
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def test_trained_tokenizer_begins_stage_1(scratch, tmp_path, image_px):
 @pytest.mark.parametrize("image", ["mean", "class", "own", "net, mean"])
 def test_timm_tower_crosses_the_bridge(tmp_path, image, size_hw):
     """T16: patch tokens alone, whatever the pooling read; positions resized."""
-    from tests.test_contrastive import model
+    from tests.contrastive_models import model
     from vlm.families.contrastive.model import ContrastiveModel
 
     trained = model(image)

@@ -134,6 +134,7 @@ def join(parts):
     return [values[0], torch.cat(images), torch.cat(texts), *(sum(shares) for shares in scalars)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_over_ranks_equals_whole_matrix(by_rank, name):
     """T11: value and gradients, those of scale and bias included, for equal and unequal batches and
@@ -272,6 +273,7 @@ def test_towers_of_two_dtypes_get_gradients_of_their_own(name):
     assert locked.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_saved_bytes_are_flat_in_blocks_and_linear_in_batch(name):
     """T12."""

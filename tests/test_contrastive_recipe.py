@@ -19,14 +19,15 @@ from tests.contrastive_runs import (
     write_decoder,
     write_rows,
 )
-from tests.reference import test_clip
-from tests.test_composed import write_parts
-from tests.test_fit import lines
-from tests.test_stages_chain import weights
+from tests.folders import write_parts
+from tests.reference import tiny_clip
+from tests.runs import lines, weights
 from vlm import cli
 from vlm.data.example import BadRow
 from vlm.pixels import BadImage
 from vlm.training.runs.contrastive import Settings
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_run_goes_on_from_another(scratch, tmp_path):
 
 
 def test_published_clip_is_tuned_with_rates_that_fall(tmp_path):
-    test_clip.write_folder(tmp_path / "clip")
+    tiny_clip.write_folder(tmp_path / "clip")
     run(tmp_path / "run", start=str(tmp_path / "clip"), loss="softmax", layer_decay=0.7)
     rates = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
     top = rates["lr tokenizer.*"]
@@ -129,8 +130,8 @@ def test_published_clip_is_tuned_with_rates_that_fall(tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("vision", ["kind:id", "run"])
-def test_locked_picture_tower_stays_as_it_was(scratch, tmp_path, vision, precision):
-    """LiT: a pretrained picture's tower, from a library's folder or from a run of ours; kept in the
+def test_locked_image_tower_stays_as_it_was(scratch, tmp_path, vision, precision):
+    """LiT: a pretrained image's tower, from a library's folder or from a run of ours; kept in the
     precision of the run."""
     if vision == "run":
         vision, pool = str(scratch[0]), "own"
@@ -161,7 +162,7 @@ def test_run_with_a_locked_text_tower_opens_in_the_precision_of_what_it_trained(
 
 BAD = {
     "empty caption": ({"caption": " "}, r"rows\.jsonl:4: expected a caption, found an empty text"),
-    "no picture": ({"image": "gone.png"}, r"rows\.jsonl:4: .*gone\.png"),
+    "no image": ({"image": "gone.png"}, r"rows\.jsonl:4: .*gone\.png"),
 }
 
 
@@ -180,7 +181,7 @@ def test_bad_row_is_named(tmp_path, kind, where):
 
 def test_left_out_rows_and_cut_texts_are_counted_and_said(tmp_path, capsys):
     long = {"caption": "a cat and a dog and a tree and a bird and a house"}
-    path = write_rows(tmp_path, row3=BAD["empty caption"][0], row5=BAD["no picture"][0], row6=long)
+    path = write_rows(tmp_path, row3=BAD["empty caption"][0], row5=BAD["no image"][0], row6=long)
     result = run(
         tmp_path / "run", **TINY, train=(path,), held_out=path, held_out_rows=8, bad_rows="skip"
     )
@@ -188,7 +189,7 @@ def test_left_out_rows_and_cut_texts_are_counted_and_said(tmp_path, capsys):
     assert result["held_out_skipped"] == result["skipped"] == 2  # 8 draws are one epoch
     assert result["cut_tokens"] == result["held_out_cut_tokens"] == 16 - 12
     said = capsys.readouterr().err
-    assert "2 of 8 held-out rows left out, such as:" in said
+    assert "2 of 8 held-out rows skipped, such as:" in said
     assert "2 rows skipped, such as:" in said
     assert "4 text tokens cut to fit 12" in said
     assert "4 text tokens of the held-out rows cut to fit the context" in said
@@ -202,7 +203,7 @@ def test_batch_larger_than_the_data_is_said(tmp_path, capsys):
     assert "a batch of 16 holds rows more than once, as the data have 8" in capsys.readouterr().err
 
 
-def test_inspected_batch_shows_captions_padding_and_pictures(tmp_path, capsys):
+def test_inspected_batch_shows_captions_padding_and_images(tmp_path, capsys):
     path = write_rows(tmp_path, row0={"caption": "a cat and a dog and a tree and a bird"},
                       row1={"caption": " "})  # fmt: skip
     sizes = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]

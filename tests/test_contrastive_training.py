@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from tests import tiny, training
 from tests.contrastive_runs import assert_close, assert_follows
-from tests.test_fit import launch, learned, lines
+from tests.runs import launch, learned, lines
 from vlm.data.sources import ListSource
 from vlm.metrics.retrieval import retrieval
 from vlm.training.objectives.contrastive import Contrast
@@ -62,10 +62,11 @@ def test_cost_of_a_step_goes_by_pairs_not_by_the_length_of_its_texts(tmp_path):
         (batch,) = objective.collate([chosen.processor.encode(row) for row in long])
         counts.append(objective.count(batch))
     assert counts[0].positions < counts[1].positions
-    assert counts[0].work == counts[1].work == 8
+    assert counts[0].cost == counts[1].cost == 8
 
 
-def test_two_processes_follow_one_where_a_row_is_left_out(tmp_path):
+@pytest.mark.slow
+def test_two_processes_follow_one_where_a_row_is_skipped(tmp_path):
     """T9, T11, T19: in micro-batches, 4 pairs on one rank and 3 on the other; 7 held-out rows."""
     data = training.in_order(training.pairs(8, unread=[5]))
     data.on_bad_row = "skip"
@@ -82,11 +83,12 @@ def test_two_processes_follow_one_where_a_row_is_left_out(tmp_path):
     assert held_out == [recalls(one, training.pairs(7))] * 2
 
 
+@pytest.mark.slow
 def test_rank_without_a_pair_stops_every_rank(tmp_path):
     """Within the time that `launch` grants."""
     done = launch(tmp_path, 2, loss="softmax", unread=[4, 5, 6, 7], stage={"micro_batch": 2})
     assert done.returncode != 0
-    said = "StageError: every row of step 1 on 1 of 2 ranks was left out; this loss needs"
+    said = "StageError: every row of step 1 on 1 of 2 ranks was skipped; this loss needs"
     assert done.stderr.count(said) == 2
 
 

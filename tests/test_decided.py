@@ -12,14 +12,14 @@ from vlm.data.mixture import Mixture, MixtureDataset
 from vlm.data.sources import ListSource, open_source
 from vlm.training.base_settings import BaseSettings, deciding
 from vlm.training.checkpoints.format import CheckpointError
-from vlm.training.checkpoints.run_identity import decided_by, differences, fingerprint
+from vlm.training.checkpoints.run_identity import differences, fingerprint, run_identity
 
 SETTINGS = BaseSettings(out=Path("run"), steps=1, batch=1)
 ROW = {"image": "a.png", "caption": "a cat"}
 
 
 def rows(path, count=40, **changes):
-    tiny.picture().save(path.parent / "a.png")
+    tiny.image().save(path.parent / "a.png")
     values = [ROW | {"caption": f"cat {i:03}"} for i in range(count)]
     for at, caption in changes.items():
         values[int(at[1:])]["caption"] = caption
@@ -65,7 +65,7 @@ def decided(rate=1e-3, steps=6, names=("r0", "r1")):
     source = ListSource([tiny.example(name) for name in names], "tiny")
     data = MixtureDataset([source], Mixture([source], seed=0))
     stage = dataclasses.replace(training.STAGE, steps=steps)
-    return decided_by({"rate": rate, "steps": steps, "out": Path("x")}, stage, data)
+    return run_identity({"rate": rate, "steps": steps, "out": Path("x")}, stage, data)
 
 
 def test_same_run_differs_in_nothing():

@@ -69,10 +69,10 @@ def test_no_padding_lies_inside_a_row():
 
 @torch.no_grad()
 def test_image_i_binds_to_place_i():
-    """Swapping the two pictures of one row changes it; swapping them between rows follows them."""
+    """Swapping the two images of one row changes it; swapping them between rows follows them."""
     model = tiny.decoder_only()
     processor = tiny.processor(model)
-    a, b = tiny.picture(1), tiny.picture(2)
+    a, b = tiny.image(1), tiny.image(2)
     ask = (None, "then", None)
     rows = rows_of(
         processor,
@@ -90,7 +90,7 @@ def test_image_i_binds_to_place_i():
 
 @torch.no_grad()
 def test_views_of_several_sizes_keep_stream_order():
-    """T18: rows whose pictures differ in size are grouped by size, then placed in row order."""
+    """T18: rows whose images differ in size are grouped by size, then placed in row order."""
     model = tiny.decoder_only()
     small = tiny.processor(model)
     b = small.encode(tiny.example("b"))
@@ -171,10 +171,8 @@ def test_one_row_changes_no_logit_of_another():
     """T4: rows that share a batch, and a forward pass of the image tokenizer, stay apart."""
     model = tiny.decoder_only()
     processor = tiny.processor(model)
-    rows = [processor.encode(tiny.example(f"r{i}", images=(tiny.picture(i),))) for i in range(2)]
-    other = processor.encode(
-        tiny.example("other", images=(tiny.picture(7),), answer="a dog ran off")
-    )
+    rows = [processor.encode(tiny.example(f"r{i}", images=(tiny.image(i),))) for i in range(2)]
+    other = processor.encode(tiny.example("other", images=(tiny.image(7),), answer="a dog ran off"))
     both = all_logits(model, collate(rows, 256))[0]
     beside_another = all_logits(model, collate([rows[0], other], 256))[0]
     length = len(rows[0].ids)

@@ -1,4 +1,4 @@
-"""Text without pictures: where it comes from, and that all of it is learned."""
+"""Text without images: where it comes from, and that all of it is learned."""
 
 import pytest
 
@@ -82,15 +82,15 @@ def test_document_that_is_too_long_is_left_out_or_cut():
     ("turns", "images", "message"),
     [
         ((Turn("text", ("a",)), Turn("user", ("b",))), (), "found 2 turns and 0 images"),
-        ((Turn("text", (None, "a")),), (tiny.picture(),), "found 1 turns and 1 images"),
+        ((Turn("text", (None, "a")),), (tiny.image(),), "found 1 turns and 1 images"),
     ],
 )
-def test_document_is_one_turn_without_pictures(turns, images, message):
+def test_document_is_one_turn_without_images(turns, images, message):
     with pytest.raises(BadRow, match=message):
         Example("d", turns, images)
 
 
-def test_rows_with_pictures_are_refused_where_text_alone_is_expected():
+def test_rows_with_images_are_refused_where_text_alone_is_expected():
     with pytest.raises(BadRow, match=r"scenes:3\[1\]: expected text alone, found 1 images"):
         TextOnly(open_source("scenes:3"))[1]
     assert TextOnly(open_source("python:val"))[0].is_document

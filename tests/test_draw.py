@@ -40,13 +40,13 @@ def test_hits_stand_beside_their_queries_the_right_ones_framed(tmp_path):
 
 def test_hits_of_unknown_truth_are_not_marked(tmp_path):
     for right in (None, True):
-        draw_hits([tiny.picture(0)], [[Hit("a", 0.5, right)]], tmp_path / f"{right}.png")
+        draw_hits([tiny.image(0)], [[Hit("a", 0.5, right)]], tmp_path / f"{right}.png")
     green = tuple(int(GREEN[i : i + 2], 16) for i in (1, 3, 5))
     found = [green in colours(Image.open(tmp_path / f"{right}.png")) for right in (None, True)]
     assert found == [False, True]
 
 
-def test_transparent_and_grey_pictures_are_drawn(tmp_path):
+def test_transparent_and_grey_images_are_drawn(tmp_path):
     for mode in ("RGBA", "L", "P", "1", "CMYK"):
         draw_hits(["a"], [[Hit(Image.new(mode, (3, 500)), 1.0, False)]], tmp_path / "a.png")
     draw_hits(["a", "b"], [[], [Hit("b", 1.0)]], tmp_path / "a.png")

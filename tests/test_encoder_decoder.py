@@ -8,78 +8,15 @@ from tokenizers import Tokenizer, models
 from torch.nn import functional as F
 
 from tests import tiny
-from tests.tiny import picture
+from tests.encoder_decoders import SHAPES, model, processor, rows, wide
+from tests.tiny import image
 from vlm import adaptors
-from vlm.data.example import BadRow, Skipped, caption_example
+from vlm.data.example import BadRow, Skipped
 from vlm.families.decoder_only.batch import collate
 from vlm.families.encoder_decoder.module import EncoderDecoder
-from vlm.families.encoder_decoder.processor import LineProcessor
 from vlm.losses.token import token_losses
-from vlm.text.decoders import build
+from vlm.training.objectives.base import sum_totals
 from vlm.training.objectives.next_token import NextToken
-
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-PLACES = dict(vocab_size=300, max_position_embeddings=64)
-IDS = dict(pad_token_id=256, bos_token_id=257, eos_token_id=258)
-SHAPES = {
-    "trocr": dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48),
-    "sinusoidal": dict(
-        d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
-        use_learned_position_embeddings=False, layernorm_embedding=False,
-        tie_word_embeddings=False,
-    ),
-    "mbart": dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
-                  scale_embedding=True),
-    "bert": SIZES,
-    "roberta": SIZES,
-    "gpt2": dict(n_embd=32, n_layer=2, n_head=4),
-}  # fmt: skip
-
-
-def text_config(kind, **more):
-    name = "trocr" if kind == "sinusoidal" else kind
-    places = dict(PLACES)
-    if kind == "roberta":
-        places["max_position_embeddings"] = 64 + 257  # counted from behind the pad id
-    values = dict(is_decoder=True, add_cross_attention=True) | SHAPES[kind] | places | IDS
-    return transformers.AutoConfig.for_model(name, **(values | more))
-
-
-def model(kind="trocr", seed=0, size_hw=(8, 12), noise=0.5, **more):
-    """A tiny EncoderDecoder in fp32; a picture of 8 x 12 pixels gives 6 tokens."""
-    torch.manual_seed(seed)
-    text = build(text_config(kind, **more)).eval()
-    with torch.no_grad():  # larger than the usual start, so that greedy ids are varied
-        for parameter in text.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=noise)
-    torch.manual_seed(seed)
-    tokenizer = tiny.Patches(size_hw=size_hw)
-    adaptor = adaptors.build(dict(kind="mlp", in_width=12, out_width=32, depth=1, hidden_width=32))
-    with torch.no_grad():
-        adaptor.layers[0].weight.mul_(4.0)
-    return EncoderDecoder(tokenizer, adaptor, text).eval()
-
-
-def processor(module, **options):
-    """Start id 257, end id 258, pad id 256."""
-    given = dict(start_ids=(257,), end_id=258, pad_id=256, max_tokens=64) | options
-    tokenizer = given.pop("text_tokenizer", None) or tiny.text_tokenizer()
-    return LineProcessor(tokenizer, module.tokenizer.pixel_spec, **given)
-
-
-def rows(processor, *texts):
-    return [
-        processor.encode(caption_example(f"r{i}", picture(i), text, ""))
-        for i, text in enumerate(texts)
-    ]
-
-
-def wide(module, size_hw):
-    """A processor for views of another size."""
-    spec = dataclasses.replace(module.tokenizer.pixel_spec, size_hw=size_hw)
-    chosen = processor(module)
-    chosen.pixel_spec = spec
-    return chosen
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -106,7 +43,7 @@ def test_loss_equals_cross_entropy_on_the_unshifted_labels(kind):
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_gradients_are_the_same_for_every_split(kind):
-    """T9: texts and pictures of unequal lengths, whole, in twos, one by one, dealt to two ranks,
+    """T9: texts and images of unequal lengths, whole, in twos, one by one, dealt to two ranks,
     beside autograd on the plain mean over all scored tokens."""
     module = model(kind)
     normal, broad = processor(module), wide(module, (8, 40))
@@ -119,8 +56,9 @@ def test_gradients_are_the_same_for_every_split(kind):
     for numbers in ([[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 2], [1, 3]]):
         module.zero_grad()
         parts = [objective.collate([examples[i] for i in part]) for part in numbers]
-        scored = sum(objective.count(batch).scored for part in parts for batch in part)
-        loss = sum(objective.backward(module, part, scored, nullcontext) for part in parts)
+        counts = [objective.count(batch) for part in parts for batch in part]
+        totals = sum_totals(objective.totals, counts)
+        loss = sum(objective.backward(module, part, totals, nullcontext) for part in parts)
         assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
         for name, grad in zip(names, grads, strict=True):
             found = module.get_parameter(name).grad
@@ -146,10 +84,10 @@ def test_padding_and_batch_change_no_logit_of_a_row(kind):
 
 @torch.no_grad()
 def test_memories_keep_the_order_of_examples_and_views():
-    """T16, T18: groups of several pixel sizes, views of one example behind each other."""
+    """T16, T18: groups of several pixel sizes, views of one example after each other."""
     module = model()
     normal, broad = processor(module), wide(module, (4, 8))
-    one, two = normal.encode_picture(picture(1)), broad.encode_picture(picture(2))
+    one, two = normal.encode_image(image(1)), broad.encode_image(image(2))
     both = dataclasses.replace(one, views=(*two.views, (one.views[0][0], (1, 0))))
     memory = module.encode(collate([one, both, two], 256).groups)
     assert memory.valid.sum(1).tolist() == [6, 8, 2]
@@ -161,7 +99,7 @@ def test_memories_keep_the_order_of_examples_and_views():
 
 @pytest.mark.parametrize("kind", ["trocr", "mbart", "bert"])
 @torch.no_grad()
-def test_later_ids_change_no_earlier_logit_and_pictures_change_all(kind):
+def test_later_ids_change_no_earlier_logit_and_images_change_all(kind):
     module = model(kind)
     batch = collate(rows(processor(module), "a cat sat"), 256)
     memory = module.encode(batch.groups)
@@ -178,7 +116,7 @@ def test_later_ids_change_no_earlier_logit_and_pictures_change_all(kind):
 def test_every_part_gets_a_gradient_through_a_padded_memory():
     module = model().train()
     batch = collate([*rows(processor(module), "ab"), *rows(wide(module, (8, 40)), "cd")], 256)
-    NextToken(256).backward(module, [batch], 6, nullcontext)
+    NextToken(256).backward(module, [batch], {"tokens": 6}, nullcontext)
     assert [n for n, p in module.named_parameters() if p.grad is None] == []
 
 
@@ -230,13 +168,13 @@ def test_pieces_of_ids_join_to_their_text():
     assert chosen.pieces([]) == ()
 
 
-def test_row_needs_a_picture_and_a_text():
+def test_row_needs_a_image_and_a_text():
     chosen = processor(model())
     with pytest.raises(BadRow, match="r: expected a picture of the text, found none"):
         chosen.encode(tiny.example("r", ("say",), "it"))
     module = model()
     text_only = dataclasses.replace(rows(chosen, "ab")[0], views=())
-    with pytest.raises(ValueError, match=r"a picture in every row, found none in 1: \['r0'\]"):
+    with pytest.raises(ValueError, match=r"an image in every row, found none in 1: \['r0'\]"):
         module(collate([text_only], 256))
     with pytest.raises(ValueError, match="padded on the right"):
         module(collate(rows(chosen, "ab", "longer"), 256, "left"))

@@ -1,4 +1,4 @@
-"""Rows that stand for a run's, and what rehearsed steps over them say of its steps."""
+"""Rows that stand for a run's, and the estimated peak memory of its steps."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from vlm.data.mixture import Mixture, MixtureDataset
 from vlm.data.sources import ListSource
 from vlm.families.decoder_only.batch import IMAGE
 from vlm.training.memory.estimate import Estimate, rows_of_run, with_text_places
-from vlm.training.memory.simulate import Held, Rehearsal, Step
+from vlm.training.memory.simulate import Held, SimulatedStep, StepMemory
 from vlm.training.objectives.contrastive import Contrast
 from vlm.training.objectives.next_token import NextToken
 from vlm.training.stages import Stage
@@ -20,8 +20,8 @@ def estimate(group=1, ranks=1, pack=None, chosen=None):
     model = training.model()
     rows = chosen or [model.processor.encode(example) for example in training.examples()]
     objective = NextToken(model.processor.pad_id, pack)
-    rehearsal = Rehearsal(model.module, STAGE, objective, torch.bfloat16, gpu=True)
-    return Estimate(rehearsal, rows, ranks, group)
+    simulated = SimulatedStep(model.module, STAGE, objective, torch.bfloat16, gpu=True)
+    return Estimate(simulated, rows, ranks, group)
 
 
 def lengths(rows):
@@ -30,10 +30,10 @@ def lengths(rows):
 
 def test_sharding_divides_state_by_its_group_and_holds_blocks_whole():
     whole, sharded = estimate(ranks=64), estimate(group=64, ranks=64)
-    trained = sum(p.numel() for p in sharded.rehearsal.trained)
+    trained = sum(p.numel() for p in sharded.simulated.trained)
     held = sharded.held(2, 1)
     assert held.optimizer == 8 * trained // 64
-    module = sharded.rehearsal.module
+    module = sharded.simulated.module
     count = lambda part: sum(p.numel() for p in part.parameters())  # noqa: E731
     blocks = list(module.text.model.layers)
     rest = count(module.text) - sum(map(count, blocks))
@@ -47,27 +47,27 @@ def test_sharding_divides_state_by_its_group_and_holds_blocks_whole():
 
 def test_ranks_that_exchange_gradients_hold_all_in_fp32_and_a_bucket():
     one, many = estimate(), estimate(ranks=2)
-    step = Step(Held(1, 2, 3, 4, 5), Held(0, 0, 0, 0, 0), None)
-    trained = sum(p.numel() for p in many.rehearsal.trained)
+    step = StepMemory(Held(1, 2, 3, 4, 5), Held(0, 0, 0, 0, 0), None)
+    trained = sum(p.numel() for p in many.simulated.trained)
     assert one._whole(step) == step.peak
     assert many._whole(step) == Held(1, 4 * trained, 3, 4 * trained, 0)
 
 
 def test_memory_goes_by_the_heaviest_rows_and_tokens_by_all():
-    """Some of the longest are text alone here, so that those with pictures are foreseen too."""
+    """Some of the longest are text alone here, so that those with images are simulated too."""
     found = estimate()
-    longest, pictured = found._heaviest(3)
+    longest, imaged = found._heaviest(3)
     assert lengths(longest) == sorted(lengths(found.rows), reverse=True)[:3]
     assert not all(row.views for row in longest)
-    assert all(row.views for row in pictured)
+    assert all(row.views for row in imaged)
     assert [len(rows) for rows in found._heaviest(40)] == [40, 40]
     mean = sum(lengths(found.rows)) / len(found.rows)
     assert found.tokens_per_example == pytest.approx(mean)
-    alone = max(estimate(chosen=rows).held(3, 1).total for rows in (longest, pictured))
+    alone = max(estimate(chosen=rows).held(3, 1).total for rows in (longest, imaged))
     assert found.held(3, 1).total == pytest.approx(alone, rel=0.05)
 
 
-def test_rows_of_one_kind_are_rehearsed_once():
+def test_rows_of_one_kind_are_simulated_once():
     found = estimate()
     found.rows = [row for row in found.rows if row.views]
     assert len(found._heaviest(4)) == 1
@@ -95,8 +95,8 @@ def test_packs_hold_no_more_for_more_rows():
 def test_a_contrast_keeps_the_embeddings_of_waiting_micro_batches():
     model = training.contrastive_model("sigmoid")
     rows = [model.processor.encode(example) for example in training.pairs(4)]
-    rehearsal = Rehearsal(model.module, STAGE, Contrast("sigmoid"), torch.bfloat16, gpu=False)
-    found = Estimate(rehearsal, rows)
+    simulated = SimulatedStep(model.module, STAGE, Contrast("sigmoid"), torch.bfloat16, gpu=False)
+    found = Estimate(simulated, rows)
     more = found.held(2, 102).activations - found.held(2, 2).activations
     assert more == 200 * 2 * 3 * 4 * model.module.dim
 
@@ -117,9 +117,9 @@ def test_rows_come_from_all_of_a_run_and_from_every_source():
     assert len(rows_of_run(data, training.model().processor, 3, 16)) == 3
 
 
-def test_rows_that_cannot_be_used_are_left_out():
+def test_rows_that_cannot_be_used_are_skipped():
     processor = training.model().processor
-    bad = tiny.example("bad", (None, "what?"), "word", images=(b"no picture",))
+    bad = tiny.example("bad", (None, "what?"), "word", images=(b"no image",))
     good = tiny.example("good", ("say it",), "word")
     found = rows_of_run(training.dataset([bad, good]), processor, 16, 16)
     assert {row.name for row in found} == {"good"}

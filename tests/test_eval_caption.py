@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,15 +16,14 @@ from vlm import adaptors, tokenizers
 from vlm.config import to_dict
 from vlm.data.example import ImageRef, caption_example
 from vlm.data.sources import ListSource
+from vlm.evaluation import main
+from vlm.evaluation.caption import read_questions
+from vlm.evaluation.nearest_caption import nearest_rows, views_of
 from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.pixels import BadImage
 
-PATH = Path(__file__).parents[1] / "eval/caption.py"
-spec = importlib.util.spec_from_file_location("eval_caption", PATH)
-caption = importlib.util.module_from_spec(spec)
-sys.modules["eval_caption"] = caption  # where its dataclasses look up their annotations
-spec.loader.exec_module(caption)
+ROOT = Path(__file__).parents[1]
 
 VIT = {"embed_dim": 24, "depth": 1, "num_heads": 2, "patch_size": 16}
 CAPTIONS = ("a cat", "a dog", "a red cat", "two dogs", "a big house", "a cat on a house", "a fox")
@@ -33,8 +31,8 @@ CAPTIONS = ("a cat", "a dog", "a red cat", "two dogs", "a big house", "a cat on 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A saved tiny model, a pretrained backbone's folder, and rows of pictures in two files: of
-    seven held-out ones the last shows the first's picture again."""
+    """A saved tiny model, a pretrained backbone's folder, and rows of images in two files: of
+    seven held-out ones the last shows the first's image again."""
     folder = tmp_path_factory.mktemp("eval")
     torch.manual_seed(0)
     backbone = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, **VIT)
@@ -60,7 +58,7 @@ def made(tmp_path_factory):
         lines = []
         for number, text in enumerate(CAPTIONS):
             seed = first + number % (6 if name == "held" else 9)
-            tiny.picture(seed, (20, 30)).save(folder / f"{name}{seed}.png")
+            tiny.image(seed, (20, 30)).save(folder / f"{name}{seed}.png")
             lines.append(json.dumps({"image": f"{name}{seed}.png", "caption": text}))
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
@@ -80,13 +78,14 @@ def read(out):
     return result, lines
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(made, tmp_path, capsys):
-    """T19: six pictures in batches of two do not divide over the two; every caption and neighbour
+    """T19: six images in batches of two do not divide over the two; every caption and neighbour
     is the same, and none comes twice."""
-    caption.main(arguments(made, tmp_path / "one"))
+    main("caption", arguments(made, tmp_path / "one"))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     command += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--main_process_port", "0", str(PATH)]
+    command += ["--dynamo_backend", "no", "--main_process_port", "0", str(ROOT / "eval/caption.py")]
     done = subprocess.run(
         [*command, *arguments(made, tmp_path / "two")],
         capture_output=True, text=True, timeout=120, check=False,
@@ -96,20 +95,20 @@ def test_two_processes_give_the_figures_of_one(made, tmp_path, capsys):
     (one, lines), (two, lines_2) = read(tmp_path / "one"), read(tmp_path / "two")
     assert (one["processes"], two["processes"]) == (1, 2)
     assert lines == lines_2
-    assert one["figures"] == two["figures"]
+    assert one["metrics"] == two["metrics"]
     assert one["baseline"] == two["baseline"]
     assert [line["references"] for line in lines] == [
         ["a cat", "a fox"],
         *[[text] for text in CAPTIONS[1:6]],
     ]
     assert one["rows"] == 7
-    assert one["figures"]["pictures"] == 6
-    assert "6 pictures" in capsys.readouterr().out
+    assert one["metrics"]["images"] == 6
+    assert "6 images" in capsys.readouterr().out
     assert Image.open(tmp_path / "one/captions.png").width > 300
 
 
 def test_result_says_what_was_asked_and_how(made, tmp_path):
-    caption.main([*arguments(made, tmp_path), "--rows", "3", "--prompt", "Name it."])
+    main("caption", [*arguments(made, tmp_path), "--rows", "3", "--prompt", "Name it."])
     result, lines = read(tmp_path)
     assert result["rows"] == 3
     assert len(lines) == 3
@@ -117,57 +116,47 @@ def test_result_says_what_was_asked_and_how(made, tmp_path):
     assert result["decoding"] == {"do_sample": False, "num_beams": 1, "max_new_tokens": 5}
     assert result["preprocessing"]["size_hw"] == [32, 48]
     assert result["baseline"]["preprocessing"]["size_hw"] == [32, 32]
-    assert result["dtype"] == "float32"
-    assert result["seed"] is None
+    assert (result["task"], result["precision"]) == ("caption", "float32")
+    assert result["options"]["max_new_tokens"] == 5
     for name in ("torch", "vlm", "sacrebleu", "pycocoevalcap"):
         assert name in result["versions"]
     for name in ("exact_match", "exact_match_95", "cider_d", "bleu_4"):
-        assert name in result["figures"]
-        assert name in result["baseline"]["figures"]
+        assert name in result["metrics"]
+        assert name in result["baseline"]["metrics"]
 
 
 def test_captions_equal_those_of_the_public_model(made, tmp_path):
     import vlm
 
-    caption.main(arguments(made, tmp_path))
+    main("caption", arguments(made, tmp_path))
     _, lines = read(tmp_path)
-    pictures = [made / f"held{i}.png" for i in range(6)]
+    images = [made / f"held{i}.png" for i in range(6)]
     assert [line["caption"] for line in lines] == vlm.load(made / "model", device="cpu").caption(
-        pictures, max_new_tokens=5
+        images, max_new_tokens=5
     )
 
 
-def test_nearest_neighbour_of_a_known_picture_is_itself(made):
+def test_nearest_neighbour_of_a_known_image_is_itself(made):
     """And of two equally near ones the first."""
     from vlm.data.sources import open_source
 
     source = open_source(str(made / "held.jsonl"))
     known = ListSource([source[row] for row in (5, 4, 3, 2, 1, 0, 4)], "known")
-    asked, _ = caption.read_questions(source, range(7), "raise", False)
-    settings = caption.Settings(model="x", batch=3)
+    asked, _ = read_questions(source, range(7), "raise", False)
     tokenizer = training.model().module.tokenizer
     accelerator = Accelerator(cpu=True)
-    rows, skipped = caption.nearest_rows(tokenizer, source, asked, known, accelerator, settings)
+    rows, skipped = nearest_rows(
+        tokenizer, source, [item.row for item in asked], known, accelerator, batch=3
+    )
     assert rows == [5, 4, 3, 2, 1, 0]
     assert skipped == []
 
 
-def test_shares_are_the_same_batches_on_any_number_of_ranks():
-    for count in (0, 1, 7, 12):
-        alone = [list(batch) for batch in caption.share(count, 3, 0, 1)]
-        for ranks in (2, 3, 5):
-            dealt = [
-                list(batch) for r in range(ranks) for batch in caption.share(count, 3, r, ranks)
-            ]
-            assert sorted(dealt) == alone
-    assert [i for batch in alone for i in batch] == list(range(12))
-
-
 def unusable(tmp_path):
-    """Two good rows, text alone, and a picture that is none."""
-    tiny.picture(1).save(tmp_path / "good.png")
-    tiny.picture(2).save(tmp_path / "other.png")
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    """Two good rows, text alone, and an image that is none."""
+    tiny.image(1).save(tmp_path / "good.png")
+    tiny.image(2).save(tmp_path / "other.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     rows = [
         {"image": "good.png", "caption": "a cat"},
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]},
@@ -184,22 +173,22 @@ def test_rows_left_out_are_counted_and_named(made, tmp_path, capsys):
     options = ["--model", str(made / "model"), "--data", str(data), "--out", str(tmp_path / "out")]
     options += ["--max-new-tokens", "2", "--threads", "1"]
     with pytest.raises(SystemExit):
-        caption.main(options)
+        main("caption", options)
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.strip().startswith("error: rows.jsonl:3: ")
     assert "bad.png" in error
-    caption.main([*options, "--bad-rows", "skip"])
+    main("caption", [*options, "--bad-rows", "skip"])
     result, lines = read(tmp_path / "out")
     assert result["skipped"] == 2
-    assert any("no picture" in line for line in result["examples_skipped"])
+    assert any("no image" in line for line in result["examples_skipped"])
     assert any("bad.png" in line for line in result["examples_skipped"])
     assert [line["references"] for line in lines] == [["a cat"], ["a fox"]]
-    assert "2 of 4 rows left out" in capsys.readouterr().out
+    assert "2 of 4 rows skipped" in capsys.readouterr().out
 
 
 def test_bad_arguments_are_one_line(made, tmp_path, capsys):
     for more, message in (
-        (["--data", "nothing"], "nothing: expected a source"),
+        (["--data", "nothing"], "--data nothing: expected a source"),
         (["--model", str(tmp_path)], "expected config.json here or in model/"),
         (["--batch", "0"], "--batch must be at least 1, found 0"),
         (
@@ -208,7 +197,7 @@ def test_bad_arguments_are_one_line(made, tmp_path, capsys):
         ),
     ):
         with pytest.raises(SystemExit) as stopped:
-            caption.main([*arguments(made, tmp_path / "out"), *more])
+            main("caption", [*arguments(made, tmp_path / "out"), *more])
         assert stopped.value.code == 1
         found = capsys.readouterr().err
         assert message in found
@@ -218,28 +207,31 @@ def test_bad_arguments_are_one_line(made, tmp_path, capsys):
 def test_options_are_checked_before_the_model_is_opened(made, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vlm, "load", lambda *_, **__: pytest.fail("the model was opened"))
     for more, message in (
-        (["--data", "nothing"], "nothing: expected a source"),
-        (["--baseline", "nothing"], "nothing: expected a source"),
+        (["--data", "nothing"], "--data nothing: expected a source"),
+        (["--baseline", "nothing"], "--baseline nothing: expected a source"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, found 0"),
         (["--rows", "0"], "--rows must be at least 1, found 0"),
+        (["--baseline-vision", "siglip"], "--baseline-vision: vision 'siglip': expected 'demo'"),
+        (["--baseline-px", "0", "32"], "--baseline-px must be at least 1, found 0"),
+        (["--baseline", "None"], "--baseline-vision: expected --baseline SOURCE too, found none"),
     ):
         with pytest.raises(SystemExit):
-            caption.main([*arguments(made, tmp_path / "out"), *more])
+            main("caption", [*arguments(made, tmp_path / "out"), *more])
         assert message in capsys.readouterr().err
 
 
-def test_pictures_in_bytes_are_told_apart_by_their_bytes():
+def test_images_in_bytes_are_told_apart_by_their_bytes():
     import io
 
     def example(seed, text):
         file = io.BytesIO()
-        tiny.picture(seed).save(file, "PNG")
+        tiny.image(seed).save(file, "PNG")
         return caption_example(f"{seed} {text}", ImageRef(file.getvalue(), "x"), text, "what?")
 
     source = ListSource([example(0, "a"), example(1, "b"), example(0, "c")])
-    asked, skipped = caption.read_questions(source, range(3), "raise", False)
+    asked, skipped = read_questions(source, range(3), "raise", False)
     assert [one.references for one in asked] == [["a", "c"], ["b"]]
     assert not skipped
     broken = ListSource([caption_example("x", ImageRef(b"no", "x"), "a", "")])
     with pytest.raises(BadImage):
-        caption.looked_at(training.model().module.tokenizer, broken[0])
+        views_of(training.model().module.tokenizer, broken[0])

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,17 +10,14 @@ from PIL import Image
 
 import vlm
 from tests import tiny, training
-from tests.test_embed import public
-from tests.test_sources_clip_benchmark import CAPTIONS, retrieval_folder
+from tests.folders import public
+from tests.rows import CAPTIONS, retrieval_folder
 from vlm.data.example import BadRow
+from vlm.evaluation import main
 from vlm.metrics.retrieval import retrieval
 from vlm.retrieval.embed_captions import _read_captions
 
 PATH = Path(__file__).parents[1] / "eval/retrieval.py"
-spec = importlib.util.spec_from_file_location("eval_retrieval", PATH)
-evaluation = importlib.util.module_from_spec(spec)
-sys.modules["eval_retrieval"] = evaluation  # where its dataclasses look up their annotations
-spec.loader.exec_module(evaluation)
 
 SHOWN = (0, 1, 2, 0, 3, 1, 0, 2, 3)
 TEXTS = ("a cat", "dogs", "a fox", "one cat", "red", "two dogs", "cat", "the fox", "red things")
@@ -29,11 +25,11 @@ TEXTS = ("a cat", "dogs", "a fox", "one cat", "red", "two dogs", "cat", "the fox
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A saved tiny model, and nine rows of four different pictures."""
+    """A saved tiny model, and nine rows of four different images."""
     folder = tmp_path_factory.mktemp("eval")
     public().save(folder / "model")
     for i in set(SHOWN):
-        tiny.picture(i, (20, 30)).save(folder / f"{i}.png")
+        tiny.image(i, (20, 30)).save(folder / f"{i}.png")
     write_rows(folder, [{"image": f"{i}.png", "caption": text} for i, text in zip(SHOWN, TEXTS)])
     return folder
 
@@ -52,19 +48,20 @@ def arguments(made, out, *more):
 
 
 def run(made, out, *more):
-    evaluation.main(arguments(made, out, *more))
+    main("retrieval", arguments(made, out, *more))
     return json.loads((out / "result.json").read_text())
 
 
-def figures_of(made, pictures, texts, owner):
+def figures_of(made, images, texts, owner):
     """Those of the public model's vectors."""
     model = vlm.load(made / "model", device="cpu")
-    found = retrieval(model.embed_images(pictures), model.embed_texts(texts), owner, draws=20)
+    found = retrieval(model.embed_images(images), model.embed_texts(texts), owner, draws=20)
     return found.figures()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(made, tmp_path, capsys):
-    """T19: nine rows in batches of four do not divide over the two, and the four pictures are one
+    """T19: nine rows in batches of four do not divide over the two, and the four images are one
     batch, so that the second process has none."""
     one = run(made, tmp_path / "one", "--workers", "1")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
@@ -78,19 +75,19 @@ def test_two_processes_give_the_figures_of_one(made, tmp_path, capsys):
     assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads((tmp_path / "two/result.json").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
-    assert one["figures"] == two["figures"]
+    assert one["metrics"] == two["metrics"]
     pages = [(tmp_path / run / "hits.png").read_bytes() for run in ("one", "two")]
     assert pages[0] == pages[1]
-    assert (one["figures"]["images"], one["figures"]["texts"], one["rows"]) == (4, 9, 9)
+    assert (one["metrics"]["images"], one["metrics"]["texts"], one["rows"]) == (4, 9, 9)
     assert "4 images and 9 texts" in capsys.readouterr().out
 
 
 def test_figures_are_those_of_the_public_models_vectors(made, tmp_path):
     result = run(made, tmp_path)
-    pictures = [made / f"{i}.png" for i in range(4)]
-    expected = json.loads(json.dumps(figures_of(made, pictures, TEXTS, SHOWN)))
-    assert {key: result["figures"][key] for key in expected} == expected
-    chance = result["figures"]["chance"]
+    images = [made / f"{i}.png" for i in range(4)]
+    expected = json.loads(json.dumps(figures_of(made, images, TEXTS, SHOWN)))
+    assert {key: result["metrics"][key] for key in expected} == expected
+    chance = result["metrics"]["chance"]
     assert chance["text_to_image"] == {"recall@1": 0.25, "recall@5": 1.0, "recall@10": 1.0}
     counts = [SHOWN.count(i) for i in range(4)]
     assert chance["image_to_text"]["recall@1"] == pytest.approx(sum(counts) / 4 / 9)
@@ -99,10 +96,10 @@ def test_figures_are_those_of_the_public_models_vectors(made, tmp_path):
 def test_result_says_what_was_compared_and_how(made, tmp_path):
     result = run(made, tmp_path, "--rows", "5", "--seed", "3", "--template", "a photo of {}")
     assert result["rows"] == 5
-    assert result["template"] == "a photo of {}"
+    assert result["options"]["template"] == "a photo of {}"
     assert result["text"]["length"] == 12
-    assert result["seed"] == 3
-    assert result["dtype"] == "float32"
+    assert result["options"]["seed"] == 3
+    assert result["precision"] == "float32"
     assert result["preprocessing"]["size_hw"]
     assert {"torch", "vlm", "transformers"} <= set(result["versions"])
     assert result["skipped"] == 0
@@ -120,7 +117,7 @@ def test_captions_beyond_the_context_are_cut_and_counted(made, tmp_path, capsys)
 
 
 def test_rows_may_have_several_captions_in_any_form(made, tmp_path):
-    """A list, several answers, a file of equal bytes under another name, and pictures in shards."""
+    """A list, several answers, a file of equal bytes under another name, and images in shards."""
     (made / "copy.png").write_bytes((made / "0.png").read_bytes())
     turns = [("user", "<image>"), ("assistant", "dogs"), ("user", "?"), ("assistant", "two dogs")]
     rows = [
@@ -131,33 +128,33 @@ def test_rows_may_have_several_captions_in_any_form(made, tmp_path):
     data = write_rows(made, rows, "many")
     result = run(made, tmp_path / "a", "--data", str(data))
     texts = ["a cat", "one cat", "dogs", "two dogs", "cat"]
-    pictures = [made / "0.png", made / "1.png"]
-    expected = json.loads(json.dumps(figures_of(made, pictures, texts, [0, 0, 1, 1, 0])))
-    assert {key: result["figures"][key] for key in expected} == expected
+    images = [made / "0.png", made / "1.png"]
+    expected = json.loads(json.dumps(figures_of(made, images, texts, [0, 0, 1, 1, 0])))
+    assert {key: result["metrics"][key] for key in expected} == expected
 
     shards = retrieval_folder(tmp_path / "wds")
     result = run(made, tmp_path / "b", "--data", f"clip_benchmark:{shards}:test")
-    assert (result["figures"]["images"], result["figures"]["texts"]) == (3, 6)
+    assert (result["metrics"]["images"], result["metrics"]["texts"]) == (3, 6)
     texts = [text for said in CAPTIONS for text in said]
     source = vlm.data.sources.open_source(f"clip_benchmark:{shards}")
-    pictures = [source[row].images[0].data for row in (0, 2, 3)]
-    expected = json.loads(json.dumps(figures_of(made, pictures, texts, [0, 0, 1, 2, 2, 2])))
-    assert {key: result["figures"][key] for key in expected} == expected
+    images = [source[row].images[0].data for row in (0, 2, 3)]
+    expected = json.loads(json.dumps(figures_of(made, images, texts, [0, 0, 1, 2, 2, 2])))
+    assert {key: result["metrics"][key] for key in expected} == expected
 
 
 def test_tables_with_lists_of_captions_are_read(made, tmp_path):
     from datasets import Dataset
 
-    pictures = [{"bytes": (made / f"{i}.png").read_bytes(), "path": None} for i in range(2)]
-    table = Dataset.from_dict({"image": pictures, "caption": [["a cat", "cat"], ["dogs"]]})
+    images = [{"bytes": (made / f"{i}.png").read_bytes(), "path": None} for i in range(2)]
+    table = Dataset.from_dict({"image": images, "caption": [["a cat", "cat"], ["dogs"]]})
     table.save_to_disk(tmp_path / "table")
-    figures = run(made, tmp_path / "out", "--data", str(tmp_path / "table"))["figures"]
+    figures = run(made, tmp_path / "out", "--data", str(tmp_path / "table"))["metrics"]
     assert (figures["images"], figures["texts"]) == (2, 3)
 
 
 def unusable(made):
-    """Of seven rows two can be used: the broken picture is shown by two."""
-    (made / "bad.png").write_bytes(b"no picture")
+    """Of seven rows two can be used: the broken image is shown by two."""
+    (made / "bad.png").write_bytes(b"no image")
     rows = [
         {"image": "0.png", "caption": "a cat"},
         {"image": "1.png", "caption": " "},
@@ -186,11 +183,11 @@ def test_rows_that_cannot_be_used_are_named_or_left_out_and_counted(made, tmp_pa
     assert "bad.png" in result["examples_skipped"][1]
     assert "expected one of the keys" in result["examples_skipped"][2]
     expected = figures_of(made, [made / "0.png", made / "3.png"], ["a cat", "red"], [0, 1])
-    assert result["figures"]["image_to_text"] == json.loads(json.dumps(expected["image_to_text"]))
-    assert "5 of 7 rows left out" in capsys.readouterr().out
+    assert result["metrics"]["image_to_text"] == json.loads(json.dumps(expected["image_to_text"]))
+    assert "5 of 7 rows skipped" in capsys.readouterr().out
 
 
-def test_pictures_that_cannot_be_decoded_stop_it_with_their_row(made, tmp_path, capsys):
+def test_images_that_cannot_be_decoded_stop_it_with_their_row(made, tmp_path, capsys):
     data = write_rows(made, [{"image": "bad.png", "caption": "a"}], "broken")
     unusable(made)
     for more in ((), ("--workers", "1")):
@@ -212,10 +209,9 @@ def test_models_of_other_families_are_named(made, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(vlm, "load", lambda *_, **__: training.model())
     with pytest.raises(SystemExit):
         run(made, tmp_path)
-    assert (
-        f"--model {made / 'model'}: expected a contrastive model, with a tower for pictures and "
-        "one for texts, found a decoder_only one"
-    ) in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"--model {made / 'model'}: expected a model of the family contrastive" in error
+    assert "to evaluate retrieval; found a decoder_only one" in error
 
 
 def test_vectors_without_direction_are_named_by_their_row(made, tmp_path, capsys):
@@ -232,7 +228,7 @@ def test_vectors_without_direction_are_named_by_their_row(made, tmp_path, capsys
 def test_bad_arguments_are_one_line(made, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vlm, "load", lambda *_, **__: pytest.fail("the model was opened"))
     for more, message in (
-        (["--data", "nothing"], "nothing: expected a source"),
+        (["--data", "nothing"], "--data nothing: expected a source"),
         (["--batch", "0"], "--batch must be at least 1, found 0"),
         (["--draws", "0"], "--draws must be at least 1, found 0"),
         (["--template", "a photo"], "--template: expected {} at the caption's place, found 'a ph"),
@@ -256,30 +252,30 @@ def test_a_place_that_cannot_be_written_to_is_named_before_the_model_is_opened(
         assert f"error: --out {out}: expected a folder to write to" in capsys.readouterr().err
 
 
-def test_figures_stay_where_a_picture_is_gone_when_hits_are_drawn(
+def test_figures_stay_where_a_image_is_gone_when_hits_are_drawn(
     made, tmp_path, monkeypatch, capsys
 ):
     rows = [{"image": str(tmp_path / f"{i}.png"), "caption": TEXTS[i]} for i in range(3)]
     for row in rows:
-        tiny.picture(0, (20, 30)).resize((20 + rows.index(row), 30)).save(row["image"])
+        tiny.image(0, (20, 30)).resize((20 + rows.index(row), 30)).save(row["image"])
 
     def measured(*given, **options):
         (tmp_path / "1.png").unlink()
         return retrieval(*given, **options)
 
-    monkeypatch.setattr(evaluation, "retrieval", measured)
+    monkeypatch.setattr("vlm.evaluation.retrieval.retrieval", measured)
     with pytest.raises(SystemExit):
         run(made, tmp_path / "out", "--data", str(write_rows(tmp_path, rows)))
     shown = capsys.readouterr()
     assert "1.png" in shown.err
     assert "3 images and 3 texts" in shown.out
-    assert json.loads((tmp_path / "out/result.json").read_text())["figures"]["images"] == 3
+    assert json.loads((tmp_path / "out/result.json").read_text())["metrics"]["images"] == 3
 
 
 def test_caption_of_which_the_model_reads_nothing_is_named():
     """As SigLIP's tokenizer leaves punctuation out."""
     processor = training.contrastive_model().processor
     processor.unread = lambda texts: [i for i, text in enumerate(texts) if text == "!!!"]
-    row = tiny.example("r", (None,), "!!!", images=(tiny.picture(0),))
+    row = tiny.example("r", (None,), "!!!", images=(tiny.image(0),))
     with pytest.raises(BadRow, match=r"r: expected a caption, found '!!!', of which the model"):
         _read_captions(processor, row)

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import pickle
@@ -12,17 +11,13 @@ from PIL import Image
 
 import vlm
 from tests import tiny, training
-from tests.reference import test_siglip
-from tests.test_embed import public
-from tests.test_sources_clip_benchmark import NAMES, classification_folder
+from tests.folders import public
+from tests.reference import tiny_siglip
+from tests.rows import NAMES, classification_folder
+from vlm.evaluation import main, zero_shot
 from vlm.metrics.classification import classification
 
 PATH = Path(__file__).parents[1] / "eval/zero_shot.py"
-spec = importlib.util.spec_from_file_location("eval_zero_shot", PATH)
-sys.path.insert(0, str(PATH.parent))  # as for a script, whose neighbours it finds
-evaluation = importlib.util.module_from_spec(spec)
-sys.modules["eval_zero_shot"] = evaluation  # where its dataclasses look up their annotations
-spec.loader.exec_module(evaluation)
 
 KINDS = ("cat", "dog", "cat", "fox", "dog", "cat", "fox", "cat", "dog")
 CLASSES = ["cat", "dog", "fox"]
@@ -31,11 +26,11 @@ TEMPLATES = ("{}", "a {c}", "many {}")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A saved tiny model, and nine rows of pictures with a class under a key of its own."""
+    """A saved tiny model, and nine rows of images with a class under a key of its own."""
     folder = tmp_path_factory.mktemp("eval")
     public().save(folder / "model")
     for i in range(len(KINDS)):
-        tiny.picture(i, (20, 30)).save(folder / f"{i}.png")
+        tiny.image(i, (20, 30)).save(folder / f"{i}.png")
     write_rows(folder, KINDS)
     return folder
 
@@ -55,7 +50,7 @@ def arguments(made, out, *more):
 
 
 def run(made, out, *more):
-    evaluation.main(arguments(made, out, *more))
+    main("zero-shot", arguments(made, out, *more))
     return json.loads((out / "result.json").read_text())
 
 
@@ -68,8 +63,9 @@ def refusal(made, out, capsys, *more):
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(made, tmp_path, capsys):
-    """T19: nine pictures in batches of four do not divide over the two; the prompts of three
+    """T19: nine images in batches of four do not divide over the two; the prompts of three
     classes are one batch, so that the second process has none."""
     more = ("--templates", *TEMPLATES)
     one = run(made, tmp_path / "one", *more, "--workers", "1")
@@ -84,9 +80,9 @@ def test_two_processes_give_the_figures_of_one(made, tmp_path, capsys):
     assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads((tmp_path / "two/result.json").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
-    assert one["figures"] == two["figures"]
+    assert one["metrics"] == two["metrics"]
     assert one["confusions"] == two["confusions"]
-    assert "9 pictures" in capsys.readouterr().out
+    assert "9 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bias", [None, -10.0])
@@ -96,15 +92,15 @@ def test_figures_are_those_of_the_public_models_scores(made, tmp_path, bias):
     given.save(tmp_path / "model")
     more = ("--model", str(tmp_path / "model"), "--templates", *TEMPLATES)
     result = run(made, tmp_path / "out", *more)
-    pictures = [made / f"{i}.png" for i in range(9)]
+    images = [made / f"{i}.png" for i in range(9)]
     templates = [template.replace("{c}", "{}") for template in TEMPLATES]
-    scores = given.classify(pictures, CLASSES, templates).numpy()
+    scores = given.classify(images, CLASSES, templates).numpy()
     right = np.array([CLASSES.index(kind) for kind in KINDS])
     expected = classification(scores, right, scale=1.0).figures()
     for key, value in expected.items():
-        assert result["figures"][key] == pytest.approx(value, abs=1e-5), key
+        assert result["metrics"][key] == pytest.approx(value, abs=1e-5), key
     assert result["classes"] == CLASSES
-    assert result["figures"]["chance"] == {
+    assert result["metrics"]["chance"] == {
         "top_1": 1 / 3, "top_5": 1.0, "most_frequent_class": 4 / 9,
     }  # fmt: skip
     chosen = scores.argmax(1)
@@ -121,11 +117,11 @@ def test_result_says_what_was_asked_and_how(made, tmp_path, capsys):
     assert result["rows"] == 5
     assert result["label"] == "kind"
     assert result["templates"] == ["{} in a very long prompt"]
-    assert result["seed"] is None
-    assert result["dtype"] == "float32"
+    assert result["task"] == "zero-shot"
+    assert result["precision"] == "float32"
     assert result["preprocessing"]["size_hw"]
     assert {"torch", "vlm", "transformers"} <= set(result["versions"])
-    assert set(result["figures"]["by_class"]) == set(result["classes"])
+    assert set(result["metrics"]["by_class"]) == set(result["classes"])
     assert result["prompts_cut"] == len(result["classes"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "prompts were longer than the context" in shown
@@ -133,7 +129,7 @@ def test_result_says_what_was_asked_and_how(made, tmp_path, capsys):
 
 
 def test_templates_and_classes_may_lie_in_files(made, tmp_path):
-    """A label is read as the name behind its tab; classes without pictures are candidates too."""
+    """A label is read as the name after its tab; classes without images are candidates too."""
     (tmp_path / "templates.txt").write_text("a {c}\nan {}\n\n")
     (tmp_path / "classes.txt").write_text("fox\tred fox\ncat\ndog\twild dog\nhorse\n")
     result = run(
@@ -142,39 +138,39 @@ def test_templates_and_classes_may_lie_in_files(made, tmp_path):
     )  # fmt: skip
     assert result["templates"] == ["a {}", "an {}"]
     assert result["classes"] == ["red fox", "cat", "wild dog", "horse"]
-    assert result["figures"]["classes_without_examples"] == 1
-    assert result["figures"]["by_class"]["horse"] is None
-    assert result["figures"]["chance"]["top_1"] == 0.25
-    pictures = [made / f"{i}.png" for i in range(9)]
+    assert result["metrics"]["classes_without_examples"] == 1
+    assert result["metrics"]["by_class"]["horse"] is None
+    assert result["metrics"]["chance"]["top_1"] == 0.25
+    images = [made / f"{i}.png" for i in range(9)]
     scores = vlm.load(made / "model", device="cpu").classify(
-        pictures, result["classes"], result["templates"]
+        images, result["classes"], result["templates"]
     )
     right = np.array([{"fox": 0, "cat": 1, "dog": 2}[kind] for kind in KINDS])
     expected = classification(scores, right, scale=1.0).figures()
-    assert result["figures"]["top_1"] == expected["top_1"]
+    assert result["metrics"]["top_1"] == expected["top_1"]
 
 
 def test_clip_benchmark_brings_its_classes_and_templates(made, tmp_path):
     folder = classification_folder(tmp_path / "wds", zeroshot_classification_templates="one {c}\n")
     data = f"clip_benchmark:{folder}:test"
     arguments = ["--model", str(made / "model"), "--data", data, "--out", str(tmp_path / "out")]
-    evaluation.main([*arguments, "--workers", "0", "--threads", "1"])
+    main("zero-shot", [*arguments, "--workers", "0", "--threads", "1"])
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["classes"] == NAMES
     assert result["templates"] == ["one {}"]
-    assert result["figures"]["examples"] == 4
+    assert result["metrics"]["examples"] == 4
 
 
-def test_classes_of_a_picture_folder_are_its_folders(made, tmp_path):
+def test_classes_of_a_image_folder_are_its_folders(made, tmp_path):
     for i in range(4):
         (tmp_path / "data" / CLASSES[i % 2]).mkdir(parents=True, exist_ok=True)
-        tiny.picture(i, (20, 30)).save(tmp_path / f"data/{CLASSES[i % 2]}/{i}.png")
+        tiny.image(i, (20, 30)).save(tmp_path / f"data/{CLASSES[i % 2]}/{i}.png")
     arguments = ["--model", str(made / "model"), "--data", str(tmp_path / "data")]
     arguments += ["--out", str(tmp_path / "out"), "--workers", "0", "--threads", "1"]
-    evaluation.main(arguments)
+    main("zero-shot", arguments)
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["classes"] == ["cat", "dog"]
-    assert result["figures"]["examples"] == 4
+    assert result["metrics"]["examples"] == 4
 
 
 def test_classes_of_equal_names_are_refused_or_merged(made, tmp_path, capsys):
@@ -184,11 +180,11 @@ def test_classes_of_equal_names_are_refused_or_merged(made, tmp_path, capsys):
     more = ["--data", f"clip_benchmark:{folder}"]
     arguments = ["--model", str(made / "model"), "--out", str(tmp_path / "out"), "--threads", "1"]
     with pytest.raises(SystemExit):
-        evaluation.main([*arguments, *more])
+        main("zero-shot", [*arguments, *more])
     error = capsys.readouterr().err
     assert "found the same at several places of the list: {'sunglasses': [1, 3]}" in error
     assert "--same-names merge" in error
-    evaluation.main([*arguments, *more, "--same-names", "merge", "--workers", "0"])
+    main("zero-shot", [*arguments, *more, "--same-names", "merge", "--workers", "0"])
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["classes"] == ["sunglasses", "cat"]
     assert result["classes_merged"] == 1
@@ -199,7 +195,7 @@ def test_classes_of_equal_names_are_refused_or_merged(made, tmp_path, capsys):
     ("text", "message"),
     [
         ("cat\n\ndog\n", "classes.txt:2: expected class names, found an empty line"),
-        ("cat\ndog\t \nfox", "classes.txt:2: expected a name behind 'dog'"),
+        ("cat\ndog\t \nfox", "classes.txt:2: expected a name after 'dog'"),
         ("cat\ndog\ncat\n", "found the same at several places of the list: {'cat': [1, 3]}"),
         ("cat\ta\ncat\tb\n", "expected each label once, found 'cat' with two names"),
         ("", "classes.txt: expected class names, one a line, found none"),
@@ -221,13 +217,13 @@ def test_rows_without_a_class_are_named_or_left_out_and_counted(made, tmp_path, 
     assert [line.split(": ")[0] for line in result["examples_skipped"]] == [
         "bad.jsonl:2", "bad.jsonl:3", "bad.jsonl:5",
     ]  # fmt: skip
-    assert result["figures"]["examples"] == 2
-    assert "3 of 5 rows left out" in capsys.readouterr().out
+    assert result["metrics"]["examples"] == 2
+    assert "3 of 5 rows skipped" in capsys.readouterr().out
 
 
 def test_bad_arguments_are_one_line(made, tmp_path, monkeypatch, capsys):
     for more, message in (
-        (["--data", "nothing"], "nothing: expected a source"),
+        (["--data", "nothing"], "--data nothing: expected a source"),
         (["--batch", "0"], "--batch must be at least 1, found 0"),
         (["--rows", "0"], "--rows must be at least 1, found 0"),
         (["--templates", "a cat"], "--templates: expected {} at the name's place, found ['a cat']"),
@@ -238,7 +234,8 @@ def test_bad_arguments_are_one_line(made, tmp_path, monkeypatch, capsys):
         assert message in refusal(made, tmp_path / "out", capsys, *more)
     monkeypatch.setattr(vlm, "load", lambda *_, **__: training.model())
     error = refusal(made, tmp_path / "out", capsys)
-    assert "expected a contrastive model, with a tower for pictures and one for texts" in error
+    assert "expected a model of the family contrastive" in error
+    assert "to evaluate zero-shot; found a decoder_only one" in error
 
 
 def test_a_place_that_cannot_be_written_to_is_named_before_the_model_is_opened(
@@ -253,13 +250,13 @@ def test_a_place_that_cannot_be_written_to_is_named_before_the_model_is_opened(
 
 def test_what_reads_rows_travels_to_workers(made, tmp_path, monkeypatch):
     """Spawned ones get it pickled."""
-    embed_pictures, travelled = evaluation.embed_pictures, []
+    embed_images, travelled = zero_shot.embed_images, []
 
     def embed(*given):
         travelled.append(pickle.loads(pickle.dumps(given[-1])))
-        return embed_pictures(*given[:-1], travelled[0])
+        return embed_images(*given[:-1], travelled[0])
 
-    monkeypatch.setattr(evaluation, "embed_pictures", embed)
+    monkeypatch.setattr(zero_shot, "embed_images", embed)
     (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
     for more in ((), ("--classes", str(tmp_path / "classes.txt"))):
         assert run(made, tmp_path / "out", *more)["classes"] == CLASSES
@@ -283,7 +280,7 @@ def test_names_that_the_model_reads_as_one_are_refused_or_merged(made, lowering,
     assert "several places of the list: {'Cat / cAT': [1, 3]}" in error
     result = run(made, tmp_path / "out", *more, "--same-names", "merge")
     assert (result["classes"], result["classes_merged"]) == (["Cat", "dog"], 1)
-    figures = run(made, tmp_path / "apart", *more[2:])["figures"]  # by a model that reads capitals
+    figures = run(made, tmp_path / "apart", *more[2:])["metrics"]  # by a model that reads capitals
     assert figures["classes"] == 3
 
 
@@ -296,12 +293,12 @@ def test_classes_of_rows_that_the_model_reads_as_one_are_refused_or_merged(
     assert "several places of the list: {'Cat / cat': [1, 2]}" in error
     result = run(made, tmp_path / "out", *more, "--same-names", "merge")
     assert (result["classes"], result["classes_merged"]) == (["Cat", "dog", "fox"], 1)
-    assert result["figures"]["examples"] == 4
+    assert result["metrics"]["examples"] == 4
 
 
 def test_names_of_which_the_model_reads_nothing_are_refused(made, tmp_path, capsys):
     """SigLIP's tokenizer leaves punctuation out."""
-    test_siglip.write_folder(tmp_path / "siglip")
+    tiny_siglip.write_folder(tmp_path / "siglip")
     (tmp_path / "classes.txt").write_text("a cat\n!?\n")
     error = refusal(
         made, tmp_path / "out", capsys,

@@ -7,7 +7,7 @@ import pytest
 
 import vlm
 from recipes.line_reader import stage
-from tests.test_reading_training import settings
+from tests.line_readers import settings
 from vlm import cli
 from vlm.training.checkpoints.checkpoint import CheckpointError
 from vlm.training.objectives.ctc import Transcribe

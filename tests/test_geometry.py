@@ -1,31 +1,21 @@
-"""Laws of the resize record: forward and back, on pictures that are not square (trap T18)."""
+"""Laws of the resize record: forward and back, on images that are not square (trap T18)."""
 
 import numpy as np
 import pytest
 
+from tests.boxes import CROP, PAD, RECORDS, STRETCH, random_boxes
 from vlm.geometry import Resize
-
-STRETCH = Resize((300, 451), (224, 336), (336 / 451, 224 / 300), (0.0, 0.0))
-CROP = Resize((400, 600), (224, 160), (336 / 600, 0.56), (-88.0, 0.0))
-PAD = Resize((451, 300), (384, 384), (255 / 300, 384 / 451), (64.0, 0.0))
-RECORDS = pytest.mark.parametrize("record", [STRETCH, CROP, PAD], ids=["stretch", "crop", "pad"])
-
-
-def random_boxes(hw, n=50):
-    rng = np.random.default_rng(0)
-    corners = np.sort(rng.uniform(0, 1, (n, 2, 2)), axis=1) * np.array(hw[::-1])
-    return corners.reshape(n, 4)
 
 
 @RECORDS
-def test_boxes_return_to_the_input_picture(record):
+def test_boxes_return_to_the_input_image(record):
     boxes = random_boxes(record.input_hw)
     np.testing.assert_allclose(record.invert_boxes(record.boxes(boxes)), boxes, atol=1e-9)
     np.testing.assert_allclose(record.boxes(record.invert_boxes(boxes)), boxes, atol=1e-9)
 
 
 @RECORDS
-def test_points_return_to_the_input_picture(record):
+def test_points_return_to_the_input_image(record):
     points = random_boxes(record.input_hw)[:, :2]
     np.testing.assert_allclose(record.invert_points(record.points(points)), points, atol=1e-9)
 
@@ -37,17 +27,17 @@ def test_boxes_are_pairs_of_points(record):
     assert np.array_equal(record.boxes(boxes)[:, 2:], record.points(boxes[:, 2:]))
 
 
-def test_whole_picture_fills_the_output_when_stretched():
+def test_whole_image_fills_the_output_when_stretched():
     H, W = STRETCH.input_hw
     np.testing.assert_allclose(STRETCH.boxes([[0, 0, W, H]]), [[0, 0, 336, 224]])
 
 
-def test_padding_shifts_the_picture_and_cropping_shifts_it_back():
+def test_padding_shifts_the_image_and_cropping_shifts_it_back():
     np.testing.assert_allclose(PAD.boxes([[0, 0, 300, 451]]), [[64, 0, 319, 384]])
     np.testing.assert_allclose(CROP.points([[0, 0]]), [[-88, 0]])
 
 
-def test_clipped_boxes_stay_inside_the_input_picture():
+def test_clipped_boxes_stay_inside_the_input_image():
     whole_output = [[0, 0, 384, 384], [0, 0, 60, 384]]
     np.testing.assert_allclose(
         PAD.invert_boxes(whole_output, clip=True), [[0, 0, 300, 451], [0, 0, 0, 451]]

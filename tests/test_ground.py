@@ -1,7 +1,6 @@
-"""Phrases to boxes: reading answers, encoding each picture once, drawing, the command and the
+"""Phrases to boxes: reading answers, encoding each image once, drawing, the command and the
 evaluation."""
 
-import importlib.util
 import json
 import math
 import os
@@ -23,12 +22,14 @@ from vlm.data.example import Box, Example, Turn
 from vlm.data.grounding import ground
 from vlm.data.sources import open_source
 from vlm.draw import draw_boxes, draw_page
+from vlm.evaluation import base
+from vlm.evaluation.grounding import GroundingEvaluation, Settings
 from vlm.families.decoder_only.ground import NO_AREA, NO_BOX, NOT_FOURS, find, read_answer
-from vlm.families.decoder_only.layout import add_loc_tokens
 from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.geometry import LocTokens
 from vlm.pixels import BadImage, PixelSpec
+from vlm.systems.compose import add_loc_tokens
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,13 +42,13 @@ def model(bins=16, **options):
 
 
 def questions():
-    """Pictures of several shapes, with phrases of several lengths and numbers."""
+    """Images of several shapes, with phrases of several lengths and numbers."""
     return [
-        (tiny.picture(1), ["cat", "a long red dog", "it"]),
-        (tiny.picture(2, (30, 5)), "bird"),
-        (tiny.picture(3, (3, 40)), []),
-        (tiny.picture(4, (12, 12)), ["cat", "cat"]),
-        (tiny.picture(5, (20, 21)), ["the second shape from the left"]),
+        (tiny.image(1), ["cat", "a long red dog", "it"]),
+        (tiny.image(2, (30, 5)), "bird"),
+        (tiny.image(3, (3, 40)), []),
+        (tiny.image(4, (12, 12)), ["cat", "cat"]),
+        (tiny.image(5, (20, 21)), ["the second shape from the left"]),
     ]
 
 
@@ -58,7 +59,7 @@ def listed(phrases):
 @pytest.mark.parametrize("constrained", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_answers_equal_those_of_one_phrase_at_a_time(kind, constrained):
-    """Need 13, and the slow twin: each phrase asked alone of its picture."""
+    """Need 13, and the slow twin: each phrase asked alone of its image."""
     made = model(kind=kind)
     images, phrases = zip(*questions())
     options = {"constrained": constrained, "max_new_tokens": 8}
@@ -79,13 +80,13 @@ def test_answers_equal_those_of_one_phrase_at_a_time(kind, constrained):
                     assert made.answer([image], [question], max_new_tokens=8) == [answer.text]
 
 
-def test_each_picture_is_encoded_once_for_all_its_phrases():
+def test_each_image_is_encoded_once_for_all_its_phrases():
     made = model()
     images, phrases = zip(*questions())
     seen = []
     made.module.tokenizer.register_forward_pre_hook(lambda _, pixels: seen.append(len(pixels[0])))
     made.ground(images, phrases, batch_size=2, max_new_tokens=4)
-    assert sum(seen) == 4  # of five pictures one has no phrase
+    assert sum(seen) == 4  # of five images one has no phrase
 
 
 def test_constrained_answers_are_whole_boxes():
@@ -134,7 +135,7 @@ def read(made, written, resize):
 @pytest.mark.parametrize("frame", ["input", "image"])
 @pytest.mark.parametrize("fit", SPECS)
 def test_boxes_come_back_in_the_callers_pixels(fit, frame):
-    """Need 20, T18: pictures and views that are not square; half a bin is lost at most."""
+    """Need 20, T18: images and views that are not square; half a bin is lost at most."""
     made = training.model()
     loc = LocTokens(bins=256, frame=frame)
     add_loc_tokens(made, loc)
@@ -201,46 +202,46 @@ def test_answer_that_cannot_be_read_gives_no_box_and_says_why(text, count, fault
 def test_box_in_the_padding_is_left_out():
     made = model()
     spec = PixelSpec(**SPECS["pad"], resample="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
-    text = "<loc0000><loc0001><loc0001><loc0009>"  # above a wide picture, in yxyx
+    text = "<loc0000><loc0001><loc0001><loc0009>"  # above a wide image, in yxyx
     ids = made.processor.text_tokenizer(text)["input_ids"]
     found = read(made, (ids, [-1.0] * 4), spec.resize_record((10, 100)))
     assert (found.boxes, found.fault) == ((), NO_AREA)
 
 
 def test_bad_arguments_name_what_was_expected(tmp_path):
-    made, picture = model(), tiny.picture()
+    made, image = model(), tiny.image()
     for arguments, message in (
         ((["a.png"], []), "there are 1 images and 0 entries of phrases"),
         (("a.png", ["x"]), "images and phrases are lists"),
-        (([picture], "x"), "images and phrases are lists"),
-        (([[picture, picture]], ["x"]), r"images\[0\]: expected one picture"),
-        (([picture], [["x", " "]]), r"phrases\[0\]: expected a text to look for, found ' '"),
-        (([picture], [[3]]), r"phrases\[0\]: expected a text to look for, found 3"),
-        (([picture], ["x"], 0), "batch_size must be at least 1, found 0"),
+        (([image], "x"), "images and phrases are lists"),
+        (([[image, image]], ["x"]), r"images\[0\]: expected one image"),
+        (([image], [["x", " "]]), r"phrases\[0\]: expected a text to look for, found ' '"),
+        (([image], [[3]]), r"phrases\[0\]: expected a text to look for, found 3"),
+        (([image], ["x"], 0), "batch_size must be at least 1, found 0"),
     ):
         with pytest.raises(ValueError, match=message):
             made.ground(*arguments)
     for prompt in ("Where?", "Where is {phrase} in {it}?", "{phrase", "{}", "{phrase.x}"):
         with pytest.raises(ValueError, match=r"expected a prompt with \{phrase\} where"):
-            made.ground([picture], ["x"], prompt=prompt)
+            made.ground([image], ["x"], prompt=prompt)
     with pytest.raises(BadImage, match=r"gone\.png"):
         made.ground([tmp_path / "gone.png"], ["x"])
     with pytest.raises(ValueError, match="num_beams must be at least 1, found 0"):
-        made.ground([picture], ["x"], num_beams=0)
+        made.ground([image], ["x"], num_beams=0)
     with pytest.raises(ValueError, match="ground: this model has no <loc> tokens"):
-        training.model().ground([picture], ["x"])
+        training.model().ground([image], ["x"])
 
 
 def test_phrase_is_asked_as_in_training():
     """The prompt's ids are those before the answer in a training row of the same phrase."""
     made = model()
     box = Box(0, (1.0, 2.0, 9.0, 7.0), "a red {star}")
-    example = ground(Example("r", (Turn("user", (None,)),), (tiny.picture(),), (box,)))
+    example = ground(Example("r", (Turn("user", (None,)),), (tiny.image(),), (box,)))
     row = made.processor.encode(example)
     asked = []
     embed = made.module.embed
     made.module.embed = lambda ids, *rest: asked.append(ids) or embed(ids, *rest)
-    made.ground([tiny.picture()], [box.label], max_new_tokens=1)
+    made.ground([tiny.image()], [box.label], max_new_tokens=1)
     first = int(row.scored.nonzero()[0])
     assert asked[0][0].tolist() == row.ids[:first].tolist()
 
@@ -250,24 +251,24 @@ def test_phrase_is_asked_as_in_training():
 
 def test_boxes_are_drawn_where_they_are():
     """The outline's pixels are the box's outermost ones: its end is exclusive."""
-    picture = Image.new("RGB", (600, 500), "black")
-    drawn = np.asarray(draw_boxes(picture, [Box(0, (100, 200, 300, 400), "cat", 0.5)])).astype(int)
+    image = Image.new("RGB", (600, 500), "black")
+    drawn = np.asarray(draw_boxes(image, [Box(0, (100, 200, 300, 400), "cat", 0.5)])).astype(int)
     colour = drawn[300, 100]
     assert colour.tolist() != [0, 0, 0]
     for y, x in ((300, 100), (300, 299), (399, 200), (200, 250)):
         assert (drawn[y, x] == colour).all()
     for y, x in ((300, 90), (300, 310), (410, 200), (300, 200)):
         assert (drawn[y, x] == 0).all()
-    assert np.asarray(picture).max() == 0  # the given picture stays as it is
+    assert np.asarray(image).max() == 0  # the given image stays as it is
 
 
-def test_small_pictures_are_enlarged_and_odd_boxes_drawn():
+def test_small_images_are_enlarged_and_odd_boxes_drawn():
     boxes = [
         Box(0, (0, 0, 1, 1), "a" * 300, 1.0),
         Box(0, (29.9, 19.9, 30, 20), "edge", 0.1),
         *[Box(0, (3, 3, 20, 12), f"label {i}", i / 20) for i in range(20)],
     ]
-    drawn = draw_boxes(tiny.picture(0, (20, 30)), boxes, [Box(0, (1, 1, 8, 9), "犬 $x$")])
+    drawn = draw_boxes(tiny.image(0, (20, 30)), boxes, [Box(0, (1, 1, 8, 9), "犬 $x$")])
     assert drawn.size == (480, 320)
     assert draw_boxes(Image.new("RGB", (1, 1)), [Box(0, (0, 0, 1, 1), "x", 1.0)]).size == (480, 480)
 
@@ -287,22 +288,22 @@ def test_page_holds_every_drawing(tmp_path):
 
 def test_ground_command_prints_boxes_and_draws_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vlm, "load", lambda *_, **__: model(), raising=False)
-    tiny.picture(0, (40, 60)).save(tmp_path / "a.png")
+    tiny.image(0, (40, 60)).save(tmp_path / "a.png")
     common = ["--model", "x", "--constrained"]
-    picture, drawn = str(tmp_path / "a.png"), tmp_path / "drawn.png"
-    cli.main(["ground", picture, "cat", "red dog", *common, "--json", "--draw", str(drawn)])
+    image, drawn = str(tmp_path / "a.png"), tmp_path / "drawn.png"
+    cli.main(["ground", image, "cat", "red dog", *common, "--json", "--draw", str(drawn)])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["phrase"] for line in lines] == ["cat", "red dog"]
-    expected = model().ground([picture], [["cat", "red dog"]], constrained=True)[0]
+    expected = model().ground([image], [["cat", "red dog"]], constrained=True)[0]
     found = [tuple(box["xyxy_px"]) for line in lines for box in line["boxes"]]
     assert found == [box.xyxy_px for box in expected]
     assert Image.open(drawn).size == (480, 320)
-    cli.main(["ground", picture, "cat", *common])
+    cli.main(["ground", image, "cat", *common])
     assert capsys.readouterr().out.startswith("cat: ")
 
 
 def test_ground_command_checks_its_input_before_the_model(tmp_path, capsys):
-    tiny.picture().save(tmp_path / "a.png")
+    tiny.image().save(tmp_path / "a.png")
     for arguments, message in (
         ([str(tmp_path / "gone.png"), "cat"], "gone.png"),
         ([str(tmp_path / "a.png")], "name at least one phrase"),
@@ -338,15 +339,11 @@ def saved_model(folder):
     parts.save(folder)
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """eval/grounding.py as a module; what it sets for its process is put back."""
+@pytest.fixture(autouse=True)
+def as_before():
+    """What an evaluation sets for its process is put back."""
     threads = torch.get_num_threads()
-    spec = importlib.util.spec_from_file_location("grounding", ROOT / "eval/grounding.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "grounding", module)
-    spec.loader.exec_module(module)
-    yield module
+    yield
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.set_num_threads(threads)
 
@@ -370,46 +367,45 @@ def knows(made, source, noise=0.0):
     return answers
 
 
-def evaluate(script, monkeypatch, tmp_path, data, answers=None, **settings):
+def evaluate(monkeypatch, tmp_path, data, answers=None, **settings):
     made = model(bins=1024, size_hw=(64, 64))
     monkeypatch.setattr(vlm, "load", lambda *_, **__: made, raising=False)
     if answers is not None:
         monkeypatch.setattr("vlm.families.decoder_only.ground._answers", answers(made))
-    return script.run(
-        script.Settings(model="tiny", data=data, out=tmp_path / "out", pictures=2, **settings)
-    )
+    return run(Settings(model="tiny", data=data, out=tmp_path / "out", images=2, **settings))
 
 
-def test_evaluation_of_a_model_that_knows_is_perfect(script, monkeypatch, tmp_path, capsys):
-    """Boxes through tokens and back, pictures of many sizes; 11 rows in batches of 4."""
+def run(settings):
+    return base.run(GroundingEvaluation(settings))
+
+
+def test_evaluation_of_a_model_that_knows_is_perfect(monkeypatch, tmp_path, capsys):
+    """Boxes through tokens and back, images of many sizes; 11 rows in batches of 4."""
     data = "scenes:11:seed=77:size=mixed"
     source = open_source(data)
-    result = evaluate(
-        script, monkeypatch, tmp_path, data, lambda made: knows(made, source), batch_size=4
-    )
-    figures = result["figures"]
+    result = evaluate(monkeypatch, tmp_path, data, lambda made: knows(made, source), batch_size=4)
+    figures = result["metrics"]
     assert figures["accuracy"]["share"] == 1.0
     assert figures["AP"] == pytest.approx(1.0)
-    assert figures["pictures"] == 11
+    assert figures["images"] == 11
     assert figures["predicted_boxes"] == figures["true_boxes"] > 11
     assert figures["unreadable_answers"] == 0
     assert "phrases found, IoU ≥ 0.5" in capsys.readouterr().out
     out = tmp_path / "out"
     assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(result))
-    for key in ("model", "data", "prompt", "preprocessing", "versions", "seed", "loc"):
+    assert (result["task"], result["options"]["seed"]) == ("grounding", 0)
+    for key in ("model", "data", "prompt", "preprocessing", "versions", "loc"):
         assert result[key] is not None
     assert len((out / "predictions.jsonl").read_text().splitlines()) == 11
-    assert Image.open(out / "pictures.png").format == "PNG"
-    far = evaluate(
-        script, monkeypatch, tmp_path, data, lambda made: knows(made, source, noise=-60.0)
-    )
-    assert far["figures"]["accuracy"]["share"] < 0.2
-    assert far["figures"]["AP"] < 0.2
+    assert Image.open(out / "images.png").format == "PNG"
+    far = evaluate(monkeypatch, tmp_path, data, lambda made: knows(made, source, noise=-60.0))
+    assert far["metrics"]["accuracy"]["share"] < 0.2
+    assert far["metrics"]["AP"] < 0.2
 
 
-def test_evaluation_of_a_coco_file_asks_for_all_labels_when_told(script, monkeypatch, tmp_path):
+def test_evaluation_of_a_coco_file_asks_for_all_labels_when_told(monkeypatch, tmp_path):
     for name in ("a", "b"):
-        tiny.picture(0, (30, 40)).save(tmp_path / f"{name}.png")
+        tiny.image(0, (30, 40)).save(tmp_path / f"{name}.png")
     image = {"height": 30, "width": 40}
     box = {"category_id": 1, "bbox": [1, 2, 10, 20], "iscrowd": 0}
     values = {
@@ -424,21 +420,21 @@ def test_evaluation_of_a_coco_file_asks_for_all_labels_when_told(script, monkeyp
     (tmp_path / "boxes.json").write_text(json.dumps(values))
     data = f"coco:{tmp_path / 'boxes.json'}"
     options = {"max_new_tokens": 8, "constrained": True}
-    present = evaluate(script, monkeypatch, tmp_path, data, **options)["figures"]
+    present = evaluate(monkeypatch, tmp_path, data, **options)["metrics"]
     assert (present["phrases_asked"], present["phrases_present"]) == (2, 2)
-    every = evaluate(script, monkeypatch, tmp_path, data, ask="all", **options)["figures"]
+    every = evaluate(monkeypatch, tmp_path, data, ask="all", **options)["metrics"]
     assert (every["phrases_asked"], every["phrases_present"], every["crowds"]) == (6, 2, 1)
     with pytest.raises(ValueError, match="--ask all: expected a COCO file"):
-        evaluate(script, monkeypatch, tmp_path, "scenes:2", ask="all")
+        evaluate(monkeypatch, tmp_path, "scenes:2", ask="all")
 
 
-def test_evaluation_names_what_cannot_be(script, monkeypatch, tmp_path):
+def test_evaluation_names_what_cannot_be(monkeypatch, tmp_path):
     for data, settings, message in (
         ("sample:val", {}, "expected boxes to find, found none"),
         ("scenes:3", {"rows": 4}, "--rows: expected 1 to 3, found 4"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate(script, monkeypatch, tmp_path, data, **settings)
+            evaluate(monkeypatch, tmp_path, data, **settings)
     monkeypatch.setattr(vlm, "load", lambda *_, **__: pytest.fail("the model was opened"))
     for settings, message in (
         ({"rows": 0}, "--rows must be at least 1, found 0"),
@@ -447,21 +443,20 @@ def test_evaluation_names_what_cannot_be(script, monkeypatch, tmp_path):
         ({"rows": 4}, "--rows: expected 1 to 3, found 4"),
     ):
         with pytest.raises(ValueError, match=message):
-            script.run(
-                script.Settings(model="x", data="scenes:3", out=tmp_path / "out", **settings)
-            )
+            run(Settings(model="x", data="scenes:3", out=tmp_path / "out", **settings))
     with pytest.raises(ValueError, match="--out: name a folder for the result"):
-        script.run(script.Settings(model="none/none", data="scenes:3"))
+        run(Settings(model="none/none", data="scenes:3"))
 
 
-def test_two_processes_give_the_figures_of_one(script, tmp_path):
+@pytest.mark.slow
+def test_two_processes_give_the_figures_of_one(tmp_path):
     """T19: seven batches of rows on two ranks, the last one short; nothing twice, nothing lost."""
     saved_model(tmp_path / "run/model")
-    settings = script.Settings(
+    settings = Settings(
         model=str(tmp_path / "run"), data="scenes:20:seed=3:size=mixed", rows=13, seed=5,
-        batch_size=2, max_new_tokens=8, constrained=True, pictures=0,
+        batch_size=2, max_new_tokens=8, constrained=True, images=0,
     )  # fmt: skip
-    one = script.run(settings)
+    one = run(settings)
     out = tmp_path / "run/grounding"
     lines = (out / "predictions.jsonl").read_text()
     command = [
@@ -469,7 +464,7 @@ def test_two_processes_give_the_figures_of_one(script, tmp_path):
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
         "--main_process_port", "0", "eval/grounding.py", "--model", settings.model,
         "--data", settings.data, "--rows", "13", "--seed", "5", "--batch-size", "2",
-        "--max-new-tokens", "8", "--constrained", "--pictures", "0",
+        "--max-new-tokens", "8", "--constrained", "--images", "0",
     ]  # fmt: skip
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
@@ -478,7 +473,7 @@ def test_two_processes_give_the_figures_of_one(script, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     two = json.loads((out / "result.json").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
-    assert two["figures"] == json.loads(json.dumps(one["figures"]))
+    assert two["metrics"] == json.loads(json.dumps(one["metrics"]))
     before, after = (
         [json.loads(line) for line in text.splitlines()]
         for text in (lines, (out / "predictions.jsonl").read_text())

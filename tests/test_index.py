@@ -10,19 +10,19 @@ from PIL import Image
 
 import vlm
 from tests import tiny
-from tests.reference import test_clip, test_siglip
-from tests.test_embed import public
+from tests.folders import public
+from tests.reference import tiny_clip, tiny_siglip
 from vlm import weights
 from vlm.data.example import BadRow
 from vlm.lora import Lora, add_lora
 from vlm.pixels import BadImage
 from vlm.pixels.decode import FORMATS
-from vlm.retrieval import image_files as picture_files
+from vlm.retrieval import image_files as image_files
 from vlm.retrieval import index as index_file
 from vlm.retrieval import nearest
 from vlm.retrieval.embed_rows import Reading
 from vlm.retrieval.fingerprint import Origin, origin_of
-from vlm.retrieval.image_files import SUFFIXES, find_pictures
+from vlm.retrieval.image_files import SUFFIXES, find_images
 from vlm.retrieval.index import File, Index
 
 SKIP = Reading(bad_rows="skip")
@@ -36,15 +36,15 @@ def model():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Five pictures at several depths, and what is none."""
-    root = tmp_path / "pictures"
+    """Five images at several depths, and what is none."""
+    root = tmp_path / "images"
     for number, name in enumerate(["b.png", "a.JPG", "sub/c.webp", "sub/deep/d.bmp", "sub/e.tif"]):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        tiny.picture(number, (20 + number, 31)).save(root / name)
-    (root / "text.txt").write_text("no picture")
+        tiny.image(number, (20 + number, 31)).save(root / name)
+    (root / "text.txt").write_text("no image")
     (root / ".hidden").mkdir()
     for name in (".f.png", ".hidden/g.png"):
-        tiny.picture(9).save(root / name)
+        tiny.image(9).save(root / name)
     return root
 
 
@@ -57,7 +57,7 @@ def made(vectors, approximate=False):
     """An index of given vectors."""
     files = [File(f"{i:05}.png", i, 1) for i in range(len(vectors))]
     engine, clusters = nearest.engine_of(vectors, approximate)
-    return Index(engine, ORIGIN, Path("/pictures"), files, clusters=clusters)
+    return Index(engine, ORIGIN, Path("/images"), files, clusters=clusters)
 
 
 @pytest.mark.parametrize("queries", [1, 40])
@@ -94,7 +94,7 @@ def test_opened_vectors_are_mapped_into_memory(tmp_path):
 
 
 def test_clusters_find_the_share_that_they_state(tmp_path):
-    """In vectors that lie in groups, as pictures' do."""
+    """In vectors that lie in groups, as images' do."""
     centres = unit(60, 6, seed=2)[np.arange(6000) % 60]
     vectors = centres + 0.3 * unit(6000, 6, seed=3)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -142,27 +142,27 @@ def test_suffixes_are_those_of_the_formats_that_are_opened():
     assert set(SUFFIXES) == known - {".pfm"}  # which holds floats
 
 
-def test_pictures_are_found_at_any_depth_each_once(folder):
+def test_images_are_found_at_any_depth_each_once(folder):
     names = ["a.JPG", "b.png", "sub/c.webp", "sub/deep/d.bmp", "sub/e.tif"]
-    assert find_pictures([folder]) == [folder / name for name in names]
-    shown = find_pictures([folder / "b.png", folder / "text.txt", folder])
+    assert find_images([folder]) == [folder / name for name in names]
+    shown = find_images([folder / "b.png", folder / "text.txt", folder])
     assert shown[:2] == [folder / "b.png", folder / "text.txt"]
     assert len(shown) == 6
     (folder / "none").mkdir()
     for name in ("a.txt", ".b.png"):
         (folder / "none" / name).touch()
     for places, message in (
-        ([], "name at least one picture or folder"),
-        ([folder / "x.png"], r"x\.png: expected a picture or a folder, found nothing"),
-        ([folder / "none"], r"none: expected pictures \(\.png.*found none among 2 files"),
+        ([], "name at least one image or folder"),
+        ([folder / "x.png"], r"x\.png: expected an image or a folder, found nothing"),
+        ([folder / "none"], r"none: expected images \(\.png.*found none among 2 files"),
     ):
         with pytest.raises(ValueError, match=message):
-            find_pictures(places)
+            find_images(places)
 
 
-def test_built_index_holds_every_picture_under_its_path(model, folder, tmp_path):
+def test_built_index_holds_every_image_under_its_path(model, folder, tmp_path):
     index = Index.build(folder, model, source="runs/x", out=tmp_path / "index")
-    paths = find_pictures([folder])
+    paths = find_images([folder])
     assert [folder / file.path for file in index.files] == paths
     np.testing.assert_allclose(index.vectors(), model.embed_images(paths), atol=1e-6)
     assert index.changes == (5, 0, 0, 0, [])
@@ -189,8 +189,8 @@ def test_second_build_embeds_only_what_is_new_or_changed(model, folder, tmp_path
     assert Index.build(folder, model, **options).changes == (0, 0, 5, 0, [])
     assert (os.listdir(out), (out / "index.json").stat().st_mtime_ns) == written
     (folder / "b.png").unlink()
-    tiny.picture(7, (50, 40)).save(folder / "sub/c.webp")
-    tiny.picture(8).save(folder / "sub/new.png")
+    tiny.image(7, (50, 40)).save(folder / "sub/c.webp")
+    tiny.image(8).save(folder / "sub/new.png")
     index = Index.build(folder, model, **options)
     hook.remove()
     assert index.changes == (1, 1, 3, 1, [])
@@ -204,7 +204,7 @@ def test_second_build_embeds_only_what_is_new_or_changed(model, folder, tmp_path
 
 
 def test_stopped_build_keeps_what_it_has_and_goes_on(model, folder, tmp_path, monkeypatch):
-    """A picture that is cut off is seen only when it is decoded; an interrupt comes at any time."""
+    """An image that is cut off is seen only when it is decoded; an interrupt comes at any time."""
     out, cut = tmp_path / "index", folder / "sub/c.webp"
     whole = (folder / "b.png").read_bytes()
     cut.write_bytes(whole[: len(whole) // 2])
@@ -235,10 +235,10 @@ def test_stopped_build_keeps_what_it_has_and_goes_on(model, folder, tmp_path, mo
         Index.build(folder, model, source="x", reading=Reading(batch=0))
 
 
-def test_bad_pictures_are_named_or_left_out_and_counted(model, folder, tmp_path):
+def test_bad_images_are_named_or_left_out_and_counted(model, folder, tmp_path):
     for name in ("x.png", "y.jpg"):
-        (folder / name).write_text("no picture")
-    with pytest.raises(BadImage, match=r"2 bad pictures: .*x\.png: expected .*y\.jpg: expected"):
+        (folder / name).write_text("no image")
+    with pytest.raises(BadImage, match=r"2 bad images: .*x\.png: expected .*y\.jpg: expected"):
         Index.build(folder, model, source="x", out=tmp_path / "index")
     assert not (tmp_path / "index").exists()
     index = Index.build(folder, model, source="x", out=tmp_path / "index", reading=SKIP)
@@ -246,20 +246,20 @@ def test_bad_pictures_are_named_or_left_out_and_counted(model, folder, tmp_path)
     assert [row.name for row in index.changes.skipped] == [
         str(folder / name) for name in ("x.png", "y.jpg")
     ]
-    assert index.changes.skipped[0].reason.startswith("expected a picture")
+    assert index.changes.skipped[0].reason.startswith("expected an image")
     assert len(Index.load(tmp_path / "index")) == 5
     written = os.listdir(tmp_path / "index")
     again = Index.build(folder, model, source="x", out=tmp_path / "index", reading=SKIP)
     assert (again.changes[:4], len(again.changes.skipped)) == ((0, 0, 5, 0), 2)
     assert os.listdir(tmp_path / "index") == written
-    (folder / "a.JPG").write_text("no picture")
+    (folder / "a.JPG").write_text("no image")
     index = Index.build(folder, model, source="x", out=tmp_path / "index", reading=SKIP)
     assert (index.changes[:4], len(index), len(index.changes.skipped)) == ((0, 0, 4, 0), 4, 3)
-    for path in find_pictures([folder]):
-        path.write_text("no picture")
-    with pytest.raises(ValueError, match=r"none of 7 pictures can be read, .*expected a picture"):
+    for path in find_images([folder]):
+        path.write_text("no image")
+    with pytest.raises(ValueError, match=r"none of 7 images can be read, .*expected an image"):
         Index.build(folder, model, source="x", out=tmp_path / "index", reading=SKIP)
-    with pytest.raises(ValueError, match="nowhere: expected a folder of pictures, found none"):
+    with pytest.raises(ValueError, match="nowhere: expected a folder of images, found none"):
         Index.build(tmp_path / "nowhere", model, source="x")
 
 
@@ -267,20 +267,20 @@ def test_links_that_lead_nowhere_are_named_or_left_out(model, folder, tmp_path):
     links = [folder / "sub" / "x.png", folder / "y.png"]
     for link, target in zip(links, ("gone.png", "y.png")):  # to nothing, and to itself
         link.symlink_to(target)
-    with pytest.raises(BadImage, match=r"2 bad pictures: .*x\.png: expected .*y\.png: expected"):
+    with pytest.raises(BadImage, match=r"2 bad images: .*x\.png: expected .*y\.png: expected"):
         Index.build(folder, model, source="x")
     index = Index.build(folder, model, source="x", reading=SKIP)
     assert index.changes[:4] == (5, 0, 0, 0)
     assert [row.name for row in index.changes.skipped] == [str(link) for link in links]
-    assert index.changes.skipped[0].reason.startswith("expected a picture file, found: No such")
+    assert index.changes.skipped[0].reason.startswith("expected an image file, found: No such")
     lone = tmp_path / "lone"
     lone.mkdir()
     (lone / "x.png").symlink_to("gone.png")
-    with pytest.raises(ValueError, match=r"none of 1 pictures can be read, .*: No such file"):
+    with pytest.raises(ValueError, match=r"none of 1 images can be read, .*: No such file"):
         Index.build(lone, model, source="x", reading=SKIP)
 
 
-def test_room_on_the_disk_is_asked_for_before_pictures_are_embedded(
+def test_room_on_the_disk_is_asked_for_before_images_are_embedded(
     model, folder, tmp_path, monkeypatch
 ):
     usage = weights.shutil.disk_usage(tmp_path)
@@ -291,14 +291,14 @@ def test_room_on_the_disk_is_asked_for_before_pictures_are_embedded(
 
 
 def test_several_processes_are_refused(model, folder, monkeypatch):
-    """Each would index a share of the pictures only."""
+    """Each would index a share of the images only."""
     several = type("Several", (), {"num_processes": 2})
-    monkeypatch.setattr(picture_files, "Accelerator", several)
+    monkeypatch.setattr(image_files, "Accelerator", several)
     with pytest.raises(ValueError, match="embedded by one process, found 2"):
         Index.build(folder, model, source="x")
 
 
-def test_model_without_directions_is_named_with_the_picture(folder):
+def test_model_without_directions_is_named_with_the_image(folder):
     given = public()
     with torch.no_grad():
         given.module.image_head.weight.fill_(float("nan"))
@@ -358,7 +358,7 @@ def test_origin_tells_computations_apart_that_share_their_weights(tmp_path):
     assert not twins[0].agrees(twins[1])
 
 
-@pytest.mark.parametrize("write", [test_clip.write_folder, test_siglip.write_folder])
+@pytest.mark.parametrize("write", [tiny_clip.write_folder, tiny_siglip.write_folder])
 def test_origin_of_a_published_model_is_that_of_its_native_folder(tmp_path, write):
     write(tmp_path / "published")
     published = vlm.load(tmp_path / "published")
@@ -392,7 +392,7 @@ def test_index_of_another_model_is_refused_with_both_named(model, folder, tmp_pa
             assert str(value) in str(caught.value)
     with pytest.raises(ValueError, match=r"expected vectors \[N, 10\], found \[1, 8\]"):
         index.search(public(width=8).embed_texts(["a"]))
-    with pytest.raises(ValueError, match=r"expected an index of .*sub, found one of .*pictures"):
+    with pytest.raises(ValueError, match=r"expected an index of .*sub, found one of .*images"):
         Index.build(folder / "sub", model, source="one", out=tmp_path / "index")
 
 
@@ -454,9 +454,9 @@ def test_broken_index_is_named(tmp_path):
             Index.load(out)
 
 
-def test_pictures_that_changed_or_went_are_told(model, folder, tmp_path):
+def test_images_that_changed_or_went_are_told(model, folder, tmp_path):
     index = Index.build(folder, model, source="x")
-    tiny.picture(7, (50, 40)).save(folder / "b.png")
+    tiny.image(7, (50, 40)).save(folder / "b.png")
     (folder / "a.JPG").unlink()
     faults = [index.fault(folder / name) for name in ("b.png", "a.JPG", "sub/c.webp")]
     assert faults == ["changed", "missing", ""]

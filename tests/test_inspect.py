@@ -22,7 +22,7 @@ def test_inspected_packed_rows_show_who_shares_them_and_their_borders(tmp_path, 
         processor.encode(tiny.example("first", (None, "what?"), "a cat")),
         processor.encode(tiny.example("long", (None, None, "and these two?"), "dogs " * 20)),
         processor.encode(tiny.example("last", ("say it",), "yes")),
-        Skipped("gone", "no picture"),
+        Skipped("gone", "no image"),
     ]
     lengths = [len(row.ids) for row in rows[:3]]
     pack = lengths[0] + lengths[2] + 10
@@ -33,7 +33,7 @@ def test_inspected_packed_rows_show_who_shares_them_and_their_borders(tmp_path, 
     out = capsys.readouterr().out
     alone, shared = out.split("packed row 2 of 2")
     bounds = f"0 {lengths[0]} {lengths[0] + lengths[2]}"
-    assert "skipped gone: no picture" in alone
+    assert "skipped gone: no image" in alone
     assert f"1 example end to end, {lengths[1]} places of at most {pack}" in alone
     assert f"2 examples end to end, {lengths[0] + lengths[2]} places of at most {pack}" in shared
     assert f"borders at {bounds}" in shared
@@ -54,16 +54,16 @@ def test_inspected_packed_rows_show_who_shares_them_and_their_borders(tmp_path, 
     scale = 1200 / lengths[1]  # the longest row is as wide as the page
     for bound in (0, lengths[0], lengths[0] + lengths[2]):
         assert borders[round(14 + bound * scale)] > BAND_PX
-    assert show_rows([Skipped("gone", "no picture")], processor, console, pack) is None
+    assert show_rows([Skipped("gone", "no image")], processor, console, pack) is None
     with pytest.raises(ValueError, match="expected a packed row to draw, found none"):
-        draw_rows([Skipped("gone", "no picture")], processor, tmp_path / "none.png", pack)
+        draw_rows([Skipped("gone", "no image")], processor, tmp_path / "none.png", pack)
 
 
-def test_pictures_of_tiles_and_pairs_are_shown_as_they_are_seen():
+def test_images_of_tiles_and_pairs_are_shown_as_they_are_seen():
     spec = towers.SPEC
-    picture = tiny.picture(0, (64, 96))
+    image = tiny.image(0, (64, 96))
     tiles = TilesSpec(tile=spec, max_tiles=4, thumbnail=True)
     pair = PairedSpec(high=spec.with_size((64, 96)), low=spec, low_from="picture")
     for chosen, shape in ((tiles, (3, 32, 48)), (pair, (3, 64, 96))):
-        seen = chosen.unnormalise(chosen(picture)[0])
+        seen = chosen.unnormalise(chosen(image)[0])
         assert (seen.dtype, tuple(seen.shape)) == (torch.uint8, shape)

@@ -8,6 +8,8 @@ import pytest
 from vlm.training.runs import launch
 from vlm.training.runs.contrastive import Settings
 
+pytestmark = pytest.mark.slow
+
 FAILS = """
 import os, sys, time
 time.sleep(20 * int(os.environ.get("RANK", 0)))

@@ -70,7 +70,7 @@ def test_rates_fall_from_layer_to_layer(kind):
 
 
 def test_rates_follow_computation_not_registration():
-    """A projection behind the layers that open_clip registers before them."""
+    """A projection after the layers that open_clip registers before them."""
     from vlm.tokenizers import open_clip
 
     cfg = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32}

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import vlm
 from tests import tiny
 from tests import tokenizer_laws as laws
+from tests.line_readers import line, parts
 from vlm.data.example import BadRow
 from vlm.families import text_reader
 from vlm.families.line_reader import layout as line_reader
@@ -21,19 +22,8 @@ from vlm.losses.ctc import BLANK, ctc_losses, least_columns
 from vlm.metrics.calibration import apply_temperature
 from vlm.ocr import ctc_decode as ctc
 from vlm.tokenizers.columns import STRIDE, level
+from vlm.training.objectives.base import sum_totals
 from vlm.training.objectives.ctc import Transcribe
-
-
-def parts(characters="abc ", seed=0):
-    return line_reader.build(
-        characters, height_px=16, channels=(8, 16), blocks=(1, 1), width=64, layers=3, seed=seed
-    )
-
-
-def line(text="ab", width=96, height=24, seed=0):
-    noise = torch.rand(height, width, 3, generator=torch.Generator().manual_seed(seed))
-    picture = Image.fromarray((noise * 255).byte().numpy())
-    return tiny.example(f"line {seed}", (None,), text, images=(picture,))
 
 
 @pytest.mark.parametrize("size_hw", [(24, 96), (16, 40), (5, 300), (60, 20)])
@@ -93,7 +83,7 @@ def test_a_text_that_does_not_fit_has_no_loss_and_no_gradient_and_is_counted():
     (batch,) = objective.collate([row])
     assert not row.fits
     assert objective.count(batch).unscored == 1
-    assert objective.count(batch).scored == 0
+    assert objective.count(batch).totals == {"characters": 0}
 
 
 def test_greedy_reads_the_path_of_the_likeliest_names():
@@ -123,9 +113,9 @@ def test_beam_total_equals_the_rescored_log_probability(seed):
 def test_confidences_lie_in_0_to_1_and_a_temperature_moves_them_to_the_middle():
     """T20."""
     reader = parts()
-    pictures = [line(seed=i, width=40 + 30 * i).images[0] for i in range(5)]
+    images = [line(seed=i, width=40 + 30 * i).images[0] for i in range(5)]
     for beams in (1, 3):
-        for read in reader.read_lines(pictures, num_beams=beams):
+        for read in reader.read_lines(images, num_beams=beams):
             assert 0 <= read.confidence <= 1
             assert all(0 <= token.confidence <= 1 for token in read.tokens)
     assert apply_temperature(math.log(0.9), 2.0) == pytest.approx(0.75)
@@ -135,27 +125,38 @@ def test_confidences_lie_in_0_to_1_and_a_temperature_moves_them_to_the_middle():
 
 
 @pytest.mark.parametrize("one", ["line.png", b"bytes"])
-def test_one_picture_in_place_of_a_list_is_refused(one):
+def test_one_image_in_place_of_a_list_is_refused(one):
     for read in (parts().ocr, parts().read_lines):
-        with pytest.raises(ValueError, match="images is a list of pictures"):
+        with pytest.raises(ValueError, match="images is a list of images"):
             read(one)
 
 
 def test_lines_come_back_in_their_order_whatever_their_widths():
     reader = parts()
-    pictures = [line(seed=i, width=width).images[0] for i, width in enumerate((300, 30, 90, 31))]
-    together = [read.text for read in reader.read_lines(pictures, batch_size=2)]
-    assert together == [reader.read_lines([picture])[0].text for picture in pictures]
+    images = [line(seed=i, width=width).images[0] for i, width in enumerate((300, 30, 90, 31))]
+    together = [read.text for read in reader.read_lines(images, batch_size=2)]
+    assert together == [reader.read_lines([image])[0].text for image in images]
+
+
+def test_readings_are_yielded_before_the_next_image_is_taken(monkeypatch):
+    monkeypatch.setattr("vlm.ocr.pages.WINDOW", 1)
+    reader, images, taken = parts(), [line(seed=n).images[0] for n in range(3)], []
+    given = (taken.append(image) or image for image in images)
+    stream = reader.ocr(given, layout="line", batch_size=1, stream=True)
+    assert taken == []
+    read = [(len(taken), reading) for reading in stream]
+    assert [count for count, _ in read] == [1, 2, 3]
+    assert [reading for _, reading in read] == reader.ocr(images, "line", batch_size=1)
 
 
 def test_long_lines_are_read_fewer_at_a_time(monkeypatch):
-    pictures = [line(seed=i, width=w).images[0] for i, w in enumerate((300, 90, 300, 90, 300))]
+    images = [line(seed=i, width=w).images[0] for i, w in enumerate((300, 90, 300, 90, 300))]
     reader, sizes = parts(), []
-    read = [one.text for one in reader.read_lines(pictures)]
+    read = [one.text for one in reader.read_lines(images)]
     monkeypatch.setattr(text_reader, "LARGEST", 2 * 120**2)  # two of the short ones
     whole = reader._read
     monkeypatch.setattr(reader, "_read", lambda rows, n: sizes.append(len(rows)) or whole(rows, n))
-    assert [one.text for one in reader.read_lines(pictures)] == read
+    assert [one.text for one in reader.read_lines(images)] == read
     assert sizes == [2, 1, 1, 1]
 
 
@@ -171,7 +172,7 @@ def test_blank_line_of_a_reader_that_says_nothing_is_empty_and_sure():
 
 
 @pytest.mark.parametrize("size", [(3, 5), (20_000, 20), (40, 900), (1, 1)])
-def test_pictures_of_any_shape_are_read(size):
+def test_images_of_any_shape_are_read(size):
     parts().read_lines([Image.new("RGB", size, "white")])
 
 
@@ -191,10 +192,10 @@ def test_characters_given_twice_are_refused():
         LineProcessor(None, "aba")
 
 
-@pytest.mark.parametrize("fault", ["text", "pictures"])
-def test_a_line_needs_one_picture_and_a_text(fault):
+@pytest.mark.parametrize("fault", ["text", "images"])
+def test_a_line_needs_one_image_and_a_text(fault):
     example = line("  ") if fault == "text" else tiny.example("none", ("read",), "ab")
-    with pytest.raises(BadRow, match="one picture and its text"):
+    with pytest.raises(BadRow, match="one image and its text"):
         parts().processor.encode(example)
 
 
@@ -212,8 +213,8 @@ def test_folder_round_trips(tmp_path):
     again = vlm.load(tmp_path / "reader", device="cpu")
     assert again.temperatures == made.temperatures
     assert again.processor.characters == "abc "
-    pictures = [line(seed=i).images[0] for i in range(3)]
-    assert again.read_lines(pictures) == made.read_lines(pictures)
+    images = [line(seed=i).images[0] for i in range(3)]
+    assert again.read_lines(images) == made.read_lines(images)
 
 
 def test_other_characters_keep_what_is_known_of_the_old():
@@ -232,21 +233,22 @@ def test_reader_says_what_it_cannot_do():
         parts().caption(["x.png"])
 
 
+@pytest.mark.slow
 def test_reader_learns_a_line_by_heart():
     torch.manual_seed(0)
     made = parts()
     rows = [made.processor.encode(line(text, seed=i)) for i, text in enumerate(("ab", "cab a"))]
     objective = Transcribe()
     batches = objective.collate(rows)
-    scored = sum(objective.count(batch).scored for batch in batches)
+    totals = sum_totals(objective.totals, [objective.count(batch) for batch in batches])
     optimizer = torch.optim.AdamW(made.module.parameters(), 3e-3)
     for _ in range(60):
-        loss = objective.backward(made.module, batches, scored, contextlib.nullcontext)
+        loss = objective.backward(made.module, batches, totals, contextlib.nullcontext)
         optimizer.step()
         optimizer.zero_grad()
     assert loss < 0.1
-    pictures = [line(text, seed=i).images[0] for i, text in enumerate(("ab", "cab a"))]
-    assert [read.text for read in made.read_lines(pictures)] == ["ab", "cab a"]
+    images = [line(text, seed=i).images[0] for i, text in enumerate(("ab", "cab a"))]
+    assert [read.text for read in made.read_lines(images)] == ["ab", "cab a"]
 
 
 def test_fitted_temperatures_make_a_boastful_reader_modest():
@@ -254,12 +256,12 @@ def test_fitted_temperatures_make_a_boastful_reader_modest():
     with torch.no_grad():
         made.module.head.weight.mul_(40)  # sure of everything, and mostly wrong
     reader = made
-    pictures = [line(seed=i).images[0] for i in range(12)]
-    read = reader.read_lines(pictures)
+    images = [line(seed=i).images[0] for i in range(12)]
+    read = reader.read_lines(images)
     truths = [r.text if i % 4 == 0 else "a b c" for i, r in enumerate(read)]
-    fitted = reader.fit_temperatures(pictures, truths)
+    fitted = reader.fit_temperatures(images, truths)
     assert fitted.token > 1
-    after = reader.read_lines(pictures)
+    after = reader.read_lines(images)
     assert [r.text for r in after] == [r.text for r in read]
     mean = [
         torch.tensor([t.confidence for r in rs for t in r.tokens]).mean() for rs in (read, after)

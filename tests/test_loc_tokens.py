@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from tests.test_composed import write_parts
-from tests.test_geometry import RECORDS, random_boxes
+from tests.boxes import RECORDS, random_boxes
+from tests.folders import write_parts
 from vlm.data.example import BadRow, Box, Example, Turn
 from vlm.data.grounding import ground
-from vlm.families.decoder_only.layout import add_loc_tokens
 from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.geometry import LocTokens
+from vlm.systems.compose import add_loc_tokens
 from vlm.vocabulary import grow
 
 
@@ -20,7 +20,7 @@ from vlm.vocabulary import grow
 @pytest.mark.parametrize("order", ["yxyx", "xyxy"])
 @pytest.mark.parametrize("frame", ["input", "image"])
 def test_boxes_come_back_within_half_a_bin(record, order, frame):
-    """T18: pictures that are not square, cropped, padded and stretched."""
+    """T18: images that are not square, cropped, padded and stretched."""
     loc = LocTokens(bins=100, order=order, frame=frame)
     boxes = random_boxes(record.input_hw)
     back = loc.decode(loc.encode(boxes, record), record)
@@ -56,7 +56,7 @@ def test_bad_codec_is_named(options, message):
 
 def boxed(box=(2, 1, 9, 8)):
     turns = (Turn("user", (None, "where?")), Turn("assistant", ("at ", 0)))
-    return Example("row", turns, (tiny.picture(size_hw=(9, 17)),), (Box(0, box, "cat"),))
+    return Example("row", turns, (tiny.image(size_hw=(9, 17)),), (Box(0, box, "cat"),))
 
 
 def with_loc(bins=16):
@@ -128,7 +128,7 @@ def test_bad_box_is_named_where_no_turn_writes_it():
 
 def test_grounding_asks_once_for_each_label():
     boxes = (Box(0, (0, 5, 2, 7), "b"), Box(0, (1, 1, 2, 2), "a"), Box(0, (0, 1, 1, 2), "b"))
-    asked = ground(Example("r", (Turn("user", (None,)),), (tiny.picture(),), boxes), at_most=2)
+    asked = ground(Example("r", (Turn("user", (None,)),), (tiny.image(),), boxes), at_most=2)
     assert [turn.content for turn in asked.turns] == [
         (None, "Where is b?"), (2, 0), ("Where is a?",), (1,),
     ]  # fmt: skip

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.test_tokenizers_transformers import tiny
+from tests.transformers_tokenizers import tiny
 from vlm.kernels import mlp_parts
 from vlm.kernels.mlp_parts import mlps_in_parts
 from vlm.tokenizers.transformers import build

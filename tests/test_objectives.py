@@ -16,7 +16,7 @@ from vlm.training.stages import FROZEN, StageError, prepare
 LOSSES = ("softmax", "sigmoid")
 LOCKED = {
     "none": (),
-    "picture": ("tokenizer", "pool", "image_head"),
+    "image": ("tokenizer", "pool", "image_head"),
     "text": ("text", "text_head"),
     "both": ("tokenizer", "pool", "image_head", "text", "text_head"),
 }
@@ -51,7 +51,7 @@ def gradients(module):
 
 
 def step(loss, module, parts):
-    share = Contrast(loss).backward(module, parts, 8, nullcontext)
+    share = Contrast(loss).backward(module, parts, {"pairs": 8}, nullcontext)
     return share, gradients(module)
 
 
@@ -128,7 +128,8 @@ def test_trial_reaches_what_learns(locked):
 def test_batch_holds_as_many_terms_as_pairs():
     (batch,) = batches([8])
     count = Contrast("softmax").count(batch)
-    assert (count.scored, count.samples, count.pictured, count.unscored) == (8, 8, 8, 0)
+    assert count.totals == {"pairs": 8}
+    assert (count.samples, count.images, count.unscored) == (8, 8, 0)
     assert count.tokens == int(batch.valid.sum()) < count.positions == batch.ids.numel()
 
 

@@ -16,13 +16,13 @@ from vlm.pixels import decode
 
 @pytest.fixture(autouse=True)
 def _finds_lines_once(monkeypatch):
-    """Many files are of one picture here."""
+    """Many files are of one image here."""
     for name in ("find_lines", "runs_sideways"):
         find, found = getattr(read, name), {}
 
-        def known(picture, find=find, found=found):
-            key = picture.size, picture.tobytes()
-            return found[key] if key in found else found.setdefault(key, find(picture))
+        def known(image, find=find, found=found):
+            key = image.size, image.tobytes()
+            return found[key] if key in found else found.setdefault(key, find(image))
 
         monkeypatch.setattr(read, name, known)
 
@@ -43,8 +43,8 @@ def page(tmp_path):
 def test_text_goes_to_the_terminal_in_order(reader, page, capsys):
     cli.main(["ocr", str(page), "--num-beams", "2", "--batch-size", "3"])
     out, err = capsys.readouterr()
-    assert out.splitlines() == [f"{p.width} {p.height}" for p in reader.pictures]
-    assert len(reader.pictures) == 5
+    assert out.splitlines() == [f"{p.width} {p.height}" for p in reader.images]
+    assert len(reader.images) == 5
     assert reader.batches == [(5, 3, {"num_beams": 2})]
     assert err == ""
 
@@ -54,7 +54,7 @@ def test_unsure_lines_are_counted_on_the_error_stream(reader, page, capsys):
     out, err = capsys.readouterr()
     (values,) = json.loads(out)
     assert [line["confidence"] for line in values["lines"]] == [0.9] * 3
-    assert err == "2 lines of a confidence below 0.5 left out\n"
+    assert err == "2 lines of a confidence below 0.5 skipped\n"
 
 
 def test_page_given_as_a_line_warns(reader, page, capsys):
@@ -66,8 +66,8 @@ def test_page_given_as_a_line_warns(reader, page, capsys):
 
 def test_pdf_pages_are_read_and_drawn(reader, page, tmp_path, capsys):
     pdf = tmp_path / "two.pdf"
-    picture = Image.open(page)
-    picture.save(pdf, "PDF", resolution=100, save_all=True, append_images=[picture])
+    image = Image.open(page)
+    image.save(pdf, "PDF", resolution=100, save_all=True, append_images=[image])
     out = tmp_path / "all.hocr"
     drawing = tmp_path / "drawn.png"
     arguments = ["--format", "hocr", "--out", str(out), "--draw", str(drawing), "--dpi", "100"]
@@ -79,7 +79,7 @@ def test_pdf_pages_are_read_and_drawn(reader, page, tmp_path, capsys):
     assert text.count('class="ocr_line"') == 15
     assert f"{pdf}[2]" in text
     for number in (1, 2, 3):
-        assert Image.open(tmp_path / f"drawn-{number}.png").width > picture.width
+        assert Image.open(tmp_path / f"drawn-{number}.png").width > image.width
 
 
 def test_folder_gets_a_file_for_each_input(reader, page, tmp_path):
@@ -98,12 +98,12 @@ def test_bad_input_ends_with_one_line_before_a_model_is_opened(page, tmp_path, c
     broken = tmp_path / "broken.pdf"
     broken.write_bytes(b"%PDF-1.4 nothing")
     text = tmp_path / "text.png"
-    text.write_text("no picture")
+    text.write_text("no image")
     twin = tmp_path / "page.jpg"
     Image.new("RGB", (9, 9)).save(twin)
     for arguments, message in (
-        ([], "name at least one picture or PDF"),
-        ([str(text)], "text.png: expected a picture"),
+        ([], "name at least one image or PDF"),
+        ([str(text)], "text.png: expected an image"),
         ([str(tmp_path / "gone.pdf")], "gone.pdf"),
         ([str(broken)], "broken.pdf: expected a whole PDF"),
         ([str(page), "--min-confidence", "2"], "--min-confidence: expected 0 to 1, found 2.0"),
@@ -137,31 +137,31 @@ def test_model_of_another_family_is_named(page, capsys, monkeypatch):
     assert "clip: a contrastive model reads no text" in capsys.readouterr().err
 
 
-def test_a_model_of_whole_pictures_is_asked_for_its_reading(page, capsys, monkeypatch):
+def test_a_model_of_whole_images_is_asked_for_its_reading(page, capsys, monkeypatch):
     class Whole:
         reads = "pages"
 
-        def ocr(self, images, batch_size, **options):
-            asked.append((len(images), batch_size, options))
+        def ocr(self, images, **options):
+            asked.append(options)
             line = Line("all of it", 0.5, (), (0, 0, 9, 9), ((0, 0), (9, 0), (9, 9), (0, 9)))
-            return [Reading((line,), (image.height, image.width)) for image in images]
+            return (Reading((line,), image.data.size[::-1]) for image in images)
 
     asked = []
     monkeypatch.setattr(vlm, "load", lambda *_, **__: Whole(), raising=False)
     cli.main(["ocr", *[str(page)] * 3, "--batch-size", "2", "--prompt", "<s_x>"])
     assert capsys.readouterr().out == "all of it\n\fall of it\n\fall of it\n"
-    assert asked == [(2, 2, {"prompt": "<s_x>"}), (1, 2, {"prompt": "<s_x>"})]
+    assert asked == [{"stream": True, "batch_size": 2, "prompt": "<s_x>"}]
     with pytest.raises(SystemExit):
         cli.main(["ocr", str(page), "--layout", "line"])
-    assert "reads a picture as a whole" in capsys.readouterr().err
+    assert "reads an image as a whole" in capsys.readouterr().err
 
 
 def many(folder, count):
     """Files of five lines each."""
-    picture = draw_lines(PARAGRAPH, px=20)[0]
+    image = draw_lines(PARAGRAPH, px=20)[0]
     paths = [folder / f"scan-{number}.png" for number in range(count)]
     for path in paths:
-        picture.save(path)
+        image.save(path)
     return paths
 
 
@@ -174,13 +174,13 @@ def test_what_was_read_is_written_before_the_next_pages_are_opened(
     opened, seen = [], []
     open_image = decode.open_image
     monkeypatch.setattr(
-        "vlm.pixels.open_image", lambda path: opened.append(path) or open_image(path)
+        "vlm.ocr.documents.open_image", lambda path: opened.append(path) or open_image(path)
     )
     read_lines = reader.read_lines
 
-    def watched(pictures, **options):
+    def watched(images, **options):
         seen.append((len(opened), sorted(path.name for path in out.iterdir())))
-        return read_lines(pictures, **options)
+        return read_lines(images, **options)
 
     monkeypatch.setattr(reader, "read_lines", watched)
     arguments = [*map(str, paths), "--batch-size", "1", "--format", "json"]
@@ -194,10 +194,10 @@ def test_what_was_read_is_written_before_the_next_pages_are_opened(
     ]
     assert sorted(path.name for path in out.iterdir()) == whole
 
-    def interrupted(pictures, **options):
+    def interrupted(images, **options):
         if len(reader.batches) == 5:
             raise KeyboardInterrupt
-        return read_lines(pictures, **options)
+        return read_lines(images, **options)
 
     monkeypatch.setattr(reader, "read_lines", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -228,10 +228,10 @@ def test_files_that_cannot_be_read_are_all_named_before_a_model_is_opened(
 
 
 def damaged(folder):
-    """A picture whose header is sound, and a PDF whose second page of three is missing."""
-    picture = folder / "cut.png"
+    """An image whose header is sound, and a PDF whose second page of three is missing."""
+    image = folder / "cut.png"
     whole = (folder / "page.png").read_bytes()
-    picture.write_bytes(whole[: len(whole) // 2])
+    image.write_bytes(whole[: len(whole) // 2])
     pdf = folder / "three.pdf"
     leaf = b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 300 100] >>"
     write_pdf(
@@ -241,14 +241,14 @@ def damaged(folder):
         leaf,
         leaf,
     )
-    return picture, pdf
+    return image, pdf
 
 
 def test_damaged_pages_stop_the_reading_behind_what_is_written(reader, page, tmp_path, capsys):
-    picture, pdf = damaged(tmp_path)
+    image, pdf = damaged(tmp_path)
     out = tmp_path / "all.json"
     for files, bad in (
-        ((page, picture, page), "cut.png: expected a whole PNG"),
+        ((page, image, page), "cut.png: expected a whole PNG"),
         ((page, pdf, page), "three.pdf[2]: expected a page, found a broken one"),
     ):
         with pytest.raises(SystemExit):
@@ -273,29 +273,27 @@ def test_a_file_cut_short_by_a_damaged_page_replaces_no_whole_one(reader, page, 
 
 
 def test_damaged_pages_are_left_out_counted_and_named(reader, page, tmp_path, capsys):
-    picture, pdf = damaged(tmp_path)
-    files = [tmp_path / "gone.png", page, picture, pdf, page]
+    image, pdf = damaged(tmp_path)
+    files = [tmp_path / "gone.png", page, image, pdf, page]
     cli.main(["ocr", *map(str, files), "--format", "json", "--bad-pages", "skip"])
     out, err = capsys.readouterr()
     found = [values["image"] for values in json.loads(out)]
     assert found == [str(page), f"{pdf}[1]", f"{pdf}[3]", str(page)]
     first, *faults = err.splitlines()
-    assert first == "3 files or pages left out:"
+    assert first == "3 files or pages skipped:"
     assert [fault.split(": ")[0].rpartition("/")[2] for fault in faults] == [
         "gone.png", "cut.png", "three.pdf[2]",
     ]  # fmt: skip
     with pytest.raises(SystemExit):
-        cli.main(["ocr", str(picture), "--bad-pages", "skip"])
+        cli.main(["ocr", str(image), "--bad-pages", "skip"])
     assert "cut.png: expected a whole PNG" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["مرحبا بالعالم", "שלום עולם"])
 def test_scripts_that_run_to_the_left_are_drawn(page, tmp_path, monkeypatch, capsys, text):
-    class Other:
-        reads = "lines"
-
-        def read_lines(self, pictures, batch_size):
-            return [Transcript((Token(text, 0.5, (0.0, 1.0)),), 0.5) for _ in pictures]
+    class Other(WidthReader):
+        def read_lines(self, images, batch_size):
+            return [Transcript((Token(text, 0.5, (0.0, 1.0)),), 0.5) for _ in images]
 
     monkeypatch.setattr(vlm, "load", lambda *_, **__: Other(), raising=False)
     cli.main(["ocr", str(page), "--draw", str(tmp_path / "drawn.png")])

@@ -10,7 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING as CONFIGS
 from transformers import AutoModelForCausalLM
 
-from tests import test_prefix_decoder, tiny, training
+from tests import tiny, training
 from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import IMAGE, Row, collate, collate_packed, pack_rows
 from vlm.kernels.packed_attention import (
@@ -22,7 +22,7 @@ from vlm.kernels.packed_attention import (
 )
 from vlm.training.activation_checkpointing import checkpoint_activations
 from vlm.training.base_settings import deciding
-from vlm.training.memory.simulate import Rehearsal
+from vlm.training.memory.simulate import SimulatedStep
 from vlm.training.objectives.next_token import NextToken
 from vlm.training.runs.decoder_only_settings import FromRun, training_data
 
@@ -84,8 +84,8 @@ def states_of(model, batch):
 def gradients(model, batches):
     """The loss of batches and its gradients."""
     model.zero_grad()
-    scored = sum(int(batch.scored.sum()) for batch in batches)
-    loss = NextToken(256).backward(model, batches, scored, nullcontext)
+    totals = {"tokens": sum(int(batch.scored.sum()) for batch in batches)}
+    loss = NextToken(256).backward(model, batches, totals, nullcontext)
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -185,12 +185,13 @@ def test_first_place_of_a_packed_example_is_no_target():
     assert packed.scored.int().tolist() == [[0, 1, 1, 1, 0, 1, 1]]
     assert rows[1].scored.all()
     objective = NextToken(256)
-    assert objective.count(packed).scored == objective.count(collate(rows, 256)).scored == 5
+    for batch in (packed, collate(rows, 256)):
+        assert objective.count(batch).totals == {"tokens": 5}
 
 
 def row_of(length, name="row", scored=True):
     mask = torch.full((length,), scored)
-    return Row(name=name, ids=torch.arange(length), scored=mask, views=(), places=())
+    return Row(name=name, ids=torch.arange(length), scored=mask, views=())
 
 
 def test_rows_are_packed_into_few_parts_and_none_is_lost():
@@ -219,7 +220,7 @@ def test_count_says_what_a_packed_row_holds():
     objective = NextToken(256)
     packed, padded = objective.count(collate_packed(rows)), objective.count(collate(rows, 256))
     assert packed.tokens == packed.positions == padded.tokens < padded.positions
-    for field in ("scored", "samples", "pictured", "unscored"):
+    for field in ("totals", "samples", "images", "unscored"):
         assert getattr(packed, field) == getattr(padded, field), field
     assert packed.unscored == 1
 
@@ -286,7 +287,7 @@ def test_attention_that_knows_no_examples_fails_and_shows_nothing(monkeypatch):
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3_text", "qwen3"])
 def test_prefixes_of_packed_examples_see_themselves_alone(kind):
     """T2, T4: prompts are read at once, at any distance, and gradients are those of padded rows."""
-    model = test_prefix_decoder.prefix_decoder(kind).train()
+    model = tiny.prefix_decoder(kind).train()
     made = tiny.processor(model, prefix=True)
     rows = [made.encode(example) for example in examples()]
     alone = gradients(model, [collate([row], 256) for row in rows])
@@ -376,15 +377,16 @@ def test_packed_states_in_16_bits_are_near_those_in_32():
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
-def test_plans_rehearse_packed_steps():
+@pytest.mark.slow
+def test_plans_simulate_packed_steps():
     """`vlm plan` knows what packing saves."""
     rows = [*rows_for(tiny.decoder_only()), row_of(300, "text")]
     flops = {}
     for pack in (None, MUCH):
         module = tiny.decoder_only()
         stage = dataclasses.replace(training.STAGE, rates=(("*", 1e-3),))
-        rehearsal = Rehearsal(module, stage, NextToken(256, pack), torch.bfloat16, gpu=False)
-        step = rehearsal.step([rows], count=True)
+        simulated = SimulatedStep(module, stage, NextToken(256, pack), torch.bfloat16, gpu=False)
+        step = simulated.run([rows], count=True)
         assert step.peak.activations > 0
         flops[pack] = step.flops
     assert flops[MUCH] < flops[None]
@@ -397,6 +399,7 @@ def test_packing_is_a_setting_that_decides_nothing_that_is_learned(tmp_path):
         training_data(settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_packed_run_learns_as_a_padded_one_does_at_full_utilisation(tmp_path, precision):
     _, _, padded = training.train(tmp_path / "padded", precision=precision)
@@ -411,6 +414,7 @@ def test_packed_run_learns_as_a_padded_one_does_at_full_utilisation(tmp_path, pr
     assert min(line["utilisation"] for line in padded) < 1.0
 
 
+@pytest.mark.slow
 def test_packed_run_resumes_to_the_same_metrics(tmp_path, monkeypatch):
     """T13: to the bit; and to rounding where it was padded before, since packing is no part of what
     is learned."""

@@ -1,4 +1,4 @@
-"""Lines on pages: each found once, whole, in the caller's pixels (T18: no picture is square)."""
+"""Lines on pages: each found once, whole, in the caller's pixels (T18: no image is square)."""
 
 import math
 
@@ -16,8 +16,8 @@ PAGE_WIDTHS = (288, 370, 370, 370, 370, 165, 223)
 
 
 def test_every_line_is_found_with_its_ascenders_and_descenders():
-    picture, true = draw_lines(PARAGRAPH, px=24)
-    found = find_lines(picture)
+    image, true = draw_lines(PARAGRAPH, px=24)
+    found = find_lines(image)
     assert len(found) == len(true)
     for one, box in zip(found, true):
         assert np.abs(np.subtract(one.xyxy_px, box)).max() <= 2
@@ -25,28 +25,28 @@ def test_every_line_is_found_with_its_ascenders_and_descenders():
 
 @pytest.mark.parametrize("px", [11, 16, 40, 90])
 def test_type_of_any_size_is_found(px):
-    picture, true = draw_lines(PARAGRAPH[:3], px)
-    found = find_lines(picture)
+    image, true = draw_lines(PARAGRAPH[:3], px)
+    found = find_lines(image)
     assert len(found) == len(true)
     assert min(overlap(one.xyxy_px, box) for one, box in zip(found, true)) > 0.7
 
 
 def test_large_and_small_type_stand_on_one_page():
-    picture, _ = draw_lines(PARAGRAPH, px=18, top=200)
-    pen = ImageDraw.Draw(picture)
+    image, _ = draw_lines(PARAGRAPH, px=18, top=200)
+    pen = ImageDraw.Draw(image)
     pen.text((30, 30), "Large type", fill="black", font=ImageFont.truetype(DEJAVU, 110))
-    found = find_lines(picture)
+    found = find_lines(image)
     assert len(found) == len(PARAGRAPH) + 1
     assert found[0].size_px[1] > 80
 
 
 @pytest.mark.parametrize("degrees", [-4, -1.5, 2, 4])
 def test_turned_page_gives_corners_along_its_lines(degrees):
-    picture, true = draw_lines(PARAGRAPH, px=24)
-    turned = picture.rotate(-degrees, Image.Resampling.BICUBIC, expand=True, fillcolor="white")
+    image, true = draw_lines(PARAGRAPH, px=24)
+    turned = image.rotate(-degrees, Image.Resampling.BICUBIC, expand=True, fillcolor="white")
     found = find_lines(turned)
     assert len(found) == len(true)
-    middle = np.array(picture.size) / 2
+    middle = np.array(image.size) / 2
     angle = math.radians(degrees)  # clockwise, as y goes down
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     for one, (x0, y0, x1, y1) in zip(sorted(found, key=lambda f: f.corners_px[0][1]), true):
@@ -57,25 +57,25 @@ def test_turned_page_gives_corners_along_its_lines(degrees):
 
 
 def test_light_text_on_a_dark_page_is_found_as_dark_on_light():
-    picture, true = draw_lines(PARAGRAPH, px=24)
-    found = find_lines(ImageOps.invert(picture))
+    image, true = draw_lines(PARAGRAPH, px=24)
+    found = find_lines(ImageOps.invert(image))
     assert len(found) == len(true)
     assert min(overlap(one.xyxy_px, box) for one, box in zip(found, true)) > 0.8
 
 
 def test_light_text_in_a_dark_box_is_found_once():
-    picture, true = draw_lines(PARAGRAPH, px=24)
+    image, true = draw_lines(PARAGRAPH, px=24)
     x0, y0, x1, y1 = (round(value) for value in true[1])
     box = (x0 - 12, y0 - 5, x1 + 30, y1 + 5)
-    picture.paste(ImageOps.invert(picture.crop(box)), box)
-    found = find_lines(picture)
+    image.paste(ImageOps.invert(image.crop(box)), box)
+    found = find_lines(image)
     assert len(found) == len(true)
     assert overlap(found[1].xyxy_px, true[1]) > 0.8
 
 
 def test_uneven_light_and_noise_hide_no_line():
-    picture, true = draw_lines(PARAGRAPH, px=24)
-    grey = np.asarray(picture.convert("L")).astype(np.float32)
+    image, true = draw_lines(PARAGRAPH, px=24)
+    grey = np.asarray(image.convert("L")).astype(np.float32)
     x = np.linspace(0.35, 1.0, grey.shape[1])[None]
     noise = np.random.default_rng(0).normal(0, 8, grey.shape)
     worn = Image.fromarray(np.clip(grey * x + noise, 0, 255).astype(np.uint8)).convert("RGB")
@@ -92,11 +92,11 @@ def test_lines_of_two_columns_are_two_lines():
     assert len(find_lines(both)) == 2 * len(true)
 
 
-def test_picture_beside_text_adds_no_line_to_it():
-    picture, true = draw_lines(PARAGRAPH, px=20, left=260)
+def test_image_beside_text_adds_no_line_to_it():
+    image, true = draw_lines(PARAGRAPH, px=20, left=260)
     photo = Image.fromarray(data.camera()).resize((200, 180)).convert("RGB")
-    picture.paste(photo, (20, 30))
-    found = [one for one in find_lines(picture) if one.xyxy_px[0] >= 240]
+    image.paste(photo, (20, 30))
+    found = [one for one in find_lines(image) if one.xyxy_px[0] >= 240]
     assert len(found) == len(true)
     assert min(overlap(one.xyxy_px, box) for one, box in zip(found, true)) > 0.8
 
@@ -111,13 +111,13 @@ def test_blank_page_has_no_lines(colour):
 
 
 @pytest.mark.parametrize("text", ["x", "7", "One line, with gaps: y", "jump"])
-def test_picture_of_one_line_gives_one_line(text):
-    picture, _ = draw_lines([text], px=32)
-    assert len(find_lines(picture)) == 1
+def test_image_of_one_line_gives_one_line(text):
+    image, _ = draw_lines([text], px=32)
+    assert len(find_lines(image)) == 1
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 900), (900, 2), (5, 5), (20000, 5)])
-def test_pictures_of_any_shape_are_taken(size):
+def test_images_of_any_shape_are_taken(size):
     assert find_lines(Image.new("RGB", size, "white")) == []
 
 
@@ -136,19 +136,19 @@ def test_photographed_page_gives_its_lines(degrees):
 
 
 def test_cut_of_a_level_line_is_the_pixels_themselves():
-    picture, _ = draw_lines(PARAGRAPH, px=24)
-    one = find_lines(picture)[2]
-    line = cut(picture, one, margin=0)
+    image, _ = draw_lines(PARAGRAPH, px=24)
+    one = find_lines(image)[2]
+    line = cut(image, one, margin=0)
     x0, y0, x1, y1 = one.xyxy_px
     box = math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1)
-    assert np.array_equal(line, picture.crop(box))
-    wide = cut(picture, one, margin=0.5)
+    assert np.array_equal(line, image.crop(box))
+    wide = cut(image, one, margin=0.5)
     assert wide.height == pytest.approx(2 * line.height, abs=2)
 
 
 def test_text_turned_by_90_degrees_runs_sideways():
-    picture, _ = draw_lines(PARAGRAPH, px=24)
-    assert not runs_sideways(picture)
+    image, _ = draw_lines(PARAGRAPH, px=24)
+    assert not runs_sideways(image)
     for turn in (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270):
-        assert runs_sideways(picture.transpose(turn))
+        assert runs_sideways(image.transpose(turn))
     assert not runs_sideways(Image.new("RGB", (50, 300), "white"))

@@ -1,4 +1,4 @@
-"""PDFs as pictures; those that are encrypted, broken or too large are named before any reading."""
+"""PDFs as images; those that are encrypted, broken or too large are named before any reading."""
 
 import hashlib
 
@@ -130,12 +130,12 @@ def test_pages_behind_a_broken_one_are_drawn(tmp_path):
     )
     with Pdf(path, dpi=72) as pdf:
         assert len(pdf) == 3
-        assert pdf.picture(2).size == (72, 144)
+        assert pdf.image(2).size == (72, 144)
         with pytest.raises(BadPdf, match=r"three\.pdf\[2\]: expected a page, found a broken one"):
-            pdf.picture(1)
+            pdf.image(1)
 
 
-def test_pictures_are_no_pdfs(tmp_path):
+def test_images_are_no_pdfs(tmp_path):
     draw_lines(PARAGRAPH, px=18)[0].save(tmp_path / "a.png")
     assert not is_pdf(tmp_path / "a.png")
     assert not is_pdf(tmp_path)

@@ -164,12 +164,12 @@ def test_scripts_that_run_to_the_left_keep_logical_order_and_can_be_drawn(text):
 
 
 def test_drawn_reading_outlines_lines_by_confidence():
-    picture = Image.new("RGB", (300, 400), "white")
+    image = Image.new("RGB", (300, 400), "white")
     sure = line([Word("yes", 1.0)], ((20.0, 40.0), (280.0, 40.0), (280.0, 90.0), (20.0, 90.0)), 1.0)
     unsure = line(
         [Word("no", 0.0)], ((20.0, 200.0), (280.0, 210.0), (280.0, 260.0), (20.0, 250.0)), 0.0
     )
-    drawn = draw_reading(picture, Reading((sure, unsure), (400, 300)))
+    drawn = draw_reading(image, Reading((sure, unsure), (400, 300)))
     assert drawn.size == (2 * 600, 800)  # enlarged by 2, the texts beside
     pixels = np.asarray(drawn).astype(int)
     green = (pixels[..., 1] > pixels[..., 0] + 60).nonzero()
@@ -178,6 +178,6 @@ def test_drawn_reading_outlines_lines_by_confidence():
     for _, columns in (green, red):  # outlined on the left, written on the right
         assert (columns < 600).any()
         assert (columns > 600).any()
-    assert np.asarray(picture).min() == 255  # the caller's picture is untouched
+    assert np.asarray(image).min() == 255  # the caller's image is untouched
     wide = draw_reading(Image.new("RGB", (900, 60), "white"), Reading((), (60, 900)))
     assert wide.size == (900, 120)

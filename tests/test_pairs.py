@@ -2,30 +2,20 @@ import pickle
 
 import pytest
 import torch
-from tokenizers import Regex, normalizers, processors
+from tokenizers import Regex, normalizers
 
 from tests import tiny
+from tests.contrastive_models import END, text_tokenizer
 from vlm.data.example import BadRow, Example, ImageRef, Turn, caption_example
 from vlm.families.contrastive.batch import Pair, PairBatch, collate_pairs
 from vlm.families.contrastive.processor import PairProcessor
 from vlm.pixels import BadImage
 
 SPEC = tiny.Patches().pixel_spec
-END = tiny.SPECIAL.index("<|im_end|>") + 256
-
-
-def text_tokenizer(padding_side="right"):
-    """Bytes, each text with one end token behind it."""
-    tokenizer = tiny.text_tokenizer()
-    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A <|im_end|>", special_tokens=[("<|im_end|>", END)]
-    )
-    tokenizer.padding_side = padding_side
-    return tokenizer
 
 
 def words_only(tokenizer):
-    """The tokenizer, punctuation left out as SigLIP's does."""
+    """The tokenizer, punctuation skipped as SigLIP's does."""
     parts = [normalizers.Replace(Regex(r"[^\w\s]"), ""), normalizers.Strip()]
     tokenizer._tokenizer.normalizer = normalizers.Sequence(parts)
     return tokenizer
@@ -38,8 +28,8 @@ def processor(length=10, pad_to_length=False, **options):
 
 def example(caption="a cat", images=1, name="t.jsonl:3"):
     content = (*[None] * images, "What is this?")
-    pictures = tuple(tiny.picture(i) for i in range(images))
-    return Example(name, (Turn("user", content), Turn("assistant", (caption,))), pictures)
+    image_list = tuple(tiny.image(i) for i in range(images))
+    return Example(name, (Turn("user", content), Turn("assistant", (caption,))), image_list)
 
 
 def test_pair_holds_caption_and_pixels():
@@ -49,7 +39,7 @@ def test_pair_holds_caption_and_pixels():
     assert pair.cut == 0
     ((pixels, place),) = pair.views
     assert place == (0, 0)
-    assert torch.equal(pixels, SPEC(tiny.picture(0))[0])
+    assert torch.equal(pixels, SPEC(tiny.image(0))[0])
 
 
 def test_long_text_is_cut_with_its_end_token_and_counted():
@@ -129,8 +119,8 @@ def test_bare_pairs_batch_without_saying_their_pads():
     [
         (example(""), "t.jsonl:3: expected a caption, found an empty text"),
         (example(" \n"), "t.jsonl:3: expected a caption, found an empty text"),
-        (example(images=0), "t.jsonl:3: expected one picture, found 0"),
-        (example(images=2), "t.jsonl:3: expected one picture, found 2"),
+        (example(images=0), "t.jsonl:3: expected one image, found 0"),
+        (example(images=2), "t.jsonl:3: expected one image, found 2"),
         (example().question(), "t.jsonl:3: expected one caption, found 0"),
         (Example("d:1", (Turn("text", ("words",)),)), "d:1: expected one caption, found 0"),
         (
@@ -142,12 +132,12 @@ def test_bare_pairs_batch_without_saying_their_pads():
                     Turn("user", ("b",)),
                     Turn("assistant", ("c",)),
                 ),
-                (tiny.picture(),),
+                (tiny.image(),),
             ),
             "c:2: expected one caption, found 2",
         ),
     ],
-    ids=["empty", "blank", "no picture", "two pictures", "no caption", "document", "two captions"],
+    ids=["empty", "blank", "no image", "two images", "no caption", "document", "two captions"],
 )
 def test_a_row_that_is_no_pair_is_named(row, message):
     with pytest.raises(BadRow, match=message):
@@ -165,9 +155,9 @@ def test_a_caption_of_which_nothing_is_read_is_named(own):
     assert torch.equal(pairs.encode(example("a!")).ids, pairs.encode(example("a")).ids)
 
 
-def test_a_broken_picture_is_named_with_its_row():
-    row = caption_example("t.tar:7", ImageRef(b"no picture", "t.tar: x.png"), "a cat", "")
-    with pytest.raises(BadImage, match=r"t.tar:7: t.tar: x.png: expected a picture"):
+def test_a_broken_image_is_named_with_its_row():
+    row = caption_example("t.tar:7", ImageRef(b"no image", "t.tar: x.png"), "a cat", "")
+    with pytest.raises(BadImage, match=r"t.tar:7: t.tar: x.png: expected an image"):
         processor().encode(row)
 
 

@@ -1,8 +1,6 @@
 """Transfer to one task, from COCO's JSON to mAP: settings, rows, a few steps, the evaluation."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,20 +8,24 @@ import torch
 
 import vlm
 from tests import tiny
+from tests.folders import write_parts
 from tests.reference.tiny_paligemma import write_folder
-from tests.test_composed import write_parts
-from tests.test_stages_chain import stage_of
+from tests.runs import stage_of
 from vlm.data.example import BadRow, Box, Example, Turn, caption_example
 from vlm.data.sources import BadSource, CocoSource, ListSource, open_source
 from vlm.data.sources.transfer import Detect, Prompted, detection
 from vlm.data.write_coco import main as write_coco_main
 from vlm.data.write_coco import write_coco
+from vlm.evaluation import base
+from vlm.evaluation.grounding import GroundingEvaluation, Settings
 from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.pixels import open_image
 from vlm.training.runs import decoder_only as recipe
 from vlm.training.runs import launch
 from vlm.training.stages import FROZEN
 from vlm.weights import same_bits
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 SCENES = "scenes:6:seed=1:size=mixed:shapes=2-3"
@@ -47,7 +49,7 @@ def coco(tmp_path):
 
 
 def test_scenes_return_from_cocos_files(coco, tmp_path):
-    """Pictures of any size, every box in its own pixels; pycocotools opens the file too."""
+    """Images of any size, every box in its own pixels; pycocotools opens the file too."""
     from pycocotools.coco import COCO
 
     scenes, again = open_source(SCENES), open_source(coco)
@@ -55,9 +57,9 @@ def test_scenes_return_from_cocos_files(coco, tmp_path):
     assert len(again) == len(scenes)
     for row in range(len(scenes)):
         true, read = scenes[row], again[row]
-        pictures = [open_image(example.images[0]) for example in (true, read)]
-        assert pictures[0].size == pictures[1].size
-        assert pictures[0].tobytes() == pictures[1].tobytes()
+        images = [open_image(example.images[0]) for example in (true, read)]
+        assert images[0].size == images[1].size
+        assert images[0].tobytes() == images[1].tobytes()
         assert list(read.boxes) == [Box(0, b.xyxy_px, b.label) for b in true.boxes]
     records = COCO(str(tmp_path / "coco/instances.json"))
     assert len(records.getAnnIds()) == sum(len(scenes[row].boxes) for row in range(len(scenes)))
@@ -73,7 +75,7 @@ def test_scenes_are_written_by_a_command(tmp_path, capsys):
 
 def boxed(labels=("cup", "cat", "cup")):
     boxes = tuple(Box(0, (i, 4 - i, i + 3, 9 - i), label) for i, label in enumerate(labels))
-    return Example("row", (Turn("user", (None,)),), (tiny.picture(),), boxes)
+    return Example("row", (Turn("user", (None,)),), (tiny.image(),), boxes)
 
 
 def test_detection_writes_each_box_with_its_label():
@@ -84,8 +86,8 @@ def test_detection_writes_each_box_with_its_label():
         detection(boxed(), ["dog"], "detect {phrase}")
     with pytest.raises(BadRow, match="row: expected boxes to ask for, found none"):
         detection(boxed(()), [], "detect {phrase}")
-    two = Example("two", (Turn("user", (None, None)),), (tiny.picture(), tiny.picture()))
-    with pytest.raises(BadRow, match=r"two: expected one picture, .* found 2"):
+    two = Example("two", (Turn("user", (None, None)),), (tiny.image(), tiny.image()))
+    with pytest.raises(BadRow, match=r"two: expected one image, .* found 2"):
         detection(two, ["cat"], "detect {phrase}")
 
 
@@ -108,7 +110,7 @@ def test_detect_asks_for_some_labels_the_same_ones_again(coco):
 
 
 def test_prompted_puts_the_question_in_its_place():
-    image = tiny.picture()
+    image = tiny.image()
     rows = [tiny.example("q", ("See ", None, "\nwhat?"), "a cat", (image,)),
             caption_example("c", image, "a dog", "Describe it.")]  # fmt: skip
     source = Prompted(ListSource(rows), "answer en {question}")
@@ -168,17 +170,12 @@ def test_new_model_learns_detection_and_is_evaluated(coco, tmp_path):
     assert model.processor.loc.bins == 16
     assert model.ground_prompt == "detect {phrase}"
     assert model.caption_prompt == "caption en"
-    spec = importlib.util.spec_from_file_location("grounding", ROOT / "eval/grounding.py")
-    grounding = importlib.util.module_from_spec(spec)
-    sys.modules["grounding"] = grounding
-    spec.loader.exec_module(grounding)
-    result = grounding.run(
-        grounding.Settings(model=str(tmp_path / "run"), data=coco, max_new_tokens=6, pictures=2)
-    )
+    settings = Settings(model=str(tmp_path / "run"), data=coco, max_new_tokens=6, images=2)
+    result = base.run(GroundingEvaluation(settings))
     assert result["prompt"] == "detect {phrase}"
-    assert 0 <= result["figures"]["AP"] <= 1
-    assert result["figures"]["pictures"] == 6
-    assert (tmp_path / "run/grounding/pictures.png").is_file()
+    assert 0 <= result["metrics"]["AP"] <= 1
+    assert result["metrics"]["images"] == 6
+    assert (tmp_path / "run/grounding/images.png").is_file()
 
 
 @pytest.mark.parametrize(

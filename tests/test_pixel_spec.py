@@ -1,4 +1,4 @@
-"""Laws of PixelSpec, on pictures and targets that are not square (trap T18)."""
+"""Laws of PixelSpec, on images and targets that are not square (trap T18)."""
 
 from dataclasses import replace
 
@@ -39,7 +39,7 @@ SIZES = [(50, 90), (90, 50), (11, 17), (61, 7), (1, 1), (32, 48), (300, 2), (33,
 
 @EACH_SPEC
 @pytest.mark.parametrize("size_hw", SIZES)
-def test_every_picture_gives_one_view_of_the_promised_size(spec, size_hw):
+def test_every_image_gives_one_view_of_the_promised_size(spec, size_hw):
     image = photo(*size_hw)
     views = spec(image)
     assert [tuple(view.shape[1:]) for view in views] == list(spec.view_sizes(size_hw))
@@ -50,7 +50,7 @@ def test_every_picture_gives_one_view_of_the_promised_size(spec, size_hw):
 
 @EACH_SPEC
 @pytest.mark.parametrize("size_hw", SIZES)
-def test_resize_record_returns_boxes_to_the_picture(spec, size_hw):
+def test_resize_record_returns_boxes_to_the_image(spec, size_hw):
     record = spec.resize_record(size_hw)
     assert isinstance(record, Resize)
     assert (record.input_hw, record.output_hw) == (size_hw, spec.size_hw)
@@ -119,7 +119,7 @@ def test_covering_a_box_leaves_no_padding_and_fitting_in_it_no_cropping(size_hw,
     assert (fitting[2:] <= [48, 32]).all()
 
 
-def test_padding_has_its_colour_and_the_picture_its_place():
+def test_padding_has_its_colour_and_the_image_its_place():
     white = Image.new("RGB", (10, 20), (255, 255, 255))
     view = spec("pad", size_hw=(16, 16), pad_rgb=(1, 2, 3)).resize_u8(white)
     assert view[:, 0, :4].unique(dim=1).tolist() == [[1], [2], [3]]
@@ -136,7 +136,7 @@ def test_padding_after_normalising_is_zero():
     assert (view[:, :, :8] > 0.5).all()
 
 
-def test_small_pictures_are_padded_by_a_crop_that_does_not_reach():
+def test_small_images_are_padded_by_a_crop_that_does_not_reach():
     crop = spec("crop", size_hw=(9, 6), resize_hw=(4, 4))
     view = crop.resize_u8(Image.new("RGB", (5, 4), (255, 255, 255)))
     assert view[0].bool().any(1).tolist() == [False] * 2 + [True] * 4 + [False] * 3
@@ -171,7 +171,7 @@ def test_backends_differ_by_few_grey_levels(resample):
     assert (views[0].int() - views[1].int()).abs().max() <= 2
 
 
-def test_pictures_of_another_mode_are_refused():
+def test_images_of_another_mode_are_refused():
     with pytest.raises(ValueError, match="mode RGB, as open_image gives, found RGBA"):
         spec()(Image.new("RGBA", (4, 4)))
 

@@ -1,4 +1,4 @@
-"""Laws of opening pictures: what they become, and what is refused in which words."""
+"""Laws of opening images: what they become, and what is refused in which words."""
 
 import contextlib
 import io
@@ -41,10 +41,10 @@ def opened(*args, **kwargs) -> np.ndarray:
     return np.asarray(image)
 
 
-# Every source of a picture.
+# Every source of an image.
 
 
-def test_every_kind_of_source_gives_the_same_picture(tmp_path):
+def test_every_kind_of_source_gives_the_same_image(tmp_path):
     path = tmp_path / "photo.png"
     path.write_bytes(encoded(Image.fromarray(PHOTO)))
     data = path.read_bytes()
@@ -91,7 +91,7 @@ def test_arrays_of_each_dtype_agree(shape):
         (np.zeros((4, 4), bool), "uint8, uint16 or float, found bool"),
     ],
 )
-def test_arrays_that_are_no_pictures_are_refused(array, message):
+def test_arrays_that_are_no_images_are_refused(array, message):
     with pytest.raises(BadImage, match=message):
         open_image(array)
 
@@ -131,13 +131,13 @@ def test_missing_empty_and_odd_paths_are_refused_by_name(tmp_path):
         open_image("/dev/zero")
     with pytest.raises(BadImage, match=r"readable file|nothing at this path"):
         open_image("a\0b.png")
-    with pytest.raises(BadImage, match="shard 3: expected an encoded picture, found zero bytes"):
+    with pytest.raises(BadImage, match="shard 3: expected an encoded image, found zero bytes"):
         open_image(b"", name="shard 3")
 
 
-def test_text_named_as_a_picture_is_refused_with_its_first_bytes(tmp_path):
+def test_text_named_as_a_image_is_refused_with_its_first_bytes(tmp_path):
     (tmp_path / "notes.png").write_text("Dear reader, this is text.")
-    with pytest.raises(BadImage, match=r"notes\.png: expected a picture .*b'Dear reader,'"):
+    with pytest.raises(BadImage, match=r"notes\.png: expected an image .*b'Dear reader,'"):
         open_image(tmp_path / "notes.png")
 
 
@@ -167,7 +167,7 @@ def test_truncated_files_are_refused_even_where_pillow_is_told_to_fill_them(monk
     assert ImageFile.LOAD_TRUNCATED_IMAGES
 
 
-def test_random_damage_gives_a_picture_or_bad_image_and_nothing_else():
+def test_random_damage_gives_a_image_or_bad_image_and_nothing_else():
     for format in ("PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP", "PPM"):
         data = encoded(Image.fromarray(PHOTO), format)
         for _ in range(60):
@@ -279,14 +279,14 @@ def test_values_without_a_known_range_are_refused():
         open_image(Image.new("I", (3, 3), 70000))
 
 
-def test_one_bit_pictures_become_black_and_white():
+def test_one_bit_images_become_black_and_white():
     bits = np.array([[True, False, True]])
     grey = Image.fromarray(bits)
     for source in (grey, encoded(grey), encoded(grey, "TIFF")):
         assert opened(source)[:, :, 0].tolist() == [[255, 0, 255]]
 
 
-def test_one_pixel_is_a_picture():
+def test_one_pixel_is_a_image():
     pixel = Image.new("RGB", (1, 1), (1, 2, 3))
     for format in ("PNG", "BMP", "TIFF", "PPM"):
         assert opened(encoded(pixel, format)).tolist() == [[[1, 2, 3]]]
@@ -318,7 +318,7 @@ def test_exif_orientation_is_applied_once(orientation, format):
     assert np.array_equal(opened(upright), np.asarray(upright))
 
 
-def test_jpeg_orientation_turns_the_picture():
+def test_jpeg_orientation_turns_the_image():
     exif = Image.Exif()
     exif[0x0112] = 6
     plain = opened(encoded(Image.fromarray(PHOTO), "JPEG"))
@@ -335,7 +335,7 @@ def test_unreadable_exif_costs_the_orientation_alone(monkeypatch):
         assert np.array_equal(opened(encoded(Image.fromarray(PHOTO)), name="a.png"), PHOTO)
 
 
-def test_metadata_does_not_leave_with_the_picture():
+def test_metadata_does_not_leave_with_the_image():
     exif = Image.Exif()
     exif[0x010E] = "a description"
     assert open_image(encoded(Image.fromarray(PHOTO), "PNG", exif=exif)).info == {}
@@ -351,7 +351,7 @@ def test_first_of_several_frames_is_taken_with_a_warning(format, tmp_path):
         assert (opened(path) == [255, 0, 0]).all()
 
 
-def test_still_pictures_open_without_warnings():
+def test_still_images_open_without_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for format in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM"):

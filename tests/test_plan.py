@@ -8,6 +8,8 @@ from vlm.training.memory.plan import machine_of, make_plan
 from vlm.training.memory.preflight import GIB
 from vlm.training.memory.simulate import Held
 
+pytestmark = pytest.mark.slow
+
 
 class Even:
     """Steps that hold 10 GiB, and 2 for each example; as Estimate gives them."""

@@ -96,6 +96,7 @@ def test_machine_states_name_instructions_and_rates():
     assert values["instructions"] in machine_line()
 
 
+@pytest.mark.slow
 def test_settings_that_bound_a_cpu_to_avx2_are_honoured():
     """Of a CPU with more, the measured choice and what is detected are then those of AVX2."""
     code = (
@@ -147,6 +148,7 @@ def settings_in(folder):
     return json.loads((folder / "settings.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(0.1, 4.0), (4.0, 0.1)])
 def test_resumed_run_keeps_its_precision_and_says_so(tmp_path, measured, capsys, first, then):
     """On a device that is fast in another too, which is said."""

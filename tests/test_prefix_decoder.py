@@ -10,22 +10,17 @@ from transformers import PreTrainedTokenizerFast
 
 import vlm
 from tests import tiny, training
-from tests.test_composed import write_parts
+from tests.folders import write_parts
+from tests.tiny import prefix_decoder
 from vlm.data.example import BadRow, Example, Turn
 from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import IMAGE, collate
-from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.families.prefix_decoder.model import PrefixDecoderModel
 from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.weights import same_bits
 
 KINDS = list(tiny.TEXT_SHAPES)
-
-
-def prefix_decoder(kind="llama", **options):
-    made = tiny.decoder_only(kind, **options)
-    return PrefixDecoder(made.tokenizer, made.adaptor, made.text).eval()
 
 
 def processor(model, **options):
@@ -62,7 +57,7 @@ def changed(batch, row, place):
 @torch.no_grad()
 def test_answer_is_causal_and_prompt_is_not(kind):
     """T2: a changed answer token changes no logit before it; a changed prompt token changes logits
-    of the prompt before it, and a changed picture those of the text before it."""
+    of the prompt before it, and a changed image those of the text before it."""
     model = prefix_decoder(kind)
     batch = collate([processor(model).encode(tiny.example(answer="a cat sat on it"))], 256)
     plain = all_logits(model, batch)
@@ -165,13 +160,15 @@ def test_document_is_read_causally():
     batch = collate([row], 256)
     assert batch.prefix.sum() == 1
     causal = DecoderOnly(model.tokenizer, model.adaptor, tiny.text_model())
-    torch.testing.assert_close(model(batch), causal(batch), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model(batch), causal(dataclasses.replace(batch, sees="causal")), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_row_has_one_answer():
     made = processor(prefix_decoder())
     turns = [Turn("user", (None, "a?")), Turn("assistant", ("b",))] * 2
-    example = Example("two", (*turns[:2], Turn("user", ("c?",)), turns[3]), (tiny.picture(),))
+    example = Example("two", (*turns[:2], Turn("user", ("c?",)), turns[3]), (tiny.image(),))
     with pytest.raises(BadRow, match=r"two: expected one answer, .* found 2"):
         made.encode(example)
     assert made.encode_prompt(example.question()).scored.sum() == 0
@@ -200,7 +197,7 @@ def test_prompt_has_the_same_ids_with_and_without_its_answer():
     whole, asked = made.encode(example), made.encode_prompt(example.question())
     assert whole.ids.tolist() == [*asked.ids, *tokenizer("b<|im_end|>")["input_ids"]]
     assert whole.scored.tolist() == [False] * len(asked.ids) + [True, True]
-    literal = made.encode_literal([tiny.picture()], "<image>is it a", "b")
+    literal = made.encode_literal([tiny.image()], "<image>is it a", "b")
     assert torch.equal(literal.ids, whole.ids)
 
 
@@ -218,15 +215,31 @@ def test_composed_prefix_model_returns_from_its_folder(tmp_path, kind):
     assert again.ocr_prompt == "ocr"
     assert again.answer_prompt == "answer en {question}"
     assert again.processor.prefix
-    asked = [[tiny.picture()]], ["what?"]
+    asked = [[tiny.image()]], ["what?"]
     assert again.answer(*asked, max_new_tokens=5) == model.answer(*asked, max_new_tokens=5)
-    (reading,) = again.ocr([tiny.picture()], max_new_tokens=4)
+    (reading,) = again.ocr([tiny.image()], max_new_tokens=4)
     assert reading.size_hw == (9, 17)
     assert again.reads == "pages"
     again.ocr_prompt = None
-    assert again.ocr([tiny.picture()], prompt="ocr", max_new_tokens=4) == [reading]
+    assert again.ocr([tiny.image()], prompt="ocr", max_new_tokens=4) == [reading]
     with pytest.raises(ValueError, match="mask is one of causal, prefix, found 'none'"):
         vlm.build(vision=vision, text=text, adaptor="mlp", mask="none")
+
+
+def test_readings_are_yielded_before_the_next_batch_is_opened():
+    module = prefix_decoder()
+    made = processor(module)
+    model = PrefixDecoderModel(module=module, processor=made, stop_ids=(made.end_id,))
+    images, taken = [tiny.image(seed) for seed in range(5)], []
+    given = (taken.append(image) or image for image in images)
+    stream = model.ocr(given, batch_size=2, prompt="ocr", max_new_tokens=3, stream=True)
+    assert taken == []
+    read = [(len(taken), reading) for reading in stream]
+    assert [count for count, _ in read] == [2, 2, 4, 4, 5]
+    listed = model.ocr(images, batch_size=2, prompt="ocr", max_new_tokens=3)
+    assert [reading for _, reading in read] == listed
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, found 0"):
+        model.ocr(images, prompt="ocr", max_new_tokens=0, stream=True)
 
 
 def test_model_without_a_prompt_for_reading_says_so():
@@ -234,7 +247,7 @@ def test_model_without_a_prompt_for_reading_says_so():
     made = processor(module)
     model = PrefixDecoderModel(module=module, processor=made, stop_ids=(made.end_id,))
     with pytest.raises(ValueError, match="trained on no prompt for reading"):
-        model.ocr([tiny.picture()])
+        model.ocr([tiny.image()])
 
 
 def test_prefix_model_trains_by_the_same_loop(tmp_path):
@@ -243,10 +256,10 @@ def test_prefix_model_trains_by_the_same_loop(tmp_path):
     for micro_batch in (4, 2):
         module = prefix_decoder()
         made = processor(module)
-        parts = DecoderOnlyModel(module=module, processor=made, stop_ids=(made.end_id,))
+        model = PrefixDecoderModel(module=module, processor=made, stop_ids=(made.end_id,))
         stage = dataclasses.replace(training.STAGE, micro_batch=micro_batch, steps=2)
         chosen, _, _ = training.train(
-            tmp_path / str(micro_batch), stage, chosen=PrefixDecoderModel(parts), precision="fp32"
+            tmp_path / str(micro_batch), stage, chosen=model, precision="fp32"
         )
         states.append(training.weights(chosen))
     for name, weight in states[0].items():

@@ -88,7 +88,7 @@ def test_every_answer_of_a_conversation_is_scored(processor):
         Turn("user", ("two?",)),
         Turn("assistant", ("2",)),
     )
-    row = processor.encode(Example("chat", turns, (tiny.picture(),)))
+    row = processor.encode(Example("chat", turns, (tiny.image(),)))
     assert scored_text(processor, row) == "1<|im_end|>2<|im_end|>"
 
 
@@ -145,7 +145,7 @@ def test_prompt_longer_than_the_context_is_refused():
         processor.encode_literal([], "y" * 60)
 
 
-def test_picture_too_long_to_resize_is_named_with_its_row():
+def test_image_too_long_to_resize_is_named_with_its_row():
     model = tiny.decoder_only()
     model.tokenizer.pixel_spec = dataclasses.replace(
         model.tokenizer.pixel_spec, fit="crop", size_hw=(224, 224)
@@ -164,13 +164,13 @@ def test_system_message_is_added_where_a_conversation_has_none():
 
 
 def test_literal_prompt_places_images_at_its_marks(processor):
-    row = processor.encode_literal([tiny.picture()], "a <image> b", answer="yes")
+    row = processor.encode_literal([tiny.image()], "a <image> b", answer="yes")
     tokenizer = processor.text_tokenizer
     expected = tokenizer("a ")["input_ids"] + [IMAGE] * 6 + tokenizer(" byes")["input_ids"]
     assert row.ids.tolist() == [*expected, processor.end_id]
     assert scored_text(processor, row) == "yes<|im_end|>"
     with pytest.raises(BadRow, match="has 2 <image> marks, there are 1 images"):
-        processor.encode_literal([tiny.picture()], "<image><image>")
+        processor.encode_literal([tiny.image()], "<image><image>")
 
 
 def long_example(answer="yes"):
@@ -193,15 +193,15 @@ def test_shrinking_never_cuts_an_image_run(limit):
         Turn("user", (None, None, "?")),
         Turn("assistant", ("2",)),
     )
-    example = Example("chat", turns, tuple(tiny.picture(i) for i in range(3)))
+    example = Example("chat", turns, tuple(tiny.image(i) for i in range(3)))
     processor = tiny.processor(tiny.decoder_only(), max_tokens=limit, overflow="shrink")
     row = processor.encode(example)
     if isinstance(row, Skipped):
         assert limit < 50
         return
     assert len(row.ids) <= limit
-    assert int((row.ids == IMAGE).sum()) == 6 * len(row.places)
-    assert [image for _, (image, _) in row.views] == list(range(len(row.places)))
+    assert int((row.ids == IMAGE).sum()) == 6 * len(row.layout.images)
+    assert [image for _, (image, _) in row.views] == list(range(len(row.layout.images)))
     assert row.scored[-1]
     whole = tiny.processor(tiny.decoder_only()).encode(example)
     assert row.cut == int((whole.ids != IMAGE).sum() - (row.ids != IMAGE).sum())
@@ -233,7 +233,7 @@ def test_template_without_an_end_token_is_refused_at_once():
         tiny.processor(tiny.decoder_only(), text_tokenizer=tokenizer)
 
 
-def test_unreadable_picture_is_named_and_never_replaced(processor, tmp_path):
+def test_unreadable_image_is_named_and_never_replaced(processor, tmp_path):
     path = tmp_path / "cut.png"
     Image.new("RGB", (64, 64)).save(path)
     path.write_bytes(path.read_bytes()[:60])

@@ -1,42 +1,12 @@
 """Processes of one run: what they must have in common, and what happens when one is gone."""
 
-import os
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import pytest
 
+from tests.runs import run_two
 
-def run_two(case, **environment):
-    """Two processes without a launcher that would end one for the other: (exit status, what it
-    printed, what it said) of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.ranks", case],
-            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=shared | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=90) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(started, said)]
+pytestmark = pytest.mark.slow
 
 
 def test_processes_with_different_settings_are_refused_on_each():

@@ -6,9 +6,9 @@ import copy
 import pytest
 import torch
 
-from tests import test_encoder_decoder, test_line_reader
-from tests.test_line_reader import line
-from tests.tiny import picture
+from tests import encoder_decoders, line_readers
+from tests.line_readers import line
+from tests.tiny import image
 from vlm.families.encoder_decoder.model import EncoderDecoderModel
 from vlm.training.objectives.ctc import Transcribe
 from vlm.training.objectives.next_token import NextToken
@@ -18,27 +18,27 @@ TEXTS = ("ab", "cab a")
 
 
 def line_reader():
-    parts = test_line_reader.parts()
+    parts = line_readers.parts()
     rows = [parts.processor.encode(line(text, seed=i)) for i, text in enumerate(TEXTS)]
-    pictures = [line(text, seed=i).images[0] for i, text in enumerate(TEXTS)]
-    return parts, Transcribe(), rows, pictures
+    images = [line(text, seed=i).images[0] for i, text in enumerate(TEXTS)]
+    return parts, Transcribe(), rows, images
 
 
 def encoder_decoder():
-    module = test_encoder_decoder.model(noise=0.0)
-    processor = test_encoder_decoder.processor(module)
+    module = encoder_decoders.model(noise=0.0)
+    processor = encoder_decoders.processor(module)
     parts = EncoderDecoderModel(
         module=module, processor=processor, end_ids=(258,), max_new_tokens=8
     )
-    rows = test_encoder_decoder.rows(processor, *TEXTS)
-    return parts, NextToken(256), rows, [picture(i) for i in range(len(TEXTS))]
+    rows = encoder_decoders.rows(processor, *TEXTS)
+    return parts, NextToken(256), rows, [image(i) for i in range(len(TEXTS))]
 
 
 @pytest.mark.parametrize("make", [line_reader, encoder_decoder])
 def test_reading_in_bf16_is_close_to_fp32(make):
     """Lines that a model has half learned are read alike, and as surely to a few hundredths."""
     torch.manual_seed(0)
-    model, objective, rows, pictures = make()
+    model, objective, rows, images = make()
     batches = objective.collate(rows)
     scored = sum(objective.count(batch).scored for batch in batches)
     optimizer = torch.optim.AdamW(model.module.parameters(), 3e-3)
@@ -46,12 +46,12 @@ def test_reading_in_bf16_is_close_to_fp32(make):
         objective.backward(model.module, batches, scored, contextlib.nullcontext)
         optimizer.step()
         optimizer.zero_grad()
-    expected = model.read_lines(pictures)
+    expected = model.read_lines(images)
     assert tuple(read.text for read in expected) == TEXTS
     assert min(read.confidence for read in expected) > 0.1
     short = copy.deepcopy(model)
     cast_parameters(short.module, torch.bfloat16)
-    found = type(model)(short).read_lines(pictures)
+    found = type(model)(short).read_lines(images)
     for half, whole in zip(found, expected, strict=True):
         assert half.text == whole.text
         assert half.confidence == pytest.approx(whole.confidence, abs=0.05)

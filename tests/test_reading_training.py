@@ -16,16 +16,16 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 import vlm
 from recipes.line_reader import stage
 from recipes.trocr import stage as trocr_stage
-from tests import test_encoder_decoder as law
-from tests import test_line_reader
+from tests import encoder_decoders as law
+from tests import line_readers
 from tests.contrastive_runs import assert_close, assert_follows
-from tests.test_fit import lines
-from tests.test_synthetic_lines import FOLDER, few_lines  # noqa: F401 - a fixture
+from tests.line_readers import LINES, settings
+from tests.runs import lines
 from vlm.data.example import BadRow
-from vlm.families.encoder_decoder import layout as transcriber
 from vlm.families.encoder_decoder import swap_text_tokenizer as swap
-from vlm.families.encoder_decoder.layout import DecoderSizes
 from vlm.families.line_reader.model import LineReaderModel
+from vlm.systems import compose_encoder_decoder
+from vlm.systems.compose_encoder_decoder import DecoderSizes
 from vlm.training.objectives.ctc import Transcribe
 from vlm.training.objectives.next_token import NextToken
 from vlm.training.runs.encoder_decoder import TranscriberSettings
@@ -33,27 +33,7 @@ from vlm.training.runs.line_reader import LineReaderSettings
 from vlm.training.runs.reading import run
 from vlm.vocabulary import character_tokenizer
 
-LINES = f":fonts={FOLDER}:kind=clean:longest=6"
-
-
-def settings(folder, **changes):
-    values = dict(
-        out=folder,
-        height_px=16,
-        width=64,
-        depth=2,
-        steps=3,
-        batch=4,
-        precision="fp32",
-        workers=0,
-        held_out_rows=8,
-        eval_every=2,
-        save_every=0,
-        threads=1,
-        train=(f"lines:1000:seed=1{LINES}",),
-        held_out=f"lines:8:seed=2{LINES}:split=validation",
-    )
-    return LineReaderSettings(**values | changes)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_lines")]
 
 
 def trained(folder, **changes):
@@ -63,14 +43,14 @@ def trained(folder, **changes):
 def test_a_step_is_the_same_for_every_split_into_micro_batches():
     """T9: lines of unequal lengths, whole, in twos, one by one."""
     rows = [
-        test_line_reader.parts().processor.encode(
-            test_line_reader.line("ab " * (1 + i % 3), width=90 + 40 * (i % 3), seed=i)
+        line_readers.parts().processor.encode(
+            line_readers.line("ab " * (1 + i % 3), width=90 + 40 * (i % 3), seed=i)
         )
         for i in range(6)
     ]
     found = []
     for size in (6, 2, 1):
-        module, objective = test_line_reader.parts().module, Transcribe()
+        module, objective = line_readers.parts().module, Transcribe()
         parts = [rows[i : i + size] for i in range(0, 6, size)]
         batches = [batch for part in parts for batch in objective.collate(part)]
         scored = sum(objective.count(batch).scored for batch in batches)
@@ -125,7 +105,7 @@ def test_another_alphabet_keeps_the_strokes_of_the_reader_that_it_starts_from(tm
 
 
 def line_table(folder, texts):
-    """A table of blank pictures of unequal widths with texts."""
+    """A table of blank images of unequal widths with texts."""
     rows = ["image\ttext"]
     for i, text in enumerate(texts):
         Image.new("RGB", (60 + i, 20), "white").save(folder / f"{i}.png")
@@ -218,7 +198,7 @@ def test_lines_keep_their_shape_before_an_encoder_of_squares(tmp_path):
     model = TranscriberSettings(vision=vision, **asked).build()
     processor = model.processor
     for size, wanted in (((40, 20), (16, 32)), ((300, 30), (16, 128)), ((96, 16), (16, 88))):
-        ((view, _),) = processor.encode_picture(Image.new("RGB", size, "white")).views
+        ((view, _),) = processor.encode_image(Image.new("RGB", size, "white")).views
         assert tuple(view.shape[1:]) == wanted
     assert model.module.tokenizer.pixel_spec == processor.pixel_spec
 
@@ -281,8 +261,8 @@ def test_two_processes_train_an_encoder_decoder_as_one_does(tmp_path):
     """T9: recipes/trocr.py's loop by gloo, on lines of unequal lengths; without dropout, which each
     process draws for itself."""
     sizes = DecoderSizes(width=64, depth=1, heads=2, mlp_width=64, length=32, dropout=0.0)
-    started = transcriber.build(
-        vision=test_line_reader.parts().module.tokenizer,
+    started = compose_encoder_decoder.build(
+        vision=line_readers.parts().module.tokenizer,
         text=sizes,
         text_tokenizer=character_tokenizer(LineReaderSettings().characters()),
     )
@@ -311,6 +291,6 @@ def test_two_processes_train_an_encoder_decoder_as_one_does(tmp_path):
 def test_a_text_that_spells_the_tokenizers_own_marks_is_named(mark):
     """It would end, or not be learned, in its middle."""
     model = TranscriberSettings(decoder_width=64, decoder_depth=1, length=32).build()
-    example = test_line_reader.line(f"a{mark}b")
+    example = line_readers.line(f"a{mark}b")
     with pytest.raises(BadRow, match=rf"line 0.*own start, end and padding marks.*'{mark}'"):
         model.processor.encode(example)

@@ -15,7 +15,7 @@ import vlm
 from vlm import assets
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.demo
+pytestmark = [pytest.mark.demo, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +93,8 @@ def test_stage1_trains_reports_and_captions(demo, tmp_path):
     assert settings["steps"] == 2
     assert "torch" in json.loads((out / "versions.json").read_text())
     assert list((out / "tensorboard").iterdir())
-    picture = next((out / "pictures").iterdir())
-    assert len(vlm.load(out, device="cpu").caption([picture], max_new_tokens=4)) == 1
+    image = next((out / "images").iterdir())
+    assert len(vlm.load(out, device="cpu").caption([image], max_new_tokens=4)) == 1
     again = stage1("--out", out, "--steps", 2, "--batch", 2)
     assert again.returncode == 1
     assert again.stderr.count("error: ") == 1

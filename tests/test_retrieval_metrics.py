@@ -90,6 +90,7 @@ def test_figures_equal_those_counted_by_hand():
     assert (to_text.candidates, to_image.candidates, found.images_without_text) == (3, 3, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("noise", [0.3, 1.0, 10.0])
 def test_figures_equal_those_of_the_whole_score_matrix(block, noise):
@@ -114,6 +115,7 @@ def test_recalls_equal_those_by_torch_topk_to_the_last_digit():
         assert found.image_to_text.recall[k].share == hits.double().mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS)
 def test_scores_that_fp32_cannot_tell_apart_are_ranked_exactly(block):
     images, texts, owner = near_ties()
@@ -135,6 +137,7 @@ def test_few_and_many_unsettled_scores_are_ranked_exactly(spread, block):
     assert_equal(retrieval(images, texts, owner, block=block), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS)
 def test_wrong_candidates_come_first_of_equal_ones(block):
     """Every second text is another image's, copied: it ties with the right one and wins."""
@@ -192,6 +195,7 @@ def share(rank, folder):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(tmp_path):
     """T19: 37 images on two processes, and six of which one alone has a text."""
     torch.multiprocessing.spawn(share, (str(tmp_path),), nprocs=2)
@@ -207,6 +211,7 @@ def test_accelerate_sums_the_counts():
     assert retrieval(*pairs(), total=total).figures() == retrieval(*pairs()).figures()
 
 
+@pytest.mark.slow
 def test_intervals_are_those_of_images_drawn_one_by_one():
     """Each image with its texts; the same seed gives the same interval."""
     images, texts, owner = pairs(60, 200, noise=1.5)

@@ -8,7 +8,7 @@ from PIL import Image
 from rich.console import Console
 
 from tests import tiny
-from tests.test_sources_shards import write_tar
+from tests.rows import write_tar
 from vlm.commands.inspect_batch import show_rows
 from vlm.data.check import check_start
 from vlm.data.example import BadRow, Box, Turn
@@ -68,7 +68,7 @@ def test_objects_of_as_many_texts_as_boxes_go_in_pairs(write):
 @pytest.mark.parametrize(
     ("kind", "box"), [("norm1000", [500, 250, 1000, 500]), ("norm1", [0.5, 0.25, 1, 0.5])]
 )
-def test_objects_in_shares_of_the_picture_become_its_pixels(write, kind, box):
+def test_objects_in_shares_of_the_image_become_its_pixels(write, kind, box):
     row = grounded(ref=["x"], bbox=[box, box], bbox_type=kind)
     example = open_source(write(row))[0]
     assert example.boxes[0].xyxy_px == (30, 10, 60, 20)
@@ -185,7 +185,7 @@ def test_videos_and_sound_are_refused_by_name(write, key):
     row = {"image": "a.png", "caption": "x"}
     path = write({**row, key: ["x.mp4"]}, {**row, key: []})
     source = open_source(path)
-    with pytest.raises(BadRow, match=f"pictures and text alone, found {key} list"):
+    with pytest.raises(BadRow, match=f"images and text alone, found {key} list"):
         source[0]
     assert source[1].answer == "x"
     assert open_source(path, ignore_keys=[key])[0].answer == "x"
@@ -250,6 +250,7 @@ def said(sources, **options):
     return lines
 
 
+@pytest.mark.slow
 def test_key_in_every_row_is_told_once_with_its_count(write, capfd):
     rows = 20_000
     row = {"image": "a.png", "caption": "x", "id": 7, "mood": "glad"}
@@ -262,7 +263,7 @@ def test_key_in_every_row_is_told_once_with_its_count(write, capfd):
         assert source[number].answer == "x"
     assert source.unread.found["mood"].count == rows + 1001
     err = capfd.readouterr().err
-    assert err == "rows.jsonl:20001: key 'hue' is not read: 3\n"  # first met behind the start
+    assert err == "rows.jsonl:20001: key 'hue' is not read: 3\n"  # first met after the start
 
 
 def test_key_that_changes_rows_stops_a_run_at_its_start_or_where_it_is_met(write):
@@ -281,8 +282,8 @@ def test_key_that_changes_rows_stops_a_run_at_its_start_or_where_it_is_met(write
 
 
 def test_columns_of_tables_that_are_not_read_are_counted_at_opening(tmp_path):
-    picture = {"bytes": b"x", "path": None}
-    rows = {"image": [picture] * 3, "caption": ["a", "b", "c"], "mood": ["m"] * 3}
+    image = {"bytes": b"x", "path": None}
+    rows = {"image": [image] * 3, "caption": ["a", "b", "c"], "mood": ["m"] * 3}
     source = TableSource(Dataset.from_dict(rows), "t")
     held = source.unread.found["mood"]
     assert (held.count, held.name, held.value) == (3, "t[0]", "'m'")

@@ -9,7 +9,7 @@ import tarfile
 import pytest
 from PIL import Image
 
-from vlm.data.make_sample import is_val, make_sample, pack_picture
+from vlm.data.make_sample import is_val, make_sample, pack_image
 from vlm.data.sources import open_source
 from vlm.data.sources.spec import SAMPLE_FOLDER
 
@@ -22,14 +22,14 @@ def keys_of(split: str) -> list[str]:
 
 
 @pytest.mark.parametrize("split", COUNTS)
-def test_sample_split_has_its_rows_and_every_picture_decodes(split):
+def test_sample_split_has_its_rows_and_every_image_decodes(split):
     source = open_source(f"sample:{split}", prompt="Name it.")
     assert len(source) == COUNTS[split] == len(set(keys_of(split)))
     for row in range(len(source)):
         example = source[row]
-        with Image.open(io.BytesIO(example.images[0].data)) as picture:
-            picture.load()
-            assert (picture.size, picture.mode) == ((64, 64), "RGBA")
+        with Image.open(io.BytesIO(example.images[0].data)) as image:
+            image.load()
+            assert (image.size, image.mode) == ((64, 64), "RGBA")
         assert example.answer
     assert example.turns[0].content == (None, "Name it.")
 
@@ -58,9 +58,9 @@ def test_sample_tar_and_rows_are_in_one_order():
 def write_shard(path, keys):
     with tarfile.open(path, "w") as tar:
         for number, key in enumerate(keys):
-            picture = Image.new("RGBA", (8, 6), (number, 20, 30, number % 256))
+            image = Image.new("RGBA", (8, 6), (number, 20, 30, number % 256))
             packed = io.BytesIO()
-            picture.save(packed, "PNG")
+            image.save(packed, "PNG")
             row = {"caption": key, "keywords": ["k"], "group": "g", "subgroup": "s"}
             row |= {"source": "google", "captions": {"fr": "x"}}
             for name, data in (
@@ -95,10 +95,10 @@ def test_make_sample_refuses_a_key_of_the_other_split(tmp_path):
         make_sample(tmp_path, tmp_path / "out")
 
 
-def test_pack_picture_keeps_colours_under_full_transparency():
-    picture = Image.effect_noise((16, 12), 80).convert("RGBA")
-    picture.putalpha(0)
+def test_pack_image_keeps_colours_under_full_transparency():
+    image = Image.effect_noise((16, 12), 80).convert("RGBA")
+    image.putalpha(0)
     packed = io.BytesIO()
-    picture.save(packed, "PNG")
-    data, _ = pack_picture(packed.getvalue(), "noise")
-    assert Image.open(io.BytesIO(data)).convert("RGBA").tobytes() == picture.tobytes()
+    image.save(packed, "PNG")
+    data, _ = pack_image(packed.getvalue(), "noise")
+    assert Image.open(io.BytesIO(data)).convert("RGBA").tobytes() == image.tobytes()

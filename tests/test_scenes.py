@@ -1,4 +1,4 @@
-"""Scenes: what is said of a picture is what was drawn."""
+"""Scenes: what is said of an image is what was drawn."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_scene_composition_stays_as_published():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("extent", [10, 33, 70])
-def test_box_of_a_lone_shape_is_where_the_picture_changes(kind, extent):
+def test_box_of_a_lone_shape_is_where_the_image_changes(kind, extent):
     shape = Shape(kind, "blue", (7, 20, 7 + extent, 20 + extent))
     pixels = np.asarray(draw(Scene((100, 90), WHITE, (shape,))))
     rows, columns = np.nonzero((pixels != 255).any(-1))
@@ -50,17 +50,17 @@ def test_box_of_a_lone_shape_is_where_the_picture_changes(kind, extent):
     assert np.abs(np.subtract(found, exact_box(shape))).max() <= 1
 
 
-def test_picture_holds_the_colour_of_every_shape_inside_its_box():
+def test_image_holds_the_colour_of_every_shape_inside_its_box():
     source = Scenes(40, seed=1, size_hw=None)
     for row in range(len(source)):
         example = source[row]
-        picture = Image.open(io.BytesIO(example.images[0].data))
-        assert (picture.height, picture.width) == source.scene(row).size_hw
+        image = Image.open(io.BytesIO(example.images[0].data))
+        assert (image.height, image.width) == source.scene(row).size_hw
         for box in example.boxes:
             x0, y0, x1, y1 = map(int, box.xyxy_px)
-            assert 0 <= x0 < x1 <= picture.width
-            assert 0 <= y0 < y1 <= picture.height
-            inside = np.asarray(picture)[y0:y1, x0:x1]
+            assert 0 <= x0 < x1 <= image.width
+            assert 0 <= y0 < y1 <= image.height
+            inside = np.asarray(image)[y0:y1, x0:x1]
             assert (inside == COLOURS[box.label.split()[0]]).all(-1).any()
 
 
@@ -149,7 +149,7 @@ def test_held_back_backgrounds_come_only_when_asked_for(kind):
         places = [[s.box_xyxy_px for s in scenes.scene(row).shapes] for scenes in (usual, asked)]
         assert places[0] == places[1]
     first = np.asarray(draw(asked.scene(0)))
-    assert len(np.unique(first[:, 0], axis=0)) >= 2  # something changes down the picture
+    assert len(np.unique(first[:, 0], axis=0)) >= 2  # something changes down the image
 
 
 def test_unknown_background_is_named():

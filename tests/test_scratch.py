@@ -36,7 +36,7 @@ def test_model_is_of_the_sizes_asked():
 
 def png(seed):
     data = io.BytesIO()
-    tiny.picture(seed).save(data, "PNG")
+    tiny.image(seed).save(data, "PNG")
     return data.getvalue()
 
 

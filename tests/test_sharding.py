@@ -9,9 +9,11 @@ import torch
 import vlm
 from tests import tiny, training
 from tests.contrastive_runs import assert_close
-from tests.test_fit import launch, lines
+from tests.runs import launch, lines
 from vlm.families.decoder_only.batch import collate
 from vlm.training.sharding import _blank_views, units_of
+
+pytestmark = pytest.mark.slow
 
 EVERY = {"rates": [["*", 1e-2]]}
 WHOLE = dataclasses.replace(training.STAGE, rates=(("*", 1e-2),))
@@ -23,7 +25,7 @@ BOTH = {"step": 4, "ranks": [0, 1]}
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """One process on rows of which, on two ranks, one has no picture: folder, weights, figures."""
+    """One process on rows of which, on two ranks, one has no image: folder, weights, figures."""
     out = tmp_path_factory.mktemp("one")
     data = training.in_order(training.split_by_kind())
     chosen, _, history = training.train(out, WHOLE, data=data, save_every=4, keep=9)
@@ -81,7 +83,7 @@ def require_same_losses(out, history, norms=1e-4):
 
 
 @pytest.mark.parametrize("run", ["whole", "split"])
-def test_two_sharded_processes_follow_one_though_one_of_them_sees_no_picture(two, one, run):
+def test_two_sharded_processes_follow_one_though_one_of_them_sees_no_image(two, one, run):
     """T9, T10: every weight learns; a rank of text alone takes part in every call."""
     require_same(two / run, *one[1:])
 

@@ -12,6 +12,8 @@ from vlm.families.line_reader.layout import SHIPPED
 from vlm.metrics.text import compare_texts
 from vlm.pixels import open_image
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def reader():

@@ -79,7 +79,7 @@ def test_image_without_a_mark_is_refused(folder):
 
 def test_literal_mark_stays_text_in_parts_and_is_refused_elsewhere(folder):
     """T6: text that happens to contain the mark must not become an image's place."""
-    said = "Write <image> for a picture."
+    said = "Write <image> for an image."
     with pytest.raises(BadRow, match="found 1 marks and 0 images; literal marks belong in text"):
         read_row(folder, {"conversations": asked(said)})
     parts = [{"type": "image"}, {"type": "text", "text": said}]
@@ -136,7 +136,7 @@ def test_boxes_are_read_with_their_image(folder):
     ("row", "found"),
     [
         ([1], "expected an object of keys and values, found list"),
-        ({"image": "a.png"}, r"conversations, messages, caption, text, found \['image'\]"),
+        ({"image": "a.png"}, r"messages, caption, text, question, found \['image'\]"),
         ({"image": "a.png", "caption": ""}, "expected a caption, found an empty text"),
         ({"image": "a.png", "caption": ["a", "b"]}, "expected caption to be text, found list"),
         ({"image": ["a.png", "b.png"], "caption": "c"}, "one image for the caption, found 2"),
@@ -352,9 +352,9 @@ def test_boxes_of_any_rows_become_questions(tmp_path):
         open_source(f"{tmp_path / 'rows.jsonl'}?task=find")
 
 
-def test_errors_of_rows_and_pictures_say_where_their_files_are(tmp_path, monkeypatch):
+def test_errors_of_rows_and_images_say_where_their_files_are(tmp_path, monkeypatch):
     """Names of rows, which runs are known by, keep the file's name alone."""
-    (tmp_path / "a.png").write_text("no picture")
+    (tmp_path / "a.png").write_text("no image")
     path = tmp_path / "rows.jsonl"
     path.write_text('{"image": "a.png", "text": "a"}\n{"image": "gone.png", "text": "b"}\n{}\n')
     monkeypatch.chdir(tmp_path)

@@ -1,52 +1,15 @@
 """CLIP_benchmark's folders: written by webdataset, as its converter does, and read as they are."""
 
-import io
-
 import pytest
 import webdataset
-from PIL import Image
 
+from tests.rows import CAPTIONS, NAMES, classification_folder, packed, retrieval_folder, write
 from vlm.data.example import BadRow
 from vlm.data.sources import BadSource, ClipBenchmark, open_source
 from vlm.pixels import open_image
 
-CAPTIONS = (["a cat", "one cat"], ["two dogs"], ["a fox", "the fox", "a red fox"])
-NAMES = ["cat", "dog", "red fox"]
 
-
-def packed(number, kind="png"):
-    file = io.BytesIO()
-    Image.new("RGB", (6, 4), (40 * number, 0, 0)).save(file, kind)
-    return file.getvalue()
-
-
-def write(folder, samples, split="test", **files):
-    """samples: dicts of extension -> value. files: what lies in the folder itself."""
-    (folder / split).mkdir(parents=True)
-    pattern = str(folder / split / "%d.tar")
-    with webdataset.ShardWriter(pattern, maxcount=2, verbose=False) as sink:
-        for number, sample in enumerate(samples):
-            sink.write({"__key__": f"s{number:07d}", **sample})
-        count = sink.shard
-    (folder / split / "nshards.txt").write_text(f"{count}\n")
-    for name, text in files.items():
-        (folder / f"{name}.txt").write_text(text)
-    return folder
-
-
-def retrieval_folder(folder, captions=CAPTIONS, **more):
-    samples = [
-        {"jpg": packed(i, "jpeg"), "txt": "\n".join(said)} for i, said in enumerate(captions)
-    ]
-    return write(folder, samples, dataset_type="retrieval\n", **more)
-
-
-def classification_folder(folder, classes=(2, 0, 1, 2), names=NAMES, **more):
-    samples = [{"webp": packed(i, "webp"), "cls": number} for i, number in enumerate(classes)]
-    return write(folder, samples, classnames="\n".join(names) + "\n", **more)
-
-
-def test_each_caption_is_a_row_with_its_picture(tmp_path):
+def test_each_caption_is_a_row_with_its_image(tmp_path):
     source = open_source(f"clip_benchmark:{retrieval_folder(tmp_path)}:test")
     assert len(source) == 6
     assert source.classes is source.templates is None
@@ -96,11 +59,11 @@ def test_shards_are_read_in_the_order_of_their_numbers(tmp_path):
     assert [source[row].answer for row in range(22)] == [NAMES[i % 3] for i in range(22)]
 
 
-def test_pictures_without_captions_are_named_when_they_are_read(tmp_path):
+def test_images_without_captions_are_named_when_they_are_read(tmp_path):
     samples = [
         {"png": packed(0), "txt": ""},
         {"png": packed(1)},
-        {"txt": "no picture"},
+        {"txt": "no image"},
         {"png": packed(2), "txt": "a\n\nb"},
         {"png": packed(3), "txt": b"\xff"},
     ]

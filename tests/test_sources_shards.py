@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from tests.rows import png, sample, write_tar
 from vlm.data.example import BadRow, ImageRef
 from vlm.data.sources import (
     BadSource,
@@ -25,26 +24,8 @@ from vlm.data.sources.tar import TarImages, walk_members
 ANSWER = {"from": "gpt", "value": "a cat"}
 
 
-def png(colour: int = 0) -> bytes:
-    packed = io.BytesIO()
-    Image.new("RGB", (5, 3), (colour, 0, 0)).save(packed, "PNG")
-    return packed.getvalue()
-
-
 def asked(value: str) -> list[dict]:
     return [{"from": "human", "value": value}, ANSWER]
-
-
-def write_tar(path, members: dict[str, bytes], **options) -> None:
-    with tarfile.open(path, "w", **options) as tar:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-
-
-def sample(key: str, caption: str = "a cat") -> dict[str, bytes]:
-    return {f"{key}.png": png(), f"{key}.json": json.dumps({"caption": caption}).encode()}
 
 
 def test_index_of_many_samples_is_kept_until_a_shard_changes(tmp_path, monkeypatch):
@@ -63,7 +44,7 @@ def test_index_of_many_samples_is_kept_until_a_shard_changes(tmp_path, monkeypat
     assert len(list((tmp_path / "cache/shards").glob("*"))) == 1  # one sample is soon walked
 
 
-def test_shards_give_pictures_with_captions(tmp_path):
+def test_shards_give_images_with_captions(tmp_path):
     for shard in range(2):
         write_tar(tmp_path / f"s-{shard}.tar", sample("x", f"{shard}") | sample("d/y", "yv"))
     source = ShardSource(tmp_path / "s-{0..1}.tar", RowFormat(prompt="?"))
@@ -87,7 +68,7 @@ def test_shard_captions_come_from_json_or_else_from_text(tmp_path):
     assert ShardSource(tmp_path / "s.tar", RowFormat(caption="alt"))[2].answer == "c"
 
 
-def test_shard_rows_may_be_conversations_with_many_pictures(tmp_path):
+def test_shard_rows_may_be_conversations_with_many_images(tmp_path):
     row = {"image": "elsewhere.jpg", "conversations": asked("<image> or <image>?")}
     members = {"k.0.png": b"0", "k.1.png": b"1", "k.json": json.dumps(row).encode()}
     members |= {"t.json": json.dumps({"conversations": asked("Hello")}).encode()}
@@ -129,7 +110,7 @@ def test_names_with_dots_are_cut_at_the_first_and_merging_samples_are_told(tmp_p
         assert names == ["s.tar:d.1/one", "s.tar:photo", "s.tar:two", "s.tar:v"]
         (fault,) = source.faults
         assert str(fault) == (
-            "1 samples with members that differ behind the first dot (they are one sample): "
+            "1 samples with members that differ after the first dot (they are one sample): "
             "s.tar:photo (1.jpg, 1.txt, 2.jpg, 2.txt)"
         )
         assert {key: held.count for key, held in source.unread.found.items()} == {".*.txt": 3}
@@ -200,14 +181,14 @@ def test_tar_walk_reads_what_tarfile_reads(tmp_path, format):
     assert found == members | {"last.txt": b""}
 
 
-def test_rows_find_their_pictures_in_a_tar(tmp_path):
-    write_tar(tmp_path / "pictures.tar", {"./a.png": b"A", "d/b.png": b"B"})
+def test_rows_find_their_images_in_a_tar(tmp_path):
+    write_tar(tmp_path / "images.tar", {"./a.png": b"A", "d/b.png": b"B"})
     rows = [{"image": name, "caption": "x"} for name in ("d/b.png", "a.png", "c.png", "../a.png")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source = RowsSource(tmp_path / "rows.jsonl", image_root=tmp_path / "pictures.tar")
+    source = RowsSource(tmp_path / "rows.jsonl", image_root=tmp_path / "images.tar")
     assert [source[row].images[0].data for row in range(2)] == [b"B", b"A"]
     for row in (2, 3):
-        with pytest.raises(BadRow, match=r"is not in .*pictures.tar"):
+        with pytest.raises(BadRow, match=r"is not in .*images.tar"):
             source[row]
     write_tar(tmp_path / "twice.tar", {"a.png": b"1", "./a.png": b"2"})
     with pytest.raises(BadSource, match="found a name twice"):

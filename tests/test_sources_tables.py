@@ -1,4 +1,4 @@
-"""Tables of `datasets`: pictures stay encoded, columns and splits are named."""
+"""Tables of `datasets`: images stay encoded, columns and splits are named."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def png(colour: int = 0) -> bytes:
 def image_table(captions=("x", "y")):
     from datasets import Dataset, Features, Image, Value
 
-    rows = {"image": [{"bytes": b"not a picture", "path": None}] * len(captions)}
+    rows = {"image": [{"bytes": b"not an image", "path": None}] * len(captions)}
     features = Features({"image": Image(), "caption": Value("string"), "n": Value("int64")})
     return Dataset.from_dict(
         rows | {"caption": list(captions), "n": list(range(len(captions)))}, features=features
     )
 
 
-def test_table_gives_pictures_undecoded():
+def test_table_gives_images_undecoded():
     source = TableSource(image_table(), "t", RowFormat(prompt="?"))
-    assert source[1].images[0].data == b"not a picture"
+    assert source[1].images[0].data == b"not an image"
     assert (source[1].answer, source[1].name) == ("y", "t[1]")
     assert pickle.loads(pickle.dumps(source))[0].answer == "x"
 
 
-def test_table_of_messages_with_lists_of_pictures_is_read():
+def test_table_of_messages_with_lists_of_images_is_read():
     from datasets import Dataset, Features, Image, List, Value
 
     part = {"type": Value("string"), "text": Value("string")}
@@ -49,8 +49,8 @@ def test_table_of_messages_with_lists_of_pictures_is_read():
     content = [{"type": "image", "text": None}, {"type": "text", "text": "<image>?"}]
     answer = [{"type": "text", "text": "yes"}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-    pictures = [{"bytes": b"1", "path": None}]
-    table = Dataset.from_dict({"images": [pictures], "messages": [messages]}, features=features)
+    images = [{"bytes": b"1", "path": None}]
+    table = Dataset.from_dict({"images": [images], "messages": [messages]}, features=features)
     example = TableSource(table, "t")[0]
     assert example.turns[0].content == (None, "<image>?")
     assert example.images[0].data == b"1"

@@ -1,4 +1,4 @@
-"""Rows parted by tabs: what is in the file is what is read, and what is wrong is named."""
+"""Rows separated by tabs: what is in the file is what is read, and what is wrong is named."""
 
 import pickle
 
@@ -23,7 +23,7 @@ def write(folder, text, name="rows.tsv"):
     return path
 
 
-def test_row_is_a_picture_and_its_text(folder):
+def test_row_is_a_image_and_its_text(folder):
     source = open_source(str(write(folder, "image\ttext\na.png\tHello\nsub/b.png\tto you\n")))
     assert (len(source), source.name) == (2, "rows.tsv")
     assert [source.row_name(row) for row in (0, 1)] == ["rows.tsv:2", "rows.tsv:3"]
@@ -63,7 +63,7 @@ def test_columns_are_found_by_name_in_any_order(folder):
     assert example.turns[0].content == (None, "Read.")
 
 
-def test_pictures_lie_under_the_root(folder, tmp_path_factory):
+def test_images_lie_under_the_root(folder, tmp_path_factory):
     path = write(tmp_path_factory.mktemp("other"), "image\ttext\nb.png\tx\n")
     with pytest.raises(BadRow, match=r"rows.tsv:2: image file 'b.png' is not under"):
         open_source(str(path))[0]
@@ -74,7 +74,7 @@ def test_pictures_lie_under_the_root(folder, tmp_path_factory):
 @pytest.mark.parametrize(
     ("row", "found"),
     [
-        ("a.png", r"expected 2 fields parted by tabs \(image, text\), found 1: 'a.png'"),
+        ("a.png", r"expected 2 fields separated by tabs \(image, text\), found 1: 'a.png'"),
         ("a.png  x", "found 1: 'a.png  x'"),
         ("a.png\tx\ty", "found 3: 'a.png⇥x⇥y'"),
         ("a.png\t ", "expected a text in the column text, found none"),
@@ -97,7 +97,7 @@ def test_row_that_cannot_be_used_is_named_with_what_was_found(folder, row, found
     ("text", "found"),
     [
         ("a.png\tHello\nsub/b.png\tyou\n",
-         r"a first line of columns parted by tabs, one of them image, found \['a.png', 'Hello'\]"),
+         r"columns separated by tabs, one of them image, found \['a.png', 'Hello'\]"),
         ("image\tlabel\na.png\tx\n", r"one of them caption or text, found \['image', 'label'\]"),
         ("image,text\na.png,x\n", r"one of them image, found \['image,text'\]"),
         ("image\timage\ttext\na.png\ta.png\tx\n", "expected one column image, found 2"),

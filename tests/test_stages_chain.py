@@ -1,9 +1,7 @@
 """The three stages in a row, by settings alone, for any pairing of image encoder and text model."""
 
-import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,32 +9,19 @@ import torch
 
 import vlm
 from tests import tiny
-from tests.test_composed import write_parts
+from tests.folders import write_parts
+from tests.runs import stage_of, weights
 from vlm.training.run_folder import RunError
 from vlm.training.runs import decoder_only as recipe
 from vlm.training.runs import launch
 from vlm.training.runs.decoder_only_settings import training_data
 from vlm.weights import same_bits
 
+pytestmark = pytest.mark.slow
+
 SCENES = "scenes:40:seed=1:size=64x96:task=mixed"
 SHORT = dict(batch=2, steps=2, held_out="scenes:4:seed=9", held_out_rows=2, workers=0, eval_every=0,
              save_every=0, threads=1, precision="fp32")  # fmt: skip
-
-
-RECIPES = str(Path(__file__).parent.parent / "recipes")
-
-
-def stage_of(name):
-    sys.path.insert(0, RECIPES)
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(RECIPES)
-
-
-def weights(folder):
-    module = vlm.load(folder, dtype="stored").module
-    return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
 def changed_parts(before, after):
@@ -197,7 +182,7 @@ def test_modality_warmup_begins_with_text_alone():
     )  # fmt: skip
     data = training_data(settings)
     documents = [data[i].is_document for i in range(800)]
-    assert all(documents[:14])  # the expected number of rows with pictures is under a half
+    assert all(documents[:14])  # the expected number of rows with images is under a half
     assert abs(sum(documents[:400]) - (200 + 50)) <= 5  # half of the warm-up, and a quarter of it
     assert abs(sum(documents[400:]) - 100) <= 5
 

@@ -1,13 +1,12 @@
 """Drawn lines: fonts that hold what is drawn, text that is split by what it says, seeded wear."""
 
 import pickle
-from pathlib import Path
 from random import Random
 
-import matplotlib
 import numpy as np
 import pytest
 
+from tests.pages import DEJAVU
 from vlm.data.sources import BadSource, open_source
 from vlm.data.synthetic import degrade, fonts, text
 from vlm.data.synthetic.fonts import BadFont, find_fonts
@@ -23,25 +22,13 @@ from vlm.data.synthetic.pen import Hand, _middles
 from vlm.data.synthetic.text import ASCII, MARKS, BadText, Writer, split_of
 from vlm.pixels import open_image
 
-FOLDER = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
-SERIF = FOLDER.replace("Sans", "Serif")
-LATIN_ONLY = FOLDER.replace("DejaVuSans", "cmr10")
+pytestmark = pytest.mark.usefixtures("few_lines")
+SERIF = DEJAVU.replace("Sans", "Serif")
+LATIN_ONLY = DEJAVU.replace("DejaVuSans", "cmr10")
 
 
 def lines(count=20, seed=0, **options):
-    return Lines(count, seed, fonts=f"{FOLDER},{SERIF}", **options)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_lines(tmp_path_factory):
-    """Python's own documentation takes seconds to read: the tests take one module of it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        nowhere = str(Path(text.__file__).parent / "nothing")
-        patch.setattr(text.sysconfig, "get_path", lambda _: nowhere)
-        text.documentation.cache_clear()
-        yield
-    text.documentation.cache_clear()
+    return Lines(count, seed, fonts=f"{DEJAVU},{SERIF}", **options)
 
 
 def test_a_row_is_the_same_whenever_it_is_read():
@@ -52,20 +39,20 @@ def test_a_row_is_the_same_whenever_it_is_read():
     assert lines(seed=4)[0].images[0].data != first[0].images[0].data
 
 
-def test_rows_are_pictures_with_their_text():
+def test_rows_are_images_with_their_text():
     source = lines()
     for row in range(20):
         example = source[row]
-        picture = open_image(example.images[0])
+        image = open_image(example.images[0])
         assert example.answer == source.line(row).text
-        assert picture.width > 3
-        assert picture.height > 3
+        assert image.width > 3
+        assert image.height > 3
         assert example.name == f"{source.name}[{row}]"
 
 
 @pytest.mark.parametrize("kind", degrade.KINDS)
 def test_every_kind_of_wear_keeps_the_line_visible(kind):
-    font = find_fonts(FOLDER)[0]
+    font = find_fonts(DEJAVU)[0]
     for seed in range(30):
         rng = np.random.default_rng(seed)
         line = DrawnLine("Shape of things", font, degrade.draw_kind(rng, kind))
@@ -78,7 +65,7 @@ def test_every_kind_of_wear_keeps_the_line_visible(kind):
 
 @pytest.mark.parametrize("wear", degrade.WEARS)
 def test_lines_with_one_fault_differ_from_clean_ones_and_stay_visible(wear):
-    font = find_fonts(FOLDER)[0]
+    font = find_fonts(DEJAVU)[0]
     for seed in range(8):
         pixels = draw(DrawnLine("Shape of things", font, wear), np.random.default_rng(seed))
         assert pixels.std() > 5
@@ -87,7 +74,7 @@ def test_lines_with_one_fault_differ_from_clean_ones_and_stay_visible(wear):
 
 
 def test_made_up_hands_write_alike_each_time_and_differently_from_each_other():
-    families = [find_fonts(FOLDER), find_fonts(SERIF)]
+    families = [find_fonts(DEJAVU), find_fonts(SERIF)]
     text = "Shape of {3} things"
     drawn = [Hand(families, np.random.default_rng(seed)).write(text, 16) for seed in range(12)]
     again = [Hand(families, np.random.default_rng(seed)).write(text, 16) for seed in range(12)]
@@ -125,10 +112,10 @@ def test_a_share_of_lines_is_in_made_up_hands_and_the_others_stay():
         assert mixed.line(row).text == plain.line(row).text
         assert (mixed.font_of(row) == "made-up") == (row in made_up)
         if row not in made_up:
-            assert np.array_equal(mixed.picture(row), plain.picture(row))
+            assert np.array_equal(mixed.image(row), plain.image(row))
     with pytest.raises(BadSource, match="hands from 0 to 1, found 2"):
         lines(hands=2)
-    assert open_source(f"lines:3:fonts={FOLDER}:hands=1").hand_of(0)
+    assert open_source(f"lines:3:fonts={DEJAVU}:hands=1").hand_of(0)
 
 
 def test_hands_leave_joining_scripts_to_their_fonts(tmp_path):
@@ -141,12 +128,13 @@ def test_hands_leave_joining_scripts_to_their_fonts(tmp_path):
 
 
 def test_clean_lines_are_black_on_white():
-    pixels = draw(DrawnLine("H", find_fonts(FOLDER)[0], "clean"), np.random.default_rng(0))
+    pixels = draw(DrawnLine("H", find_fonts(DEJAVU)[0], "clean"), np.random.default_rng(0))
     assert pixels.max() == 255
     assert pixels.min() < 30
     assert (pixels[..., 0] == pixels[..., 2]).all()
 
 
+@pytest.mark.slow
 def test_splits_share_no_line_and_reserved_ones_are_never_drawn():
     drawn = {
         split: {lines(200, split=split).line(row).text for row in range(200)}
@@ -184,7 +172,7 @@ def test_lines_keep_to_their_alphabet_and_their_fonts(alphabet):
 
 
 def test_fonts_that_lack_letters_are_left_out():
-    source = Lines(3, fonts=f"{LATIN_ONLY},{FOLDER}", characters=ALPHABETS["greek"])
+    source = Lines(3, fonts=f"{LATIN_ONLY},{DEJAVU}", characters=ALPHABETS["greek"])
     assert {font.family for font in source.fonts} == {"dejavu-sans"}
     with pytest.raises(BadFont, match=r"holds 'AB.*lack.*cmr10"):
         Lines(3, fonts=LATIN_ONLY, characters=ALPHABETS["greek"])
@@ -239,7 +227,7 @@ def test_alphabet_is_a_name_or_what_a_file_holds(tmp_path):
     path = tmp_path / "own.txt"
     path.write_text("ba\nce\u0301")
     assert characters_of(str(path)) == " abc\xe9"
-    spec = f"lines:40:fonts={FOLDER}:alphabet={path}:text=english:made=1"
+    spec = f"lines:40:fonts={DEJAVU}:alphabet={path}:text=english:made=1"
     with pytest.raises(BadSource, match="of the letters 'abcé', found none"):
         open_source(spec)
     words = tmp_path / "words.txt"
@@ -299,7 +287,7 @@ def test_lines_are_no_longer_than_is_asked_for():
 
 
 def test_a_spec_opens_lines():
-    source = open_source(f"lines:5:seed=2:fonts={FOLDER}:kind=clean:made=1")
+    source = open_source(f"lines:5:seed=2:fonts={DEJAVU}:kind=clean:made=1")
     assert len(source) == 5
     assert source.font_of(0) == "dejavu-sans"
     assert source.hand_of(0) is False

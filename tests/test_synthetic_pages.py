@@ -55,7 +55,7 @@ def test_boxes_hold_the_ink_and_transcript_the_lines(options):
             assert np.ptp(grey[y0:y1, x0:x1]) > 200
             left[y0:y1, x0:x1] = 255
         if not any(tag in example.answer for tag in ("<heading>",)) and left.min() > 0:
-            assert (left < 128).mean() < 0.2  # a picture at most
+            assert (left < 128).mean() < 0.2  # an image at most
 
 
 def test_pages_turn_with_their_corners(options):
@@ -76,6 +76,7 @@ def test_reading_order_of_true_lines_is_found(options, columns):
         assert order(found[::-1]) == found
 
 
+@pytest.mark.slow
 def test_lines_of_pages_are_found_in_order(options):
     source = Pages(4, seed=9, kind="scan", **options)
     hit = total = 0

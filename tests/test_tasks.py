@@ -18,21 +18,21 @@ from vlm.weights import WeightsError, same_bits
 
 
 def questions():
-    """Unequal lengths: no, one and two pictures; text of several lengths."""
+    """Unequal lengths: no, one and two images; text of several lengths."""
     return [
         ([], "say something"),
-        ([tiny.picture(1)], "what?"),
-        ([tiny.picture(2), tiny.picture(3, (30, 5))], "how do these two pictures differ?"),
-        ([tiny.picture(4, (3, 40))], "?"),
+        ([tiny.image(1)], "what?"),
+        ([tiny.image(2), tiny.image(3, (30, 5))], "how do these two images differ?"),
+        ([tiny.image(4, (3, 40))], "?"),
     ]
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "gemma2"])
 def test_greedy_ids_in_a_batch_equal_one_by_one(kind):
-    """Need 13: pictures, text-only rows and lengths mixed; the same ids, logprobs to rounding."""
+    """Need 13: images, text-only rows and lengths mixed; the same ids, logprobs to rounding."""
     model = training.model(kind=kind)
     images, texts = zip(*questions())
-    prompts = ["<image>" * len(pictures) + text for pictures, text in questions()]
+    prompts = ["<image>" * len(image_list) + text for image_list, text in questions()]
     together = model.generate(images, prompts, max_new_tokens=12)
     alone = [
         model.generate([i], [p], max_new_tokens=12)[0] for i, p in zip(images, prompts, strict=True)
@@ -49,14 +49,14 @@ def test_greedy_ids_equal_the_naive_loop():
     """The slow twin: no cache, no batch, the whole stream read again for each id."""
     model = training.model()
     module, processor = model.module, model.processor
-    row = processor.encode_literal([tiny.picture(1)], "a <image> b")
+    row = processor.encode_literal([tiny.image(1)], "a <image> b")
     ids = row.ids
     for _ in range(8):
         batch = collate([row], processor.pad_id)
         vectors = module.embed(ids[None], module.encode(batch.groups), ["row"])
         logits = module.text(inputs_embeds=vectors).logits[0, -1]
         ids = torch.cat([ids, logits.argmax()[None]])
-    written = model.generate([[tiny.picture(1)]], ["a <image> b"], max_new_tokens=8)[0].ids
+    written = model.generate([[tiny.image(1)]], ["a <image> b"], max_new_tokens=8)[0].ids
     assert list(written) == ids[len(row.ids) :].tolist()[: len(written)]
 
 
@@ -73,16 +73,16 @@ def test_score_equals_the_logprobs_of_what_was_generated():
     """T20's law for greedy: re-scoring a generation gives its own total."""
     model = training.model()
     prompts = ["<image> tell", "text"]
-    images = [[tiny.picture()], []]
+    images = [[tiny.image()], []]
     options = {"max_new_tokens": 5}
-    for prompt, pictures, written in zip(
+    for prompt, image_list, written in zip(
         prompts, images, model.generate(images, prompts, **options)
     ):
-        row = model.processor.encode_literal(pictures, prompt)
+        row = model.processor.encode_literal(image_list, prompt)
         ids = torch.cat([row.ids, torch.tensor(written.ids)])
         scored = torch.zeros(len(ids), dtype=torch.bool)
         scored[len(row.ids) :] = True
-        row = type(row)(name="r", ids=ids, scored=scored, views=row.views, places=row.places)
+        row = type(row)(name="r", ids=ids, scored=scored, views=row.views, layout=row.layout)
         loss = engine.answer_losses(model.module, collate([row], model.processor.pad_id))
         assert float(-loss) == pytest.approx(sum(written.logprobs), abs=1e-3)
 
@@ -91,13 +91,13 @@ def test_score_equals_the_logprobs_of_what_was_generated():
 def test_beam_logprobs_equal_the_rescored_beam():
     """T20: a beam's log-probabilities are those of its own ids, and confidences lie in [0, 1]."""
     model = training.model()
-    prompts, images = ["<image> tell", "some text"], [[tiny.picture()], []]
+    prompts, images = ["<image> tell", "some text"], [[tiny.image()], []]
     written = model.generate(images, prompts, max_new_tokens=6, num_beams=3)
-    for prompt, pictures, found in zip(prompts, images, written):
-        row = model.processor.encode_literal(pictures, prompt)
+    for prompt, image_list, found in zip(prompts, images, written):
+        row = model.processor.encode_literal(image_list, prompt)
         ids = torch.cat([row.ids, torch.tensor(found.ids)])
         scored = torch.arange(len(ids)) >= len(row.ids)
-        row = type(row)(name="r", ids=ids, scored=scored, views=row.views, places=row.places)
+        row = type(row)(name="r", ids=ids, scored=scored, views=row.views, layout=row.layout)
         batch = collate([row], model.processor.pad_id)
         losses = token_losses(model.module(batch), batch.targets)
         assert found.logprobs == pytest.approx((-losses).tolist(), abs=1e-3)
@@ -115,8 +115,8 @@ def test_beams_as_many_as_the_vocabulary_find_the_most_probable_pair():
     """T20's other half: the best of all answers of two ids, by brute force, and its total."""
     model = training.model(kind="qwen2", vocab=260, seed=3)  # a seed at which greedy misses it
     model.stop_ids = (259,)
-    pictures, prompt = [tiny.picture(2)], "<image> tell"
-    row = model.processor.encode_literal(pictures, prompt)
+    images, prompt = [tiny.image(2)], "<image> tell"
+    row = model.processor.encode_literal(images, prompt)
     first = next_logits(model, row).log_softmax(-1)
     totals = {}
     for id in range(259):
@@ -126,10 +126,10 @@ def test_beams_as_many_as_the_vocabulary_find_the_most_probable_pair():
         totals[(id, int(second))] = float(first[id] + value)
     best = max(totals, key=totals.get)
     options = {"max_new_tokens": 2, "min_new_tokens": 2, "length_penalty": 0.0}
-    (beam,) = model.generate([pictures], [prompt], num_beams=260, **options)
+    (beam,) = model.generate([images], [prompt], num_beams=260, **options)
     assert beam.ids == best
     assert sum(beam.logprobs) == pytest.approx(totals[best], abs=1e-3)
-    (greedy,) = model.generate([pictures], [prompt], max_new_tokens=2, min_new_tokens=2)
+    (greedy,) = model.generate([images], [prompt], max_new_tokens=2, min_new_tokens=2)
     assert sum(greedy.logprobs) < sum(beam.logprobs) - 0.01
 
 
@@ -197,7 +197,7 @@ def test_score_in_a_batch_equals_one_by_one():
 def test_image_gain_pairs_every_row_with_another_rows_image():
     model = training.model()
     rows = [
-        model.processor.encode(tiny.example(f"r{i}", images=(tiny.picture(i),))) for i in range(3)
+        model.processor.encode(tiny.example(f"r{i}", images=(tiny.image(i),))) for i in range(3)
     ]
     rows.append(model.processor.encode(tiny.example("text", ("hi",))))
     right, wrong = engine.image_gain(model.module, collate(rows, 256))
@@ -205,20 +205,20 @@ def test_image_gain_pairs_every_row_with_another_rows_image():
     torch.testing.assert_close(right, plain)
     assert torch.isnan(wrong[3])
     swapped = [
-        model.processor.encode(tiny.example(f"s{i}", images=(tiny.picture((i - 1) % 3),)))
+        model.processor.encode(tiny.example(f"s{i}", images=(tiny.image((i - 1) % 3),)))
         for i in range(3)
     ]
     expected = engine.answer_losses(model.module, collate(swapped, 256))
     torch.testing.assert_close(wrong[:3], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_caption_takes_paths_bytes_pictures_and_arrays_alike(tmp_path):
+def test_caption_takes_paths_bytes_images_and_arrays_alike(tmp_path):
     model = training.model()
-    picture = tiny.picture(3, (20, 31))
-    picture.save(tmp_path / "a.png")
+    image = tiny.image(3, (20, 31))
+    image.save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
     captions = model.caption(
-        [tmp_path / "a.png", str(tmp_path / "a.png"), data, picture, np.asarray(picture)]
+        [tmp_path / "a.png", str(tmp_path / "a.png"), data, image, np.asarray(image)]
     )
     assert len(set(captions)) == 1
 
@@ -226,27 +226,27 @@ def test_caption_takes_paths_bytes_pictures_and_arrays_alike(tmp_path):
 def test_bad_arguments_name_what_was_expected(tmp_path):
     model = training.model()
     with pytest.raises(ValueError, match="there are 1 images and 2 questions"):
-        model.answer([tiny.picture()], ["a", "b"])
+        model.answer([tiny.image()], ["a", "b"])
     with pytest.raises(ValueError, match="images and questions are lists"):
         model.caption("one.png")
     with pytest.raises(BadImage, match=r"gone\.png"):
         model.caption([tmp_path / "gone.png"])
     with pytest.raises(BadRow, match="has 0 <image> marks, there are 1 images"):
-        model.generate([[tiny.picture()]], ["no mark"])
+        model.generate([[tiny.image()]], ["no mark"])
     for option in ("batch_size", "num_beams", "max_new_tokens"):
         with pytest.raises(ValueError, match=f"{option} must be at least 1, found 0"):
-            model.caption([tiny.picture()], **{option: 0})
+            model.caption([tiny.image()], **{option: 0})
     for options, message in (
         ({"seed": 1}, "seed: expected 0 or more, and do_sample=True to draw; found 1"),
         ({"seed": -1, "do_sample": True}, "seed: expected 0 or more.*found -1"),
         ({"max_length": 9}, "max_length would count the prompt's places too: give max_new_tokens"),
     ):
         with pytest.raises(ValueError, match=message):
-            model.caption([tiny.picture()], **options)
+            model.caption([tiny.image()], **options)
     with pytest.raises(ValueError, match="max_tokens must be at least 1, found -1"):
         tiny.processor(model.module, max_tokens=-1)
-    with pytest.raises(AttributeError, match="it is done by encoder-decoder models"):
-        model.ocr([tiny.picture()])
+    with pytest.raises(AttributeError, match="it is done by models of the family prefix_decoder"):
+        model.ocr([tiny.image()])
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2"])
@@ -350,6 +350,6 @@ def test_saving_needs_room(tmp_path, timm_model, monkeypatch):
         timm_model("llama").save(tmp_path / "full")
 
 
-def test_one_pixel_picture_is_captioned():
+def test_one_pixel_image_is_captioned():
     model = training.model()
     assert len(model.caption([Image.new("RGB", (1, 1))])) == 1

@@ -4,23 +4,11 @@ import transformers
 from transformers import CONFIG_MAPPING
 
 from tests import tiny
+from tests.contrastive_models import IDS, SMALL, backbone
 from vlm.text import encoders as text_encoders
-from vlm.text.encoders import TextEncoder, build_backbone
+from vlm.text.encoders import TextEncoder
 
-SMALL = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-IDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 END = 49
-
-
-def backbone(kind, seed=0, **more):
-    """A tiny random text model of any of the kinds."""
-    torch.manual_seed(seed)
-    values = dict(model_type=kind, vocab_size=300, max_position_embeddings=16, **SMALL, **IDS)
-    model = build_backbone(values | more).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0)
-    return model
 
 
 ENCODERS = {

@@ -32,7 +32,7 @@ def test_kept_tokens_are_the_computed_ones_to_the_bit(tmp_path):
     assert torch.equal(chosen(PIXELS).tokens, expected.tokens)  # afterwards it computes again
 
 
-def test_another_picture_or_other_weights_are_never_read_from_the_cache(tmp_path):
+def test_another_image_or_other_weights_are_never_read_from_the_cache(tmp_path):
     for chosen in (tokenizer(0), tokenizer(1)):
         expected = chosen(PIXELS).tokens
         with cached_tokens(chosen, tmp_path) as uses:
@@ -86,9 +86,9 @@ def test_training_with_kept_tokens_is_the_same_training(tmp_path):
     stage = dataclasses.replace(training.STAGE, steps=8)
     plain, _, expected = training.train(tmp_path / "plain", stage)
     kept, _, found = training.train(tmp_path / "kept", stage, token_cache=tmp_path / "tokens")
-    # Kept tokens were made among other pictures, and products round by how many there are.
+    # Kept tokens were made among other images, and products round by how many there are.
     for a, b in zip(expected, found, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
     for name, weight in training.weights(plain).items():
         torch.testing.assert_close(training.weights(kept)[name], weight, atol=1e-6, rtol=1e-5)
-    assert 0 < len(files(tmp_path / "tokens")) <= 10  # one of each picture, whatever the epochs
+    assert 0 < len(files(tmp_path / "tokens")) <= 10  # one of each image, whatever the epochs

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests import test_encoder_decoder, test_prefix_decoder, tiny, training
+from tests import encoder_decoders, tiny, training
 from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import collate
 from vlm.losses import token
 from vlm.losses.token import backward_state_losses, state_losses, sum_by_row, token_losses
 from vlm.training.activation_checkpointing import checkpoint_activations
-from vlm.training.master_weights import WorkingWeights
+from vlm.training.master_weights import ComputeCopies
 from vlm.training.objectives.next_token import NextToken
 from vlm.vocabulary import train_rows
 
@@ -54,9 +54,9 @@ MODULES = {
     "capped": lambda: tiny.decoder_only("gemma2"),
     "scaled": lambda: tiny.decoder_only("cohere"),
     "divided": lambda: tiny.decoder_only("granite"),
-    "prefix, capped": lambda: test_prefix_decoder.prefix_decoder("gemma2"),
-    "trocr": lambda: test_encoder_decoder.model("trocr", noise=0.1),
-    "bert": lambda: test_encoder_decoder.model("bert", noise=0.1),
+    "prefix, capped": lambda: tiny.prefix_decoder("gemma2"),
+    "trocr": lambda: encoder_decoders.model("trocr", noise=0.1),
+    "bert": lambda: encoder_decoders.model("bert", noise=0.1),
     "LoRA": lambda: with_lora(tiny.decoder_only("qwen2")),
     "rows": lambda: with_rows(tiny.decoder_only("qwen2")),
     "adaptor alone": lambda: frozen(tiny.decoder_only("gemma2"), "text", "tokenizer"),
@@ -70,7 +70,7 @@ MODULES = {
 def batch_for(module):
     """Rows of unequal lengths; their scored places are no multiple of the chunks used here."""
     if module.family == "encoder_decoder":
-        return collate(test_encoder_decoder.rows(test_encoder_decoder.processor(module), *TEXTS), 0)
+        return collate(encoder_decoders.rows(encoder_decoders.processor(module), *TEXTS), 0)
     made = tiny.processor(module, prefix=module.family == "prefix_decoder")
     rows = [tiny.example(f"r{i}", answer=text) for i, text in enumerate(TEXTS)]
     return collate([made.encode(row) for row in rows], made.pad_id)
@@ -206,7 +206,7 @@ def test_working_weights_get_the_gradients_of_the_plain_loss(kind, places, monke
     batch = batch_for(module)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
     found = []
-    working = WorkingWeights(module, torch.bfloat16)
+    working = ComputeCopies(module, torch.bfloat16)
     in_chunks(monkeypatch, places)
     for step in ("plain", "chunked"):
         with working.in_use():
@@ -366,7 +366,7 @@ def test_training_and_evaluation_go_by_chunks(kind, monkeypatch):
     head = module.logits
     monkeypatch.setattr(module, "logits", lambda states: seen.append(len(states)) or head(states))
     in_chunks(monkeypatch, 7)
-    share = NextToken(0).backward(module, [batch], 11, torch.enable_grad)
+    share = NextToken(0).backward(module, [batch], {"tokens": 11}, torch.enable_grad)
     assert share == pytest.approx(float(losses.sum()) / 11, rel=1e-6)
     assert_same((losses, gradients(module)), (losses, expected), 1e-6)
     if kind != "trocr":
@@ -376,6 +376,7 @@ def test_training_and_evaluation_go_by_chunks(kind, monkeypatch):
     assert max(seen) <= 7
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_in_chunks(tmp_path, monkeypatch):
     """T9, through `fit`, in bf16 with all weights learning and with micro-batches of two."""
     losses = []

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.test_tokenizers_transformers import tiny
+from tests.transformers_tokenizers import tiny
 from vlm.kernels import attention as products
 from vlm.kernels import encoder_attention as attention
 from vlm.tokenizers.transformers import build

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_tokenizers_transformers import tiny
 from tests.tokenizer_laws import check_laws, spec
+from tests.transformers_tokenizers import tiny
 from vlm import tokenizers
 from vlm.tokenizers import timm as timm_kind
 from vlm.tokenizers.paired import AverageNeck, PairedTokenizer
@@ -22,6 +22,7 @@ def test_kinds_name_every_file_that_builds_a_tokenizer():
     assert files - {"__init__"} == set(tokenizers.KINDS)
 
 
+@pytest.mark.slow
 def test_kinds_import_nothing_before_they_are_asked_for():
     code = (
         "import sys, vlm.tokenizers; "
@@ -33,7 +34,7 @@ def test_kinds_import_nothing_before_they_are_asked_for():
 
 
 def test_unknown_kind_raises_with_the_known_ones():
-    known = "known kinds are columns, naflex, open_clip, paired, sam_hybrid, tiles, timm"
+    known = "known kinds are columns, edge_tiles, naflex, open_clip, paired, pinpoint_tiles"
     with pytest.raises(ValueError, match=f"'vgg'; {known}"):
         tokenizers.build({"kind": "vgg"})
     with pytest.raises(ValueError, match=known):

@@ -5,7 +5,7 @@ import torch
 import transformers
 from PIL import Image
 
-from tests.tokenizer_laws import check_laws, encode, picture, spec
+from tests.tokenizer_laws import check_laws, encode, one_image, spec
 from vlm import adaptors, tokenizers
 from vlm.config import from_dict, to_dict
 from vlm.families.decoder_only.batch import Row
@@ -44,7 +44,7 @@ def tiny(pixel_spec=None, *, layer=-1, norm=True, pooled=False, **more):
     )
 
 
-@pytest.mark.parametrize("picture_hw", [(48, 80), (300, 20), (7, 9)])
+@pytest.mark.parametrize("image_hw", [(48, 80), (300, 20), (7, 9)])
 @pytest.mark.parametrize(
     "options",
     [
@@ -56,16 +56,16 @@ def tiny(pixel_spec=None, *, layer=-1, norm=True, pooled=False, **more):
         {"vision_use_head": False},
     ],
 )
-def test_naflex_tokenizer_keeps_the_laws(options, picture_hw):
-    """Traps T16 and T18: counts, parts, rebuilding and gradients, each picture in its own shape."""
-    check_laws(build(tiny(patches((64, 96)), **options)), picture_hw)
+def test_naflex_tokenizer_keeps_the_laws(options, image_hw):
+    """Traps T16 and T18: counts, parts, rebuilding and gradients, each image in its own shape."""
+    check_laws(build(tiny(patches((64, 96)), **options)), image_hw)
 
 
 @pytest.mark.parametrize("size_hw", SHAPES)
 def test_naflex_count_is_the_grid_and_never_above_the_budget(size_hw):
     """Traps T16 and T18."""
     tokenizer = build(tiny(num_hidden_layers=1))
-    (tokens,) = encode(tokenizer, picture(*size_hw))
+    (tokens,) = encode(tokenizer, one_image(*size_hw))
     h, w = tokens.grid_hw
     assert tokenizer.tokens_for(size_hw) == tokens.tokens.shape[1] == h * w <= 256
     assert tokens.valid is None
@@ -73,9 +73,9 @@ def test_naflex_count_is_the_grid_and_never_above_the_budget(size_hw):
 
 
 @pytest.mark.parametrize("size_hw", SHAPES)
-def test_naflex_view_is_the_picture_under_one_scale_and_fills_the_budget(size_hw):
+def test_naflex_view_is_the_image_under_one_scale_and_fills_the_budget(size_hw):
     """Sides are rounded up to whole patches, so each leaves a range of scales: the two must meet.
-    Only a picture that would have to grow a hundredfold stays below the budget."""
+    Only an image that would have to grow a hundredfold stays below the budget."""
     ((H, W),) = patches().view_sizes(size_hw)
     rows, columns = H // 16, W // 16
     low = max((H - 16) / size_hw[0], (W - 16) / size_hw[1])
@@ -95,7 +95,7 @@ def test_naflex_views_have_the_expected_sides():
 
 @pytest.mark.parametrize("size_hw", SHAPES)
 def test_naflex_resize_record_sends_boxes_where_the_pixels_went_and_back(size_hw):
-    """Trap T18: the whole picture becomes the whole view; a white block lies where its box says."""
+    """Trap T18: the whole image becomes the whole view; a white block lies where its box says."""
     record = patches().resize_record(size_hw)
     assert (record.output_hw,) == patches().view_sizes(size_hw)
     corners = [[0, 0, size_hw[1], size_hw[0]]]
@@ -119,9 +119,9 @@ def test_naflex_resize_record_finds_a_block():
 
 
 def test_naflex_views_of_one_size_are_encoded_together_as_alone():
-    """Pictures of many shapes become one group for each grid; no token depends on its company."""
+    """Images of many shapes become one group for each grid; no token depends on its company."""
     tokenizer = build(tiny(patches((64, 96)), pooled=True)).eval()
-    pictures = [picture(*size_hw) for size_hw in [(40, 90), (90, 40), (44, 99), (30, 30)]]
+    images = [one_image(*size_hw) for size_hw in [(40, 90), (90, 40), (44, 99), (30, 30)]]
     no_ids = torch.zeros(0, dtype=torch.int64)
     rows = [
         Row(
@@ -129,9 +129,8 @@ def test_naflex_views_of_one_size_are_encoded_together_as_alone():
             ids=no_ids,
             scored=no_ids.bool(),
             views=((tokenizer.pixel_spec(image)[0], (0, 0)),),
-            places=(),
         )
-        for image in pictures
+        for image in images
     ]
     groups = group_views(rows)
     assert [group.owner[:, 0].tolist() for group in groups] == [[0, 2], [1], [3]]
@@ -139,12 +138,12 @@ def test_naflex_views_of_one_size_are_encoded_together_as_alone():
         with torch.no_grad():
             together = tokenizer(group.pixels)
         for v, b in enumerate(group.owner[:, 0].tolist()):
-            (alone,) = encode(tokenizer, pictures[b])
+            (alone,) = encode(tokenizer, images[b])
             torch.testing.assert_close(together.tokens[v], alone.tokens[0], rtol=0, atol=1e-5)
             torch.testing.assert_close(together.pooled[v], alone.pooled[0], rtol=0, atol=1e-5)
 
 
-def test_naflex_pictures_take_places_in_a_stream_as_their_own_grids_are_large():
+def test_naflex_images_take_places_in_a_stream_as_their_own_grids_are_large():
     """Trap T16: counted before compute, and packed from groups of different lengths."""
     tokenizer = build(tiny(patches((64, 96)))).eval()
     bridge = adaptors.build(
@@ -154,10 +153,10 @@ def test_naflex_pictures_take_places_in_a_stream_as_their_own_grids_are_large():
     sizes = [(90, 40), (40, 90), (30, 30)]
     encoded = []
     for b, size_hw in enumerate(sizes):
-        (tokens,) = encode(tokenizer, picture(*size_hw))
+        (tokens,) = encode(tokenizer, one_image(*size_hw))
         encoded.append(bridge(tokens.owned_by(torch.tensor([[b, 0, 0]]))))
     packed, example = pack(encoded)
-    counts = [places(size_hw) for size_hw in sizes]
+    counts = [places(size_hw).length for size_hw in sizes]
     assert example.bincount().tolist() == counts == [tokenizer.tokens_for(hw) for hw in sizes]
     assert len(packed) == sum(counts)
     assert counts[0] == counts[1] != counts[2]
@@ -174,7 +173,7 @@ def test_naflex_tokens_follow_rows_then_columns():
     assert moved.nonzero().flatten().tolist() == [2 * 6 + 4]
 
 
-def test_naflex_with_another_fit_gives_every_picture_one_size():
+def test_naflex_with_another_fit_gives_every_image_one_size():
     """Trap T18: the tower takes any grid, so a fixed size that is not square is as good."""
     tokenizer = build(tiny(spec(64, 96), pooled=True))
     check_laws(tokenizer, (50, 30))
@@ -272,8 +271,8 @@ def test_naflex_load_reads_a_saved_folder_and_its_own_budget(whole, pooled, tmp_
     assert tokenizer.pixel_spec.max_patches == 100
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     with torch.no_grad():
-        theirs = tower(**processor(picture(40, 70), return_tensors="pt"))
-    (ours,) = encode(tokenizer, picture(40, 70))
+        theirs = tower(**processor(one_image(40, 70), return_tensors="pt"))
+    (ours,) = encode(tokenizer, one_image(40, 70))
     L = ours.tokens.shape[1]
     torch.testing.assert_close(ours.tokens, theirs.last_hidden_state[:, :L], rtol=0, atol=1e-5)
     if pooled:

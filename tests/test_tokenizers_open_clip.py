@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.tokenizer_laws import check_laws, encode, picture, spec
+from tests.tokenizer_laws import check_laws, encode, image, spec
 from vlm import tokenizers
 from vlm.tokenizers.open_clip import OpenClipConfig, build, load, resize_tower
 
@@ -44,6 +44,7 @@ def tiny(vision_cfg, size_hw=(64, 96), *, layer=-1, prefix="keep", norm=False, p
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOWERS)
 @pytest.mark.parametrize("pooled", [True, False])
 def test_open_clip_tokenizer_keeps_the_laws_on_non_square_pixels(name, pooled):
@@ -71,7 +72,7 @@ def test_open_clip_earlier_layers_keep_the_laws(name, layer):
 def test_open_clip_count_equals_output_at_published_geometries(more, size_hw, length):
     """Traps T16 and T18."""
     tokenizer = build(tiny(VIT | {"layers": 1} | more, size_hw))
-    (tokens,) = encode(tokenizer, picture(30, 50))
+    (tokens,) = encode(tokenizer, image(30, 50))
     assert tokenizer.tokens_for((30, 50)) == tokens.tokens.shape[1] == length
     assert tokens.shape.prefix == 1
 
@@ -80,7 +81,7 @@ def test_open_clip_dropped_prefix_leaves_the_kept_grid():
     """Trap T16."""
     keep, drop = (build(tiny(VIT, prefix=prefix)) for prefix in ("keep", "drop"))
     drop.load_state_dict(keep.state_dict())
-    ((kept,), (dropped,)) = (encode(tokenizer, picture(60, 90)) for tokenizer in (keep, drop))
+    ((kept,), (dropped,)) = (encode(tokenizer, image(60, 90)) for tokenizer in (keep, drop))
     assert (kept.shape.prefix, dropped.shape.prefix) == (1, 0)
     assert torch.equal(kept.tokens[:, 1:], dropped.tokens)
     assert torch.equal(kept.pooled, dropped.pooled)
@@ -116,7 +117,7 @@ def test_open_clip_config_refuses_unknown_keys():
 @pytest.mark.parametrize("size_hw", [None, (96, 64)])
 @pytest.mark.parametrize("name", ["class token", "resnet"])
 def test_open_clip_load_reads_a_saved_folder(name, size_hw, tmp_path):
-    """Trap T18: weights made for a square are resized for a non-square picture."""
+    """Trap T18: weights made for a square are resized for a non-square image."""
     vision_cfg = TOWERS[name][0]
     text_cfg = {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 1, "layers": 1}
     model_cfg = {"embed_dim": 24, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
@@ -130,9 +131,9 @@ def test_open_clip_load_reads_a_saved_folder(name, size_hw, tmp_path):
     tokenizer = load(
         f"local-dir:{tmp_path}", prefix="keep", norm=False, pooled=True, size_hw=size_hw
     )
-    (tokens,) = encode(tokenizer, picture(40, 70))
+    (tokens,) = encode(tokenizer, image(40, 70))
     if size_hw is None:
-        pixels = tokenizer.pixel_spec(picture(40, 70))[0][None]
+        pixels = tokenizer.pixel_spec(image(40, 70))[0][None]
         with torch.no_grad():
             torch.testing.assert_close(tokens.pooled, reference.encode_image(pixels))
     assert tokenizer.shapes_for((9, 9))[0].grid_hw == tokens.grid_hw

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from tests.test_tokenizers_transformers import tiny
-from tests.tokenizer_laws import check_laws, encode, picture, spec
+from tests.tokenizer_laws import check_laws, encode, one_image, spec
+from tests.transformers_tokenizers import tiny
 from vlm import tokenizers
 from vlm.image_tokens import ImageTokens
 from vlm.tokenizers.paired import AverageNeck, BilinearNeck, PairedSpec, PairedTokenizer
@@ -32,7 +32,7 @@ def test_paired_tokenizer_keeps_the_laws_on_non_square_pixels(neck, low_from):
 def test_paired_count_equals_output_at_published_geometries(high_hw, low_hw, length):
     """Traps T16 and T18."""
     tokenizer = pair(high_hw, low_hw, pooled=True)
-    (tokens,) = encode(tokenizer, picture(30, 50))
+    (tokens,) = encode(tokenizer, one_image(30, 50))
     assert tokenizer.tokens_for((30, 50)) == tokens.tokens.shape[1] == length
     assert tokens.tokens.shape[2] == tokenizer.dim == tokenizer.high.dim + tokenizer.low.dim
 
@@ -40,7 +40,7 @@ def test_paired_count_equals_output_at_published_geometries(high_hw, low_hw, len
 def test_paired_tokens_are_high_then_low_features():
     """DeepSeek-VL joins high first."""
     tokenizer = pair((64, 96), (64, 96))
-    image = picture(50, 70)
+    image = one_image(50, 70)
     (fused,) = encode(tokenizer, image)
     (high,), (low,) = encode(tokenizer.high, image), encode(tokenizer.low, image)
     assert torch.equal(fused.tokens, torch.cat([high.tokens, low.tokens], -1))
@@ -59,13 +59,13 @@ def test_necks_keep_places_of_a_coarser_grid(neck):
     torch.testing.assert_close(rows[:, 0], rows[:, 1])
 
 
-def test_paired_spec_makes_low_pixels_from_the_padded_high_picture():
-    """Trap T18: from the picture the low tower sees it stretched, from high with its bars."""
+def test_paired_spec_makes_low_pixels_from_the_padded_high_image():
+    """Trap T18: from the image the low tower sees it stretched, from high with its bars."""
     high, low = spec(64, 64, fit="pad"), spec(32, 32)
-    image = picture(64, 32).point(lambda value: 255)
-    of_picture = PairedSpec(high=high, low=low, low_from="picture")(image)[0][1]
+    image = one_image(64, 32).point(lambda value: 255)
+    of_image = PairedSpec(high=high, low=low, low_from="picture")(image)[0][1]
     of_high = PairedSpec(high=high, low=low, low_from="high")(image)[0][1]
-    assert (of_picture == 1).all()
+    assert (of_image == 1).all()
     assert (of_high[:, :, :6] == -1).all()
     assert (of_high[:, :, 12:20] == 1).all()
     assert (of_high[:, :, -6:] == -1).all()
@@ -93,7 +93,7 @@ def test_paired_tokenizer_accepts_any_finished_neck():
 
     plain = pair()
     tokenizer = PairedTokenizer(plain.high, plain.low, low_from="picture", high_neck=Double(8))
-    (tokens,) = encode(tokenizer, picture(20, 30))
+    (tokens,) = encode(tokenizer, one_image(20, 30))
     assert tokens.tokens.shape == (1, 6, 4 + plain.low.dim)
     assert "high_neck" in tokenizer.parts()
     with pytest.raises(ValueError, match=r"can name a Double; known necks are average, bilinear"):

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from tests.test_tokenizers_transformers import tiny
-from tests.tokenizer_laws import check_laws, encode, picture, spec
+from tests.tokenizer_laws import check_laws, encode, spec
+from tests.tokenizer_laws import image as one_image
+from tests.transformers_tokenizers import tiny
 from vlm.tokenizers.tiles import TilesSpec, TilesTokenizer, tile_grid
 from vlm.tokenizers.transformers import build
 
@@ -13,28 +14,28 @@ def tiled(tile_hw=(32, 48), *, max_tiles=6, thumbnail=True, model_type="siglip_v
 
 
 @pytest.mark.parametrize("thumbnail", [True, False])
-@pytest.mark.parametrize("picture_hw", [(300, 200), (90, 700), (20, 20)])
-def test_tiles_tokenizer_keeps_the_laws_on_non_square_pictures(picture_hw, thumbnail):
+@pytest.mark.parametrize("image_hw", [(300, 200), (90, 700), (20, 20)])
+def test_tiles_tokenizer_keeps_the_laws_on_non_square_images(image_hw, thumbnail):
     """Traps T16 and T18: counts, parts, rebuilding and gradients, where rows and columns differ."""
-    check_laws(tiled(thumbnail=thumbnail), picture_hw)
+    check_laws(tiled(thumbnail=thumbnail), image_hw)
 
 
 @pytest.mark.parametrize(
-    ("model_type", "tile_px", "patch_px", "picture_hw", "length"),
+    ("model_type", "tile_px", "patch_px", "image_hw", "length"),
     [
         ("siglip_vision_model", 384, 14, (800, 1200), 7 * 729),
         ("clip_vision_model", 224, 16, (250, 1300), 6 * 197),
     ],
 )
 def test_tiles_count_equals_output_at_published_geometries(
-    model_type, tile_px, patch_px, picture_hw, length
+    model_type, tile_px, patch_px, image_hw, length
 ):
     """Traps T16 and T18: tiles in rows and columns, and a thumbnail."""
     more = {"image_size": tile_px, "patch_size": patch_px, "num_hidden_layers": 1}
     inner = build(tiny(model_type, (tile_px, tile_px), prefix="keep", **more))
     tokenizer = TilesTokenizer(inner, max_tiles=6, thumbnail=True)
-    given = encode(tokenizer, picture(*picture_hw))
-    assert tokenizer.tokens_for(picture_hw) == sum(t.tokens.shape[1] for t in given) == length
+    given = encode(tokenizer, one_image(*image_hw))
+    assert tokenizer.tokens_for(image_hw) == sum(t.tokens.shape[1] for t in given) == length
 
 
 @pytest.mark.parametrize(
@@ -59,10 +60,10 @@ def test_tile_grid_counts_the_aspect_of_the_tile():
     assert tile_grid((800, 800), (200, 400), 2) == (2, 1)
 
 
-def test_tiles_join_to_the_resized_picture_row_by_row():
+def test_tiles_join_to_the_resized_image_row_by_row():
     """Trap T18."""
     tiles = TilesSpec(tile=spec(32, 48), max_tiles=6, thumbnail=True)
-    image = picture(64, 144)
+    image = one_image(64, 144)
     views = tiles(image)
     assert tiles.layout((64, 144)) == (2, 3)
     assert len(views) == len(tiles.view_sizes((64, 144))) == 7
@@ -73,12 +74,12 @@ def test_tiles_join_to_the_resized_picture_row_by_row():
 
 def test_tiles_of_one_tile_have_no_thumbnail():
     tiles = TilesSpec(tile=spec(32, 48), max_tiles=6, thumbnail=True)
-    assert len(tiles(picture(16, 24))) == len(tiles.view_sizes((16, 24))) == 1
+    assert len(tiles(one_image(16, 24))) == len(tiles.view_sizes((16, 24))) == 1
 
 
 def test_tiles_do_not_see_each_other():
     tokenizer = tiled()
-    views = torch.stack(tokenizer.pixel_spec(picture(64, 144)))
+    views = torch.stack(tokenizer.pixel_spec(one_image(64, 144)))
     with torch.no_grad():
         together = tokenizer.eval()(views).tokens
         alone = tokenizer(views[2:3]).tokens
@@ -86,7 +87,7 @@ def test_tiles_do_not_see_each_other():
 
 
 def test_tiles_refuse_a_preprocessing_that_crops():
-    with pytest.raises(ValueError, match="shows the whole picture"):
+    with pytest.raises(ValueError, match="shows the whole image"):
         TilesSpec(tile=spec(32, 48, fit="crop"), max_tiles=2, thumbnail=True)
 
 

@@ -2,7 +2,7 @@ import pytest
 import timm
 import torch
 
-from tests.tokenizer_laws import check_laws, encode, picture, spec
+from tests.tokenizer_laws import check_laws, encode, image, spec
 from vlm import tokenizers
 from vlm.tokenizers.timm import TimmConfig, build, load
 
@@ -33,6 +33,10 @@ BACKBONES = {
 }
 
 
+SLOW = ("resnet18", "mobilenetv3_small_050", "pvt_v2_b0", "levit_128s", "swinv2_tiny_window8_256")
+EACH = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in BACKBONES]
+
+
 def tiny(name, *, level=-1, prefix="keep", norm=True, pooled=False):
     arguments, size_hw, _, _ = BACKBONES[name]
     return TimmConfig(
@@ -46,7 +50,7 @@ def tiny(name, *, level=-1, prefix="keep", norm=True, pooled=False):
     )
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("pooled", [True, False])
 def test_timm_tokenizer_keeps_the_laws_on_non_square_pixels(name, pooled):
     """Traps T16 and T18: counts, parts, rebuilding and gradients, where rows and columns differ."""
@@ -56,7 +60,7 @@ def test_timm_tokenizer_keeps_the_laws_on_non_square_pixels(name, pooled):
     assert (shape.prefix, shape.grid_hw) == BACKBONES[name][2:]
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("level", [-1, -2, 0])
 def test_timm_levels_keep_the_laws(name, level):
     """Traps T16 and T18, and blocks or stages after the level are gone."""
@@ -87,7 +91,7 @@ def test_timm_count_equals_output_at_published_geometries(name, arguments, size_
         pixel_spec=spec(*size_hw),
     )
     tokenizer = build(config)
-    (tokens,) = encode(tokenizer, picture(30, 50))
+    (tokens,) = encode(tokenizer, image(30, 50))
     assert tokenizer.tokens_for((30, 50)) == tokens.tokens.shape[1] == length
 
 
@@ -117,7 +121,7 @@ def test_timm_dropped_prefix_leaves_the_kept_grid(name, norm):
     """Trap T16."""
     keep, drop = (build(tiny(name, norm=norm, prefix=prefix)) for prefix in ("keep", "drop"))
     drop.load_state_dict(keep.state_dict())
-    ((kept,), (dropped,)) = (encode(tokenizer, picture(60, 90)) for tokenizer in (keep, drop))
+    ((kept,), (dropped,)) = (encode(tokenizer, image(60, 90)) for tokenizer in (keep, drop))
     assert kept.shape.prefix == BACKBONES[name][2]
     assert dropped.shape.prefix == 0
     assert torch.equal(kept.tokens[:, kept.shape.prefix :], dropped.tokens)
@@ -127,7 +131,7 @@ def test_timm_dropped_prefix_leaves_the_kept_grid(name, norm):
 def test_timm_map_becomes_rows_then_columns(name):
     """Trap T18: tokens are the cells of timm's channels-first map, row by row, in either layout."""
     tokenizer = build(tiny(name)).eval()
-    (pixels,) = tokenizer.pixel_spec(picture(50, 90))
+    (pixels,) = tokenizer.pixel_spec(image(50, 90))
     with torch.no_grad():
         tokens = tokenizer(pixels[None])
         (cells,) = tokenizer.backbone.forward_intermediates(
@@ -179,8 +183,8 @@ def test_timm_load_reads_a_saved_folder(size_hw, tmp_path):
     tokenizer = load(f"local-dir:{tmp_path}", prefix="keep", pooled=True, size_hw=size_hw)
     if size_hw:
         reference.set_input_size(size_hw)
-    (tokens,) = encode(tokenizer, picture(40, 70))
-    pixels = tokenizer.pixel_spec(picture(40, 70))[0][None]
+    (tokens,) = encode(tokenizer, image(40, 70))
+    pixels = tokenizer.pixel_spec(image(40, 70))[0][None]
     with torch.no_grad():
         torch.testing.assert_close(tokens.tokens, reference.forward_features(pixels))
         torch.testing.assert_close(tokens.pooled, reference(pixels))

@@ -2,19 +2,11 @@ import pytest
 import torch
 import transformers
 
-from tests.tokenizer_laws import check_laws, encode, picture, spec
+from tests.tokenizer_laws import check_laws, encode, image
+from tests.transformers_tokenizers import SAM, TINY, tiny
 from vlm import tokenizers
-from vlm.tokenizers.transformers import TransformersConfig, build, load
+from vlm.tokenizers.transformers import build, load
 
-TINY = {
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "image_size": 64,
-    "patch_size": 16,
-}
-SAM = {"output_channels": 8, "window_size": 3, "global_attn_indexes": [1], "mlp_dim": 32}
 PREFIX = {
     "siglip_vision_model": 0,
     "clip_vision_model": 1,
@@ -25,20 +17,6 @@ PREFIX = {
     "dinov2_with_registers": 5,
     "sam_vision_model": 0,
 }
-
-
-def tiny(model_type, size_hw=(64, 64), *, layer=-1, prefix="drop", norm=True, pooled=False, **more):
-    vision_config = TINY | {"model_type": model_type} | more
-    if model_type == "sam_vision_model":
-        vision_config = vision_config | SAM
-    return TransformersConfig(
-        vision_config=vision_config,
-        layer=layer,
-        prefix=prefix,
-        norm=norm,
-        pooled=pooled,
-        pixel_spec=spec(*size_hw),
-    )
 
 
 @pytest.mark.parametrize("model_type", PREFIX)
@@ -74,7 +52,7 @@ def test_transformers_count_equals_output_at_published_geometries(
     """Traps T16 (towers with and without a class token) and T18 (non-square)."""
     more = {"image_size": image_px, "patch_size": patch_px, "num_hidden_layers": 1}
     tokenizer = build(tiny(model_type, size_hw, prefix="keep", **more))
-    (tokens,) = encode(tokenizer, picture(30, 50))
+    (tokens,) = encode(tokenizer, image(30, 50))
     assert tokenizer.tokens_for((30, 50)) == tokens.tokens.shape[1] == length
     assert tokens.shape.prefix == PREFIX[model_type]
 
@@ -85,7 +63,7 @@ def test_transformers_dropped_prefix_leaves_the_kept_grid(model_type):
     keep = build(tiny(model_type, (64, 96), prefix="keep"))
     drop = build(tiny(model_type, (64, 96), prefix="drop"))
     drop.load_state_dict(keep.state_dict())
-    ((kept,), (dropped,)) = (encode(tokenizer, picture(60, 90)) for tokenizer in (keep, drop))
+    ((kept,), (dropped,)) = (encode(tokenizer, image(60, 90)) for tokenizer in (keep, drop))
     assert kept.shape.prefix == PREFIX[model_type]
     assert dropped.shape.prefix == 0
     assert dropped.grid_hw == (4, 6)
@@ -113,6 +91,9 @@ def test_transformers_tokens_follow_rows_then_columns(model_type):
         ({"prefix": "auto"}, "prefix must be 'drop' or 'keep', found 'auto'"),
         ({"model_type": "swin"}, "'swin' is not one of siglip_vision_model"),
         ({"model_type": "sam_vision_model", "pooled": True}, "which has no pooling"),
+        ({"model_type": "cvt", "depth": [1, 2, 3], "layer": 0}, "nothing before its first stage"),
+        ({"model_type": "cvt", "depth": [1, 2, 3], "layer": 4}, "an encoder with 3 blocks"),
+        ({"model_type": "timesformer", "pooled": True}, "which has no pooling"),
     ],
 )
 def test_transformers_config_raises_when_the_encoder_cannot(change, words):
@@ -133,10 +114,10 @@ def test_transformers_load_reads_a_saved_folder(model_type, tmp_path):
     reference, processor = saved(model_type, tmp_path)
     pooled = model_type != "sam"
     tokenizer = load(str(tmp_path), prefix="keep", norm=model_type != "clip", pooled=pooled)
-    inputs = processor(picture(40, 70), return_tensors="pt")
+    inputs = processor(image(40, 70), return_tensors="pt")
     with torch.no_grad():
         output = reference(**inputs)
-    (tokens,) = encode(tokenizer, picture(40, 70))
+    (tokens,) = encode(tokenizer, image(40, 70))
     expected = output.last_hidden_state
     if model_type == "sam":
         expected = expected.flatten(2).transpose(1, 2)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from tests import test_encoder_decoder as law
-from tests.tiny import picture
+from tests import encoder_decoders as law
+from tests.tiny import image
 from vlm.families.decoder_only.batch import collate
 from vlm.families.encoder_decoder import cached_decoder as stepper
 from vlm.families.encoder_decoder import generate as transcribe
@@ -12,10 +12,9 @@ START, PAD = [257], 256
 
 
 def groups_of(module, sizes=((8, 12), (8, 40), (8, 12), (16, 8))):
-    """Pictures whose memories differ in length."""
+    """Images whose memories differ in length."""
     made = [
-        law.wide(module, size).encode_picture(picture(i), name=f"p{i}")
-        for i, size in enumerate(sizes)
+        law.wide(module, size).encode_image(image(i), name=f"p{i}") for i, size in enumerate(sizes)
     ]
     return collate(made, PAD).groups
 
@@ -162,9 +161,9 @@ def test_greedy_refuses_what_cannot_be():
     transcribe.greedy(module, groups, START, [258], PAD, 64)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, found 0"):
         transcribe.greedy(module, groups, START, [258], PAD, 0)
-    with pytest.raises(ValueError, match="there are 1 prompts and pictures of 4 examples"):
+    with pytest.raises(ValueError, match="there are 1 prompts and images of 4 examples"):
         transcribe.greedy(module, groups, START, [258], PAD, 4, prompts=[[257]])
     with pytest.raises(ValueError, match="at least one id to begin with"):
         transcribe.greedy(module, groups, [], [258], PAD, 4)
-    with pytest.raises(ValueError, match="expected the views of at least one picture"):
+    with pytest.raises(ValueError, match="expected the views of at least one image"):
         transcribe.greedy(module, (), START, [258], PAD, 4)

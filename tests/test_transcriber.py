@@ -4,16 +4,16 @@ import pytest
 import torch
 import transformers
 
-from tests import test_encoder_decoder as law
+from tests import encoder_decoders as law
 from tests import tiny
-from tests.tiny import picture
+from tests.tiny import image
 from vlm import systems
 from vlm.data.example import caption_example
 from vlm.families.decoder_only.batch import collate
 from vlm.families.encoder_decoder import generate as transcribe
-from vlm.families.encoder_decoder import layout as transcriber
-from vlm.families.encoder_decoder.layout import DecoderSizes, build
 from vlm.losses.token import token_losses
+from vlm.systems.compose_encoder_decoder import DecoderSizes, build
+from vlm.vocabulary import ids_of
 
 SIZES = DecoderSizes(width=32, depth=2, heads=4, mlp_width=48, length=40)
 VIT = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
@@ -57,7 +57,7 @@ def bert_folder(folder, head=True, **more):
 
 def batch_of(model, texts=("ab", "a longer one")):
     rows = [
-        model.processor.encode(caption_example(f"r{i}", picture(i), text, ""))
+        model.processor.encode(caption_example(f"r{i}", image(i), text, ""))
         for i, text in enumerate(texts)
     ]
     return collate(rows, model.processor.pad_id)
@@ -65,7 +65,7 @@ def batch_of(model, texts=("ab", "a longer one")):
 
 def write(model, new=12):
     processor = model.processor
-    groups = collate([processor.encode_picture(picture(i)) for i in range(3)], 0).groups
+    groups = collate([processor.encode_image(image(i)) for i in range(3)], 0).groups
     return transcribe.greedy(
         model.module, groups, processor.start_ids, model.end_ids, processor.pad_id, new
     )
@@ -175,11 +175,11 @@ def test_native_folder_of_another_version_or_with_unknown_keys_is_refused(vision
 def test_ids_of_a_tokenizer_are_its_own():
     """T8: bos and eos, or BERT's cls and sep; without a start, the end."""
     tokenizer = text_tokenizer()
-    assert transcriber.ids_of(tokenizer) == (259, 258, 256)
+    assert ids_of(tokenizer) == (259, 258, 256)
     tokenizer.bos_token = None
-    assert transcriber.ids_of(tokenizer) == (258, 258, 256)
+    assert ids_of(tokenizer) == (258, 258, 256)
     tokenizer.pad_token = None
-    assert transcriber.ids_of(tokenizer) == (258, 258, 258)
+    assert ids_of(tokenizer) == (258, 258, 258)
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="expected an eos or sep token"):
-        transcriber.ids_of(tokenizer)
+        ids_of(tokenizer)

@@ -146,7 +146,7 @@ def stage(*rates, **more):
 def test_parted_rows_give_the_same_outputs_and_generated_ids(kind):
     chosen = training.model(kind=kind)
     batch = towers.batch_for(chosen.module)
-    asked = [[tiny.picture()]], ["<image> what?"]
+    asked = [[tiny.image()]], ["<image> what?"]
     logits, written = chosen.module(batch), chosen.generate(*asked, max_new_tokens=6)
     vocabulary.train_rows(chosen.module.text, NEW)
     torch.testing.assert_close(chosen.module(batch), logits, atol=1e-5, rtol=1e-6)
@@ -156,16 +156,16 @@ def test_parted_rows_give_the_same_outputs_and_generated_ids(kind):
 @pytest.mark.parametrize("rows", [NEW, [70, 3, 258, 299]], ids=["together", "apart"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_of_parted_rows_is_that_of_the_whole_table(kind, rows):
-    whole, parted = tiny.decoder_only(kind), tiny.decoder_only(kind)
-    vocabulary.train_rows(parted.text, rows)
-    assert not parted.text.get_input_embeddings().old.requires_grad
+    whole, sharded = tiny.decoder_only(kind), tiny.decoder_only(kind)
+    vocabulary.train_rows(sharded.text, rows)
+    assert not sharded.text.get_input_embeddings().old.requires_grad
     batch = towers.batch_for(whole)
-    for module in (whole, parted):
+    for module in (whole, sharded):
         towers.loss_of(module, batch).backward()
     for get in ("get_input_embeddings", "get_output_embeddings"):
         expected = getattr(whole.text, get)().weight.grad[sorted(rows)]
         assert float(expected.abs().sum()) > 0
-        found = getattr(parted.text, get)().new.grad
+        found = getattr(sharded.text, get)().new.grad
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -195,6 +195,7 @@ def test_optimizer_holds_the_new_rows_alone(kind, tables):
     assert [tuple(p.shape) for p in held] == [(len(NEW), 32)] * tables
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_new_rows_train_beside_lora_and_reload_as_ordinary_weights(tmp_path, kind):
     chosen = towers.model(towers.composed(towers.timm_vit(), kind=kind))
@@ -223,18 +224,19 @@ def test_new_rows_train_beside_lora_and_reload_as_ordinary_weights(tmp_path, kin
             assert again.processor.text_tokenizer.convert_tokens_to_ids(token) == id
 
 
+@pytest.mark.slow
 def test_a_run_over_new_rows_resumes_to_the_same_rows(tmp_path):
-    def parted():
+    def sharded():
         chosen = training.model()
         vocabulary.train_rows(chosen.module.text, NEW)
         return chosen
 
-    whole, _, _ = training.train(tmp_path / "whole", stage(*RATES), chosen=parted())
-    training.train(tmp_path / "cut", stage(*RATES), chosen=parted(), save_every=2)
+    whole, _, _ = training.train(tmp_path / "whole", stage(*RATES), chosen=sharded())
+    training.train(tmp_path / "cut", stage(*RATES), chosen=sharded(), save_every=2)
     newest = tmp_path / "cut/checkpoints/step_00000004"
     newest.rename(tmp_path / "taken_away")
     resumed, progress, _ = training.train(
-        tmp_path / "cut", stage(*RATES), chosen=parted(), resume=True
+        tmp_path / "cut", stage(*RATES), chosen=sharded(), resume=True
     )
     assert progress.step == 4
     assert same_bits(training.weights(resumed), training.weights(whole))

@@ -11,13 +11,13 @@ from torch import nn
 
 import vlm
 from tests.reference.tiny_open_clip import CLIP, changed
-from tests.tiny import picture
+from tests.tiny import image as one_image
 from vlm.found_weights import WeightsError, read_file, without_prefix
 from vlm.systems import pretrained
 
 NAME = "tiny-clip-for-files"
 CFG = changed(CLIP, text={"vocab_size": 49408})
-PICTURES = [picture(0, (71, 40)), picture(1, (33, 90))]
+IMAGES = [one_image(0, (71, 40)), one_image(1, (33, 90))]
 TEXTS = ["a photo of a CAT", "two dogs"]
 
 
@@ -54,13 +54,13 @@ def trained(model, **more):
 
 
 def check_same(ours, theirs):
-    """One picture's and one text's vectors of ours are those of the tool's own model."""
+    """One image's and one text's vectors of ours are those of the tool's own model."""
     model, transform = theirs
     tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=12)
     with torch.no_grad():
-        images = model.encode_image(torch.stack([transform(p) for p in PICTURES]), normalize=True)
+        images = model.encode_image(torch.stack([transform(p) for p in IMAGES]), normalize=True)
         texts = model.encode_text(tokenizer(TEXTS), normalize=True)
-    assert torch.allclose(ours.embed_images(PICTURES), images, atol=1e-4)
+    assert torch.allclose(ours.embed_images(IMAGES), images, atol=1e-4)
     assert torch.allclose(ours.embed_texts(TEXTS), texts, atol=1e-4)
     assert (images[0] - images[1]).abs().max() > 1e-2  # else nothing is told
 
@@ -149,16 +149,16 @@ def test_lightnings_checkpoint_opens_without_its_prefix(theirs, tmp_path, parame
         with pytest.raises(WeightsError, match=r"objects \(argparse.Namespace\).*torch.save"):
             vlm.load(path)
         return
-    with pytest.warns(UserWarning, match=r"without the prefix 'net.'; 2 others left out.*metric"):
+    with pytest.warns(UserWarning, match=r"without the prefix 'net.'; 2 others skipped.*metric"):
         check_same(vlm.load(path), theirs)
 
 
 @pytest.mark.parametrize("prefix", ["model.", "module.", "base_model.model.", "clip."])
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_folder_of_transformers_opens_with_a_prefix(tmp_path, prefix, suffix):
-    from tests.reference import test_clip
+    from tests.reference import tiny_clip
 
-    test_clip.write_folder(tmp_path)
+    tiny_clip.write_folder(tmp_path)
     before = vlm.load(tmp_path)
     weights = tmp_path / "model.safetensors"
     state = {f"{prefix}{key}": t for key, t in load_file(weights).items()}
@@ -168,7 +168,7 @@ def test_folder_of_transformers_opens_with_a_prefix(tmp_path, prefix, suffix):
     for source in (tmp_path, path):
         with pytest.warns(UserWarning, match=f"without the prefix '{prefix}'"):
             model = vlm.load(source)
-        assert torch.equal(model.embed_images(PICTURES), before.embed_images(PICTURES))
+        assert torch.equal(model.embed_images(IMAGES), before.embed_images(IMAGES))
     torch.save({}, tmp_path / "another.pt")
     if suffix == ".safetensors":  # which is read whatever lies beside it
         return
@@ -269,5 +269,5 @@ def test_prefix_is_ambiguous_where_two_models_lie_in_a_file():
     with pytest.raises(WeightsError, match=r"2 models.*state=student or \?state=teacher"):
         without_prefix(state, "ab".__contains__, "x.pt")
     state = {f"{who}{key}": torch.ones(1) for who in ("net.", "ema.") for key in "ab"}
-    with pytest.warns(UserWarning, match="without the prefix 'net.'; 2 others left out"):
+    with pytest.warns(UserWarning, match="without the prefix 'net.'; 2 others skipped"):
         assert set(without_prefix(state, "ab".__contains__, "x.pt")) == {"a", "b"}

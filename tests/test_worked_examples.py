@@ -36,7 +36,7 @@ def test_page_has_the_four_examples_each_with_a_test():
 
 @pytest.fixture
 def added(tmp_path, monkeypatch):
-    """All examples, carried out in a folder whose packages lie behind ours."""
+    """All examples, carried out in a folder whose packages lie after ours."""
     folder = tmp_path / "checkout"
     blocks = [block for example in EXAMPLES.values() for block in example]
     files = {path: code for path, code in blocks if " " not in path}

@@ -7,20 +7,21 @@ import pytest
 import torch
 
 import vlm
-from tests import test_line_reader, tiny
-from tests.reference import test_donut, test_trocr
+from tests import line_readers, tiny
+from tests.reference import tiny_donut, tiny_trocr
 from vlm import cli
 from vlm.families.encoder_decoder.model import EncoderDecoderModel
 from vlm.metrics.calibration import Temperatures
 from vlm.ocr import tagged_text
+from vlm.pixels import BadImage
 from vlm.systems import donut
 from vlm.text.generation import Generation
 
-PICTURES = [tiny.picture(i, (12, 71)) for i in range(8)]
+IMAGES = [tiny.image(i, (12, 71)) for i in range(8)]
 
 
 def written_folder(folder, kind):
-    write = {"donut": test_donut, "trocr": test_trocr}[kind].write_folder
+    write = {"donut": tiny_donut, "trocr": tiny_trocr}[kind].write_folder
     return write(folder)
 
 
@@ -41,21 +42,21 @@ def load(folder):
 def test_fitted_temperatures_change_confidences_and_no_text(lines):
     """T20."""
     model = load(lines)
-    before = model.read_lines(PICTURES)
+    before = model.read_lines(IMAGES)
     for read in before:  # 1 leaves the model's own
         assert 0 <= read.confidence <= math.prod(t.confidence for t in read.tokens) + 1e-6
     truths = [read.text if i % 4 == 0 else "a truth" for i, read in enumerate(before)]
-    fitted = model.fit_temperatures(PICTURES, truths)
+    fitted = model.fit_temperatures(IMAGES, truths)
     assert fitted == model.temperatures
     assert fitted.line != 1 != fitted.token
-    after = model.read_lines(PICTURES)
+    after = model.read_lines(IMAGES)
     assert [read.text for read in after] == [read.text for read in before]
     assert [read.confidence for read in after] != [read.confidence for read in before]
-    assert model.fit_temperatures(PICTURES, truths) == fitted  # from the model's own anew
+    assert model.fit_temperatures(IMAGES, truths) == fitted  # from the model's own anew
     rank = [sorted(range(8), key=lambda i: reads[i].confidence) for reads in (before, after)]
     assert rank[0] == rank[1]
     for beams in (1, 2):
-        for read in model.read_lines(PICTURES[:2], num_beams=beams):
+        for read in model.read_lines(IMAGES[:2], num_beams=beams):
             assert 0 <= read.confidence <= 1
             assert all(0 <= token.confidence <= 1 for token in read.tokens)
 
@@ -66,13 +67,13 @@ def test_temperatures_are_kept_in_our_own_layout_alone(lines, tmp_path):
     model.save(tmp_path / "native")
     again = load(tmp_path / "native")
     assert again.temperatures == model.temperatures
-    assert again.read_lines(PICTURES[:2]) == model.read_lines(PICTURES[:2])
+    assert again.read_lines(IMAGES[:2]) == model.read_lines(IMAGES[:2])
     again.save(tmp_path / "reference", "reference")
     names = {path.name for path in lines.iterdir()}
     assert {path.name for path in (tmp_path / "reference").iterdir()} == names
     for path in (tmp_path / "reference").glob("*.json"):
         assert json.loads(path.read_text()) == json.loads((lines / path.name).read_text())
-    assert load(tmp_path / "reference").parts.temperatures == Temperatures()
+    assert load(tmp_path / "reference").temperatures == Temperatures()
 
 
 def test_options_that_reading_does_not_have_are_named(lines):
@@ -81,12 +82,12 @@ def test_options_that_reading_does_not_have_are_named(lines):
         with pytest.raises(
             ValueError, match=r"\(layout, .*such as max_new_tokens\), found beams, colour"
         ):
-            read(PICTURES[:1], beams=2, colour="red")
+            read(IMAGES[:1], beams=2, colour="red")
     with pytest.raises(ValueError, match="prompt: expected None, as this model reads lines"):
-        model.ocr(PICTURES[:1], prompt="<s>")
-    reader = test_line_reader.parts()
-    with pytest.raises(ValueError, match=r"min_confidence\), found max_new_tokens"):
-        reader.ocr(PICTURES[:1], max_new_tokens=3)
+        model.ocr(IMAGES[:1], prompt="<s>")
+    reader = line_readers.parts()
+    with pytest.raises(ValueError, match=r"min_confidence, stream\), found max_new_tokens"):
+        reader.ocr(IMAGES[:1], max_new_tokens=3)
 
 
 @pytest.mark.parametrize("name", ["caption", "chat"])
@@ -115,7 +116,7 @@ def test_a_page_model_is_shown_the_page_and_answers_with_values(pages, monkeypat
     model = load(pages)
     assert (model.reads, model.prompt) == ("pages", donut.PROMPTS["cord"])
     asked = says(model, CORD, monkeypatch)
-    readings = model.ocr(PICTURES[:3], batch_size=2, num_beams=3, max_new_tokens=30)
+    readings = model.ocr(IMAGES[:3], batch_size=2, num_beams=3, max_new_tokens=30)
     assert asked == [(2, 3, {"max_new_tokens": 30}), (1, 3, {"max_new_tokens": 30})]
     first = readings[0]
     assert first.values == {"menu": [{"nm": "green tea"}, {"nm": "pie"}], "sum": "yes"}
@@ -127,17 +128,41 @@ def test_a_page_model_is_shown_the_page_and_answers_with_values(pages, monkeypat
     assert yes.confidence == pytest.approx(0.9**2)
     assert [word.text for word in tea.words] == ["green", "tea"]
     assert tea.words[0].confidence == pytest.approx(0.9**5)
-    assert readings == model.ocr(PICTURES[:3], layout="page")
-    with pytest.warns(UserWarning, match="picture 1: 1 lines of a confidence below 0.6 left out"):
-        (unsure,) = model.ocr(PICTURES[:1], min_confidence=0.6)
+    assert readings == model.ocr(IMAGES[:3], layout="page")
+    with pytest.warns(UserWarning, match="image 1: 1 lines of a confidence below 0.6 skipped"):
+        (unsure,) = model.ocr(IMAGES[:1], min_confidence=0.6)
     assert unsure.text == "pie\nyes"
     assert unsure.values == first.values
 
 
+def test_readings_of_pages_are_yielded_before_the_next_batch_is_opened(pages, monkeypatch):
+    model, taken = load(pages), []
+    says(model, CORD, monkeypatch)
+    images = (taken.append(number) or image for number, image in enumerate(IMAGES[:5]))
+    stream = model.ocr(images, batch_size=2, stream=True)
+    assert taken == []
+    assert [(len(taken), reading.text) for reading in stream] == [
+        (count, "green tea\npie\nyes") for count in (2, 2, 4, 4, 5)
+    ]
+
+
+def test_pages_before_a_damaged_one_are_read(pages, tmp_path, monkeypatch):
+    model = load(pages)
+    says(model, CORD, monkeypatch)
+    (tmp_path / "bad.png").write_text("no image")
+    images = [IMAGES[0], tmp_path / "bad.png", IMAGES[1]]
+    with pytest.raises(BadImage, match=r"bad\.png"):  # before anything is read
+        model.ocr(images, stream=True)
+    stream = model.ocr(iter(images), stream=True)
+    assert next(stream).values["sum"] == "yes"
+    with pytest.raises(BadImage, match=r"bad\.png"):
+        next(stream)
+
+
 def test_a_page_model_reads_by_its_own_weights(pages):
     model = load(pages)
-    (reading,) = model.ocr(PICTURES[:1], max_new_tokens=12)
-    (written,) = model.generate(PICTURES[:1], ["<s_cord-v2>"], max_new_tokens=12)
+    (reading,) = model.ocr(IMAGES[:1], max_new_tokens=12)
+    (written,) = model.generate(IMAGES[:1], ["<s_cord-v2>"], max_new_tokens=12)
     assert reading.values == tagged_text.read_json(model.processor, written.ids)
     joined = "".join(tagged_text.pieces(model.processor, written.ids))
     assert reading.text.split() == joined.split()
@@ -145,7 +170,7 @@ def test_a_page_model_reads_by_its_own_weights(pages):
 
 def test_the_command_gives_a_page_model_whole_pages(pages, tmp_path, capsys):
     path = tmp_path / "page.png"
-    PICTURES[0].save(path)
+    IMAGES[0].save(path)
     options = ["--model", str(pages), "--device", "cpu", "--dtype", "float32", "--format", "json"]
     cli.main(["ocr", str(path), *options])
     (values,) = json.loads(capsys.readouterr().out)
@@ -157,10 +182,10 @@ def test_the_command_gives_a_page_model_whole_pages(pages, tmp_path, capsys):
 def test_a_page_model_refuses_lines_and_misses_its_question(pages):
     model = load(pages)
     with pytest.raises(ValueError, match=r"layout: expected auto or page, as .* found 'line'"):
-        model.ocr(PICTURES[:1], layout="line")
+        model.ocr(IMAGES[:1], layout="line")
     model.prompt = donut.PROMPTS["answer"]
     with pytest.raises(ValueError, match=r"trained to answer questions; .*<s_docvqa>"):
-        model.ocr(PICTURES[:1])
+        model.ocr(IMAGES[:1])
 
 
 def test_an_answer_holds_the_fields_that_its_prompt_begins(pages):
@@ -195,7 +220,7 @@ def test_the_prompt_of_a_page_is_the_one_that_a_folder_was_trained_on(
     pages, start, tokens, expected
 ):
     processor = load(pages).processor
-    processor.text_tokenizer = test_trocr.text_tokenizer()
+    processor.text_tokenizer = tiny_trocr.text_tokenizer()
     processor.text_tokenizer.add_tokens(tokens)
     processor.start_ids = (processor.text_tokenizer.convert_tokens_to_ids(start),)
     found = donut.page_prompt(processor)

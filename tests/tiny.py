@@ -11,6 +11,7 @@ from vlm import adaptors
 from vlm.data.example import Example, Turn
 from vlm.families.decoder_only.module import DecoderOnly, Places
 from vlm.families.decoder_only.processor import Processor
+from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.image_tokens import ImageTokenizer, ImageTokens
 from vlm.pixels import PixelSpec
 
@@ -114,8 +115,8 @@ def processor(model, **options):
     )
 
 
-def picture(seed=0, size_hw=(9, 17)):
-    """A noisy non-square picture."""
+def image(seed=0, size_hw=(9, 17)):
+    """A noisy non-square image."""
     noise = torch.randint(
         0, 256, (*size_hw, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
     )
@@ -125,5 +126,10 @@ def picture(seed=0, size_hw=(9, 17)):
 def example(name="row", content=(None, "what?"), answer="a cat", images=None):
     """One question, with None at image places, and its answer."""
     slots = sum(part is None for part in content)
-    pictures = tuple(picture(i) for i in range(slots)) if images is None else tuple(images)
-    return Example(name, (Turn("user", tuple(content)), Turn("assistant", (answer,))), pictures)
+    image_list = tuple(image(i) for i in range(slots)) if images is None else tuple(images)
+    return Example(name, (Turn("user", tuple(content)), Turn("assistant", (answer,))), image_list)
+
+
+def prefix_decoder(kind="llama", **options):
+    made = decoder_only(kind, **options)
+    return PrefixDecoder(made.tokenizer, made.adaptor, made.text).eval()

@@ -17,26 +17,26 @@ def spec(height: int, width: int, fit: str = "stretch") -> PixelSpec:
     )
 
 
-def picture(height: int, width: int) -> Image.Image:
-    """A picture whose every pixel differs from its neighbours."""
+def one_image(height: int, width: int) -> Image.Image:
+    """An image whose every pixel differs from its neighbours."""
     values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
 
 def encode(tokenizer: ImageTokenizer, image: Image.Image) -> list[ImageTokens]:
-    """The tokens of each view of one picture, every view alone."""
+    """The tokens of each view of one image, every view alone."""
     tokenizer.eval()
     with torch.no_grad():
         views = tokenizer.pixel_spec(image)
         return [tokenizer(map_pixels(lambda view: view[None], view)) for view in views]
 
 
-def check_count_is_exact(tokenizer: ImageTokenizer, picture_hw: tuple[int, int]) -> None:
+def check_count_is_exact(tokenizer: ImageTokenizer, image_hw: tuple[int, int]) -> None:
     """Shapes and widths told before compute are those that compute gives."""
-    told = tokenizer.shapes_for(picture_hw)
-    given = encode(tokenizer, picture(*picture_hw))
+    told = tokenizer.shapes_for(image_hw)
+    given = encode(tokenizer, one_image(*image_hw))
     assert told == tuple(tokens.shape for tokens in given)
-    assert tokenizer.tokens_for(picture_hw) == sum(tokens.tokens.shape[1] for tokens in given)
+    assert tokenizer.tokens_for(image_hw) == sum(tokens.tokens.shape[1] for tokens in given)
     assert {tokens.tokens.shape[2] for tokens in given} == {tokenizer.dim}
     for tokens in given:
         assert (tokens.pooled is None) == (tokenizer.pooled_dim is None)
@@ -49,13 +49,13 @@ def check_parts_hold_every_parameter_once(tokenizer: ImageTokenizer) -> None:
     assert sorted(held) == sorted(id(p) for p in tokenizer.parameters())
 
 
-def check_rebuilt_is_equal(tokenizer: ImageTokenizer, picture_hw: tuple[int, int]) -> None:
+def check_rebuilt_is_equal(tokenizer: ImageTokenizer, image_hw: tuple[int, int]) -> None:
     """Configuration through JSON and weights through a strict load give the same tokens."""
     values = json.loads(json.dumps(tokenizers.config_to_dict(tokenizer)))
     rebuilt = tokenizers.build(values)
     rebuilt.load_state_dict(tokenizer.state_dict(), strict=True)
     assert tokenizers.config_to_dict(rebuilt) == values
-    image = picture(*picture_hw)
+    image = one_image(*image_hw)
     for ours, theirs in zip(encode(rebuilt, image), encode(tokenizer, image), strict=True):
         assert torch.equal(ours.tokens, theirs.tokens)
         if theirs.pooled is not None:
@@ -63,7 +63,7 @@ def check_rebuilt_is_equal(tokenizer: ImageTokenizer, picture_hw: tuple[int, int
 
 
 def check_every_parameter_gets_a_gradient(tokenizer: ImageTokenizer) -> None:
-    views = tokenizer.pixel_spec(picture(48, 80))[:1] * 2
+    views = tokenizer.pixel_spec(one_image(48, 80))[:1] * 2
     stacked = (
         torch.stack(views)
         if isinstance(views[0], torch.Tensor)
@@ -77,8 +77,8 @@ def check_every_parameter_gets_a_gradient(tokenizer: ImageTokenizer) -> None:
     assert [name for name, p in tokenizer.named_parameters() if p.grad is None] == []
 
 
-def check_laws(tokenizer: ImageTokenizer, picture_hw: tuple[int, int] = (48, 80)) -> None:
-    check_count_is_exact(tokenizer, picture_hw)
+def check_laws(tokenizer: ImageTokenizer, image_hw: tuple[int, int] = (48, 80)) -> None:
+    check_count_is_exact(tokenizer, image_hw)
     check_parts_hold_every_parameter_once(tokenizer)
-    check_rebuilt_is_equal(tokenizer, picture_hw)
+    check_rebuilt_is_equal(tokenizer, image_hw)
     check_every_parameter_gets_a_gradient(tokenizer)

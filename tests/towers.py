@@ -115,9 +115,9 @@ def model(module):
 
 
 def batch_for(module, count=2):
-    """Rows with a picture each."""
+    """Rows with an image each."""
     processor = tiny.processor(module)
-    examples = [tiny.example(f"r{i}", images=(tiny.picture(i),)) for i in range(count)]
+    examples = [tiny.example(f"r{i}", images=(tiny.image(i),)) for i in range(count)]
     return collate([processor.encode(example) for example in examples], processor.pad_id)
 
 

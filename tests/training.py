@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from tests import test_contrastive, test_encoder_decoder, test_line_reader, test_pairs, tiny
+from tests import contrastive_models, encoder_decoders, line_readers, tiny
 from vlm.data.example import caption_example
 from vlm.data.mixture import Draw, Mixture, MixtureDataset
 from vlm.data.sources import ListSource
@@ -25,8 +25,8 @@ from vlm.families.contrastive.processor import PairProcessor
 from vlm.families.decoder_only.batch import collate
 from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.line_reader.model import LineReaderModel
-from vlm.training.fit import Interrupted, Pace, fit
-from vlm.training.flop_cost import work_of
+from vlm.training.fit import Interrupted, LoopConfig, fit
+from vlm.training.flop_cost import flop_cost_of
 from vlm.training.objectives.contrastive import Contrast
 from vlm.training.objectives.ctc import Transcribe
 from vlm.training.objectives.next_token import NextToken
@@ -34,7 +34,7 @@ from vlm.training.run_folder import Run
 from vlm.training.runs.contrastive import retrieval_on
 from vlm.training.sharding import gathered, whole_on_first
 from vlm.training.stages import FROZEN, Stage
-from vlm.training.step import Step
+from vlm.training.state import TrainState
 
 STAGE = Stage(
     name="tiny",
@@ -48,9 +48,9 @@ CONTRAST = dataclasses.replace(STAGE, name="pairs", rates=(("*", 1e-3),), batch=
 
 
 def examples():
-    """Pictures and text alone, with answers of unequal lengths."""
+    """Images and text alone, with answers of unequal lengths."""
     rows = [
-        tiny.example(f"r{i}", (None, "what?"), "word " * (1 + i % 5), images=(tiny.picture(i),))
+        tiny.example(f"r{i}", (None, "what?"), "word " * (1 + i % 5), images=(tiny.image(i),))
         for i in range(10)
     ]
     rows += [tiny.example(f"t{i}", ("say it",), "long answer " * (i + 1)) for i in range(3)]
@@ -64,38 +64,37 @@ def model(**options):
 
 
 def pairs(count=11, unread=()):
-    """Pictures with captions of unequal lengths; those numbered in `unread` have an empty one."""
+    """Images with captions of unequal lengths; those numbered in `unread` have an empty one."""
     captions = ["" if i in unread else f"{i} " + "ab" * (1 + i % 4) for i in range(count)]
     return [
-        tiny.example(f"p{i}", (None, "what?"), caption, images=(tiny.picture(i),))
+        tiny.example(f"p{i}", (None, "what?"), caption, images=(tiny.image(i),))
         for i, caption in enumerate(captions)
     ]
 
 
 def encoder_decoder_model():
     """A tiny TrOCR-like model without dropout."""
-    module = test_encoder_decoder.model(dropout=0.0)
-    return SimpleNamespace(module=module, processor=test_encoder_decoder.processor(module))
+    module = encoder_decoders.model(dropout=0.0)
+    return SimpleNamespace(module=module, processor=encoder_decoders.processor(module))
 
 
 def line_model():
     """A tiny line reader."""
-    return test_line_reader.parts()
+    return line_readers.parts()
 
 
 def text_lines():
     """Lines of several widths, so that ranks differ in how many they read together."""
     texts = ["ab", "a", "cab", "b a", "c", "abc b"]
     return [
-        test_line_reader.line(text, width=(48, 96, 300)[i % 3], seed=i)
-        for i, text in enumerate(texts)
+        line_readers.line(text, width=(48, 96, 300)[i % 3], seed=i) for i, text in enumerate(texts)
     ]
 
 
-def pictures_alone():
-    """Pictures with texts of unequal lengths."""
+def images_alone():
+    """Images with texts of unequal lengths."""
     return [
-        caption_example(f"r{i}", tiny.picture(i), "word " * (1 + i % 5) + str(i), "")
+        caption_example(f"r{i}", tiny.image(i), "word " * (1 + i % 5) + str(i), "")
         for i in range(11)
     ]
 
@@ -103,9 +102,12 @@ def pictures_alone():
 def contrastive_model(loss="sigmoid", text="clip, largest", **options):
     """A tiny two-tower model for a loss; of the texts, "bert, class" has dropout."""
     bias = -10.0 if loss == "sigmoid" else None
-    module = test_contrastive.model("attention", text, bias=bias, **options)
+    module = contrastive_models.model("attention", text, bias=bias, **options)
     processor = PairProcessor(
-        test_pairs.text_tokenizer(), module.tokenizer.pixel_spec, length=12, pad_to_length=False
+        contrastive_models.text_tokenizer(),
+        module.tokenizer.pixel_spec,
+        length=12,
+        pad_to_length=False,
     )
     return ContrastiveModel(module=module, processor=processor)
 
@@ -133,17 +135,18 @@ class InOrder:
 
 
 def split_by_kind():
-    """Rows of which, in batches of 4 over 2 ranks, rank 0 has pictures and rank 1 has none."""
+    """Rows of which, in batches of 4 over 2 ranks, rank 0 has images and rank 1 has none."""
     rows = examples()
     return [*rows[0:2], *rows[10:12], *rows[2:4], rows[12], rows[10]]
 
 
 def train(out, stage=STAGE, rows=None, chosen=None, seed=0, resume=False, precision="fp32",
           on_bad_row="raise", dropout=0.0, data=None, loss=None, evaluate=None, change=(),
-          shard="no", token_cache=None, pack=None, balance=False, **pace):  # fmt: skip
+          shard="no", token_cache=None, pack=None, balance=False, objective=None,
+          **loop):  # fmt: skip
     """Trains and gives (model, progress, lines of metrics.jsonl). loss: of a contrastive model;
     None trains a decoder-only one, with rows padded or packed. balance: whether rows are dealt out
-    by their work."""
+    by their cost. objective: in place of the family's own. loop: more of `LoopConfig`."""
     if loss:
         chosen, rows = chosen or contrastive_model(loss), rows or pairs()
     chosen = chosen or model()
@@ -153,22 +156,43 @@ def train(out, stage=STAGE, rows=None, chosen=None, seed=0, resume=False, precis
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if precision == "bf16" else "no")
     deciding = {"steps": stage.steps, "batch": stage.batch, "seed": seed}
     run = Run(Path(out), deciding, deciding, main=accelerator.is_main_process, resume=resume)
-    work = work_of(chosen.module, stage.rates) if balance else None
+    cost = flop_cost_of(chosen.module, stage.rates) if balance else None
+    config = {"workers": 0, "save_every": 0, **loop}
     progress = fit(
         chosen, stage, data or dataset(rows, seed, on_bad_row), run, accelerator,
-        objective=objective_for(chosen, loss, pack, work),
-        balance=work and work.of_row,
-        precision=precision, shard=shard, token_cache=token_cache,
-        pace=Pace(**{"workers": 0, "save_every": 0, **pace}),
-        resume=resume, change=change, evaluate=evaluate,
+        objective or objective_for(chosen, loss, pack, cost),
+        LoopConfig(precision=precision, shard=shard, token_cache=token_cache, resume=resume,
+                   change=change, **config),
+        balance=cost and cost.of_row, evaluate=evaluate,
     )  # fmt: skip
     return chosen, progress, run.history()
 
 
-def objective_for(chosen, loss, pack, work=None):
+def objective_for(chosen, loss, pack, cost=None):
     if isinstance(chosen, LineReaderModel):
         return Transcribe()
-    return Contrast(loss) if loss else NextToken(chosen.processor.pad_id, pack, work)
+    return Contrast(loss) if loss else NextToken(chosen.processor.pad_id, pack, cost)
+
+
+class TwoTotals(NextToken):
+    """A toy objective of two means: of the scored tokens' losses, and of the squares of what the
+    adaptor makes of each image."""
+
+    totals = ("tokens", "images")
+
+    def count(self, batch):
+        count = super().count(batch)
+        return count._replace(totals={**count.totals, "images": count.images})
+
+    def backward(self, module, batches, totals, autocast):
+        loss = super().backward(module, batches, totals, autocast)
+        for batch in batches:
+            if batch.groups:
+                vectors, _ = module.encode(batch.groups)
+                share = vectors.pow(2).sum() / totals["images"]
+                share.backward()
+                loss += float(share.detach())
+        return loss
 
 
 @torch.no_grad()
@@ -186,7 +210,7 @@ def states_on_first(chosen):
 @contextmanager
 def keep_gradients(out):
     """Within, the first process writes each step's whole gradients to OUT/gradients_NUMBER.pt."""
-    norm_of = Step._gradient_norm
+    norm_of = TrainState.clip_gradients
 
     def norm_and_keep(self):
         norm = norm_of(self)
@@ -201,11 +225,11 @@ def keep_gradients(out):
             torch.save(found, Path(out) / f"gradients_{number}.pt")
         return norm
 
-    Step._gradient_norm = norm_and_keep
+    TrainState.clip_gradients = norm_and_keep
     try:
         yield
     finally:
-        Step._gradient_norm = norm_of
+        TrainState.clip_gradients = norm_of
 
 
 def weights(chosen):
@@ -238,9 +262,11 @@ def run_one(out, options):
         if stop and step == stop["step"] and int(os.environ.get("RANK", 0)) in stop["ranks"]:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    if options.pop("two_totals", False):
+        options["objective"] = TwoTotals(model().processor.pad_id)
     family = options.pop("family", None)
     if family == "encoder_decoder":
-        options["chosen"], data = encoder_decoder_model(), dataset(pictures_alone())
+        options["chosen"], data = encoder_decoder_model(), dataset(images_alone())
     if family == "line_reader":
         options["chosen"], data = line_model(), dataset(text_lines())
     gradients = keep_gradients(out) if options.pop("gradients", False) else nullcontext()

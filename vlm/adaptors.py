@@ -23,13 +23,14 @@ from vlm.image_tokens import ImageTokens, TokenShape
 class MLPConfig:
     """`depth` linear layers with GELU between them: 1 is one linear map, 2 is LLaVA's adaptor.
 
-    hidden_width: width between the layers; unused where depth is 1.
+    hidden_width: width between the layers; unused where depth is 1. bias: of every layer.
     """
 
     in_width: int
     out_width: int
     depth: int
     hidden_width: int
+    bias: bool = True
 
     def __post_init__(self) -> None:
         if self.depth < 1:
@@ -40,7 +41,7 @@ def _mlp(config: MLPConfig) -> nn.Sequential:
     widths = [config.in_width] + [config.hidden_width] * (config.depth - 1) + [config.out_width]
     layers: list[nn.Module] = []
     for i in range(config.depth):
-        layers += [nn.GELU()] * (i > 0) + [nn.Linear(widths[i], widths[i + 1])]
+        layers += [nn.GELU()] * (i > 0) + [nn.Linear(widths[i], widths[i + 1], config.bias)]
     return nn.Sequential(*layers)
 
 
@@ -59,6 +60,27 @@ class MLP(nn.Module):
 
     def forward(self, images: ImageTokens) -> ImageTokens:
         return images.with_tokens(self.layers(images.tokens), images.shape)
+
+
+class NewlineMLP(nn.Module):
+    """The same perceptron on every token, and before each view's tokens one that is learned, which
+    a layout puts at the end of each row of a grid (LLaVA-NeXT's `image_newline`)."""
+
+    Config = MLPConfig
+
+    def __init__(self, config: MLPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = _mlp(config)
+        self.newline = nn.Parameter(torch.randn(config.out_width) * config.out_width**-0.5)
+
+    def shape_for(self, shape: TokenShape) -> TokenShape:
+        return TokenShape(shape.length + 1, shape.grid_hw)
+
+    def forward(self, images: ImageTokens) -> ImageTokens:
+        tokens = self.layers(images.tokens)
+        newline = self.newline.to(tokens.dtype).expand(len(tokens), 1, -1)
+        return images.with_tokens(torch.cat([newline, tokens], dim=1), self.shape_for(images.shape))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,8 +163,9 @@ class PixelShuffleConfig:
     """Blocks of `ratio` x `ratio` neighbouring tokens become one token, then an MLP.
 
     norm: a LayerNorm over each block before the MLP, for backbones whose features are of any
-        scale. positions: octaves of sines and cosines of a block's place in the picture that are
+        scale. positions: octaves of sines and cosines of a block's place in the image that are
         put beside it, for backbones that do not say where a feature lies (CNNs); 0 puts none.
+    bias: of every layer of the MLP.
     """
 
     in_width: int
@@ -152,6 +175,7 @@ class PixelShuffleConfig:
     hidden_width: int
     norm: bool = False
     positions: int = 0
+    bias: bool = True
 
 
 class PixelShuffle(nn.Module):
@@ -174,6 +198,7 @@ class PixelShuffle(nn.Module):
                 out_width=config.out_width,
                 depth=config.depth,
                 hidden_width=config.hidden_width,
+                bias=config.bias,
             )
         )
 
@@ -204,8 +229,8 @@ class PixelShuffle(nn.Module):
 
 
 def grid_waves(grid_hw: tuple[int, int], octaves: int) -> Tensor:
-    """Where each cell of a grid lies in the picture: float32[h * w, 4 * octaves], sines and cosines
-    of its middle's row and column, 0 to 1 over the picture, at half a period and its octaves.
+    """Where each cell of a grid lies in the image: float32[h * w, 4 * octaves], sines and cosines
+    of its middle's row and column, 0 to 1 over the image, at half a period and its octaves.
 
     Equal places get equal waves whatever the grid, so that a trained adaptor may see other grids.
     """
@@ -261,7 +286,7 @@ class ResamplerBlock(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Any number of image tokens becomes a fixed number, whatever the picture's size.
+    """Any number of image tokens becomes a fixed number, whatever the image's size.
 
     Positions come from the image tokens themselves. Source: the perceiver resampler of Flamingo
     (arXiv 2204.14198, section 3.1) in its single-image form.
@@ -294,6 +319,7 @@ class Resampler(nn.Module):
 KINDS = {
     "identity": Identity,
     "mlp": MLP,
+    "newline_mlp": NewlineMLP,
     "split_mlp": SplitMLP,
     "pixel_shuffle": PixelShuffle,
     "resampler": Resampler,
@@ -313,3 +339,33 @@ def config_of(adaptor: nn.Module) -> dict[str, Any]:
     """The configuration of an adaptor, `kind` included: the inverse of `build`."""
     kind = next(kind for kind, cls in KINDS.items() if type(adaptor) is cls)
     return {"kind": kind, **to_dict(adaptor.config)}
+
+
+def adaptor_config(
+    kind: str, *, in_width: int, out_width: int, depth: int, ratio: int, queries: int
+) -> dict[str, Any]:
+    """The configuration of an adaptor by name, its hidden layers as wide as the language model."""
+    widths = {"in_width": in_width, "out_width": out_width}
+    deep = {"depth": depth, "hidden_width": out_width}
+    known = {
+        "linear": {"kind": "mlp", **widths, "depth": 1, "hidden_width": out_width},
+        "mlp": {"kind": "mlp", **widths, **deep},
+        "pixel_shuffle": {
+            "kind": "pixel_shuffle",
+            **widths,
+            **deep,
+            "ratio": ratio,
+            "norm": True,
+            "positions": 6,
+        },
+        "resampler": {
+            "kind": "resampler",
+            **widths,
+            "depth": depth,
+            "queries": queries,
+            "heads": max(1, out_width // 64),
+        },
+    }
+    if kind not in known:
+        raise ValueError(f"adaptor {kind!r} is not one of {', '.join(known)}")
+    return known[kind]

@@ -15,10 +15,12 @@ from vlm import assets
 from vlm.commands.check_data import CheckData
 from vlm.commands.decoding import Answer, Caption, Chat, Ground
 from vlm.commands.embedding import Classify, Embed, MakeIndex, Retrieve
+from vlm.commands.evaluation import Evaluate
 from vlm.commands.export import Export
 from vlm.commands.launch import Launch
 from vlm.commands.ocr import Ocr
 from vlm.commands.plan import MakePlan
+from vlm.compat.extras import MissingExtra
 from vlm.compat.versions import warn_untested
 
 
@@ -76,7 +78,7 @@ class InspectBatch:
     plain: bool = False
     """No colours, for files."""
     draw: Path | None = None
-    """Draw the pictures, as the model sees them, into this PNG file; with --pack the packed rows,
+    """Draw the images, as the model sees them, into this PNG file; with --pack the packed rows,
     place by place, over them."""
 
     def run(self, rest: list[str]) -> None:
@@ -119,6 +121,7 @@ COMMANDS = {
     "embed": Embed,
     "index": MakeIndex,
     "retrieve": Retrieve,
+    "eval": Evaluate,
     "export": Export,
     "check-data": CheckData,
     "inspect-batch": InspectBatch,
@@ -149,8 +152,10 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = {"args": arguments, "prog": "vlm", "description": __doc__.partition(":")[2]}
     try:
-        if arguments[:1] == ["launch"]:  # all behind it is accelerate's and the recipe's
+        if arguments[:1] == ["launch"]:  # all after it is accelerate's and the recipe's
             Launch().run(arguments[1:])
+        elif arguments[:1] == ["eval"]:  # a task's options are its own
+            Evaluate().run(arguments[1:])
         elif arguments[:1] in (["inspect-batch"], ["plan"]):  # a recipe's settings come with theirs
             if {"-h", "--help"} & set(arguments) and Path(arguments[1]).is_file():
                 recipe_help(arguments[0], Path(arguments[1]))
@@ -161,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # whoever read the output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, OSError, assets.FetchError) as error:
+    except (ValueError, OSError, MissingExtra, assets.FetchError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 

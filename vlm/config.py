@@ -16,6 +16,16 @@ def to_dict(config: Any) -> dict[str, Any]:
     return _plain(asdict(config))
 
 
+def require_least(options: object, **least: int) -> None:
+    """Raises ValueError naming a command line option that is below the least that it may be; called
+    before a model is opened. None is always allowed."""
+    for name, low in least.items():
+        value = getattr(options, name)
+        if value is not None and value < low:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} must be at least {low}, found {value}")
+
+
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     """A configuration of class `cls` from `values`, nested dataclasses included.
 

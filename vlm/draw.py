@@ -1,4 +1,4 @@
-"""What is drawn to be looked at: boxes on pictures, queries beside their hits, lines of text beside
+"""What is drawn to be looked at: boxes on images, queries beside their hits, lines of text beside
 what was read of them, confidence."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COLOURS = (
 )  # fmt: skip
 """Dark enough that white text can be read on them."""
 LEAST_PX = 480
-"""A drawing's longer side at least: smaller pictures are enlarged, so that labels can be read."""
+"""A drawing's longer side at least: smaller images are enlarged, so that labels can be read."""
 TEXT_PX = 14
 """Height of letters in a drawing whose longer side is LEAST_PX; larger ones have larger letters."""
 LEGEND = "full lines: predicted, with scores; dashed lines: true"
@@ -36,7 +36,7 @@ LINE_PX = 64
 class Hit(NamedTuple):
     """Something that a query found.
 
-    thing: a picture or a text. right: whether it should be found; None where that is not known.
+    thing: an image or a text. right: whether it should be found; None where that is not known.
     """
 
     thing: Image.Image | str
@@ -44,17 +44,17 @@ class Hit(NamedTuple):
     right: bool | None = None
 
 
-def draw_boxes(picture: Image.Image, boxes: Sequence[Box], true: Sequence[Box] = ()) -> Image.Image:
-    """A new RGB picture with boxes on it, one colour for each label.
+def draw_boxes(image: Image.Image, boxes: Sequence[Box], true: Sequence[Box] = ()) -> Image.Image:
+    """A new RGB image with boxes on it, one colour for each label.
 
-    boxes: predicted ones, in the picture's pixels: a full line with label and score.
+    boxes: predicted ones, in the image's pixels: a full line with label and score.
     true: a dashed line in the same colour, on white; labelled where nothing of their label is
         predicted.
-    Where the longer side is under LEAST_PX, the picture is enlarged by a whole number first.
+    Where the longer side is under LEAST_PX, the image is enlarged by a whole number first.
     """
-    scale = max(1, -(-LEAST_PX // max(picture.size)))
-    size = picture.width * scale, picture.height * scale
-    canvas = picture.convert("RGB").resize(size, Image.Resampling.NEAREST)
+    scale = max(1, -(-LEAST_PX // max(image.size)))
+    size = image.width * scale, image.height * scale
+    canvas = image.convert("RGB").resize(size, Image.Resampling.NEAREST)
     ink = ImageDraw.Draw(canvas)
     colours = _colours([*boxes, *true])
     width, text_px = max(2, round(max(size) / 320)), round(TEXT_PX * max(size) / LEAST_PX)
@@ -114,9 +114,9 @@ def draw_hits(
     notes: Sequence[str] | None = None,
     cell_px: int = 160,
 ) -> None:
-    """A page of queries, each a picture or a text, beside their hits, best first, as a PNG.
+    """A page of queries, each an image or a text, beside their hits, best first, as a PNG.
 
-    notes: what is said under each query. cell_px: the side of the square that each picture or text
+    notes: what is said under each query. cell_px: the side of the square that each image or text
     is brought into.
     """
     notes = [""] * len(queries) if notes is None else notes
@@ -153,18 +153,18 @@ def draw_hits(
     page.save(path, "PNG")
 
 
-def draw_reading(picture: Image.Image, reading: Reading) -> Image.Image:
-    """A new RGB picture: the lines outlined on the picture, and beside it what was read on them,
-    each text where its line stands; from red to green by confidence, which stands behind each.
+def draw_reading(image: Image.Image, reading: Reading) -> Image.Image:
+    """A new RGB image: the lines outlined on the image, and beside it what was read on them,
+    each text where its line stands; from red to green by confidence, which stands after each.
 
     Where the longer side is under LEAST_PX, both are enlarged by a whole number.
     """
-    scale = max(1, -(-LEAST_PX // max(picture.size)))
-    width, height = picture.width * scale, picture.height * scale
-    # A shallow picture has its texts below it: beside it they would be far from it.
+    scale = max(1, -(-LEAST_PX // max(image.size)))
+    width, height = image.width * scale, image.height * scale
+    # A shallow image has its texts below it: beside it they would be far from it.
     below = width > 2 * height
     canvas = Image.new("RGB", (width, 2 * height) if below else (2 * width, height), "white")
-    canvas.paste(picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
+    canvas.paste(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
     dx, dy = (0, height) if below else (width, 0)
     ink = ImageDraw.Draw(canvas)
     pen = max(1, round(max(width, height) / 800))
@@ -196,7 +196,7 @@ def _by_confidence(confidence: float) -> str:
 
 
 def draw_lines(
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     truths: Sequence[str],
     reads: Sequence[str],
     path: Path,
@@ -206,34 +206,34 @@ def draw_lines(
     """A page of lines of text, each over what it says and what was read of it, as a PNG.
 
     Characters that are wrong are red in what was read and green in the truth; wrong spaces are
-    shown, and a caret stands where something was left out.
-    notes: what is said over each line. width_px: of the widest picture.
+    shown, and a caret stands where something was skipped.
+    notes: what is said over each line. width_px: of the widest image.
     """
     from vlm.metrics.text import differences
 
-    notes = [""] * len(pictures) if notes is None else notes
-    if not pictures or not len(pictures) == len(truths) == len(reads) == len(notes):
+    notes = [""] * len(images) if notes is None else notes
+    if not images or not len(images) == len(truths) == len(reads) == len(notes):
         raise ValueError(
-            f"expected pictures with truths, reads and notes, found {len(pictures)}, "
+            f"expected images with truths, reads and notes, found {len(images)}, "
             f"{len(truths)}, {len(reads)} and {len(notes)}"
         )
     gap, text_px, line_px = 12, TEXT_PX + 2, TEXT_PX + 8
-    scales = [min(width_px / p.width, LINE_PX / p.height) for p in pictures]
+    scales = [min(width_px / p.width, LINE_PX / p.height) for p in images]
     shown = [
         p.convert("RGB").resize(
             (max(1, round(p.width * s)), max(1, round(p.height * s))), Image.Resampling.LANCZOS
         )
-        for p, s in zip(pictures, scales)
+        for p, s in zip(images, scales)
     ]
-    height = sum(picture.height + 3 * line_px + 2 * gap for picture in shown)
+    height = sum(image.height + 3 * line_px + 2 * gap for image in shown)
     page = Image.new("RGB", (width_px + 2 * gap, height + gap), "white")
     ink, font, small = ImageDraw.Draw(page), font_of(text_px), font_of(TEXT_PX - 2)
     top = gap
-    for picture, truth, read, note in zip(shown, truths, reads, notes):
+    for image, truth, read, note in zip(shown, truths, reads, notes):
         ink.text((gap, top), shorten(note, width_px, small), fill="#666666", font=small)
         top += line_px
-        page.paste(picture, (gap, top))
-        top += picture.height + 4
+        page.paste(image, (gap, top))
+        top += image.height + 4
         pairs = differences(truth, read)
         for side, colour in ((0, GREEN), (1, RED)):
             x = float(gap)
@@ -294,7 +294,7 @@ def _cell(
     corner: tuple[int, int],
     px: int,
 ) -> None:
-    """A picture, or a text in lines, in the middle of a square."""
+    """An image, or a text in lines, in the middle of a square."""
     left, top = corner
     if isinstance(thing, str):
         font, margin, line_px = font_of(TEXT_PX), 8, TEXT_PX + 5
@@ -306,8 +306,8 @@ def _cell(
         return
     scale = px / max(thing.size)
     size = tuple(max(1, round(side * scale)) for side in thing.size)
-    picture = thing.convert("RGBA").resize(size, Image.Resampling.LANCZOS)
-    page.paste(picture, (left + (px - size[0]) // 2, top + (px - size[1]) // 2), picture)
+    image = thing.convert("RGBA").resize(size, Image.Resampling.LANCZOS)
+    page.paste(image, (left + (px - size[0]) // 2, top + (px - size[1]) // 2), image)
 
 
 def _wrap(text: str, width_px: float, most: int, font: ImageFont.FreeTypeFont) -> list[str]:

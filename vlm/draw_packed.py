@@ -1,6 +1,6 @@
 """Packed rows to be looked at: whose each place is, and where the borders between examples are.
 
-A row is a band of places from left to right, with each example's pictures under its own.
+A row is a band of places from left to right, with each example's images under its own.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from vlm.draw import GREEN, GREY, INK, TEXT_PX, font_of, shorten
 FILLS = {"image": "#4aa8c0", "prompt": "#c9c9c9", "scored": GREEN}
 """Of each kind of place, as `vlm.commands.inspect_batch` names them."""
 WORDS = {"image": "image", "prompt": "text that is read", "scored": "text that is learned"}
-LEGEND = "a border: nothing behind it sees what is before it"
+LEGEND = "a border: nothing after it sees what is before it"
 GAP, LINE_PX, OVER_PX, BAND_PX = 14, TEXT_PX + 6, 7, 34
 
 
 class Segment(NamedTuple):
     """One example of a packed row.
 
-    kinds: of each of its places, one of FILLS. pictures: what the model sees of it.
+    kinds: of each of its places, one of FILLS. images: what the model sees of it.
     """
 
     name: str
     kinds: Sequence[str]
-    pictures: Sequence[Image.Image]
+    images: Sequence[Image.Image]
 
 
 def draw_packed(
@@ -37,18 +37,18 @@ def draw_packed(
     most: int,
     path: Path,
     width_px: int = 1200,
-    picture_px: int = 96,
+    image_px: int = 96,
 ) -> None:
     """A page of packed rows, as a PNG.
 
     most: the places that a row may have; a longer one is an example by itself. width_px: of the
-    longest band. picture_px: the most height of a picture; an example's pictures are together no
+    longest band. image_px: the most height of an image; an example's images are together no
     wider than its places.
     """
     if not rows:
         raise ValueError("expected a packed row to draw, found none")
     longest = max(most, *(sum(len(segment.kinds) for segment in row) for row in rows))
-    row_px = 3 * LINE_PX + 2 * OVER_PX + BAND_PX + picture_px + 2 * GAP
+    row_px = 3 * LINE_PX + 2 * OVER_PX + BAND_PX + image_px + 2 * GAP
     page = Image.new("RGB", (width_px + 2 * GAP, LINE_PX + 2 * GAP + row_px * len(rows)), "white")
     _legend(ImageDraw.Draw(page))
     for number, row in enumerate(rows):
@@ -56,7 +56,7 @@ def draw_packed(
         filled = sum(len(segment.kinds) for segment in row)
         title = f"packed row {number + 1}: {count}, {filled} of {most} places"
         top = LINE_PX + 2 * GAP + number * row_px
-        _row(page, row, title, most, width_px / longest, top, picture_px)
+        _row(page, row, title, most, width_px / longest, top, image_px)
     page.save(path, "PNG")
 
 
@@ -77,9 +77,9 @@ def _row(
     most: int,
     scale: float,
     top: int,
-    picture_px: int,
+    image_px: int,
 ) -> None:
-    """One band: title, names, places, the borders with their numbers, pictures. scale: pixels of a
+    """One band: title, names, places, the borders with their numbers, images. scale: pixels of a
     place."""
     ink, small = ImageDraw.Draw(page), font_of(TEXT_PX - 3)
     names, band = top + LINE_PX, top + 2 * LINE_PX + OVER_PX
@@ -90,7 +90,7 @@ def _row(
     for segment in row:
         left, room = GAP + at * scale + 4, len(segment.kinds) * scale - 8
         ink.text((left, names), shorten(segment.name, room, small), fill=INK, font=small)
-        _paste(page, segment.pictures, (left, foot + LINE_PX), room, picture_px)
+        _paste(page, segment.images, (left, foot + LINE_PX), room, image_px)
         for kind, run in groupby(segment.kinds):
             start, at = at, at + len(list(run))
             x0, x1 = GAP + start * scale, GAP + at * scale
@@ -111,18 +111,18 @@ def _row(
 
 def _paste(
     page: Image.Image,
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     corner: tuple[float, float],
     room: float,
     most_px: int,
 ) -> None:
-    """Pictures side by side, in one scale, within a room's width and a height."""
-    if not pictures or room < 3 * len(pictures):
+    """Images side by side, in one scale, within a room's width and a height."""
+    if not images or room < 3 * len(images):
         return
-    tallest, wide = max(p.height for p in pictures), sum(p.width for p in pictures)
-    scale = min(most_px / tallest, (room - 2 * len(pictures)) / wide)
+    tallest, wide = max(p.height for p in images), sum(p.width for p in images)
+    scale = min(most_px / tallest, (room - 2 * len(images)) / wide)
     x = corner[0]
-    for picture in pictures:
-        size = tuple(max(1, int(side * scale)) for side in picture.size)
-        page.paste(picture.resize(size, Image.Resampling.LANCZOS), (round(x), round(corner[1])))
+    for image in images:
+        size = tuple(max(1, int(side * scale)) for side in image.size)
+        page.paste(image.resize(size, Image.Resampling.LANCZOS), (round(x), round(corner[1])))
         x += size[0] + 2

@@ -4,7 +4,7 @@ state dict is taken off in this one place, for every file and every layout.
 Taken off are the dictionary around it (`state_dict`, `model`, ...) and a prefix that all of its
 names share (`module.` of DDP, `_orig_mod.` of torch.compile, `model.` of Lightning,
 `base_model.model.` of peft, and any other). Averaged (EMA) weights are taken only where they are
-asked for, or alone. What is left out is told in a warning. Only safetensors, pickles that torch
+asked for, or alone. What is skipped is told in a warning. Only safetensors, pickles that torch
 reads with `weights_only`, and the tensors of TorchScript archives are opened: nothing in a file is
 ever run.
 """
@@ -200,7 +200,7 @@ def without_prefix(
 
     fits: whether a name is one of the layout's. where: names the source in messages.
     Names that fit nowhere stay as they are, so that the layout's own check names them; weights
-    outside the prefix belong to something else and are left out, with a warning that says so.
+    outside the prefix belong to something else and are skipped, with a warning that says so.
     Raises WeightsError where there are two such sets and no telling which is meant.
     """
     under: dict[str, set[str]] = {}
@@ -219,13 +219,13 @@ def without_prefix(
     plain = [prefix for prefix in whole if not AVERAGED.search(prefix.rstrip("."))] or whole
     if len(plain) > 1:
         asked = " or ".join(f"?state={prefix.rstrip('.')}" for prefix in plain)
-        raise WeightsError(f"{where}: holds {len(plain)} models; say behind the file {asked}")
+        raise WeightsError(f"{where}: holds {len(plain)} models; say after the file {asked}")
     (prefix,) = plain
     others = set().union(*(under[other] for other in whole if other != prefix))
     kept = {key: state[key] for key in state if key.startswith(prefix) and key not in others}
     left = [key for key in state if key not in kept]
     if prefix or left:
         said = f"read without the prefix {prefix!r}" if prefix else "read as they are"
-        more = f"; {len(left)} others left out, such as {sorted(left)[:3]}" if left else ""
+        more = f"; {len(left)} others skipped, such as {sorted(left)[:3]}" if left else ""
         warnings.warn(f"{where}: names are {said}{more}", stacklevel=2)
     return {key.removeprefix(prefix): tensor for key, tensor in kept.items()}

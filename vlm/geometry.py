@@ -1,9 +1,9 @@
-"""Where a picture's pixels go when it is resized and then cropped or padded, and the way back; and
+"""Where an image's pixels go when it is resized and then cropped or padded, and the way back; and
 boxes as `<loc>` tokens in such a frame.
 
 One `Resize` record is made by the code that resizes, so that boxes and points can never drift from
 the pixels. Coordinates lie on pixel *edges*: the origin is the outer top left corner, pixel (0, 0)
-covers 0 to 1 on both axes, and a box's end is exclusive, so that a box over the whole picture is
+covers 0 to 1 on both axes, and a box's end is exclusive, so that a box over the whole image is
 (0, 0, W, H). Both frames, input and output, are in pixels; x comes before y in every array.
 """
 
@@ -19,10 +19,10 @@ from numpy.typing import ArrayLike, NDArray
 class Resize:
     """A resize with its crop or padding: output = input * scale + offset, on each axis.
 
-    input_hw: rows and columns of the picture as it came.
+    input_hw: rows and columns of the image as it came.
     output_hw: rows and columns of the result.
-    scale_xy: resized size / input size, horizontally and vertically. The two differ where a
-        picture is stretched, and slightly wherever a resized side is rounded to whole pixels.
+    scale_xy: resized size / input size, horizontally and vertically. The two differ where an
+        image is stretched, and slightly wherever a resized side is rounded to whole pixels.
     offset_xy: output pixels; negative where the left or top was cropped, positive where padded.
 
     >>> half = Resize((100, 200), (64, 64), (0.5, 0.5), (-18.0, 7.0))
@@ -44,31 +44,31 @@ class Resize:
             raise ValueError(f"offset_xy must be two finite numbers, found {self.offset_xy}")
 
     def points(self, points_xy_px: ArrayLike) -> NDArray[np.float64]:
-        """Points of the input picture, [N, 2], in the output's pixels: float64[N, 2]."""
+        """Points of the input image, [N, 2], in the output's pixels: float64[N, 2]."""
         points = _table(points_xy_px, 2, "points")
         return points * np.array(self.scale_xy) + np.array(self.offset_xy)
 
     def invert_points(self, points_xy_px: ArrayLike, clip: bool = False) -> NDArray[np.float64]:
-        """Points of the output, [N, 2], in the input picture's pixels: float64[N, 2].
+        """Points of the output, [N, 2], in the input image's pixels: float64[N, 2].
 
-        clip: move points that fall outside the input picture onto its border.
+        clip: move points that fall outside the input image onto its border.
         """
         points = _table(points_xy_px, 2, "points")
         points = (points - np.array(self.offset_xy)) / np.array(self.scale_xy)
         return np.clip(points, 0.0, np.array(self.input_hw[::-1])) if clip else points
 
     def boxes(self, boxes_xyxy_px: ArrayLike) -> NDArray[np.float64]:
-        """Boxes of the input picture, [N, 4], in the output's pixels: float64[N, 4].
+        """Boxes of the input image, [N, 4], in the output's pixels: float64[N, 4].
 
-        They may reach beyond the output where the picture was cropped.
+        They may reach beyond the output where the image was cropped.
         """
         boxes = _table(boxes_xyxy_px, 4, "boxes")
         return self.points(boxes.reshape(-1, 2)).reshape(-1, 4)
 
     def invert_boxes(self, boxes_xyxy_px: ArrayLike, clip: bool = False) -> NDArray[np.float64]:
-        """Boxes of the output, [N, 4], in the input picture's pixels: float64[N, 4].
+        """Boxes of the output, [N, 4], in the input image's pixels: float64[N, 4].
 
-        clip: cut boxes at the input picture's border; one that lies wholly in the padding becomes
+        clip: cut boxes at the input image's border; one that lies wholly in the padding becomes
         empty (its end equals its start on some axis) and keeps its place in the array.
         """
         boxes = _table(boxes_xyxy_px, 4, "boxes")
@@ -104,8 +104,8 @@ class LocTokens:
     bins: equal parts of each axis of the frame; a coordinate is read back as its bin's middle, so
         that it is off by half a bin at most.
     order: "yxyx" (top, left, bottom, right: PaliGemma's) or "xyxy".
-    frame: what 0 to 1 spans: "input", the picture as the image tokenizer sees it, padding and all;
-        or "image", the picture as it came. A box's part outside the frame is cut.
+    frame: what 0 to 1 spans: "input", the image as the image tokenizer sees it, padding and all;
+        or "image", the image as it came. A box's part outside the frame is cut.
 
     >>> loc, same = LocTokens(bins=10), Resize((100, 200), (100, 200), (1, 1), (0, 0))
     >>> loc.write((20, 10, 160, 100), same)
@@ -132,9 +132,9 @@ class LocTokens:
         return tuple(map(_loc, range(self.bins)))
 
     def encode(self, boxes_xyxy_px: ArrayLike, resize: Resize) -> NDArray[np.int64]:
-        """Boxes of the picture as it came, [N, 4], as bins in this order: int64[N, 4].
+        """Boxes of the image as it came, [N, 4], as bins in this order: int64[N, 4].
 
-        resize: how the picture came into the image tokenizer's view.
+        resize: how the image came into the image tokenizer's view.
         """
         boxes, size_hw = _table(boxes_xyxy_px, 4, "boxes"), resize.input_hw
         if self.frame == "input":
@@ -144,7 +144,7 @@ class LocTokens:
         return bins[:, LOC_ORDERS[self.order]]
 
     def decode(self, bins: ArrayLike, resize: Resize) -> NDArray[np.float64]:
-        """Bins in this order, [N, 4], as boxes in the pixels of the picture as it came, cut at its
+        """Bins in this order, [N, 4], as boxes in the pixels of the image as it came, cut at its
         border: float64[N, 4]. A box may come out empty or inverted, as it was written."""
         parts = (_table(bins, 4, "bins")[:, LOC_ORDERS[self.order]] + 0.5) / self.bins
         if self.frame == "input":
@@ -152,7 +152,7 @@ class LocTokens:
         return parts * np.tile(resize.input_hw[::-1], 2)
 
     def write(self, box_xyxy_px: ArrayLike, resize: Resize) -> str:
-        """One box of the picture as it came, as text."""
+        """One box of the image as it came, as text."""
         return "".join(map(_loc, self.encode([box_xyxy_px], resize)[0]))
 
 

@@ -166,7 +166,7 @@ class ImageTokenizer(nn.Module, ABC):
     """Turns pixels into image tokens; owns its preprocessing.
 
     A subclass sets `dim` (width D of its tokens), `pooled_dim` (width of `pooled`, or None) and
-    `pixel_spec` (how a picture becomes its pixels), and implements `forward` and `parts`.
+    `pixel_spec` (how an image becomes its pixels), and implements `forward` and `parts`.
     """
 
     dim: int
@@ -188,7 +188,7 @@ class ImageTokenizer(nn.Module, ABC):
         they hold every parameter, each once."""
 
     def shapes_for(self, size_hw: tuple[int, int]) -> tuple[TokenShape, ...]:
-        """The shape of each view of a picture of `size_hw` pixels, before any compute.
+        """The shape of each view of an image of `size_hw` pixels, before any compute.
 
         Exact by construction: the tokenizer's own code runs on the meta device, where tensors
         have shapes and no values. Remembered for each pixel size.

@@ -17,13 +17,14 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from vlm.compat.extras import needs
 from vlm.compat.peft import ADAPTER, is_lora, mark_packed, settings_of
 from vlm.compat.transformers import Conv1D
 from vlm.config import from_dict, to_dict
 from vlm.image_tokens import ImageTokenizer, meta_pixels, meta_twin
 
 PROBE_HW = (256, 192)
-"""Rows and columns of the picture that shows which layers an image tokenizer calls."""
+"""Rows and columns of the image that shows which layers an image tokenizer calls."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +35,7 @@ class Lora:
     their input, in training.
     targets: shell wildcards over the names of the component's layers ("*.q_proj"). None takes all
     linear layers, and in a net that has more convolutions than these its convolutions too
-    (grouped ones and ones with padding of their own left out); never an output head or an
+    (grouped ones and ones with padding of their own skipped); never an output head or an
     embedding.
     Source: arXiv 2106.09685.
     """
@@ -113,17 +114,15 @@ def add_lora_of(module: nn.Module, values: Mapping[str, dict[str, Any]], where: 
 
 
 def quantize_4bit(text: nn.Module) -> None:
-    """Gives the language model's linear layers, its head and LoRA's own left out, 4-bit weights
+    """Gives the language model's linear layers, its head and LoRA's own skipped, 4-bit weights
     (NF4), in place, to put LoRA beside them. They are packed when the model is moved to a device.
     Folders that are saved hold them unpacked, in bf16.
 
     Source: QLoRA (arXiv 2305.14314).
-    Raises ImportError naming the package where bitsandbytes is not installed.
+    Raises MissingExtra naming the package where bitsandbytes is not installed.
     """
-    try:
+    with needs("quantize"):
         import bitsandbytes as bnb
-    except ImportError as error:
-        raise ImportError("4-bit weights need bitsandbytes: pip install bitsandbytes") from error
     head = text.get_output_embeddings()
     for name, layer in list(text.named_modules()):
         if type(layer) is nn.Linear and layer is not head and ADAPTER not in name:

@@ -19,7 +19,7 @@ from vlm.config import from_dict, to_dict
 from vlm.image_tokens import ImageTokenizer, ImageTokens
 
 PROBE_HW = (256, 192)
-"""Rows and columns of the picture whose token shapes are asked for."""
+"""Rows and columns of the image whose token shapes are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +74,7 @@ class ClassPool(_Fixed):
 
 
 class MeanPool(_Fixed):
-    """The mean of a view's patch tokens, padding and prefix tokens left out; of all valid tokens
+    """The mean of a view's patch tokens, padding and prefix tokens skipped; of all valid tokens
     where they have no grid."""
 
     def width(self, tokenizer: ImageTokenizer) -> int:

@@ -202,7 +202,7 @@ def _split(table: nn.Parameter, rows: Tensor) -> tuple[nn.Parameter, nn.Paramete
 
 
 def character_tokenizer(characters: str):
-    """A fast tokenizer of transformers whose tokens are single characters, behind `<s>`, `<pad>`,
+    """A fast tokenizer of transformers whose tokens are single characters, after `<s>`, `<pad>`,
     `</s>` and `<unk>`: for scripts that no published tokenizer of a decoder knows. Texts are
     composed (NFC) and runs of white space are one space, as line readers have it.
 
@@ -229,3 +229,21 @@ def character_tokenizer(characters: str):
     return PreTrainedTokenizerFast(
         tokenizer_object=own, bos_token=start, pad_token=pad, eos_token=end, unk_token=unknown
     )
+
+
+def ids_of(text_tokenizer) -> tuple[int, int, int]:
+    """The ids that a tokenizer has for a text's start, its end, and padding: its first and last
+    special tokens, called bos and eos or, by BERT, cls and sep; without a start, the end.
+
+    Raises ValueError where it has none to end with.
+    """
+    end = text_tokenizer.eos_token_id
+    if end is None:
+        end = text_tokenizer.sep_token_id
+    start = text_tokenizer.bos_token_id
+    if start is None:
+        start = text_tokenizer.cls_token_id
+    if end is None:
+        raise ValueError("text_tokenizer: expected an eos or sep token to end with, found none")
+    pad = text_tokenizer.pad_token_id
+    return end if start is None else start, end, end if pad is None else pad

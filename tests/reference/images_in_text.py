@@ -18,7 +18,7 @@ def reopened(folder):
 def our_logits(model, batch):
     """Logits at every place, float[B, T, Z]."""
     module = model.module
-    vectors = module.embed(batch.ids, module.encode(batch.groups), batch.names)
+    vectors = module.embed(batch.ids, module.encode(batch.groups, batch.arrangement), batch.names)
     hidden = module.read(vectors, batch)
     return module.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
 

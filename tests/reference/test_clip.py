@@ -7,56 +7,16 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import pre_tokenizers
 
 import vlm
-from tests.tiny import picture
+from tests.reference.tiny_clip import write_folder
+from tests.tiny import image
 from vlm.pixels import OPENAI
 from vlm.systems import clip
 from vlm.weights import WeightsError, same_bits
 
-VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-              image_size=32, patch_size=8, layer_norm_eps=1e-3)  # fmt: skip
-TEXT = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
-            max_position_embeddings=20, layer_norm_eps=1e-3)  # fmt: skip
 TEXTS = ["a cat", "A photo of  two DOGS's", "é, x!", "a rather long caption of many a letter"]
-PICTURES = [picture(0, (40, 71)), picture(1, (90, 33)), picture(2, (20, 21))]
-
-
-def text_tokenizer(length=20):
-    """CLIP's tokenizer class over single bytes: no merges."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = [*alphabet, *(f"{c}</w>" for c in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    vocab = {name: i for i, name in enumerate(names)}
-    return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=length)
-
-
-def write_folder(
-    folder, seed=0, act="quick_gelu", old_end=False, dtype=torch.float32, text=TEXT, noise=0.1,
-    width=12, **sizes,
-):  # fmt: skip
-    """A tiny random folder, written by transformers' own classes; returns its model in fp32."""
-    tokenizer = text_tokenizer(text["max_position_embeddings"])
-    end = 2 if old_end else tokenizer.eos_token_id
-    ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=1)
-    config = transformers.CLIPConfig(
-        text_config=text | ids | {"vocab_size": len(tokenizer), "hidden_act": act},
-        vision_config=VISION | {"hidden_act": act} | sizes,
-        projection_dim=width,
-        logit_scale_init_value=3.1,
-    )
-    torch.manual_seed(seed)
-    model = transformers.CLIPModel(config).float().eval()
-    with torch.no_grad():  # biases and norms start at 0 and 1: move them
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=noise)
-    side = config.vision_config.image_size
-    image_processor = transformers.CLIPImageProcessor(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-    )
-    model.to(dtype).save_pretrained(folder)
-    transformers.CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
-    return model.float()
+IMAGES = [image(0, (40, 71)), image(1, (90, 33)), image(2, (20, 21))]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +26,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def reference_outputs(folder, pictures=PICTURES, texts=TEXTS, padding=True):
+def reference_outputs(folder, images=IMAGES, texts=TEXTS, padding=True):
     """transformers' unit vectors and logits of a folder, strictly opened."""
     model, report = transformers.AutoModel.from_pretrained(
         folder, output_loading_info=True, dtype=torch.float32
@@ -75,17 +35,17 @@ def reference_outputs(folder, pictures=PICTURES, texts=TEXTS, padding=True):
     assert not any(found.values()), found
     processor = transformers.AutoProcessor.from_pretrained(folder)
     given = processor(
-        images=list(pictures), text=list(texts), return_tensors="pt", padding=padding,
+        images=list(images), text=list(texts), return_tensors="pt", padding=padding,
         truncation=True,
     )  # fmt: skip
     with torch.no_grad():
         return model.eval()(**given)
 
 
-def check_same(folder, theirs, pictures=PICTURES):
-    """Our vectors and logits of TEXTS and of the pictures are theirs; returns our model."""
+def check_same(folder, theirs, image_list=IMAGES):
+    """Our vectors and logits of TEXTS and of the images are theirs; returns our model."""
     model = vlm.load(folder, device="cpu")
-    images = model.embed_images(pictures)
+    images = model.embed_images(image_list)
     texts = model.embed_texts(TEXTS)
     torch.testing.assert_close(images, theirs.image_embeds, atol=1e-5, rtol=0)
     torch.testing.assert_close(texts, theirs.text_embeds, atol=1e-5, rtol=0)
@@ -111,7 +71,7 @@ def test_clip_of_an_old_folder_reads_the_largest_id(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*tokens were cut")
 def test_clip_with_a_ragged_patch_grid_matches_reference(tmp_path):
-    """Pixels beyond the last whole patch are left out."""
+    """Pixels beyond the last whole patch are skipped."""
     write_folder(tmp_path, image_size=34)
     check_same(tmp_path, reference_outputs(tmp_path))
 
@@ -121,11 +81,11 @@ def test_clip_at_a_published_geometry_matches_reference(tmp_path):
     size = clip.SIZES["clip-vit-base-patch32"]
     text = size.text | {"num_hidden_layers": 2}
     write_folder(tmp_path, text=text, width=size.width, noise=0.02, **size.vision)
-    pictures = [picture(0, (300, 171)), picture(1, (150, 400))]
-    theirs = reference_outputs(tmp_path, pictures)
+    images = [image(0, (300, 171)), image(1, (150, 400))]
+    theirs = reference_outputs(tmp_path, images)
     assert theirs.image_embeds.shape == (2, 512)
-    assert theirs.image_embeds.std(0).mean() > 1e-3  # pictures do matter
-    check_same(tmp_path, theirs, pictures)
+    assert theirs.image_embeds.std(0).mean() > 1e-3  # images do matter
+    check_same(tmp_path, theirs, images)
 
 
 @pytest.mark.filterwarnings("ignore:.*tokens were cut")
@@ -207,7 +167,7 @@ def test_clip_preprocessing_that_was_changed_is_kept_or_named(folder, tmp_path):
     again = vlm.load(tmp_path / "native")
     assert again.processor.pixel_spec == again.module.tokenizer.pixel_spec == spec
     assert again.processor.length == 9
-    assert torch.equal(again.embed_images(PICTURES), model.embed_images(PICTURES))
+    assert torch.equal(again.embed_images(IMAGES), model.embed_images(IMAGES))
     with pytest.raises(ValueError, match=wrong):
         again.save(tmp_path / "out", layout="reference")
     assert not (tmp_path / "out").exists()
@@ -264,7 +224,7 @@ def test_clip_in_bf16_keeps_its_scale_in_fp32(tmp_path, dtype, stored):
     model = vlm.load(tmp_path, dtype=dtype)
     assert model.module.log_scale.dtype == torch.float32
     assert model.module.text_head.weight.dtype == torch.bfloat16
-    vectors = model.embed_images(PICTURES)
+    vectors = model.embed_images(IMAGES)
     assert vectors.dtype == torch.float32
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3), atol=1e-5, rtol=0)
     cosines = (vectors * reference_outputs(tmp_path).image_embeds).sum(1)

@@ -21,7 +21,7 @@ from tests.reference.tiny_deepseek_vl import (
     with_marks,
     write_folder,
 )
-from tests.tiny import picture
+from tests.tiny import image as one_image
 from tests.tokenizer_laws import check_laws, spec
 from vlm import cli
 from vlm.data.example import Example, Turn
@@ -77,15 +77,15 @@ def test_deepseek_vl_rows_of_unequal_length_match_reference_one_by_one(folder):
 def test_deepseek_vl_greedy_ids_match_reference_and_batches(folder):
     """Trap T13."""
     model, (peer, processor) = vlm.load(folder, "cpu"), reopened(folder)
-    images = [[], [picture(1, (40, 22))], [picture(2, (17, 60)), picture(3)]]
+    images = [[], [one_image(1, (40, 22))], [one_image(2, (17, 60)), one_image(3)]]
     prompts = ["Assistant:", f"User: {MARK}what?\n\nAssistant:", f"{MARK} and {MARK} are"]
     together = model.generate(images, prompts, max_new_tokens=8)
-    for pictures, prompt, written in zip(images, prompts, together):
-        inputs = processor(images=pictures or None, text=prompt, return_tensors="pt")
+    for image_list, prompt, written in zip(images, prompts, together):
+        inputs = processor(images=image_list or None, text=prompt, return_tensors="pt")
         expected = peer.generate(**inputs, max_new_tokens=8, do_sample=False)
         new = expected[0, inputs["input_ids"].shape[1] :].tolist()
         assert list(written.ids) == new
-        (alone,) = model.generate([pictures], [prompt], max_new_tokens=8)
+        (alone,) = model.generate([image_list], [prompt], max_new_tokens=8)
         assert alone.ids == written.ids
 
 
@@ -93,7 +93,7 @@ def test_deepseek_vl_greedy_ids_match_reference_and_batches(folder):
 def test_deepseek_vl_score_matches_reference(folder):
     """Literal prompts bear the published mark; answers end with EOS."""
     model, (peer, processor) = vlm.load(folder, "cpu"), reopened(folder)
-    image, prompt, answer = picture(4, (50, 30)), f"User: {MARK}what?\n\nAssistant:", " a cat"
+    image, prompt, answer = one_image(4, (50, 30)), f"User: {MARK}what?\n\nAssistant:", " a cat"
     inputs = processor(images=[image], text=prompt + answer + EOS, return_tensors="pt")
     logprobs = peer(**inputs).logits[0, :-1].log_softmax(-1)
     length = len(processor.tokenizer(prompt)["input_ids"]) + SIDE**2 - 1
@@ -121,7 +121,7 @@ def test_deepseek_vl_prompt_matches_snapshot(folder):
     processor = vlm.load(folder, "cpu").processor
     turns = (Turn("user", (None, "what?")), Turn("assistant", ("a cat",)), Turn("user", ("why?",)))
     text = processor.text_tokenizer.decode(
-        processor.encode_prompt(Example("row", turns, (picture(),))).ids.clamp(min=0)
+        processor.encode_prompt(Example("row", turns, (one_image(),))).ids.clamp(min=0)
     )
     images = processor.text_tokenizer.decode([0] * SIDE**2)
     assert text == (
@@ -187,7 +187,7 @@ def test_deepseek_vl_low_and_high_parameters_are_told_apart(tmp_path):
         id(p) for name in parts if name.startswith("high") for p in parts[name].parameters()
     }
     assert high == of_parts
-    example = Example("row", (Turn("user", (None,)), Turn("assistant", ("a",))), (picture(),))
+    example = Example("row", (Turn("user", (None,)), Turn("assistant", ("a",))), (one_image(),))
     batch = collate([vlm.load(tmp_path, "cpu").processor.encode(example)], 0, "right")
     module(batch).square().sum().backward()
     assert [name for name, p in module.named_parameters() if p.grad is None] == []
@@ -219,10 +219,10 @@ def test_systems_command_lists_both_sizes(capsys):
     assert all(kind in listed for kind in KINDS)
 
 
-def test_pictures_of_other_modes_are_read_as_rgb(folder):
+def test_images_of_other_modes_are_read_as_rgb(folder):
     """transformers' processor fails on them."""
     model = vlm.load(folder, "cpu")
-    grey = picture().convert("L")
+    grey = one_image().convert("L")
     rows = [
         model.processor.encode_literal([image], MARK)
         for image in (grey, Image.merge("RGB", [grey] * 3))

@@ -18,7 +18,7 @@ from tests.reference.tiny_deepseek_vl import (
     with_marks,
     write_folder,
 )
-from tests.tiny import picture
+from tests.tiny import image
 from vlm.families.decoder_only.batch import collate
 from vlm.lora import Lora, add_lora
 from vlm.systems import deepseek_vl
@@ -68,7 +68,7 @@ def test_deepseek_vl_native_layout_returns_the_same_model(folder, tmp_path):
     assert torch.equal(rows[0].ids, rows[1].ids)
     ours, its = (our_logits(model, collate([row], 0, "right")) for row in rows)
     assert torch.equal(ours, its)
-    question = [[[picture()]], [f"{MARK}what?"]]
+    question = [[[image()]], [f"{MARK}what?"]]
     assert again.generate(*question)[0].ids == model.generate(*question)[0].ids
 
 

@@ -7,8 +7,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.reference.test_trocr import load, text_tokenizer
-from tests.tiny import picture
+from tests.reference.tiny_donut import MBART, SWIN, write_folder
+from tests.reference.tiny_trocr import load
+from tests.tiny import image as one_image
 from tests.tokenizer_laws import check_laws, spec
 from vlm import systems
 from vlm.data.example import caption_example
@@ -20,41 +21,7 @@ from vlm.systems import donut
 from vlm.tokenizers.transformers import TransformersConfig, build
 from vlm.weights import same_bits
 
-TAGS = ["<s_cord-v2>", "<s_menu>", "</s_menu>", "<s_nm>", "</s_nm>", "<s_sum>", "</s_sum>",
-        "<sep/>", "<yes/>"]  # fmt: skip
-PICTURES = [picture(0, (70, 41)), picture(1, (30, 200)), picture(2, (52, 52))]
-SWIN = dict(image_size=[64, 48], patch_size=4, embed_dim=16, depths=[2, 3], num_heads=[2, 4],
-            window_size=4, layer_norm_eps=1e-3)  # fmt: skip
-MBART = dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
-             max_position_embeddings=40, scale_embedding=True, add_final_layer_norm=True,
-             is_decoder=True, add_cross_attention=True, pad_token_id=1, eos_token_id=2)  # fmt: skip
-
-
-def write_folder(folder, seed=0, swin=SWIN, **preprocessing):
-    """A tiny random folder, written by transformers' own classes."""
-    tokenizer = text_tokenizer(additional_special_tokens=[])
-    tokenizer.add_tokens(TAGS)
-    torch.manual_seed(seed)
-    config = transformers.VisionEncoderDecoderConfig(
-        encoder=transformers.DonutSwinConfig(**swin).to_dict(),
-        decoder=transformers.MBartConfig(**MBART, vocab_size=len(tokenizer)).to_dict(),
-        decoder_start_token_id=tokenizer.convert_tokens_to_ids("<s_cord-v2>"),
-        pad_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    model = transformers.VisionEncoderDecoderModel(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    model.generation_config = transformers.GenerationConfig(
-        decoder_start_token_id=config.decoder_start_token_id, pad_token_id=1, eos_token_id=2
-    )
-    model.save_pretrained(folder)
-    height, width = swin["image_size"]
-    image_processor = transformers.DonutImageProcessor(
-        **({"size": {"height": height, "width": width}} | preprocessing)
-    )
-    transformers.DonutProcessor(image_processor, tokenizer).save_pretrained(folder)
-    return folder
+IMAGES = [one_image(0, (70, 41)), one_image(1, (30, 200)), one_image(2, (52, 52))]
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +39,11 @@ def reference(folder):
 
 def pixels(folder):
     processor = transformers.AutoProcessor.from_pretrained(folder)
-    return processor(images=list(PICTURES), return_tensors="pt").pixel_values
+    return processor(images=list(IMAGES), return_tensors="pt").pixel_values
 
 
 def views(processor, prompt=None):
-    return collate([processor.encode_picture(p, prompt) for p in PICTURES], processor.pad_id)
+    return collate([processor.encode_image(p, prompt) for p in IMAGES], processor.pad_id)
 
 
 SIZES_HW = [(70, 41), (41, 70), (10, 200), (300, 9), (64, 48), (48, 64), (52, 52), (63, 47)]
@@ -87,14 +54,14 @@ BOXES = [{"height": 64, "width": 48}, {"height": 40, "width": 90}, [48, 64]]
 @pytest.mark.parametrize("size", BOXES)
 @pytest.mark.parametrize("turn", [False, True])
 def test_donut_pixels_match_reference(backend, size, turn):
-    """T18: pages and pictures of every aspect, turned or not; a list is (width, height)."""
+    """T18: pages and images of every aspect, turned or not; a list is (width, height)."""
     name = "DonutImageProcessor" + ("Pil" if backend == "pil" else "")
     image_processor = getattr(transformers, name)(size=size, do_align_long_axis=turn)
     spec = from_transformers(image_processor)
     if isinstance(size, list):
         assert spec.size_hw == (64, 48)
     for number, size_hw in enumerate(SIZES_HW):
-        image = picture(number, size_hw)
+        image = one_image(number, size_hw)
         expected = image_processor(image, return_tensors="pt").pixel_values[0]
         (found,) = spec(image)
         assert spec.view_sizes(size_hw) == (tuple(found.shape[1:]),)
@@ -110,7 +77,7 @@ def test_donut_logits_match_reference(folder):
     batch = collate(
         [
             processor.encode(caption_example(f"r{i}", image, text, "<s_cord-v2>"))
-            for i, (image, text) in enumerate(zip(PICTURES, texts))
+            for i, (image, text) in enumerate(zip(IMAGES, texts))
         ],
         processor.pad_id,
     )
@@ -151,11 +118,11 @@ def test_donut_prompt_takes_places_from_what_is_written(folder):
     model = load(folder)
     prompts = ["<s_cord-v2>", "<s_cord-v2><s_menu><s_nm><s_sum>"]
     for prompt in prompts:
-        (written,) = model.generate(PICTURES[:1], [prompt])
+        (written,) = model.generate(IMAGES[:1], [prompt])
         room = MBART["max_position_embeddings"] + 1 - len(model.processor.prompt_ids(prompt))
         assert 1 <= len(written.ids) <= room
     with pytest.raises(ValueError, match="40 positions, 4 ids to begin with leave 37, found 39"):
-        model.generate(PICTURES[:1], prompts[1:], max_new_tokens=39)
+        model.generate(IMAGES[:1], prompts[1:], max_new_tokens=39)
 
 
 @pytest.mark.parametrize("through", ["native", "reference"])
@@ -219,7 +186,7 @@ def test_donut_preprocessing_follows_the_folder(tmp_path):
     spec = load(tmp_path).processor.pixel_spec
     assert (spec.mean, spec.turn, spec.fit) == ((0.5,) * 3, True, "page")
     torch.testing.assert_close(
-        torch.stack([spec(image)[0] for image in PICTURES]), pixels(tmp_path), atol=1e-5, rtol=0
+        torch.stack([spec(image)[0] for image in IMAGES]), pixels(tmp_path), atol=1e-5, rtol=0
     )
     path = tmp_path / "processor_config.json"
     values = json.loads(path.read_text())

@@ -1,48 +1,22 @@
 """Native-resolution tokens and pixels equal those of transformers' Siglip2, which pads and masks a
-whole batch where ours groups pictures by shape: on tall, wide, square, tiny and large pictures
+whole batch where ours groups images by shape: on tall, wide, square, tiny and large images
 together, at the real patch size and position table (traps T16 and T18)."""
 
 import copy
 
 import numpy as np
 import pytest
-import skimage.data
 import torch
 import transformers
-from PIL import Image
 from transformers.models.siglip2.image_processing_siglip2 import (
     get_image_size_for_max_num_patches,
 )
 
+from tests.reference.tiny_naflex import IMAGES, TINY
 from vlm.pixels import from_transformers
 from vlm.pixels.spec import box_of_patches
 from vlm.tokenizers.naflex import NaflexTokenizer, patchify
 
-TINY = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "patch_size": 16,
-    "num_patches": 256,
-}
-
-
-def pictures() -> dict[str, Image.Image]:
-    coffee, cat = skimage.data.coffee(), skimage.data.chelsea()
-    arrays = {
-        "wide": coffee,
-        "tall": np.ascontiguousarray(cat.transpose(1, 0, 2)),
-        "square": cat[:300, :300],
-        "tiny_strip": coffee[200:220, 20:320],
-        "tiny_column": np.ascontiguousarray(coffee[200:220, 20:320].transpose(1, 0, 2)),
-        "speck": cat[100:103, 50:57],
-        "large": np.kron(coffee, np.ones((3, 3, 1), np.uint8)),
-    }
-    return {name: Image.fromarray(array) for name, array in arrays.items()}
-
-
-PICTURES = pictures()
 BACKENDS = pytest.mark.parametrize("name", ["Siglip2ImageProcessor", "Siglip2ImageProcessorPil"])
 
 
@@ -63,20 +37,20 @@ def test_sides_equal_transformers_for_every_size(count, patch_px):
 
 @BACKENDS
 @pytest.mark.parametrize("count", [256, 100])
-@pytest.mark.parametrize("picture", PICTURES.values(), ids=list(PICTURES))
-def test_pixels_equal_the_processors(picture, count, name):
+@pytest.mark.parametrize("image", IMAGES.values(), ids=list(IMAGES))
+def test_pixels_equal_the_processors(image, count, name):
     """Greatest difference before normalising: 0 grey levels, on both backends."""
     processor = getattr(transformers, name)(max_num_patches=count)
     spec = from_transformers(processor)
-    raw = processor(picture, do_rescale=False, do_normalize=False, return_tensors="pt")
-    normalised = processor(picture, return_tensors="pt")
-    levels = spec.resize_u8(picture)
+    raw = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")
+    normalised = processor(image, return_tensors="pt")
+    levels = spec.resize_u8(image)
     patches = patchify(levels[None], 16)[0]
     L = len(patches)
     assert tuple(levels.shape[1:]) == tuple(16 * raw.spatial_shapes[0].numpy())
     assert normalised.pixel_attention_mask[0].tolist() == [1] * L + [0] * (count - L)
     assert int((patches.int() - raw.pixel_values[0, :L].round().int()).abs().max()) == 0
-    ours = patchify(spec(picture)[0][None], 16)[0]
+    ours = patchify(spec(image)[0][None], 16)[0]
     torch.testing.assert_close(ours, normalised.pixel_values[0, :L], rtol=0, atol=1e-6)
 
 
@@ -90,11 +64,11 @@ def test_budget_is_the_folders_where_the_joint_processor_takes_its_own(tmp_path)
         image_processor=image_processor,
         tokenizer=transformers.Siglip2Tokenizer.from_pretrained(tmp_path),
     )
-    assert joint(images=PICTURES["wide"], return_tensors="pt").pixel_values.shape[1] == 256
-    told = joint(images=PICTURES["wide"], max_num_patches=64, return_tensors="pt")
+    assert joint(images=IMAGES["wide"], return_tensors="pt").pixel_values.shape[1] == 256
+    told = joint(images=IMAGES["wide"], max_num_patches=64, return_tensors="pt")
     spec = from_transformers(image_processor)
     assert spec.max_patches == 64
-    ours = patchify(spec(PICTURES["wide"])[0][None], 16)[0]
+    ours = patchify(spec(IMAGES["wide"])[0][None], 16)[0]
     torch.testing.assert_close(ours, told.pixel_values[0, : len(ours)], rtol=0, atol=1e-6)
 
 
@@ -110,18 +84,18 @@ def reference_tower() -> transformers.Siglip2VisionModel:
 @BACKENDS
 @pytest.mark.parametrize("count", [256, 400])
 def test_tokens_and_pooled_equal_the_padded_and_masked_batch(count, name):
-    """All pictures in one padded batch of transformers, each alone in ours: 1e-5 in fp32."""
+    """All images in one padded batch of transformers, each alone in ours: 1e-5 in fp32."""
     tower = reference_tower()
     processor = getattr(transformers, name)(max_num_patches=count)
-    batch = processor(list(PICTURES.values()), return_tensors="pt")
-    assert batch.pixel_values.shape[:2] == (len(PICTURES), count)
+    batch = processor(list(IMAGES.values()), return_tensors="pt")
+    assert batch.pixel_values.shape[:2] == (len(IMAGES), count)
     spec = from_transformers(processor)
     options = {"layer": -1, "norm": True, "pooled": True}
     tokenizer = NaflexTokenizer(copy.deepcopy(tower), spec, **options).eval()
     with torch.no_grad():
         theirs = tower(**batch)
-        for b, picture in enumerate(PICTURES.values()):
-            ours = tokenizer(torch.stack(spec(picture)))
+        for b, image in enumerate(IMAGES.values()):
+            ours = tokenizer(torch.stack(spec(image)))
             L = ours.tokens.shape[1]
             assert int(batch.pixel_attention_mask[b].sum()) == L
             assert list(ours.grid_hw) == batch.spatial_shapes[b].tolist()
@@ -130,18 +104,19 @@ def test_tokens_and_pooled_equal_the_padded_and_masked_batch(count, name):
             torch.testing.assert_close(ours.pooled[0], theirs.pooler_output[b], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [-1, -2, -4, 0, 2])
 def test_layers_equal_hidden_states(layer):
     tower = reference_tower()
     processor = transformers.Siglip2ImageProcessor()
-    batch = processor([PICTURES["wide"], PICTURES["tiny_column"]], return_tensors="pt")
+    batch = processor([IMAGES["wide"], IMAGES["tiny_column"]], return_tensors="pt")
     spec = from_transformers(processor)
     options = {"layer": layer, "norm": False, "pooled": False}
     tokenizer = NaflexTokenizer(copy.deepcopy(tower), spec, **options).eval()
     with torch.no_grad():
         states = tower(**batch, output_hidden_states=True).hidden_states[layer]
-        for b, picture in enumerate([PICTURES["wide"], PICTURES["tiny_column"]]):
-            ours = tokenizer(torch.stack(spec(picture))).tokens[0]
+        for b, image in enumerate([IMAGES["wide"], IMAGES["tiny_column"]]):
+            ours = tokenizer(torch.stack(spec(image))).tokens[0]
             torch.testing.assert_close(ours, states[b, : len(ours)], rtol=0, atol=1e-5)
 
 
@@ -149,7 +124,7 @@ def test_gradients_equal_the_padded_and_masked_batch():
     """Positions are resized once for all views of a group, and still learn from each of them."""
     tower = reference_tower()
     processor = transformers.Siglip2ImageProcessor(max_num_patches=40)
-    images = [PICTURES["wide"], PICTURES["wide"].rotate(180), PICTURES["tall"]]
+    images = [IMAGES["wide"], IMAGES["wide"].rotate(180), IMAGES["tall"]]
     spec = from_transformers(processor)
     options = {"layer": -1, "norm": True, "pooled": True}
     tokenizer = NaflexTokenizer(copy.deepcopy(tower), spec, **options)

@@ -21,6 +21,7 @@ from vlm.systems.open_clip import layout
 from vlm.training.runs.contrastive import Settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*CASES, *PUBLISHED])
 def test_configuration_survives_the_way_back(name):
     cfg = CASES.get(name) or open_clip.get_model_config(name)
@@ -125,6 +126,7 @@ def test_what_open_clip_cannot_represent_is_refused_by_its_key():
         open_clip_config.siglip_model_cfg(published)
 
 
+@pytest.mark.slow
 def test_the_timed_model_of_open_clip_is_of_our_recipes_size(tmp_path, monkeypatch):
     """That of eval/contrastive_beside_open_clip.py."""
     path = Path(__file__).parents[2] / "eval/contrastive_beside_open_clip.py"

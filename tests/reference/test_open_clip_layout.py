@@ -21,7 +21,7 @@ from transformers import (
 
 import vlm
 from tests import tiny, towers
-from tests.reference import test_clip
+from tests.reference import tiny_clip
 from tests.reference.tiny_open_clip import (
     CASES,
     PIXELS,
@@ -32,12 +32,12 @@ from tests.reference.tiny_open_clip import (
     reference_config,
     write_folder,
 )
-from tests.tiny import picture
+from tests.tiny import image as one_image
 from vlm import pooling
 from vlm.systems.open_clip import layout
 from vlm.weights import WeightsError, same_bits
 
-PICTURES = [picture(0, (71, 40)), picture(1, (33, 90)), picture(2, (24, 25))]
+IMAGES = [one_image(0, (71, 40)), one_image(1, (33, 90)), one_image(2, (24, 25))]
 TEXTS = ["a photo of a CAT", "two  dogs, and a tree's shade!", "!", "cat " * 30]
 
 
@@ -48,10 +48,10 @@ def folder_case(name):
 
 
 def open_clip_embeddings(folder, texts=TEXTS):
-    """Of PICTURES and texts, by open_clip alone: its model, preprocessing and text tokenizer."""
+    """Of IMAGES and texts, by open_clip alone: its model, preprocessing and text tokenizer."""
     model, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-    pixels = torch.stack([transform(image) for image in PICTURES])
+    pixels = torch.stack([transform(image) for image in IMAGES])
     return embeddings(model.eval(), pixels, tokenizer(texts))
 
 
@@ -64,19 +64,20 @@ def folder(request, tmp_path):
     return tmp_path / "published"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* texts were longer")
 def test_folder_gives_open_clips_embeddings_and_is_written_back(folder, tmp_path):
     """T18, and T3's exception for SigLIP's texts."""
     model = vlm.load(folder)
     theirs = open_clip_embeddings(folder)
-    check_equal(theirs, (model.embed_images(PICTURES), model.embed_texts(TEXTS)))
+    check_equal(theirs, (model.embed_images(IMAGES), model.embed_texts(TEXTS)))
     for name in ("reference", "open_clip"):
         model.save(tmp_path / name, layout=name)
         assert same_bits(read(tmp_path / name), read(folder))
         check_equal(theirs, open_clip_embeddings(tmp_path / name))
     model.save(tmp_path / "native")
     again = vlm.load(tmp_path / "native")
-    check_equal(theirs, (again.embed_images(PICTURES), again.embed_texts(TEXTS)))
+    check_equal(theirs, (again.embed_images(IMAGES), again.embed_texts(TEXTS)))
     again.save(tmp_path / "last", layout="open_clip")
     assert same_bits(read(tmp_path / "last"), read(folder))
     assert small_files(tmp_path / "last") == small_files(folder)
@@ -100,7 +101,7 @@ def test_transformers_folder_is_written_for_open_clip(tmp_path, kind):
     if name == "clip":
         tokenizer = layout.clip_tokenizer()
         if kind == "clip of other bytes":
-            tokenizer = test_clip.text_tokenizer()
+            tokenizer = tiny_clip.text_tokenizer()
         config.text_config.vocab_size = len(tokenizer)
         tokenizer.model_max_length = config.text_config.max_position_embeddings
         if kind == "clip at its end":
@@ -128,9 +129,9 @@ def test_transformers_folder_is_written_for_open_clip(tmp_path, kind):
     ours.processor.pixel_spec = spec
     ours.save(tmp_path / "written", layout="open_clip")
     theirs = open_clip_embeddings(tmp_path / "written")
-    check_equal(theirs, (ours.embed_images(PICTURES), ours.embed_texts(TEXTS)))
+    check_equal(theirs, (ours.embed_images(IMAGES), ours.embed_texts(TEXTS)))
     again = vlm.load(tmp_path / "written")
-    check_equal(theirs, (again.embed_images(PICTURES), again.embed_texts(TEXTS)))
+    check_equal(theirs, (again.embed_images(IMAGES), again.embed_texts(TEXTS)))
     scale = again.module.log_scale.detach()
     torch.testing.assert_close(scale, model.logit_scale.detach().reshape(()))
 
@@ -197,7 +198,7 @@ def test_preprocessing_that_was_changed_is_written_for_open_clip(tmp_path, name)
     model = vlm.load(tmp_path / "a")
 
     def vectors(model):
-        return model.embed_images(PICTURES), model.embed_texts(texts)
+        return model.embed_images(IMAGES), model.embed_texts(texts)
 
     texts = ["CAT", *TEXTS]
     before = vectors(model)

@@ -46,7 +46,7 @@ def test_clip_tokenizer_gives_open_clips_ids():
         assert ours(text)["input_ids"] == their_ids(text), text
     for difference, text in OTHER.items():
         assert ours(text)["input_ids"] != their_ids(text), difference
-    # Cut to the context, both keep the end; what stands behind it differs and is never seen.
+    # Cut to the context, both keep the end; what stands after it differs and is never seen.
     (row,) = theirs(" ".join(["cat"] * 90)).tolist()
     assert ours(" ".join(["cat"] * 90), truncation=True)["input_ids"] == row
     (row,) = theirs("a cat").tolist()

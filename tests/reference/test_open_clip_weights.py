@@ -24,7 +24,7 @@ from tests.reference.tiny_open_clip import (
     reference_config,
     their_model,
 )
-from tests.tiny import picture
+from tests.tiny import image
 from vlm.pixels import from_open_clip
 from vlm.systems.open_clip import layout
 from vlm.weights import WeightsError, same_bits
@@ -82,10 +82,10 @@ def test_embeddings_equal_at_published_sizes(name):
     preprocess = PIXELS[layout.system_of(cfg)] | {"size": 224}
     transform = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
     spec = from_open_clip(preprocess)
-    pictures = [picture(0, (300, 171)), picture(1, (150, 400))]
+    images = [image(0, (300, 171)), image(1, (150, 400))]
     ids = random_ids(cfg)
-    a = embeddings(theirs, torch.stack([transform(p) for p in pictures]), ids)
-    b = embeddings(ours, torch.stack([spec(p)[0] for p in pictures]), ids)
+    a = embeddings(theirs, torch.stack([transform(p) for p in images]), ids)
+    b = embeddings(ours, torch.stack([spec(p)[0] for p in images]), ids)
     check_equal(a, b)
 
 
@@ -105,6 +105,7 @@ def test_weights_round_trip_bit_for_bit(case):
     assert storages == [t.numel() * t.element_size() for t in ours.values()]  # no shared rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_names_and_shapes_fit_transformers_at_published_sizes(name):
     cfg = open_clip.get_model_config(name)
@@ -149,16 +150,16 @@ def test_weights_that_do_not_fit_are_all_named_at_once():
     ],
 )
 @pytest.mark.parametrize("size", [(71, 40), (33, 90), (24, 25)])
-def test_pictures_that_are_not_square_give_equal_embeddings(case, preprocess, size):
+def test_images_that_are_not_square_give_equal_embeddings(case, preprocess, size):
     """T18, each side with its own preprocessing."""
     cfg = CASES[case]
     preprocess = {"size": cfg["vision_cfg"]["image_size"], **preprocess}
     transform = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
     spec = from_open_clip(preprocess)
-    pictures = [picture(seed, size) for seed in range(4)]
+    images = [image(seed, size) for seed in range(4)]
     theirs = their_model(cfg)
     ours = reference_model(cfg, layout.to_ours(theirs.state_dict(), cfg))
     ids = random_ids(cfg)
-    a = embeddings(theirs, torch.stack([transform(p) for p in pictures]), ids)
-    b = embeddings(ours, torch.stack([spec(p)[0] for p in pictures]), ids)
+    a = embeddings(theirs, torch.stack([transform(p) for p in images]), ids)
+    b = embeddings(ours, torch.stack([spec(p)[0] for p in images]), ids)
     check_equal(a, b)

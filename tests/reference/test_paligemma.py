@@ -19,7 +19,7 @@ from tests.reference.tiny_paligemma import (
     with_marks,
     write_folder,
 )
-from tests.tiny import picture
+from tests.tiny import image as one_image
 from vlm import cli
 from vlm.data.example import BadRow, Box, Example, Turn
 from vlm.data.sources.transfer import detection
@@ -125,17 +125,17 @@ def test_paligemma_answers_continue_as_when_read_at_once(folder):
                 ids=torch.cat([row.ids, before]),
                 scored=torch.cat([row.scored, answer]),
                 views=row.views,
-                places=row.places,
+                layout=row.layout,
             )
             logits = our_logits(model, collate([longer], 0))
             assert int(logits[0, -1].argmax()) == id
 
 
 @torch.no_grad()
-def test_paligemma_several_pictures_and_text_alone_match_reference(folder):
-    """What begins texts stands behind the last picture."""
+def test_paligemma_several_images_and_text_alone_match_reference(folder):
+    """What begins texts stands after the last image."""
     model, (peer, processor) = vlm.load(folder, "cpu"), reopened(folder)
-    images = [picture(5, (30, 40)), picture(6, (9, 33))]
+    images = [one_image(5, (30, 40)), one_image(6, (9, 33))]
     prompt = "a <image>b<image> what differs?"
     inputs = processor(images=[images], text=[prompt], return_tensors="pt")
     inputs.pop("labels")
@@ -161,9 +161,9 @@ def test_paligemma_prompt_matches_snapshot(folder):
     assert decode(row.ids[row.scored]) == "cat on a dog<eos>"
     again = (Turn("assistant", ("a",)), Turn("user", ("b",)))
     with pytest.raises(BadRow, match="expected one user's prompt and at most its answer"):
-        processor.encode_prompt(Example("row", (*examples(False)[0].turns, *again), (picture(),)))
+        processor.encode_prompt(Example("row", (*examples(False)[0].turns, *again), (one_image(),)))
     with pytest.raises(BadRow, match="0 <image> marks, there are 1 images"):
-        processor.encode_literal([picture()], "caption en")
+        processor.encode_literal([one_image()], "caption en")
 
 
 def test_paligemma_score_is_the_references(folder):
@@ -206,10 +206,10 @@ def test_paligemma_locations_and_segments_are_one_id_each(folder):
 
 
 def test_paligemma_boxes_put_y_first(folder):
-    """What is written of a box, and where an answer's boxes lie, in a picture that is not square.
+    """What is written of a box, and where an answer's boxes lie, in an image that is not square.
     Trap T18."""
     model = vlm.load(folder, "cpu")
-    image = picture(7, (100, 200))
+    image = one_image(7, (100, 200))
     boxes = (Box(0, (20, 10, 160, 90), "cat"), Box(0, (100, 50, 200, 100), "dog"))
     row = Example("row", (Turn("user", (None,)),), (image,), boxes)
     encoded = model.processor.encode(detection(row, ["dog", "cat"], PROMPTS["detect"]))
@@ -243,21 +243,21 @@ def test_paligemma_grounds_phrases_in_its_own_words(folder, monkeypatch):
         monkeypatch, model,
         "<loc0102><loc0204><loc0512><loc0768> cat ; <loc0000><loc0000><loc1023><loc1023> cat",
     )  # fmt: skip
-    (boxes,) = model.ground([picture(7, (100, 200))], ["cat"])
+    (boxes,) = model.ground([one_image(7, (100, 200))], ["cat"])
     assert asked == ["detect cat"]
     assert [box.label for box in boxes] == ["cat", "cat"]
     assert boxes[0].xyxy_px == pytest.approx((39.94, 10.01, 150.1, 50.05), abs=0.01)
     assert boxes[1].xyxy_px == pytest.approx((0.1, 0.05, 199.9, 99.95), abs=0.01)
     assert boxes[0].score == pytest.approx(0.5)
     answering(monkeypatch, model, "<loc0102><loc0204><loc0512> cat")
-    ((answer,),) = find(model, [picture(7)], ["cat"])
+    ((answer,),) = find(model, [one_image(7)], ["cat"])
     assert answer.fault == NOT_FOURS
 
 
 def test_paligemma_writes_whole_boxes_where_nothing_else_is_allowed(folder):
     """Locations in fours, then labels, further boxes or the end; the last may be cut by length."""
     model = vlm.load(folder, "cpu")
-    images = [picture(7), picture(8, (30, 50))]
+    images = [one_image(7), one_image(8, (30, 50))]
     tokenizer = model.processor.text_tokenizer
     locations = set(tokenizer.convert_tokens_to_ids(list(model.processor.loc.tokens)))
     options = {"constrained": True, "max_new_tokens": 13}
@@ -274,6 +274,6 @@ def test_paligemma_is_listed_and_used_by_commands(folder, tmp_path, capsys):
     cli.main(["systems"])
     assert "paligemma" in capsys.readouterr().out
     path = tmp_path / "a.png"
-    picture(1, (20, 40)).save(path)
+    one_image(1, (20, 40)).save(path)
     cli.main(["caption", str(path), "--model", str(folder), "--max-new-tokens", "3"])
     cli.main(["ground", str(path), "cat", "--model", str(folder), "--max-new-tokens", "3"])

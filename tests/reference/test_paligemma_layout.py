@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import vlm
 from tests.reference.images_in_text import close, our_logits, reopened
 from tests.reference.tiny_paligemma import TEXTS, our_batch, their_inputs, write_folder
-from tests.tiny import picture
+from tests.tiny import image
 from vlm.systems import paligemma
 from vlm.systems.published import first_names, published_name
 from vlm.training.stages import assign_rates
@@ -60,13 +60,13 @@ def test_paligemma_native_layout_returns_the_same_model(folder, tmp_path):
     ours, its = (our_batch(m) for m in (model, again))
     assert torch.equal(ours.ids, its.ids)
     assert torch.equal(our_logits(model, ours), our_logits(again, its))
-    asked = [[picture()], ["<image>caption en"]]
+    asked = [[image()], ["<image>caption en"]]
     assert again.generate(*asked)[0].ids == model.generate(*asked)[0].ids
 
 
 def published_style(folder, out):
     """The folder as the authors published it, by transformers 4: their names of weights, and the
-    picture's processor apart."""
+    image's processor apart."""
     shutil.copytree(folder, out)
     state = {
         published_name(key, paligemma.KEY_MAP): tensor

@@ -1,6 +1,6 @@
 """PixelSpecs give the very pixels of transformers, timm and open_clip.
 
-Pictures are photographs that are not square (trap T18: on square pictures, side rounding, centring
+Images are photographs that are not square (trap T18: on square images, side rounding, centring
 and the order of rows and columns cannot go wrong visibly), landscape and portrait, odd-sided,
 larger and smaller than the target. Before normalising the values must be *equal*, not only within
 one grey level; after it they may differ by float32 rounding.
@@ -29,7 +29,7 @@ NORMALISED_TOLERANCE = 1e-6
 """The sources divide by 255 before or after the statistics; float32 keeps values near 2."""
 
 
-def pictures() -> dict[str, Image.Image]:
+def images() -> dict[str, Image.Image]:
     coffee, cat = skimage.data.coffee(), skimage.data.chelsea()
     arrays = {
         "coffee": coffee,
@@ -44,8 +44,8 @@ def pictures() -> dict[str, Image.Image]:
     return {name: Image.fromarray(array) for name, array in arrays.items()}
 
 
-PICTURES = pictures()
-EACH_PICTURE = pytest.mark.parametrize("picture", PICTURES.values(), ids=list(PICTURES))
+IMAGES = images()
+EACH_IMAGE = pytest.mark.parametrize("image", IMAGES.values(), ids=list(IMAGES))
 
 PROCESSORS = {
     "clip": ("CLIPImageProcessor", {}),
@@ -76,6 +76,8 @@ PROCESSORS = {
             "image_std": list(IMAGENET.std),
         },
     ),
+    "convnext": ("ConvNextImageProcessor", {"size": {"shortest_edge": 224}, "crop_pct": 0.9}),
+    "convnext_384": ("ConvNextImageProcessor", {}),
     "sam": ("SamImageProcessor", {}),
     "sam_small": (
         "SamImageProcessor",
@@ -101,31 +103,47 @@ def processor_of(kind: str, backend: str):
     return getattr(transformers, name + {"torchvision": "", "pil": "Pil"}[backend])(**settings)
 
 
-def assert_same_pixels(spec, picture, raw, normalised):
+def assert_same_pixels(spec, image, raw, normalised):
     """raw: the source's values before normalising; normalised: after it; both [3, H, W]."""
-    record = spec.resize_record((picture.height, picture.width))
-    ours = spec.resize_u8(picture)
+    record = spec.resize_record((image.height, image.width))
+    ours = spec.resize_u8(image)
     assert ours.dtype == torch.uint8
     assert tuple(ours.shape[1:]) == spec.size_hw == record.output_hw == tuple(raw.shape[1:])
-    if spec.pad_rgb is None:  # SAM pads after normalising: compare the picture alone
-        _, _, x, y = record.boxes([[0, 0, picture.width, picture.height]])[0].round().astype(int)
+    if spec.pad_rgb is None:  # SAM pads after normalising: compare the image alone
+        _, _, x, y = record.boxes([[0, 0, image.width, image.height]])[0].round().astype(int)
         ours, raw = ours[:, :y, :x], raw[:, :y, :x]
     assert int((ours.int() - raw.round().int()).abs().max()) == 0
-    (view,) = spec(picture)
+    (view,) = spec(image)
     assert view.dtype == torch.float32
     torch.testing.assert_close(view, normalised, rtol=0, atol=NORMALISED_TOLERANCE)
 
 
-@EACH_PICTURE
+@EACH_IMAGE
 @pytest.mark.parametrize("backend", ["torchvision", "pil"])
 @pytest.mark.parametrize("kind", PROCESSORS)
-def test_spec_of_a_transformers_processor_equals_it(kind, backend, picture):
+def test_spec_of_a_transformers_processor_equals_it(kind, backend, image):
     """Greatest difference before normalising: 0 grey levels, on both backends."""
     processor = processor_of(kind, backend)
-    raw = processor(picture, do_rescale=False, do_normalize=False, return_tensors="pt")
-    normalised = processor(picture, return_tensors="pt")
+    raw = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")
+    normalised = processor(image, return_tensors="pt")
     assert_same_pixels(
-        from_transformers(processor), picture, raw.pixel_values[0], normalised.pixel_values[0]
+        from_transformers(processor), image, raw.pixel_values[0], normalised.pixel_values[0]
+    )
+
+
+@EACH_IMAGE
+@pytest.mark.parametrize("backend", ["torchvision", "pil"])
+def test_spec_of_a_video_processor_equals_its_one_frame(backend, image):
+    """Greatest difference before normalising: 0 grey levels."""
+    name = "VideoMAEImageProcessor" + {"torchvision": "", "pil": "Pil"}[backend]
+    processor = getattr(transformers, name)()
+    raw = processor([image], do_rescale=False, do_normalize=False, return_tensors="pt")
+    normalised = processor([image], return_tensors="pt")
+    assert_same_pixels(
+        from_transformers(processor),
+        image,
+        raw.pixel_values[0, 0],
+        normalised.pixel_values[0, 0],
     )
 
 
@@ -135,17 +153,17 @@ def test_sam_rounds_half_a_pixel_up(hw, backend):
     """At long side 64 a side of 5 becomes 2.5, which SAM takes as 3 and DeepSeek-VL as 2."""
     processor = processor_of("sam_small", backend)
     processor.size, processor.pad_size = {"longest_edge": 64}, {"height": 64, "width": 64}
-    picture = PICTURES["coffee"].resize(hw[::-1])
-    raw = processor(picture, do_rescale=False, do_normalize=False, return_tensors="pt")
+    image = IMAGES["coffee"].resize(hw[::-1])
+    raw = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")
     spec = from_transformers(processor)
     height, width = raw.reshaped_input_sizes[0].tolist()
     assert spec.resize_record(hw).scale_xy == (width / hw[1], height / hw[0])
     assert min(height, width) == (min(hw) + 1) // 2
 
 
-@EACH_PICTURE
+@EACH_IMAGE
 @pytest.mark.parametrize("backend", ["torchvision", "pil"])
-def test_pair_of_specs_of_the_hybrid_processor_equals_it(backend, picture):
+def test_pair_of_specs_of_the_hybrid_processor_equals_it(backend, image):
     """DeepSeek-VL 7B, low resolution made from high; greatest difference: 0 grey levels."""
     name = "DeepseekVLHybridImageProcessor" + {"torchvision": "", "pil": "Pil"}[backend]
     processor = getattr(transformers, name)(
@@ -155,13 +173,13 @@ def test_pair_of_specs_of_the_hybrid_processor_equals_it(backend, picture):
         image_mean=list(HALF.mean),
         image_std=list(HALF.std),
     )
-    raw = processor(picture, do_rescale=False, do_normalize=False, return_tensors="pt")
-    normalised = processor(picture, return_tensors="pt")
+    raw = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")
+    normalised = processor(image, return_tensors="pt")
     high, low = pair_from_transformers(processor)
     assert_same_pixels(
-        high, picture, raw.high_res_pixel_values[0], normalised.high_res_pixel_values[0]
+        high, image, raw.high_res_pixel_values[0], normalised.high_res_pixel_values[0]
     )
-    first = Image.fromarray(high.resize_u8(picture).permute(1, 2, 0).numpy())
+    first = Image.fromarray(high.resize_u8(image).permute(1, 2, 0).numpy())
     assert_same_pixels(low, first, raw.pixel_values[0], normalised.pixel_values[0])
     assert (high.mean, low.mean) == (OPENAI.mean, HALF.mean)
 
@@ -189,14 +207,14 @@ TIMM = {
 }
 
 
-@EACH_PICTURE
+@EACH_IMAGE
 @pytest.mark.parametrize("kind", TIMM)
-def test_spec_of_a_timm_data_config_equals_its_transform(kind, picture):
+def test_spec_of_a_timm_data_config_equals_its_transform(kind, image):
     """Greatest difference before normalising: 0 grey levels."""
     config = TIMM[kind]
-    raw = timm_data.create_transform(**config, is_training=False, normalize=False)(picture)
-    normalised = timm_data.create_transform(**config, is_training=False)(picture)
-    assert_same_pixels(from_timm(config), picture, raw, normalised)
+    raw = timm_data.create_transform(**config, is_training=False, normalize=False)(image)
+    normalised = timm_data.create_transform(**config, is_training=False)(image)
+    assert_same_pixels(from_timm(config), image, raw, normalised)
 
 
 def test_spec_of_a_timm_model_equals_its_transform():
@@ -204,10 +222,10 @@ def test_spec_of_a_timm_model_equals_its_transform():
 
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     config = timm_data.resolve_model_data_config(model)
-    for picture in PICTURES.values():
-        raw = timm_data.create_transform(**config, is_training=False, normalize=False)(picture)
-        normalised = timm_data.create_transform(**config, is_training=False)(picture)
-        assert_same_pixels(from_timm(config), picture, raw, normalised)
+    for image in IMAGES.values():
+        raw = timm_data.create_transform(**config, is_training=False, normalize=False)(image)
+        normalised = timm_data.create_transform(**config, is_training=False)(image)
+        assert_same_pixels(from_timm(config), image, raw, normalised)
 
 
 OPEN_CLIP = {
@@ -224,18 +242,18 @@ OPEN_CLIP = {
 }
 
 
-@EACH_PICTURE
+@EACH_IMAGE
 @pytest.mark.parametrize("kind", OPEN_CLIP)
-def test_spec_of_an_open_clip_config_equals_its_transform(kind, picture):
+def test_spec_of_an_open_clip_config_equals_its_transform(kind, image):
     """Greatest difference before normalising: 0 grey levels."""
     open_clip = pytest.importorskip("open_clip")
     config = open_clip.transform.PreprocessCfg(**OPEN_CLIP[kind])
     transform = open_clip.transform.image_transform_v2(config, is_train=False)
     transform.transforms, normalise = transform.transforms[:-1], transform.transforms[-1]
-    raw = transform(picture)
+    raw = transform(image)
     spec = from_open_clip(config)
     assert spec == from_open_clip(OPEN_CLIP[kind])
-    assert_same_pixels(spec, picture, raw * 255, normalise(raw))
+    assert_same_pixels(spec, image, raw * 255, normalise(raw))
 
 
 def test_side_rounding_follows_each_source_at_its_rare_ties():
@@ -243,15 +261,15 @@ def test_side_rounding_follows_each_source_at_its_rare_ties():
     half: transformers multiplies by a scale, timm divides by its inverse."""
     for hw in [(105, 192), (51, 68), (9, 144), (35, 1792), (49, 84)]:
         for size_hw in (hw, hw[::-1]):
-            picture = Image.new("RGB", size_hw[::-1], (10, 200, 30))
+            image = Image.new("RGB", size_hw[::-1], (10, 200, 30))
             for side in (224, 518, 384):
                 config = timm_config((side, side), "bilinear", 1.0, "border", OPENAI)
                 raw = timm_data.create_transform(**config, is_training=False, normalize=False)
-                assert torch.equal(from_timm(config).resize_u8(picture), raw(picture))
+                assert torch.equal(from_timm(config).resize_u8(image), raw(image))
                 size = {"height": side, "width": side}
                 processor = transformers.DeepseekVLImageProcessor(size=size)
-                raw = processor(picture, do_rescale=False, do_normalize=False, return_tensors="pt")
-                ours = from_transformers(processor).resize_u8(picture)
+                raw = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")
+                ours = from_transformers(processor).resize_u8(image)
                 assert torch.equal(ours, raw.pixel_values[0].to(torch.uint8))
 
 
@@ -260,7 +278,8 @@ def test_side_rounding_follows_each_source_at_its_rare_ties():
     [
         ("Idefics3ImageProcessor", {}, r"Idefics3ImageProcessor: its own resize, pad, _preprocess"),
         ("DeepseekVLHybridImageProcessor", {}, "read both with pair_from_transformers"),
-        ("ConvNextImageProcessor", {}, "ConvNextImageProcessor: its own resize"),
+        ("PoolFormerImageProcessor", {}, "PoolFormerImageProcessor: its own resize"),
+        ("ConvNextImageProcessor", {"do_center_crop": True}, "do_center_crop must be False"),
         ("CLIPImageProcessor", {"do_resize": False}, "do_resize must be True, found False"),
         ("CLIPImageProcessor", {"do_center_crop": False}, "do_center_crop must be True"),
         ("CLIPImageProcessor", {"rescale_factor": 1 / 127.5}, "rescale_factor must be 1 / 255"),

@@ -7,13 +7,13 @@ from safetensors.torch import load_file, save_file
 
 import vlm
 from tests.reference import (
-    test_clip,
-    test_donut,
-    test_siglip,
-    test_siglip2,
-    test_trocr,
+    tiny_clip,
     tiny_deepseek_vl,
+    tiny_donut,
     tiny_paligemma,
+    tiny_siglip,
+    tiny_siglip2,
+    tiny_trocr,
 )
 from vlm.systems import SYSTEMS
 from vlm.weights import same_bits
@@ -23,7 +23,7 @@ HEAD = {"vision_use_head": True}
 
 
 def trocr(kind):
-    return lambda folder: test_trocr.write_folder(folder, kind)
+    return lambda folder: tiny_trocr.write_folder(folder, kind)
 
 
 def paligemma(kind, **more):
@@ -35,11 +35,11 @@ def deepseek_vl(kind, **more):
 
 
 SYSTEM_FOLDERS = {
-    **{f"trocr {kind}": trocr(kind) for kind in test_trocr.KINDS},
-    "donut": test_donut.write_folder,
-    "clip": test_clip.write_folder,
-    "siglip": test_siglip.write_folder,
-    "siglip2": test_siglip2.saved,
+    **{f"trocr {kind}": trocr(kind) for kind in tiny_trocr.KINDS},
+    "donut": tiny_donut.write_folder,
+    "clip": tiny_clip.write_folder,
+    "siglip": tiny_siglip.write_folder,
+    "siglip2": tiny_siglip2.saved,
     "paligemma 1": paligemma("gemma"),
     "paligemma 1 with a head": paligemma("gemma", vision=HEAD),
     "paligemma 2 with a head": paligemma("gemma2", vision=HEAD),

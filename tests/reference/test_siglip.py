@@ -3,74 +3,19 @@
 import pickle
 
 import pytest
-import sentencepiece
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
 import vlm
-from tests.tiny import picture
+from tests.reference.tiny_siglip import TOKENIZERS, write_folder
+from tests.tiny import image
 from vlm.systems import siglip
 from vlm.tokenizers import tiles
 from vlm.weights import WeightsError, same_bits
 
-VISION = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
-              image_size=30, patch_size=8, layer_norm_eps=1e-3)  # fmt: skip
-TEXT = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
-            max_position_embeddings=16, layer_norm_eps=1e-3)  # fmt: skip
-WORDS = ["a cat", "a photo of two dogs", "the tree is green and the sky is blue, too", "many words"]
 TEXTS = ["a cat", "A photo of  two DOGS!", "the tree is green and the sky is blue, too"]
-PICTURES = [picture(0, (40, 71)), picture(1, (90, 33)), picture(2, (20, 21))]
-
-
-def siglip_tokenizer(folder, length):
-    """SigLIP's own: SentencePiece, lower case, no punctuation; its folders ask for no mask."""
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(WORDS * 3), model_prefix=str(folder / "spiece"), vocab_size=60,
-        model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
-        hard_vocab_limit=False,
-    )  # fmt: skip
-    (folder / "spiece.vocab").unlink()
-    return transformers.SiglipTokenizer(
-        str(folder / "spiece.model"), model_max_length=length, model_input_names=["input_ids"]
-    )
-
-
-def gemma_tokenizer(folder, length):
-    """SigLIP 2's, as its fixed-size folders have it: an end token, pads behind, capitals stay."""
-    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁"]
-    names += [chr(c) for c in range(33, 127)] + [f"<0x{byte:02X}>" for byte in range(256)]
-    return transformers.GemmaTokenizer(
-        vocab={name: i for i, name in enumerate(names)}, merges=[], model_max_length=length,
-        add_bos_token=False, add_eos_token=True, padding_side="right",
-        model_input_names=["input_ids"],
-    )  # fmt: skip
-
-
-TOKENIZERS = {"siglip": siglip_tokenizer, "siglip2": gemma_tokenizer}
-
-
-def write_folder(folder, kind="siglip", seed=0, dtype=torch.float32, text=TEXT, noise=0.1, **sizes):
-    """A tiny random folder, written by transformers' own classes."""
-    folder.mkdir(exist_ok=True)
-    tokenizer = TOKENIZERS[kind](folder, text["max_position_embeddings"])
-    config = transformers.SiglipConfig(
-        text_config=text | {"vocab_size": max(len(tokenizer), 64)},
-        vision_config=VISION | sizes,
-    )
-    torch.manual_seed(seed)
-    model = transformers.SiglipModel(config).float().eval()
-    with torch.no_grad():  # biases, scale and norms start at 0 and 1: move them
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=noise)
-        model.logit_scale.fill_(2.3)
-        model.logit_bias.fill_(-9.0)
-    side = config.vision_config.image_size
-    image_processor = transformers.SiglipImageProcessor(
-        size={"height": side, "width": side}, resample=2 if kind == "siglip2" else 3
-    )
-    model.to(dtype).save_pretrained(folder)
-    transformers.SiglipProcessor(image_processor, tokenizer).save_pretrained(folder)
+IMAGES = [image(0, (40, 71)), image(1, (90, 33)), image(2, (20, 21))]
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
@@ -80,7 +25,7 @@ def folder(request, tmp_path_factory):
     return path
 
 
-def reference_outputs(folder, texts=TEXTS, pictures=PICTURES):
+def reference_outputs(folder, texts=TEXTS, images=IMAGES):
     """transformers' unit vectors and logits of a folder, strictly opened, texts at full length."""
     model, report = transformers.AutoModel.from_pretrained(
         folder, output_loading_info=True, dtype=torch.float32
@@ -89,7 +34,7 @@ def reference_outputs(folder, texts=TEXTS, pictures=PICTURES):
     assert not any(found.values()), found
     processor = transformers.AutoProcessor.from_pretrained(folder)
     given = processor(
-        images=list(pictures), text=list(texts), return_tensors="pt", padding="max_length",
+        images=list(images), text=list(texts), return_tensors="pt", padding="max_length",
         truncation=True,
     )  # fmt: skip
     assert "attention_mask" not in given
@@ -97,10 +42,10 @@ def reference_outputs(folder, texts=TEXTS, pictures=PICTURES):
         return model.eval()(**given)
 
 
-def check_same(folder, theirs, texts=TEXTS, pictures=PICTURES):
+def check_same(folder, theirs, texts=TEXTS, images=IMAGES):
     """Our vectors and logits are theirs; returns our model."""
     model = vlm.load(folder, device="cpu")
-    ours = model.embed_images(pictures), model.embed_texts(texts)
+    ours = model.embed_images(images), model.embed_texts(texts)
     torch.testing.assert_close(ours[0], theirs.image_embeds, atol=1e-5, rtol=0)
     torch.testing.assert_close(ours[1], theirs.text_embeds, atol=1e-5, rtol=0)
     scores = model.module.logits(*ours).detach()
@@ -122,17 +67,18 @@ def test_siglip_at_another_published_geometry_matches_reference(tmp_path):
     assert model.module.tokenizer.tokens_for((100, 300)) == 27 * 27
 
 
+@pytest.mark.slow
 def test_siglip_at_a_published_geometry_and_width_matches_reference(tmp_path):
     """T18, B/16 at 224 pixels, 64 places for texts; four layers and two, few ids, to be quick."""
     size = siglip.SIZES["siglip-base-patch16-224"]
     text = size.text | {"num_hidden_layers": 2}
     vision = size.vision | {"num_hidden_layers": 4}
     write_folder(tmp_path, text=text, noise=0.02, **vision)
-    pictures = [picture(0, (300, 171)), picture(1, (150, 400))]
-    theirs = reference_outputs(tmp_path, pictures=pictures)
+    images = [image(0, (300, 171)), image(1, (150, 400))]
+    theirs = reference_outputs(tmp_path, images=images)
     assert theirs.image_embeds.shape == (2, 768)
-    assert theirs.image_embeds.std(0).mean() > 1e-3  # pictures do matter
-    model = check_same(tmp_path, theirs, pictures=pictures)
+    assert theirs.image_embeds.std(0).mean() > 1e-3  # images do matter
+    model = check_same(tmp_path, theirs, images=images)
     assert model.processor.texts(TEXTS).ids.shape == (3, 64)
 
 
@@ -257,6 +203,7 @@ PUBLISHED_MILLIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", siglip.SIZES)
 def test_siglip_sizes_have_the_published_parameter_counts(size):
     """Millions as the hub states them for the files of google/{size}."""

@@ -1,8 +1,7 @@
 """SigLIP 2 at native resolution equals transformers' Siglip2Model with the same weights, through
-the real processor, for pictures of different shapes in one batch and texts of different lengths."""
+the real processor, for images of different shapes in one batch and texts of different lengths."""
 
 import json
-import string
 from dataclasses import replace
 from functools import partial
 
@@ -11,50 +10,13 @@ import torch
 import transformers
 
 import vlm
-from tests.reference.test_naflex import PICTURES, TINY
+from tests.reference.tiny_naflex import IMAGES
+from tests.reference.tiny_siglip2 import LENGTH, saved
 from vlm.systems import siglip2
 from vlm.systems.published import published_name
 from vlm.weights import WeightsError, read_weights, same_bits
 
 TEXTS = ["A cup of coffee.", "The Cat", "a", "a cat on a mat " * 8]
-LENGTH = 64
-"""Of a text in the published models, which transformers' processor always pads to."""
-
-
-def text_tokenizer(**options):
-    """Letters and a few pairs of them, in the class and with the settings of published folders."""
-    vocabulary = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4, "▁": 5}
-    pairs = [("t", "h"), ("c", "a"), ("o", "n")]
-    for token in [*string.ascii_letters, ".", *map("".join, pairs)]:
-        vocabulary[token] = len(vocabulary)
-    published = {
-        "add_bos_token": False,
-        "add_eos_token": True,
-        "padding_side": "right",
-        "model_input_names": ["input_ids"],
-        "model_max_length": LENGTH,
-    }
-    return transformers.Siglip2Tokenizer(vocab=vocabulary, merges=pairs, **published | options)
-
-
-def saved(folder, max_num_patches=256, **options):
-    """A tiny Siglip2Model with its processor in `folder`; returns the model."""
-    torch.manual_seed(0)
-    text = {key: TINY[key] for key in TINY if "patch" not in key}
-    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-    config = transformers.Siglip2Config(
-        vision_config=TINY,
-        text_config=text | ids | {"vocab_size": 70, "max_position_embeddings": LENGTH},
-    )
-    model = transformers.Siglip2Model(config).eval()
-    for parameter in model.parameters():  # biases and norms start at 0 and 1: move them
-        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
-    model.save_pretrained(folder)
-    transformers.Siglip2Processor(
-        image_processor=transformers.Siglip2ImageProcessor(max_num_patches=max_num_patches),
-        tokenizer=text_tokenizer(**options),
-    ).save_pretrained(folder)
-    return model
 
 
 def load(folder):
@@ -62,10 +24,10 @@ def load(folder):
 
 
 def embed(model):
-    """Our vectors of PICTURES and of TEXTS, the longest of which is cut."""
+    """Our vectors of IMAGES and of TEXTS, the longest of which is cut."""
     with pytest.warns(UserWarning, match="1 of 4 texts were longer than 64 tokens"):
         texts = model.embed_texts(TEXTS)
-    return model.embed_images(list(PICTURES.values())), texts
+    return model.embed_images(list(IMAGES.values())), texts
 
 
 close = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
@@ -83,11 +45,11 @@ close = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
 )
 def test_siglip2_embeddings_match_reference_through_the_real_processor(options, tmp_path):
     """Traps T3 (pads are attended, unless the tokenizer masks them) and T18: tall, wide, square,
-    tiny and large pictures in one batch of transformers, padded and masked there."""
+    tiny and large images in one batch of transformers, padded and masked there."""
     reference = saved(tmp_path, **options)
     model = load(tmp_path)
     reader = transformers.AutoProcessor.from_pretrained(tmp_path)
-    inputs = reader(text=TEXTS, images=list(PICTURES.values()), return_tensors="pt")
+    inputs = reader(text=TEXTS, images=list(IMAGES.values()), return_tensors="pt")
     with torch.no_grad():
         theirs = reference(**inputs)
     images, texts = embed(model)
@@ -105,7 +67,7 @@ def test_siglip2_takes_the_folders_budget_of_patches(tmp_path):
     model = load(tmp_path)
     assert model.processor.pixel_spec.max_patches == 100
     reader = transformers.AutoProcessor.from_pretrained(tmp_path)
-    inputs = reader(images=list(PICTURES.values()), max_num_patches=100, return_tensors="pt")
+    inputs = reader(images=list(IMAGES.values()), max_num_patches=100, return_tensors="pt")
     with torch.no_grad():
         theirs = reference.get_image_features(**inputs).pooler_output
     close(embed(model)[0], torch.nn.functional.normalize(theirs, dim=-1))
@@ -135,7 +97,7 @@ def test_siglip2_saved_as_reference_opens_in_transformers_with_the_same_outputs(
     assert same_bits(read_weights(tmp_path / "written"), read_weights(tmp_path / "published"))
     reopened = transformers.AutoModel.from_pretrained(tmp_path / "written").eval()
     reader = transformers.AutoProcessor.from_pretrained(tmp_path / "written")
-    inputs = reader(text=TEXTS, images=list(PICTURES.values()), return_tensors="pt")
+    inputs = reader(text=TEXTS, images=list(IMAGES.values()), return_tensors="pt")
     with torch.no_grad():
         assert torch.equal(
             reopened(**inputs).logits_per_image, reference(**inputs).logits_per_image
@@ -150,7 +112,7 @@ def test_siglip2_saved_after_training_keeps_what_changed(tmp_path):
     model.save(tmp_path / "written", layout="reference")
     reopened = transformers.AutoModel.from_pretrained(tmp_path / "written").eval()
     reader = transformers.AutoProcessor.from_pretrained(tmp_path / "written")
-    inputs = reader(text=TEXTS, images=list(PICTURES.values()), return_tensors="pt")
+    inputs = reader(text=TEXTS, images=list(IMAGES.values()), return_tensors="pt")
     with torch.no_grad():
         theirs = reopened(**inputs)
     images, texts = embed(model)

@@ -92,6 +92,77 @@ def test_sam_tokens_equal_its_neck_and_hidden_states(layer):
         close(ours.tokens, theirs.hidden_states[layer].flatten(1, 2))
 
 
+CVT = {"embed_dim": [8, 8, 16], "num_heads": [1, 2, 2], "depth": [1, 2, 3]}
+
+
+def moved(model):
+    """A model whose biases, norms and positions, which start at 0 and 1, are moved from there."""
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("layer", [-1, -2, 1])
+@pytest.mark.parametrize("prefix", ["keep", "drop"])
+def test_cvt_tokens_equal_its_maps_and_class_token(layer, prefix):
+    torch.manual_seed(0)
+    reference = moved(transformers.CvtModel(transformers.CvtConfig(**CVT)))
+    options = {"layer": layer, "norm": False, "pooled": False, "prefix": prefix}
+    tokenizer = TransformersTokenizer(copy.deepcopy(reference), spec(64, 96), **options)
+    pixels = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        theirs = reference(pixels, output_hidden_states=True)
+        ours = tokenizer.eval()(pixels)
+    stage = layer - 1 if layer > 0 else layer
+    map_VDhw = theirs.hidden_states[stage]
+    before = [theirs.cls_token_value] if layer == -1 and prefix == "keep" else []
+    assert ours.grid_hw == tuple(map_VDhw.shape[-2:])
+    assert torch.equal(ours.tokens, torch.cat([*before, map_VDhw.flatten(2).transpose(1, 2)], 1))
+
+
+def timesformer(attention_type, num_frames):
+    torch.manual_seed(0)
+    config = transformers.TimesformerConfig(
+        **TINY, num_frames=num_frames, attention_type=attention_type
+    )
+    return moved(transformers.TimesformerModel(config))
+
+
+@pytest.mark.parametrize("size_hw", SIZES)
+@pytest.mark.parametrize("attention_type", ["divided_space_time", "space_only", "joint_space_time"])
+def test_timesformer_tokens_equal_a_video_of_one_frame(attention_type, size_hw):
+    """Of eight time embeddings transformers takes the first for one frame, and so do ours."""
+    reference = timesformer(attention_type, 8)
+    options = {"layer": -1, "norm": True, "pooled": False, "prefix": "keep"}
+    tokenizer = TransformersTokenizer(copy.deepcopy(reference), spec(*size_hw), **options)
+    reference.config.num_frames = 1  # its layers divide the tokens by this
+    pixels = torch.randn(2, 3, *size_hw)
+    with torch.no_grad():
+        theirs = reference(pixels[:, None]).last_hidden_state
+        ours = tokenizer.eval()(pixels)
+    assert ours.grid_hw == (size_hw[0] // 16, size_hw[1] // 16)
+    assert torch.equal(ours.tokens, theirs)
+
+
+@pytest.mark.parametrize("size_hw", [(32, 128), (48, 80), (128, 16)])
+def test_timesformer_refuses_grids_on_which_it_would_misplace_positions(size_hw):
+    """As many patches as its own grid of 4 × 4; no multiple of 4; one column."""
+    options = {"layer": -1, "norm": True, "pooled": False, "prefix": "drop"}
+    reference = timesformer("divided_space_time", 8)
+    tokenizer = TransformersTokenizer(reference, spec(*size_hw), **options)
+    rows, columns = size_hw[0] // 16, size_hw[1] // 16
+    with pytest.raises(ValueError, match=f"4 × 4 patches .* found {rows} × {columns}"):
+        tokenizer.tokens_for((30, 50))
+
+
+def test_timesformer_refuses_videos():
+    options = {"layer": -1, "norm": True, "pooled": False, "prefix": "drop"}
+    reference = timesformer("divided_space_time", 2)
+    tokenizer = TransformersTokenizer(reference, spec(64, 64), **options)
+    with pytest.raises(ValueError, match=r"takes images, float\[V, 3, H, W\], found \(1, 2, 3"):
+        tokenizer(torch.zeros(1, 2, 3, 64, 64))
+
+
 VIT = {"embed_dim": 16, "depth": 3, "num_heads": 2, "img_size": (64, 96)}
 SWIN = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": 4}
 
@@ -103,6 +174,7 @@ SWIN = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "wind
         ("vit_base_patch16_siglip_224", VIT, lambda x: x),
         ("deit_tiny_distilled_patch16_224", VIT, lambda x: x),
         ("swin_tiny_patch4_window7_224", SWIN | {"img_size": (64, 96)}, lambda x: x.flatten(1, 2)),
+        ("volo_d1_224", {"img_size": (64, 96)}, lambda x: x),
         ("convnext_atto", {}, lambda x: x.flatten(2).transpose(1, 2)),
         ("efficientnet_lite0", {}, lambda x: x.flatten(2).transpose(1, 2)),
     ],
@@ -132,6 +204,7 @@ def test_timm_tokens_equal_forward_features(name, arguments, as_tokens, pooled):
             close(ours.pooled, reference(pixels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [0, 1, 2, -2])
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "efficientnet_lite0"])
 def test_timm_levels_equal_features_only(name, level):

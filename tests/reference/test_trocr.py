@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tests.tiny import picture
+from tests.reference.tiny_trocr import KINDS, TEXT, load, text_tokenizer, write_folder
+from tests.tiny import image as one_image
 from vlm import systems
 from vlm.data.example import caption_example
 from vlm.families.decoder_only.batch import collate
@@ -17,69 +17,17 @@ from vlm.losses.token import token_losses
 from vlm.systems import trocr
 from vlm.weights import WeightsError, same_bits
 
-VISION = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
-              image_size=32, patch_size=8, layer_norm_eps=1e-3)  # fmt: skip
-TEXT = dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
-            vocab_size=270, max_position_embeddings=24, pad_token_id=1, bos_token_id=0,
-            eos_token_id=2, decoder_start_token_id=2, cross_attention_hidden_size=24)  # fmt: skip
-RELU = dict(activation_function="relu", scale_embedding=True, tie_word_embeddings=False)
-BEIT = dict(use_absolute_position_embeddings=False, use_relative_position_bias=True,
-            layer_scale_init_value=0.1)  # fmt: skip
-KINDS = {
-    "small": ("deit", {}, RELU),
-    "base": ("vit", dict(qkv_bias=False), dict(activation_function="gelu")),
-    "printed": (
-        "vit",
-        dict(qkv_bias=False),
-        RELU | dict(use_learned_position_embeddings=False, layernorm_embedding=False),
-    ),
-    "beit": ("beit", BEIT, {}),
-    "beit-shared": (
-        "beit",
-        BEIT | dict(use_relative_position_bias=False, use_shared_relative_position_bias=True),
-        {},
-    ),
-    "projected": ("vit", {}, dict(cross_attention_hidden_size=None)),
-}
 TEXTS = ["a", "Hello, line!", "two words"]
-PICTURES = [picture(0, (12, 71)), picture(1, (40, 33)), picture(2, (20, 21))]
+IMAGES = [one_image(0, (12, 71)), one_image(1, (40, 33)), one_image(2, (20, 21))]
 
 
-def text_tokenizer(**special):
-    """Bytes behind TrOCR's four special tokens; its own calls put <s> and </s> around a text."""
-    names = ["<s>", "<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    core = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    named = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **(named | special))
+SLOW = ("base", "printed", "beit")
 
 
-def write_folder(folder, kind="small", seed=0, dtype=torch.float32, text=None, **generation):
-    """A tiny random folder, written by transformers' own classes."""
-    encoder, vision, changes = KINDS[kind]
-    torch.manual_seed(seed)
-    config = transformers.VisionEncoderDecoderConfig(
-        encoder=transformers.AutoConfig.for_model(encoder, **VISION, **vision).to_dict(),
-        decoder=transformers.TrOCRConfig(**(TEXT | changes | (text or {}))).to_dict(),
-        decoder_start_token_id=2, pad_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    model = transformers.VisionEncoderDecoderModel(config).eval()
-    with torch.no_grad():  # biases, tables and norms start at 0 and 1: move them
-        for name, parameter in model.named_parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.5 if "decoder" in name else 0.3)
-    model.generation_config = transformers.GenerationConfig(
-        decoder_start_token_id=2, pad_token_id=1, eos_token_id=2, **generation
-    )
-    model.to(dtype).save_pretrained(folder)
-    image_processor = transformers.ViTImageProcessor(
-        size={"height": 32, "width": 32}, resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
-    transformers.TrOCRProcessor(image_processor, text_tokenizer()).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(kind, marks=pytest.mark.slow if kind in SLOW else ()) for kind in KINDS],
+)
 def folder(request, tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -100,28 +48,24 @@ def reference(folder, dtype=torch.float32):
     return model.eval()
 
 
-def pixels_of(folder, pictures=PICTURES):
-    """What transformers' own processor makes of the pictures."""
+def pixels_of(folder, images=IMAGES):
+    """What transformers' own processor makes of the images."""
     processor = transformers.AutoProcessor.from_pretrained(folder)
     assert type(processor).__name__ == "TrOCRProcessor"
-    return processor(images=list(pictures), return_tensors="pt").pixel_values
+    return processor(images=list(images), return_tensors="pt").pixel_values
 
 
-def batch_of(processor, texts=TEXTS, pictures=PICTURES):
+def batch_of(processor, texts=TEXTS, images=IMAGES):
     rows = [
         processor.encode(caption_example(f"r{i}", image, text, ""))
-        for i, (image, text) in enumerate(zip(pictures, texts))
+        for i, (image, text) in enumerate(zip(images, texts))
     ]
     return collate(rows, processor.pad_id)
 
 
-def views_of(processor, pictures=PICTURES):
-    rows = [processor.encode_picture(image) for image in pictures]
+def views_of(processor, images=IMAGES):
+    rows = [processor.encode_image(image) for image in images]
     return collate(rows, processor.pad_id).groups
-
-
-def load(folder, dtype="float32"):
-    return systems.load(folder, "cpu", dtype)
 
 
 def write(model, new=10, **options):
@@ -134,7 +78,7 @@ def write(model, new=10, **options):
 
 @torch.no_grad()
 def test_trocr_logits_match_reference(folder):
-    """T18, T3: through the real processor, pictures that are not square, texts of unequal length;
+    """T18, T3: through the real processor, images that are not square, texts of unequal length;
     prefix tokens are attended to."""
     model, theirs = load(folder), reference(folder)
     batch = batch_of(model.processor)
@@ -230,12 +174,16 @@ def test_trocr_lines_keep_their_shape_by_resized_positions(folder, tmp_path):
     assert load(folder).processor.pixel_spec.size_hw == (32, 32)
 
 
-@pytest.mark.parametrize("folder", ["small", "base", "beit"], indirect=True)
+@pytest.mark.parametrize(
+    "folder",
+    ["small", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("base", "beit"))],
+    indirect=True,
+)
 def test_trocr_lines_of_other_widths_read_alone_as_in_a_batch(folder):
     """T3, T18: memories of unequal length are padded and masked."""
     model = load(folder).with_size((16, 96), fit="height", patch_px=8)
     processor = model.processor
-    rows = [processor.encode_picture(image) for image in PICTURES]
+    rows = [processor.encode_image(image) for image in IMAGES]
     groups = collate(rows, 1).groups
     assert len(groups) > 1
     ends = processor.start_ids, model.end_ids, 1, 8

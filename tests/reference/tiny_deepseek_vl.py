@@ -5,7 +5,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny import picture
+from tests.tiny import image
 from vlm.data.example import Example, Turn
 from vlm.families.decoder_only.batch import IMAGE
 from vlm.systems import deepseek_vl
@@ -103,7 +103,7 @@ def write_folder(folder, kind, seed=0, **more):
 CONVERSATIONS = {
     "no image": [("user", ("what is it?",))],
     "one image": [("user", (None, "what is it?"))],
-    "two images": [("user", ("Describe ", None, " and", None, " the pictures. "))],
+    "two images": [("user", ("Describe ", None, " and", None, " the images. "))],
     "three turns": [
         ("user", (None, "\n  what is it?")),
         ("assistant", ("a cat",)),
@@ -115,9 +115,9 @@ CONVERSATIONS = {
 
 
 def conversation(turns):
-    """Our example and theirs, with non-square pictures."""
+    """Our example and theirs, with non-square images."""
     slots = sum(part is None for _, content in turns for part in content)
-    images = [picture(i, (20 + 30 * (i % 2), 45 - 9 * i)) for i in range(slots)]
+    images = [image(i, (20 + 30 * (i % 2), 45 - 9 * i)) for i in range(slots)]
     ours = Example("row", tuple(Turn(role, content) for role, content in turns), tuple(images))
     left = iter(images)
     theirs = [

@@ -138,7 +138,7 @@ def reference_config(cfg):
 
 def random_ids(cfg, rows=5, seed=1):
     """Ids as tokenizers give them: an end, here the largest id (or the one that is named), and
-    padding behind."""
+    padding after."""
     text = cfg["text_cfg"]
     length, end = text["context_length"], text.get("eos_id", text["vocab_size"] - 1)
     torch.manual_seed(seed)

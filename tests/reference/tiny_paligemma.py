@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from tests.tiny import picture
+from tests.tiny import image as one_image
 from vlm.data.example import Example, Turn
 from vlm.families.decoder_only.batch import IMAGE, collate
 
@@ -59,11 +59,11 @@ def write_folder(folder, kind, seed=0, **more):
 
 
 ROWS = [
-    (picture(1, (20, 45)), "caption en", "cat on a dog"),
-    (picture(2, (50, 30)), "answer en where is the cat? it is\nlate", "<loc0001><seg007> do"),
-    (picture(3, (64, 9)), "ocr", "c"),
+    (one_image(1, (20, 45)), "caption en", "cat on a dog"),
+    (one_image(2, (50, 30)), "answer en where is the cat? it is\nlate", "<loc0001><seg007> do"),
+    (one_image(3, (64, 9)), "ocr", "c"),
 ]
-"""Pictures that are not square, prompts and answers of unequal length."""
+"""Images that are not square, prompts and answers of unequal length."""
 
 
 def examples(answers=True):

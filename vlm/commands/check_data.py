@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckData:
-    """Read all rows of data as far as their pictures' headers, and print what is wrong with them.
+    """Read all rows of data as far as their images' headers, and print what is wrong with them.
 
-    Texts, boxes, and the size and format of pictures are looked at; pictures are not decoded. Ends
+    Texts, boxes, and the size and format of images are looked at; images are not decoded. Ends
     with exit code 1 where a row or box cannot be used, or a key that is not read changes what its
     row means.
     """
@@ -31,9 +31,9 @@ class CheckData:
     workers: int | None = None
     """Processes that read; None takes one for each core."""
     bad_boxes: Literal["stop", "skip"] = "stop"
-    """Boxes of COCO's files that cannot be one: faults, or told alone, as runs leave them out."""
+    """Boxes of COCO's files that cannot be one: faults, or told alone, as runs skip them."""
     ignore_keys: tuple[str, ...] = ()
-    """Keys of rows that are left out although they change what a row means."""
+    """Keys of rows that are skipped although they change what a row means."""
 
     def run(self) -> None:
         from rich.console import Console

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm.commands.model import WRITING, UsesModel, open_model, require_least
+from vlm.commands.model import WRITING, UsesModel, open_model
+from vlm.config import require_least
 
 if TYPE_CHECKING:
     from vlm.families.decoder_only.model import DecoderOnlyModel
@@ -21,7 +22,7 @@ class UsesDecoder(UsesModel):
     """What commands share whose model writes text."""
 
     def load(self, images: tuple[Path, ...]) -> DecoderOnlyModel:
-        """The model, once its options are known to be in range and every picture to be one."""
+        """The model, once its options are known to be in range and every image to be one."""
         from vlm.pixels import open_image
 
         require_least(self, **{k: low for k, low in WRITING.items() if hasattr(self, k)})
@@ -34,10 +35,10 @@ class UsesDecoder(UsesModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Caption(UsesDecoder):
-    """Caption pictures with a trained model."""
+    """Caption images with a trained model."""
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Picture files."""
+    """Image files."""
     prompt: str | None = None
     """The question that asks for the caption; by default the one it was trained on."""
     max_new_tokens: int = 64
@@ -45,13 +46,13 @@ class Caption(UsesDecoder):
     num_beams: int = 1
     """Beams of the search; 1 is greedy."""
     batch_size: int = 16
-    """Pictures captioned at once."""
+    """Images captioned at once."""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """One JSON object a line instead of text."""
 
     def run(self) -> None:
         if not self.images:
-            raise ValueError("name at least one picture")
+            raise ValueError("name at least one image")
         captions = self.load(self.images).caption(
             self.images,
             self.prompt,
@@ -68,14 +69,14 @@ class Caption(UsesDecoder):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer(UsesDecoder):
-    """Answer one question about each picture, or about all of them together."""
+    """Answer one question about each image, or about all of them together."""
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Picture files."""
+    """Image files."""
     question: str
     """What to ask."""
     together: bool = False
-    """Ask once, about all the pictures in their order."""
+    """Ask once, about all the images in their order."""
     max_new_tokens: int = 64
     """Longest answer."""
     num_beams: int = 1
@@ -87,7 +88,7 @@ class Answer(UsesDecoder):
 
     def run(self) -> None:
         if not self.images:
-            raise ValueError("name at least one picture")
+            raise ValueError("name at least one image")
         asked = [self.images] if self.together else [(path,) for path in self.images]
         answers = self.load(self.images).answer(
             asked,
@@ -105,20 +106,20 @@ class Answer(UsesDecoder):
                 print(f"{names[0]}: {answer}" if len(asked) > 1 else answer)
 
 
-CHAT_HELP = "/image PATH adds a picture, /reset begins anew, /quit leaves"
+CHAT_HELP = "/image PATH adds an image, /reset begins anew, /quit leaves"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chat(UsesDecoder):
-    """Talk with a model about pictures: /image PATH adds one, /reset begins anew, /quit leaves.
+    """Talk with a model about images: /image PATH adds one, /reset begins anew, /quit leaves.
 
-    Each picture is encoded once and stands before the next question. At a terminal answers appear
+    Each image is encoded once and stands before the next question. At a terminal answers appear
     as they are written. From a pipe each line that is not blank is a question, and each answer one
     line (its line breaks become spaces); the first fault ends it.
     """
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Picture files to begin with; /reset begins with them again."""
+    """Image files to begin with; /reset begins with them again."""
     max_new_tokens: int = 256
     """Longest answer."""
 
@@ -126,7 +127,7 @@ class Chat(UsesDecoder):
         from vlm.families.decoder_only.chat import Chat as Conversation
 
         conversation = Conversation(self.load(self.images))
-        waiting = list(self.images)  # pictures that stand before the next question
+        waiting = list(self.images)  # images that stand before the next question
         terminal = sys.stdin.isatty()
         if terminal:
             print(CHAT_HELP, file=sys.stderr)
@@ -138,7 +139,7 @@ class Chat(UsesDecoder):
                     continue
                 try:
                     if line.startswith("/"):
-                        waiting.append(_picture_of(line))
+                        waiting.append(_image_of(line))
                     elif line:
                         self._ask(conversation, waiting, line, terminal)
                         waiting = []
@@ -150,8 +151,8 @@ class Chat(UsesDecoder):
             if terminal:
                 print()  # the shell's prompt stands on its own line
 
-    def _ask(self, conversation, pictures: list[Path], question: str, terminal: bool) -> None:
-        content = [{"type": "image", "image": path} for path in pictures]
+    def _ask(self, conversation, images: list[Path], question: str, terminal: bool) -> None:
+        content = [{"type": "image", "image": path} for path in images]
         content.append({"type": "text", "text": question})
         answer = conversation.ask(content, stream=terminal, max_new_tokens=self.max_new_tokens)
         if not terminal:
@@ -162,8 +163,8 @@ class Chat(UsesDecoder):
         print()
 
 
-def _picture_of(line: str) -> Path:
-    """The picture that a line adds to a chat. Raises ValueError where it is another command."""
+def _image_of(line: str) -> Path:
+    """The image that a line adds to a chat. Raises ValueError where it is another command."""
     from vlm.pixels import open_image
 
     command, _, path = line.partition(" ")
@@ -175,14 +176,14 @@ def _picture_of(line: str) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Ground(UsesDecoder):
-    """Find phrases in a picture: boxes as x0 y0 x1 y1 in its pixels, with scores."""
+    """Find phrases in an image: boxes as x0 y0 x1 y1 in its pixels, with scores."""
 
     image: Annotated[Path, tyro.conf.Positional]
-    """A picture file."""
+    """An image file."""
     phrases: Annotated[tuple[str, ...], tyro.conf.Positional]
     """What to look for, each phrase by itself."""
     draw: Path | None = None
-    """Draw the boxes on the picture into this PNG file."""
+    """Draw the boxes on the image into this PNG file."""
     prompt: str | None = None
     """The question, with {phrase} in it; by default the one it was trained on."""
     constrained: bool = False

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlm.commands.model import UsesModel, open_model, require_least
+from vlm.commands.model import UsesModel, open_model
+from vlm.config import require_least
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,22 +24,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class UsesTowers(UsesModel):
-    """What commands share whose model brings pictures and texts into one space."""
+    """What commands share whose model brings images and texts into one space."""
 
     def load(self) -> ContrastiveModel:
         return _contrastive(self.model, self.device, self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadsPictures(UsesTowers):
-    """What commands share that read many pictures."""
+class ReadsImages(UsesTowers):
+    """What commands share that read many images."""
 
     batch_size: int = 64
-    """Pictures embedded at once."""
+    """Images embedded at once."""
     workers: int = 1
-    """Processes that read and decode pictures."""
+    """Processes that read and decode images."""
     bad_rows: Literal["raise", "skip"] = "raise"
-    """What happens to what cannot be read: everything stops and it is named, or it is left out and
+    """What happens to what cannot be read: everything stops and it is named, or it is skipped and
     counted."""
 
     def reading(self):
@@ -50,10 +51,10 @@ class ReadsPictures(UsesTowers):
 
 @dataclass(frozen=True, kw_only=True)
 class Classify(UsesTowers):
-    """Say which of some labels fits each picture, with probabilities."""
+    """Say which of some labels fits each image, with probabilities."""
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Picture files."""
+    """Image files."""
     labels: tuple[str, ...]
     """What to choose from."""
     templates: tuple[str, ...] = ("{}",)
@@ -61,16 +62,16 @@ class Classify(UsesTowers):
     top: int = 5
     """How many labels are shown, the best first."""
     batch_size: int = 64
-    """Pictures classified at once."""
+    """Images classified at once."""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
-    """One JSON object a picture and line instead of text."""
+    """One JSON object an image and line instead of text."""
 
     def run(self) -> None:
         from vlm.families.contrastive.model import require_labels, require_templates
         from vlm.pixels import open_image
 
         if not self.images:
-            raise ValueError("name at least one picture")
+            raise ValueError("name at least one image")
         require_least(self, top=1, batch_size=1)
         require_labels(self.labels)
         require_templates(self.templates)
@@ -92,16 +93,16 @@ class Classify(UsesTowers):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embed(ReadsPictures):
-    """Write the vectors of pictures and texts to a NumPy file.
+class Embed(ReadsImages):
+    """Write the vectors of images and texts to a NumPy file.
 
     `images` and `texts` are float32[N, U] of unit norm; products of vectors are cosines.
     `image_names` and `text_names` say whose they are: each is a JSON list as bytes, to be read with
     json.loads(file["text_names"].tobytes()). `model` is the model.
     """
 
-    places: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name="pictures")] = ()
-    """Picture files, and folders, in which pictures are found at any depth."""
+    places: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name="images")] = ()
+    """Image files, and folders, in which images are found at any depth."""
     texts: Path | None = None
     """A file with a text on each line."""
     text: tuple[str, ...] = ()
@@ -112,7 +113,7 @@ class Embed(ReadsPictures):
     def run(self) -> None:
         import numpy as np
 
-        from vlm.retrieval.image_files import embed_pictures, find_pictures, require_headers
+        from vlm.retrieval.image_files import embed_images, find_images, require_headers
 
         _require_place(self.out, ".npz", "--out")
         reading = self.reading()
@@ -120,8 +121,8 @@ class Embed(ReadsPictures):
         if blank := [repr(text) for text in texts if not text.strip()]:
             raise ValueError(f"--text: expected texts that are not empty, found {blank[0]}")
         if not self.places and not texts:
-            raise ValueError("name at least one picture, folder or text")
-        paths = find_pictures(self.places) if self.places else []
+            raise ValueError("name at least one image, folder or text")
+        paths = find_images(self.places) if self.places else []
         if self.bad_rows == "raise":
             require_headers(paths)
         model = self.load()
@@ -129,14 +130,14 @@ class Embed(ReadsPictures):
         skipped: list[Skipped] = []
         if unread := [repr(texts[i]) for i in model.processor.unread(texts)]:
             raise ValueError(f"expected texts that the model can read, found {unread[0]}")
-        if texts:  # before the pictures, which take longer, so that a fault in one loses little
+        if texts:  # before the images, which take longer, so that a fault in one loses little
             arrays["texts"] = model.embed_texts(texts).numpy()
             arrays["text_names"] = _json_bytes(texts)
         if paths:
-            parts = list(embed_pictures(model, paths, reading))
+            parts = list(embed_images(model, paths, reading))
             skipped = [row for part in parts for row in part.skipped]
             if len(skipped) == len(paths):
-                raise ValueError(f"none of {len(paths)} pictures can be read: {skipped[0].reason}")
+                raise ValueError(f"none of {len(paths)} images can be read: {skipped[0].reason}")
             arrays["images"] = np.concatenate([part.vectors for part in parts])
             places = [place for part in parts for place in part.places]
             arrays["image_names"] = _json_bytes([str(paths[place]) for place in places])
@@ -157,19 +158,19 @@ def _json_bytes(names: list[str]):
     return np.frombuffer(json.dumps(names).encode(), np.uint8)
 
 
-KINDS = {"images": "pictures", "texts": "texts"}
+KINDS = {"images": "images", "texts": "texts"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeIndex(ReadsPictures):
-    """Build an index of the pictures in a folder, to be searched with `vlm retrieve`.
+class MakeIndex(ReadsImages):
+    """Build an index of the images in a folder, to be searched with `vlm retrieve`.
 
-    Run again, it brings the index up to date: only new and changed pictures are embedded. What was
+    Run again, it brings the index up to date: only new and changed images are embedded. What was
     embedded before a stop is kept.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """A folder; pictures (by their files' endings) are found in it at any depth, hidden ones are
+    """A folder; images (by their files' endings) are found in it at any depth, hidden ones are
     passed by."""
     out: Path
     """The index, a folder of its own."""
@@ -179,13 +180,13 @@ class MakeIndex(ReadsPictures):
 
     def run(self) -> None:
         from vlm.data.example import BadRow
-        from vlm.retrieval.image_files import find_pictures
+        from vlm.retrieval.image_files import find_images
         from vlm.retrieval.index import Index, check_place
 
         reading = self.reading()
         if not self.folder.is_dir():
-            raise ValueError(f"{self.folder}: expected a folder of pictures, found none")
-        find_pictures([self.folder])
+            raise ValueError(f"{self.folder}: expected a folder of images, found none")
+        find_images([self.folder])
         check_place(self.out)
         model = self.load()
         try:
@@ -201,40 +202,40 @@ class MakeIndex(ReadsPictures):
         except BadRow as error:
             raise BadRow(
                 f"{error} (what was embedded before it is kept for the next try; --bad-rows skip "
-                "leaves such pictures out)"
+                "leaves such images out)"
             ) from error
         changes = index.changes
         _report(changes.skipped)
         print(
-            f"{self.out}: {len(index)} pictures ({changes.new} new, {changes.changed} changed, "
-            f"{changes.kept} as before, {changes.gone} gone, {len(changes.skipped)} left out)"
+            f"{self.out}: {len(index)} images ({changes.new} new, {changes.changed} changed, "
+            f"{changes.kept} as before, {changes.gone} gone, {len(changes.skipped)} skipped)"
         )
         if index.clusters is not None:
             print(
                 f"{index.clusters.probes} of {index.clusters.clusters} clusters are searched: "
-                f"{index.clusters.recall:.1%} of the nearest ten, with pictures of its own as "
+                f"{index.clusters.recall:.1%} of the nearest ten, with images of its own as "
                 "queries"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieve:
-    """Search an index of pictures by a text or a picture; cosines, best first."""
+    """Search an index of images by a text or an image; cosines, best first."""
 
     index: Annotated[Path, tyro.conf.Positional]
     """What `vlm index` built."""
     query: Annotated[str | None, tyro.conf.Positional] = None
-    """A text, or the path of a picture where there is one at it."""
+    """A text, or the path of an image where there is one at it."""
     text: str | None = None
     """A text, whatever lies at such a path."""
     image: Path | None = None
-    """A picture's path."""
+    """An image's path."""
     top: int = 10
-    """How many pictures."""
+    """How many images."""
     draw: Path | None = None
-    """Draw the query and the pictures found into this PNG file."""
+    """Draw the query and the images found into this PNG file."""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
-    """One JSON object a picture and line instead of text."""
+    """One JSON object an image and line instead of text."""
     model: str | None = None
     """Where the model of the index is now; by default where it was."""
     device: str = "auto"
@@ -251,7 +252,7 @@ class Retrieve:
         index = Index.load(self.index)
         if not index.complete:
             print(
-                f"{self.index}: only part of its pictures is in it yet; `vlm index` goes on",
+                f"{self.index}: only part of its images is in it yet; `vlm index` goes on",
                 file=sys.stderr,
             )
         model = self._model(index)
@@ -272,7 +273,7 @@ class Retrieve:
             _draw(query, list(zip(scores, paths, faults)), self.draw)
 
     def _query(self) -> str | Path:
-        """The text, or the path of a picture that can be opened."""
+        """The text, or the path of an image that can be opened."""
         from vlm.pixels import BadImage, open_image
         from vlm.retrieval.image_files import SUFFIXES
 
@@ -289,7 +290,7 @@ class Retrieve:
             raise ValueError(f"expected a query, found an empty text {text!r}")
         if self.text is None and os.sep in text and _is_folder(text):
             raise ValueError(
-                f"{text}: expected a picture or a text, found a folder; to search for this text, "
+                f"{text}: expected an image or a text, found a folder; to search for this text, "
                 "say --text"
             )
         if self.text is None and (
@@ -356,7 +357,7 @@ def _lines(path: Path, bad_rows: str) -> list[str]:
     if blank and bad_rows == "raise":
         raise ValueError(f"{path}: expected a text on each line, found line {blank[0]} empty")
     if blank:
-        print(f"{path}: {len(blank)} empty lines left out", file=sys.stderr)
+        print(f"{path}: {len(blank)} empty lines skipped", file=sys.stderr)
     if len(blank) == len(lines):
         raise ValueError(f"{path}: expected texts, found none in {len(lines)} lines")
     return [line for line in lines if line.strip()]
@@ -368,11 +369,11 @@ def _require_place(path: Path, suffix: str, option: str) -> None:
 
 
 def _report(skipped: Sequence[Skipped]) -> None:
-    """What was left out, to the error stream."""
+    """What was skipped, to the error stream."""
     for row in skipped[:20]:
-        print(f"left out: {row.name}: {row.reason}", file=sys.stderr)
+        print(f"skipped: {row.name}: {row.reason}", file=sys.stderr)
     if len(skipped) > 20:
-        print(f"left out: {len(skipped) - 20} more", file=sys.stderr)
+        print(f"skipped: {len(skipped) - 20} more", file=sys.stderr)
 
 
 def _draw(query: str | Path, found: Sequence[tuple[float, Path, str]], path: Path) -> None:

@@ -1,47 +1,65 @@
-"""What evaluations share: their start, the folder of their results, the rows they left out."""
+"""`vlm eval TASK MODEL`: the evaluations of `vlm.evaluation`, with the model as an argument."""
 
 from __future__ import annotations
 
-import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
-from rich.console import Console
-
-from vlm import assets
 
 
-def require_writable(out: Path) -> None:
-    """Makes the folder of the results. Raises ValueError where they could not be written there."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise ValueError(f"--out {out}: expected a folder to write to ({error})") from error
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Evaluate a model on rows that it was not trained on.
+
+    vlm eval TASK MODEL --data SOURCE, where TASK is caption, vqa, grounding, ocr, retrieval or
+    zero-shot; `vlm eval TASK --help` says what can be set. On several processes:
+    accelerate launch --num_processes 2 -m vlm.cli eval TASK MODEL
+    """
+
+    def run(self, arguments: list[str]) -> None:
+        """arguments: the task, and what follows it.
+
+        Raises ValueError for a task that there is not, and for input that cannot be evaluated.
+        """
+        from vlm.evaluation import TASKS, evaluation_class
+        from vlm.evaluation.base import description, run
+
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print("usage: vlm eval TASK MODEL [options]\n")
+            for name, task in TASKS.items():
+                print(f"  {name:<12}{task.said}")
+            print("\nvlm eval TASK --help says what can be set.")
+            return
+        task, *rest = arguments
+        try:
+            evaluation = evaluation_class(task)
+        except ValueError as error:
+            raise ValueError(f"vlm eval: {error}") from error
+        settings = tyro.cli(
+            with_model_argument(evaluation.settings_type),
+            args=rest,
+            prog=f"vlm eval {task}",
+            description=description(evaluation),
+        )
+        run(evaluation(settings))
 
 
-def show_left_out(result: dict[str, Any], console: Console) -> None:
-    """How many rows could not be used, and why the first of them."""
-    left_out = result["skipped"]
-    console.print(f"{left_out} of {result['rows']} rows left out" + (":" if left_out else ""))
-    for line in result["examples_skipped"][:5]:
-        console.print(f"  {line}", markup=False)
-
-
-def start(
-    settings_type: type,
-    evaluate: Callable[[Any], Any],
-    description: str,
-    arguments: Sequence[str] | None,
-) -> None:
-    """One evaluation with settings from the command line (None) or from `arguments`; a fault of the
-    input ends it with one line."""
-    settings = tyro.cli(settings_type, args=arguments, description=description)
-    try:
-        evaluate(settings)
-    except (ValueError, OSError, assets.FetchError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+def with_model_argument(settings_type: type) -> type:
+    """Settings whose `model` is an argument on the command line, not an option."""
+    (model,) = (field for field in dataclasses.fields(settings_type) if field.name == "model")
+    required = model.default is dataclasses.MISSING
+    kind = Annotated[
+        str if required else str | None,
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="MODEL", help="A run folder, a model folder or a hub id."),
+    ]
+    default = dataclasses.field() if required else dataclasses.field(default=model.default)
+    return dataclasses.make_dataclass(
+        settings_type.__name__,
+        [("model", kind, default)],
+        bases=(settings_type,),
+        frozen=True,
+        kw_only=True,
+    )

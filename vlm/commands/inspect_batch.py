@@ -1,6 +1,6 @@
 """What a batch really holds, before any training: decoded text with scored tokens in colour,
 image runs collapsed, the mask, boxes; who shares a packed row, and where the borders are; of
-contrastive models pictures and captions in pairs."""
+contrastive models images and captions in pairs."""
 
 from __future__ import annotations
 
@@ -94,10 +94,10 @@ def draw_rows(
     path: Path,
     pack: int | None = None,
 ) -> None:
-    """The pictures that rows show a model, as it sees them, over their names, as a PNG. Where rows
-    are packed, `pack` places at most, each of them as a band, its examples' pictures below.
+    """The images that rows show a model, as it sees them, over their names, as a PNG. Where rows
+    are packed, `pack` places at most, each of them as a band, its examples' images below.
 
-    Raises ValueError where no row has a picture; of packed rows, where there is none.
+    Raises ValueError where no row has an image; of packed rows, where there is none.
     """
     from vlm.draw import draw_lines, draw_page
 
@@ -107,7 +107,7 @@ def draw_rows(
         return draw_packed(parts, pack, path)
     kept = [row for row in rows if not isinstance(row, Skipped) and row.views]
     if not kept:
-        raise ValueError("expected a row with a picture to draw, found none")
+        raise ValueError("expected a row with an image to draw, found none")
     seen = [to_pil_image(processor.pixel_spec.unnormalise(row.views[0][0])) for row in kept]
     if isinstance(processor, LineProcessor):
         texts = [processor.decode(row.ids) for row in kept]
@@ -118,10 +118,10 @@ def draw_rows(
 
 def _segment(row: Row, processor: Processor) -> Segment:
     spec = processor.pixel_spec
-    pictures = [to_pil_image(spec.unnormalise(view)) for view, _ in row.views]
+    images = [to_pil_image(spec.unnormalise(view)) for view, _ in row.views]
     scored = row.scored.clone()
     scored[0] = False  # nothing stands before it
-    return Segment(row.name, _kinds(row.ids, scored), pictures)
+    return Segment(row.name, _kinds(row.ids, scored), images)
 
 
 def show_batch(
@@ -207,7 +207,7 @@ def _show_places(
     console.print(row_text(ids, scored, valid, row, processor, colour))
     console.print(Text(f"scored mask  {mask_runs(scored)}", style="dim"))
     console.print(Text(f"valid mask   {mask_runs(valid)}", style="dim"))
-    if processor.prefix:  # read at once, the rest after it
+    if row.layout.sees == "prefix":  # read at once, the rest after it
         console.print(Text(f"prefix mask  {mask_runs(batch.prefix[b, own])}", style="dim"))
     for box in row.boxes:
         console.print(box_line(box), highlight=False)
@@ -279,7 +279,7 @@ def row_text(
     """One row, decoded: ids int64[T], scored and valid bool[T]. Without colour, scored text stands
     in [[double brackets]], and answers that are not scored in [unscored: ...]."""
     text = Text()
-    places = iter(row.places)
+    spans = iter(row.layout.spans)
     kinds = [kind if ok else "pad" for kind, ok in zip(_kinds(ids, scored), valid.tolist())]
     if row.unscored is not None:
         for t in row.unscored.nonzero()[:, 0].tolist():
@@ -291,7 +291,7 @@ def row_text(
         start += length
         if kind == "image":
             while length:
-                count = next(places)
+                count = next(spans).length
                 text.append(f"[image × {count}]", style=RUN)
                 length -= count
         elif kind == "pad":
@@ -343,7 +343,7 @@ def mask_runs(mask: Tensor) -> str:
 
 
 def box_line(box: Box) -> str:
-    """A box in words: x0, y0, x1, y1 in pixels of the original picture."""
+    """A box in words: x0, y0, x1, y1 in pixels of the original image."""
     x0, y0, x1, y1 = box.xyxy_px
     return f"  box on image {box.image}: {box.label!r} x {x0:g}–{x1:g}, y {y0:g}–{y1:g} px"
 

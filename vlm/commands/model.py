@@ -22,16 +22,6 @@ class UsesModel:
     bfloat16, float16."""
 
 
-def require_least(options: object, **least: int) -> None:
-    """Raises ValueError naming an option that is below the least that it may be; called before a
-    model is opened. None is always allowed."""
-    for name, low in least.items():
-        value = getattr(options, name)
-        if value is not None and value < low:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} must be at least {low}, found {value}")
-
-
 WRITING = {"max_new_tokens": 1, "num_beams": 1, "batch_size": 1}
 """Options of commands that write text, where they have them, and the least that they may be."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from vlm.commands.model import require_least
+from vlm.config import require_least
 
 if TYPE_CHECKING:
     from vlm.training.memory.estimate import Estimate
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class MakePlan:
     """Say what a recipe's run takes of a machine: memory by part, the largest micro-batch, time.
 
-    Nothing is trained: steps are carried out on tensors without values, by the run's own code. The
+    Nothing is trained: steps are simulated with fake tensors, by the run's own code. The
     model is built as the recipe builds it. All other options are the recipe's own settings.
     """
 
@@ -33,7 +33,7 @@ class MakePlan:
     price: float | None = None
     """Of one device for an hour, in any currency."""
     reserve: float = 0.08
-    """Share of memory that is left free, for what no rehearsal sees."""
+    """Share of memory that is left free, for what no simulated step sees."""
     shard: bool = False
     """Divide weights, gradients and moments over all devices."""
     hybrid: bool = False
@@ -80,11 +80,11 @@ class MakePlan:
         else:
             self._show(plan, machine, settings, name, source)
         if not plan.fits:
-            helps = remedies(settings, hasattr(estimate.rehearsal.module, "text"), self.shard)
+            helps = remedies(settings, hasattr(estimate.simulated.module, "text"), self.shard)
             raise ValueError(plan.refusal(asked(settings, plan.micro_batch), helps))
 
     def _estimate(self, recipe: Any, settings: Any, machine: Machine) -> tuple[Estimate, str]:
-        """Rehearsed steps of a recipe, and the name of its stage."""
+        """The estimate of a recipe's steps, and the name of its stage."""
         from vlm.precision import DTYPES
         from vlm.training.activation_checkpointing import checkpoint_activations, kept_parts
         from vlm.training.memory.estimate import (
@@ -92,7 +92,7 @@ class MakePlan:
             rows_of_run,
             with_text_places,
         )
-        from vlm.training.memory.simulate import Rehearsal
+        from vlm.training.memory.simulate import SimulatedStep
 
         data = settings.data()
         model = settings.build()
@@ -105,9 +105,9 @@ class MakePlan:
             checkpoint_activations(module, kept_parts(module, stage))
         objective = recipe.objective(settings, model, stage)
         gpu = machine.tflops is not None
-        rehearsal = Rehearsal(module, stage, objective, DTYPES[settings.precision], gpu)
+        simulated = SimulatedStep(module, stage, objective, DTYPES[settings.precision], gpu)
         group = (machine.devices if self.hybrid else machine.ranks) if self.shard else 1
-        return Estimate(rehearsal, rows, machine.ranks, group), stage.name
+        return Estimate(simulated, rows, machine.ranks, group), stage.name
 
     def _show(self, plan: Plan, machine: Machine, settings: Any, name: str, peak: str) -> None:
         from rich.console import Console
@@ -127,7 +127,7 @@ class MakePlan:
         for part, held in plan.held._asdict().items():
             table.add_row(part, f"{held / size:,.2f}")
         table.add_row("together", f"{plan.held.total / size:,.2f}", style="bold", end_section=True)
-        table.add_row(f"room, {self.reserve:.0%} left free", f"{plan.budget / size:,.2f}")
+        table.add_row(f"memory, {self.reserve:.0%} left free", f"{plan.budget / size:,.2f}")
         console.print(table)
         if plan.gathered:
             console.print(
@@ -155,7 +155,7 @@ class MakePlan:
         )
         console.print(
             f"memory by the heaviest and time by all of some {self.rows} rows of the run; reading "
-            "data, evaluations and checkpoints left out",
+            "data, evaluations and checkpoints skipped",
             style="dim",
         )
 

@@ -1,5 +1,5 @@
 """Insides of open_clip that it does not export, tested with 3.3: the classes of its image towers
-(`vlm.tokenizers.open_clip`, which takes them apart), and its defaults for pictures
+(`vlm.tokenizers.open_clip`, which takes them apart), and its defaults for images
 (`vlm.pixels.sources`).
 
 Beside these, the names of weights that its files have are relied on in

@@ -150,7 +150,7 @@ def with_child(module: nn.Module, name: str, child: nn.Module) -> nn.Module:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is called before or behind a module's forward or backward."""
+    """Whether anything is called before or after a module's forward or backward."""
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
                 module._backward_pre_hooks))  # fmt: skip
 

@@ -85,7 +85,7 @@ def random_weights(cls: type[M], config: PreTrainedConfig, attention: str, **arg
 
 
 def sam_neck(config: PreTrainedConfig) -> nn.Module:
-    """The convolutions behind SAM's blocks, random. config: of SAM's vision encoder."""
+    """The convolutions after SAM's blocks, random. config: of SAM's vision encoder."""
     from transformers.models.sam.modeling_sam import SamVisionNeck
 
     return SamVisionNeck(config)

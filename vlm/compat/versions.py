@@ -17,6 +17,8 @@ from importlib import metadata
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from vlm.compat.extras import ABOUT
+
 
 @cache
 def warn_untested() -> None:
@@ -57,15 +59,18 @@ def same_name(name: str) -> str:
 
 def untested(requirement: str, installed: Mapping[str, str]) -> str | None:
     """What to say of the library that a requirement names, as metadata has it; None where it is in
-    the range, missing, or not required here (an extra's, another system's).
+    the range, missing (which whoever needs it says, see `vlm.compat.extras`), or not required here
+    (by the tests, on another system).
 
     >>> untested("torch>=2.14,<2.15", {"torch": "2.15.0+cpu"})
     'torch 2.15.0+cpu (newer than >=2.14,<2.15)'
     >>> untested("torch>=2.14,<2.15", {"torch": "2.14.1"})
+    >>> untested("faiss-cpu>=1.11,<2; extra == 'retrieval'", {"faiss-cpu": "1.9"})
+    'faiss-cpu 1.9 (older than >=1.11,<2)'
     """
     wanted = Requirement(requirement)
     found = installed.get(same_name(wanted.name))
-    if found is None or (wanted.marker is not None and not wanted.marker.evaluate({"extra": ""})):
+    if found is None or not _is_wanted(wanted):
         return None
     version = Version(found)
     if wanted.specifier.contains(version, prereleases=True):
@@ -74,3 +79,9 @@ def untested(requirement: str, installed: Mapping[str, str]) -> str | None:
     way = "older" if any(version < least for least in lowest) else "newer"
     bounds = ",".join(sorted(map(str, wanted.specifier), reverse=True))
     return f"{wanted.name} {found} ({way} than {bounds})"
+
+
+def _is_wanted(requirement: Requirement) -> bool:
+    """Whether vlm requires this here, by itself or by one of the extras of its tasks."""
+    marker = requirement.marker
+    return marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *ABOUT))

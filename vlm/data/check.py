@@ -1,6 +1,6 @@
-"""What is wrong in a source's rows, found without training: texts read, pictures' headers, boxes.
+"""What is wrong in a source's rows, found without training: texts read, images' headers, boxes.
 
-Pictures are not decoded, so damage behind a header stays unseen. Rows are told apart by what is
+Images are not decoded, so damage after a header stays unseen. Rows are told apart by what is
 wrong with them: messages that differ by names and numbers alone are of one kind.
 """
 
@@ -65,7 +65,7 @@ class Report:
 
 
 def check_row(source: Source, row: int) -> Example:
-    """A row, read as far as its pictures' headers. Raises BadRow or BadImage saying what is wrong,
+    """A row, read as far as its images' headers. Raises BadRow or BadImage saying what is wrong,
     BadSource as its source does."""
     example = source[row]
     try:
@@ -160,7 +160,7 @@ def check_start(
     reads_prompts: bool = True,
 ) -> None:
     """Looks at the first rows of each source before anything is computed, and says what was found
-    when it opened, which keys are not read, and which rows are left out; one line where all is
+    when it opened, which keys are not read, and which rows are skipped; one line where all is
     well. Sources that draw their rows are passed over.
 
     bad_rows: "raise" stops at rows that cannot be used, "skip" counts them; None leaves them to
@@ -192,7 +192,7 @@ def check_start(
             raise BadRow(_refusal(report))
         if report.bad and bad_rows == "skip":
             first = next(iter(report.kinds.values()))[1][0]
-            text = f"{report.name}: {report.bad:,} of the first {report.rows:,} rows left out"
+            text = f"{report.name}: {report.bad:,} of the first {report.rows:,} rows skipped"
             say(f"{text}, such as {first}", highlight=False, markup=False)
     for source in sources:
         if source.unread is not None:
@@ -223,5 +223,5 @@ def _refusal(report: Report) -> str:
         return first
     return (
         f"{first} (one of {report.bad:,} such among the first {report.rows:,} rows of "
-        f"{report.name}; `vlm check-data` lists them, --bad-rows skip leaves them out)"
+        f"{report.name}; `vlm check-data` lists them, --bad-rows skip skips them)"
     )

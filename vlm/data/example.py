@@ -23,7 +23,7 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A row that was left out, and why; the trainer counts these and reports them."""
+    """A row that was skipped, and why; the trainer counts these and reports them."""
 
     name: str
     reason: str
@@ -31,9 +31,10 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """A picture not yet decoded.
+    """An image not yet decoded.
 
-    data: encoded bytes (PNG, JPEG, ...), or the path of a file.
+    data: encoded bytes (PNG, JPEG, ...), or the path of a file. Models take a decoded image too,
+        for its name's sake.
     name: where it comes from, for messages, such as "train.tar: 1f600.png".
     """
 
@@ -73,7 +74,7 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """The text alone, places of images and boxes left out."""
+        """The text alone, places of images and boxes skipped."""
         return "".join(part for part in self.content if isinstance(part, str))
 
     @property
@@ -102,12 +103,15 @@ class Example:
         one turn of role "text": a document without images, all of which is learned.
     images: in the order of their places in the turns, all turns counted through.
     boxes: what is drawn where, for grounding; may be empty.
+    references: all right answers to the last question, for evaluation; empty where the row has
+        none beside the answer itself.
     """
 
     name: str
     turns: tuple[Turn, ...]
     images: tuple[ImageRef, ...] = ()
     boxes: tuple[Box, ...] = ()
+    references: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         slots = sum(turn.slots for turn in self.turns)

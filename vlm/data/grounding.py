@@ -13,10 +13,10 @@ GROUND_PROMPT = "Where is {phrase}?"
 def ground(example: Example, prompt: str = GROUND_PROMPT, at_most: int | None = None) -> Example:
     """The example with its turns replaced by one question for each different label of its boxes,
     in the order in which they first stand, the answer being all boxes of that label, those further
-    up first, then those further left. The picture comes before the first question.
+    up first, then those further left. The image comes before the first question.
 
     at_most: how many labels are asked for; None asks for all.
-    Raises BadRow where there is no box, one without a label, or more than one picture.
+    Raises BadRow where there is no box, one without a label, or more than one image.
 
     >>> from vlm.data.example import Box, ImageRef
     >>> boxes = (Box(0, (5, 9, 7, 11), "cup"), Box(0, (1, 2, 3, 4), "cup"))
@@ -28,7 +28,7 @@ def ground(example: Example, prompt: str = GROUND_PROMPT, at_most: int | None = 
         raise BadRow(f"{example.name}: expected boxes to ask for, found none")
     if len(example.images) != 1:
         raise BadRow(
-            f"{example.name}: expected one picture, so that an answer says where its boxes are, "
+            f"{example.name}: expected one image, so that an answer says where its boxes are, "
             f"found {len(example.images)}"
         )
     if not all(box.label for box in example.boxes):

@@ -41,7 +41,7 @@ def make_sample(folder: Path, out: Path, transfer_count: int = TRANSFER_COUNT) -
     the emoji and the hand that drew it are new. transfer: the first `transfer_count` Twemoji
     drawings of train emoji, so only the hand is new.
     Raises ValueError where a shard holds a key of the other split, a member without its partner,
-    or a picture that WebP does not give back pixel for pixel.
+    or an image that WebP does not give back pixel for pixel.
     """
     out.mkdir(parents=True, exist_ok=True)
     plan = {
@@ -57,17 +57,17 @@ def make_sample(folder: Path, out: Path, transfer_count: int = TRANSFER_COUNT) -
     return sizes
 
 
-def pack_picture(data: bytes, name: str) -> tuple[bytes, str]:
-    """The smallest exact encoding of a picture and its extension: lossless WebP, or `data` itself.
+def pack_image(data: bytes, name: str) -> tuple[bytes, str]:
+    """The smallest exact encoding of an image and its extension: lossless WebP, or `data` itself.
 
     Pixels, alpha and the colours under full transparency stay as they are: checked by decoding.
     """
-    picture = Image.open(io.BytesIO(data))
-    if picture.mode != "RGBA":
-        raise ValueError(f"{name}: expected an RGBA picture, found {picture.mode}")
+    image = Image.open(io.BytesIO(data))
+    if image.mode != "RGBA":
+        raise ValueError(f"{name}: expected an RGBA image, found {image.mode}")
     packed = io.BytesIO()
-    picture.save(packed, "WEBP", lossless=True, exact=True, quality=100, method=6)
-    if Image.open(packed).convert("RGBA").tobytes() != picture.tobytes():
+    image.save(packed, "WEBP", lossless=True, exact=True, quality=100, method=6)
+    if Image.open(packed).convert("RGBA").tobytes() != image.tobytes():
         raise ValueError(f"{name}: WebP does not give back the same pixels")
     if len(packed.getvalue()) < len(data):
         return packed.getvalue(), "webp"
@@ -75,18 +75,18 @@ def pack_picture(data: bytes, name: str) -> tuple[bytes, str]:
 
 
 def _rows(shard: Path, *, val: bool) -> Iterator[tuple[str, bytes, dict]]:
-    """(key, encoded picture, JSON) of each sample of a shard, in its order."""
+    """(key, encoded image, JSON) of each sample of a shard, in its order."""
     with tarfile.open(shard) as tar:
-        key, picture = None, b""
+        key, image = None, b""
         for member in tar:
             stem, extension = member.name.split(".", 1)
             data = tar.extractfile(member).read()
             if extension == "png" and key is None:
-                key, picture = stem, data
+                key, image = stem, data
             elif extension == "json" and stem == key:
                 if is_val(key) != val:
                     raise ValueError(f"{shard.name}: {key} belongs to the other split")
-                yield key, picture, json.loads(data)
+                yield key, image, json.loads(data)
                 key = None
             else:
                 raise ValueError(f"{shard.name}: expected KEY.png, KEY.json, found {member.name}")
@@ -98,7 +98,7 @@ def _write(rows: Iterator[tuple[str, bytes, dict]], stem: Path) -> tuple[Path, P
     tar_path, rows_path = stem.with_suffix(".tar"), stem.with_suffix(".jsonl")
     with open(tar_path, "wb") as tar, open(rows_path, "w", encoding="utf-8", newline="\n") as text:
         for key, data, row in rows:
-            packed, extension = pack_picture(data, f"{tar_path.name}: {key}")
+            packed, extension = pack_image(data, f"{tar_path.name}: {key}")
             member = tarfile.TarInfo(f"{key}.{extension}")
             member.size = len(packed)
             tar.write(member.tobuf(tarfile.USTAR_FORMAT))

@@ -1,4 +1,4 @@
-"""Writes the pictures and boxes of any source as COCO's files.
+"""Writes the images and boxes of any source as COCO's files.
 
     python -m vlm.data.write_coco scenes:2000:seed=1:size=mixed FOLDER
 
@@ -21,7 +21,7 @@ from vlm.pixels import open_image
 
 
 def write_coco(source: Source, folder: str | Path) -> Path:
-    """Every picture of a source as a PNG file and every box as an annotation; gives the path of the
+    """Every image of a source as a PNG file and every box as an annotation; gives the path of the
     annotations. Categories are the labels in alphabetical order; ids count from 1.
 
     Raises ValueError where the folder holds such files already, BadRow or BadImage naming the row
@@ -36,14 +36,14 @@ def write_coco(source: Source, folder: str | Path) -> Path:
     found: list[tuple[int, str, tuple[float, ...]]] = []
     for row in tqdm(range(len(source)), desc=source.name, disable=len(source) < 1000):
         example = source[row]
-        pictures = [open_image(reference) for reference in example.images]
-        sizes_hw = [(picture.height, picture.width) for picture in pictures]
+        image_list = [open_image(reference) for reference in example.images]
+        sizes_hw = [(one_image.height, one_image.width) for one_image in image_list]
         boxes = check_boxes(example.boxes, sizes_hw, example.name)
         first = len(images) + 1
-        for id, picture in enumerate(pictures, start=first):
+        for id, one_image in enumerate(image_list, start=first):
             name = f"{id:06d}.png"
-            picture.save(folder / "images" / name, compress_level=1)
-            size = {"height": picture.height, "width": picture.width}
+            one_image.save(folder / "images" / name, compress_level=1)
+            size = {"height": one_image.height, "width": one_image.width}
             images.append({"id": id, "file_name": name, **size})
         found += [(first + box.image, box.label, box.xyxy_px) for box in boxes]
     labels = sorted({label for _, label, _ in found})
@@ -66,7 +66,7 @@ def write_coco(source: Source, folder: str | Path) -> Path:
 
 
 def main(source: tyro.conf.Positional[str], folder: tyro.conf.Positional[Path]) -> None:
-    """Writes the pictures and boxes of SOURCE as COCO's files into FOLDER."""
+    """Writes the images and boxes of SOURCE as COCO's files into FOLDER."""
     path = write_coco(open_source(source), folder)
     print(f"coco:{path}?root={path.parent / 'images'}")
 

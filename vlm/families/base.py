@@ -84,7 +84,7 @@ def require_list(images: Any) -> None:
     """Raises ValueError for the path or bytes of one image, which would be taken letter by
     letter."""
     if isinstance(images, (str, bytes, Path)):
-        raise ValueError("images is a list of pictures")
+        raise ValueError("images is a list of images")
 
 
 def require_batch_size(batch_size: int) -> None:

@@ -24,7 +24,7 @@ class Reference:
 
     model_type: its entry in `vlm.systems.SYSTEMS`.
     files: name -> content of every small file of its folder, config.json included.
-    unused: the weights of that folder which our model has not (a pooling head behind tokens that
+    unused: the weights of that folder which our model has not (a pooling head after tokens that
         are not pooled), by their published names, as they were stored. They are written back, so
         that the system's own class finds all that it asks for.
     """
@@ -49,7 +49,7 @@ def read_reference(
     folder: Path, model_type: str, unused: Mapping[str, Tensor] | None = None
 ) -> Reference:
     """The small files of a published folder, and what the model does not use of its weights; other
-    weights, code and pictures are left out."""
+    weights, code and images are skipped."""
     names = sorted(
         path.name
         for path in folder.iterdir()

@@ -97,6 +97,12 @@ SYSTEMS = {
     "paligemma": System(
         "vlm.systems.paligemma", "PaliGemma 1 and 2: SigLIP, linear, Gemma, prefix mask"
     ),
+    "llava": System("vlm.systems.llava", "LLaVA 1.5: CLIP, MLP, LLaMA"),
+    "llava_next": System(
+        "vlm.systems.llava", "LLaVA-NeXT (1.6): CLIP tiles of any resolution, MLP, LLaMA or Mistral"
+    ),
+    "idefics3": System("vlm.systems.smolvlm", "Idefics3, SmolVLM: tagged SigLIP tiles, LLaMA"),
+    "smolvlm": System("vlm.systems.smolvlm", "SmolVLM2 on images: tagged SigLIP tiles, LLaMA"),
 }
 """`format` or transformers' `model_type` in config.json -> the system. A folder whose configuration
 is open_clip_config.json is "open_clip"; one of transformers' VisionEncoderDecoderModel is "donut"

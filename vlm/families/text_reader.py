@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,13 +11,12 @@ from typing import Any, ClassVar
 import torch
 from tqdm import tqdm
 
-from vlm.families.base import Model, require_list
+from vlm.families.base import Model, require_batch_size, require_list
 from vlm.families.decoder_only.batch import Row
 from vlm.families.decoder_only.generate import evaluating
 from vlm.families.line_reader.batch import LineRow, by_width
 from vlm.image_tokens import pixel_hw
 from vlm.metrics.calibration import UNFITTED, Temperatures, fit_scaling
-from vlm.metrics.text import normalise, pieces_right
 from vlm.ocr.results import Reading, Transcript
 
 WINDOW = 16
@@ -43,49 +42,55 @@ class TextReader(Model):
 
     def ocr(
         self,
-        images: Sequence,
+        images: Iterable,
         layout: str = "auto",
         batch_size: int = 32,
         num_beams: int = 1,
         min_confidence: float = 0.0,
+        stream: bool = False,
         **options,
-    ) -> list[Reading]:
-        """What is written in each picture, line by line; see `vlm.ocr.pages.read_pages`. Texts are
+    ) -> list[Reading] | Iterator[Reading]:
+        """What is written in each image, line by line; see `vlm.ocr.pages.read_each`. Texts are
         in logical order (see `vlm.ocr.results`).
 
-        images: paths, bytes, PIL images or arrays. layout: "line" takes each picture as one line,
-            "page" finds its lines, "auto" decides for each.
-        min_confidence: lines that are less sure are left out, with a warning that counts them.
+        images: paths, bytes, PIL images or arrays; any iterable, from which they are taken as they
+            are needed. layout: "line" takes each image as one line, "page" finds its lines, "auto"
+            decides for each.
+        min_confidence: lines that are less sure are skipped, with a warning that counts them.
+        stream: gives an iterator that yields each reading as soon as it is there, before further
+            images are opened, so that any number of pages is read in bounded memory.
         options: those of `read_lines`.
         """
-        from vlm.ocr.pages import read_pages  # which needs OpenCV
+        from vlm.ocr.pages import read_each  # which needs OpenCV
 
         require_list(images)
         self._require_known(options)
-        return read_pages(
+        require_batch_size(batch_size)
+        readings = read_each(
             self, images, layout, batch_size, min_confidence, num_beams=num_beams, **options
         )
+        return readings if stream else list(readings)
 
     def read_lines(
-        self, pictures: Sequence, batch_size: int = 32, num_beams: int = 1, **options
+        self, images: Sequence, batch_size: int = 32, num_beams: int = 1, **options
     ) -> list[Transcript]:
-        """What is written in each picture of a single line.
+        """What is written in each image of a single line.
 
         num_beams: 1 takes the likeliest character or token each time; more search among texts.
-        A blank picture has the text "", and as confidence that nothing stands there.
+        A blank image has the text "", and as confidence that nothing stands there.
         Raises ValueError for an option that reading does not have.
         """
-        require_list(pictures)
+        require_list(images)
         self._require_known(options)
         if batch_size < 1 or num_beams < 1:
             raise ValueError(
                 f"batch_size and num_beams must be at least 1, found {batch_size}, {num_beams}"
             )
-        done: list[Transcript | None] = [None] * len(pictures)
-        bar = tqdm(total=len(pictures), desc="lines", disable=len(pictures) <= 256, leave=False)
+        done: list[Transcript | None] = [None] * len(images)
+        bar = tqdm(total=len(images), desc="lines", disable=len(images) <= 256, leave=False)
         with evaluating(self.module), torch.inference_mode(), bar:
-            for first in range(0, len(pictures), WINDOW * batch_size):
-                part = pictures[first : first + WINDOW * batch_size]
+            for first in range(0, len(images), WINDOW * batch_size):
+                part = images[first : first + WINDOW * batch_size]
                 rows = [self._encode(p, name_of(p, first + i)) for i, p in enumerate(part)]
                 for group in _groups([_width(row) for row in rows], batch_size):
                     read = self._read([rows[i] for i in group], num_beams, **options)
@@ -94,22 +99,24 @@ class TextReader(Model):
                     bar.update(len(group))
         return done
 
-    def fit_temperatures(self, pictures: Sequence, truths: Sequence[str]) -> Temperatures:
-        """Makes confidences honest, by lines that it has not learned from; they are kept, and saved
+    def fit_temperatures(self, images: Sequence, truths: Sequence[str]) -> Temperatures:
+        """Calibrates confidences, by lines that it has not learned from; they are kept, and saved
         with the model in our own layout. The order of confidences never changes.
 
-        truths: what stands on each picture; compared in NFC, white space joined. Where all lines,
+        truths: what stands on each image; compared in NFC, white space joined. Where all lines,
         or all tokens, are right (or all wrong), theirs stay as they were.
         Raises ValueError where there are more of one than of the other.
         """
-        if len(pictures) != len(truths):
+        from vlm.metrics.text import normalise, pieces_right  # of the extra ocr
+
+        if len(images) != len(truths):
             raise ValueError(
-                f"expected a truth for each picture, found {len(pictures)} pictures and "
+                f"expected a truth for each image, found {len(images)} images and "
                 f"{len(truths)} truths"
             )
         before, self.temperatures = self.temperatures, UNFITTED
         try:
-            read = self.read_lines(pictures)
+            read = self.read_lines(images)
         except BaseException:
             self.temperatures = before
             raise
@@ -128,15 +135,15 @@ class TextReader(Model):
         """Raises ValueError naming options that reading does not have, and those that it has."""
         unknown = sorted(set(options).difference(self.options))
         if unknown:
-            known = ["layout", "batch_size", "num_beams", "min_confidence"]
+            known = ["layout", "batch_size", "num_beams", "min_confidence", "stream"]
             more = ", and transformers' names, such as max_new_tokens" if self.options else ""
             raise ValueError(
                 f"expected options of reading ({', '.join(known)}{more}), found "
                 f"{', '.join(unknown)}"
             )
 
-    def _encode(self, picture, name: str) -> LineRow | Row:
-        """A picture as what is read."""
+    def _encode(self, image, name: str) -> LineRow | Row:
+        """An image as what is read."""
         raise NotImplementedError
 
     def _read(self, rows: Sequence, num_beams: int, **options) -> list[Transcript]:
@@ -166,6 +173,6 @@ def _width(row: LineRow | Row) -> int:
     return pixel_hw(row.views[0][0])[1]
 
 
-def name_of(picture, index: int) -> str:
-    """What messages call a picture."""
-    return str(picture) if isinstance(picture, (str, Path)) else f"line {index}"
+def name_of(image, index: int) -> str:
+    """What messages call an image."""
+    return str(image) if isinstance(image, (str, Path)) else f"line {index}"

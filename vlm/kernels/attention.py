@@ -1,7 +1,7 @@
 """Attention by whole products, for bf16 on CPUs with instructions for it but no matrix tiles (AMX).
 
 torch's fused attention there computes scores in parts that are too small for its products, backward
-more so than forward. For the few hundred places of a picture or of an example, a product for many
+more so than forward. For the few hundred places of an image or of an example, a product for many
 heads at once, a softmax and one more product take half its time. The backward pass computes the
 shares again, as the fused one does, so that nothing is kept beside what went in. In fp32 the fused
 attention is the faster one, forward and backward.
@@ -106,7 +106,7 @@ class _WholeProducts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         query, key, value = ctx.saved_tensors
-        # Each gradient lies place by place, as the projections behind it want theirs.
+        # Each gradient lies place by place, as the projections after it want theirs.
         by_query, by_key, by_value = (
             x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in (query, key, value)
         )
@@ -139,7 +139,7 @@ class _WholeProducts(torch.autograd.Function):
 
 
 def _runs(views: int, lengths: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    """The view, first place and place behind the last of every run."""
+    """The view, first place and place after the last of every run."""
     for view in range(views):
         start = 0
         for length in lengths:
@@ -150,7 +150,7 @@ def _runs(views: int, lengths: tuple[int, ...]) -> Iterator[tuple[int, int, int]
 def _shares(
     query: Tensor, key: Tensor, later: Tensor | None
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Of one run, block by block: its first query and the one behind its last, the queries
+    """Of one run, block by block: its first query and the one after its last, the queries
     float[h, H / h * q, F], and what share of each key they read, float[h, H / h * q, keys seen].
 
     query: float[H, L, F]; key: float[h, L, F], scaled. later: what is added to the scores of a

@@ -1,6 +1,6 @@
 """MLPs of image encoders a few hundred places at a time, on CPUs in fp32.
 
-What an MLP widens a picture's places to is several times as large as its input: for a few pictures
+What an MLP widens an image's places to is several times as large as its input: for a few images
 at once it no longer stays in the caches, and the activation, which does next to nothing to each
 number, waits for memory. In parts it is widened, activated in place and narrowed while it is there.
 The values are the same, but for the order of sums where a product depends on its number of rows.

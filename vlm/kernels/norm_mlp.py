@@ -1,4 +1,5 @@
-"""Parts of language models that keep less for the backward pass, and compute the same.
+"""Memory-efficient kernels: RMS norms and gated MLPs (SwiGLU) of language models that keep less for
+the backward pass, and compute the same.
 
 transformers' RMS norms keep their input in fp32, and its gated MLPs what their activation gives;
 both follow from what is kept anyway in a few cheap operations. What is computed stays equal to the
@@ -31,30 +32,33 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 Forward = Callable[[nn.Module, Tensor], Tensor]
 
 
-def lean_ways(module: nn.Module) -> dict[str, Forward]:
-    """The lean way to compute each RMS norm and gated MLP of a model, by the part's name. Those
-    that compute something else, as a trial of one of each kind shows, are left out; so the weights
-    must have values, and be whole."""
+def memory_efficient_kernels(module: nn.Module) -> dict[str, Forward]:
+    """The memory-efficient forward of each RMS norm and gated MLP of a model, by the part's name.
+    Parts that compute something else, as a trial of one of each kind shows, are skipped; so the
+    weights must have values, and must not be sharded."""
     tried: dict[tuple, Forward | None] = {}
-    ways = {}
+    kernels = {}
     for name, part in module.named_modules():
         kind = _kind(part)
         if kind is None or "forward" in vars(part):
             continue
         if kind not in tried:
-            way, alike, *_ = kind
-            tried[kind] = way if alike(part) else None
+            kernel, alike, *_ = kind
+            tried[kind] = kernel if alike(part) else None
         if tried[kind] is not None:
-            ways[name] = tried[kind]
-    return ways
+            kernels[name] = tried[kind]
+    return kernels
 
 
 @contextmanager
-def lean(module: nn.Module, ways: dict[str, Forward]) -> Iterator[None]:
-    """Within, a model goes these ways. ways: what `lean_ways` gives of it, or of its like."""
-    parts = [module.get_submodule(name) for name in ways]
-    for part, way in zip(parts, ways.values()):
-        part.forward = partial(way, part)
+def use_kernels(module: nn.Module, kernels: dict[str, Forward]) -> Iterator[None]:
+    """Within, a model's parts compute by these kernels.
+
+    kernels: what `memory_efficient_kernels` gives of the model, or of one of the same structure.
+    """
+    parts = [module.get_submodule(name) for name in kernels]
+    for part, kernel in zip(parts, kernels.values()):
+        part.forward = partial(kernel, part)
     try:
         yield
     finally:
@@ -63,8 +67,8 @@ def lean(module: nn.Module, ways: dict[str, Forward]) -> Iterator[None]:
 
 
 def _kind(part: nn.Module) -> tuple | None:
-    """The lean way for a part, its trial, and what else decides how the trial ends; None for what
-    is neither an RMS norm nor a gated MLP."""
+    """The kernel for a part, its trial, and what else decides how the trial ends; None for what is
+    neither an RMS norm nor a gated MLP."""
     own = dict(part.named_parameters())
     if type(part).__name__.endswith("RMSNorm") and own.keys() == {"weight"}:
         weight, eps = own["weight"], _eps(part)
@@ -107,12 +111,12 @@ def _mlp_alike(mlp: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _alike(part: nn.Module, way: Forward, like: Tensor) -> bool:
+def _alike(part: nn.Module, kernel: Forward, like: Tensor) -> bool:
     """Whether both compute the same of two places of a width and dtype."""
     places = torch.linspace(-3, 5, 2 * len(like)).view(1, 2, len(like)).to(like)
     with torch.random.fork_rng(devices=[]):
         try:
-            theirs, ours = part(places), way(part, places)
+            theirs, ours = part(places), kernel(part, places)
             return theirs.dtype == ours.dtype and torch.equal(theirs, ours)
         except Exception:  # whatever a part of this name may want or give, it is not known
             return False

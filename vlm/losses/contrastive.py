@@ -13,7 +13,7 @@ a rank holds its own shard and one visiting shard, however many ranks there are;
 gathered. Ranks may hold different numbers of pairs.
 
 Every rank gets the value of the global loss. Its gradients are its share: those of its own
-embeddings are whole, and those of log_scale, bias and all weights behind the embeddings become
+embeddings are whole, and those of log_scale, bias and all weights after the embeddings become
 whole when they are SUMMED over ranks; a trainer that averages them divides by the ranks too often.
 
 Embeddings may come from anywhere, detached ones included: for gradient caching (arXiv 2101.06983)

@@ -62,7 +62,7 @@ def backward_state_losses(
     head: gives logits float[n, Z] of states float[n, D], each row of its own state alone. They are
         overwritten, so they must be a new tensor, and one that no backward pass needs, as linear
         layers, products with numbers and caps make it. Weights of the head may be frozen, or tied
-        to some behind the states.
+        to some after the states.
     states: float[N, D] at scored places; targets: int64[N].
     scale: given here, not to the losses later, so that gradients are rounded once.
     autocast: what the head is called within.

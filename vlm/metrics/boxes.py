@@ -15,6 +15,12 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from vlm.compat.extras import needs
+
+with needs("eval"):  # here, so that boxes are not predicted first
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
 
 def iou(predicted_xyxy_px: ArrayLike, true_xyxy_px: ArrayLike) -> NDArray[np.float64]:
     """Intersection over union of every pair of boxes, float64[M, N] in 0 to 1; 0 where both boxes
@@ -62,9 +68,9 @@ def phrases_found(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BoxTable:
-    """Boxes of many pictures, a row each.
+    """Boxes of many images, a row each.
 
-    image: int64[N], which picture. label: int64[N], which category; both any numbers.
+    image: int64[N], which image. label: int64[N], which category; both any numbers.
     boxes_xyxy_px: float64[N, 4]. score: float64[N] of predicted boxes; None for true ones.
     crowd: bool[N] of true boxes, regions of many things; None: there are none.
     Raises ValueError naming lengths or a shape that does not fit.
@@ -88,7 +94,7 @@ def coco_precision(true: BoxTable, predicted: BoxTable, max_boxes: int = 100) ->
     """COCO's average precision of boxes in all sizes: {"AP", "AP50", "AP75"}, each in 0 to 1.
 
     AP is the mean over IoU 0.5 to 0.95 and over the categories that have a true box. Of one
-    picture and category the `max_boxes` best-scored boxes count. Boxes on a crowd are neither
+    image and category the `max_boxes` best-scored boxes count. Boxes on a crowd are neither
     right nor wrong.
     Computed by pycocotools, one category at a time: what it holds in memory is that of the largest
     category, not of the whole set.
@@ -109,9 +115,6 @@ def _precision_by_iou(
     true: BoxTable, predicted: BoxTable, crowd: NDArray, label: int, max_boxes: int
 ) -> NDArray[np.float64]:
     """Average precision of one category at IoU 0.5, 0.55, ..., 0.95: float64[10]."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
     theirs, ours = (table.label == label for table in (true, predicted))
     images = np.union1d(true.image[theirs], predicted.image[ours])
     sets = []

@@ -3,7 +3,7 @@
 Measured by bins (`calibration`), and mended by one number, or two, that are fitted on held-out
 examples (`fit_scaling`). The order of confidences never changes, only their size.
 
-Shapes: N example (a token, a word, a line, a classified picture), K bin of confidence.
+Shapes: N example (a token, a word, a line, a classified image), K bin of confidence.
 """
 
 from __future__ import annotations

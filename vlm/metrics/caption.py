@@ -1,7 +1,7 @@
 """How near captions come to references: exact match, CIDEr-D and BLEU-4.
 
-Pure functions over pairs (candidate, references), a pair for each picture, with any number of
-references. CIDEr-D weighs n-grams by the pictures whose references hold them, and BLEU-4 counts
+Pure functions over pairs (candidate, references), a pair for each image, with any number of
+references. CIDEr-D weighs n-grams by the images whose references hold them, and BLEU-4 counts
 over the corpus, so a part of the pairs says nothing: processes gather their pairs first.
 
 CIDEr-D is computed by pycocoevalcap's scorer (that of the COCO evaluation), BLEU-4 by sacrebleu.
@@ -15,10 +15,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vlm.metrics.share import wilson
+from vlm.compat.extras import needs
+from vlm.metrics.share import bootstrap, wilson
+
+with needs("eval"):  # here, so that captions are not written first
+    from pycocoevalcap.cider.cider import Cider
+    from sacrebleu.metrics import BLEU
 
 Pair = tuple[str, Sequence[str]]
-"""A picture's candidate caption and its references."""
+"""An image's candidate caption and its references."""
 
 _STRAIGHT = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "."})
 _CONTRACTIONS = re.compile(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))\b")
@@ -63,7 +68,7 @@ def normalise(text: str) -> str:
 def exact_matches(pairs: Sequence[Pair]) -> np.ndarray:
     """Whether each candidate equals one of its references, both normalised: bool[N].
 
-    Raises ValueError for no pairs, or a picture without references, naming it by its place.
+    Raises ValueError for no pairs, or an image without references, naming it by its place.
     """
     _check(pairs)
     return np.array(
@@ -72,15 +77,13 @@ def exact_matches(pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def cider_d(pairs: Sequence[Pair]) -> np.ndarray:
-    """CIDEr-D of each picture, float64[N] in 0 to 10; their mean is the corpus's.
+    """CIDEr-D of each image, float64[N] in 0 to 10; their mean is the corpus's.
 
-    (Papers often print it times 100.) Its weights are log(pictures / pictures whose references hold
-    the n-gram): one picture alone, or the same references everywhere, score 0.
+    (Papers often print it times 100.) Its weights are log(images / images whose references hold
+    the n-gram): one image alone, or the same references everywhere, score 0.
     Source: Vedantam et al. 2015, section 6; pycocoevalcap, cider/cider_scorer.py.
-    Raises ValueError for no pairs, or a picture without references, naming it by its place.
+    Raises ValueError for no pairs, or an image without references, naming it by its place.
     """
-    from pycocoevalcap.cider.cider import Cider
-
     _check(pairs)
     candidates, references = _joined(pairs)
     if not any(any(texts) for texts in references.values()):
@@ -94,10 +97,8 @@ def bleu_4(pairs: Sequence[Pair]) -> float:
     or so).
 
     Source: Papineni et al. 2002.
-    Raises ValueError for no pairs, or a picture without references, naming it by its place.
+    Raises ValueError for no pairs, or an image without references, naming it by its place.
     """
-    from sacrebleu.metrics import BLEU
-
     _check(pairs)
     candidates, references = _joined(pairs)
     most = max(len(texts) for texts in references.values())
@@ -108,20 +109,46 @@ def bleu_4(pairs: Sequence[Pair]) -> float:
     return bleu.corpus_score([texts[0] for texts in candidates.values()], streams).score / 100
 
 
+def bleu_4_interval(pairs: Sequence[Pair]) -> tuple[float, float]:
+    """The bootstrap 95 % interval of BLEU-4 over images. Raises ValueError as `bleu_4` does."""
+    from sacrebleu.metrics import BLEU
+
+    _check(pairs)
+    bleu = BLEU(tokenize="none", smooth_method="none", force=True, effective_order=True)
+    candidates, references = _joined(pairs)
+    found = [bleu.sentence_score(candidates[i][0], references[i]) for i in candidates]
+    terms = np.array([[*one.counts, *one.totals, one.sys_len, one.ref_len] for one in found], float)
+    return bootstrap(terms, _bleu_of)
+
+
+def _bleu_of(sums: np.ndarray) -> np.ndarray:
+    """BLEU-4 of sums over images, float[D, 10]: right n-grams and all n-grams of the candidates
+    by length, words of the candidates and of the closest references."""
+    right, all_, (length, wanted) = sums[:, :4], sums[:, 4:8], sums[:, 8:].T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(right / all_).mean(1)
+        brevity = np.minimum(1 - wanted / length, 0)
+        return np.nan_to_num(np.exp(logs + brevity), nan=0.0)
+
+
 def caption_figures(pairs: Sequence[Pair]) -> dict[str, float | list[float] | int]:
-    """The corpus's figures: pictures, exact_match with its 95 % interval, cider_d, bleu_4."""
+    """The corpus's figures with their 95 % intervals: images, exact_match (Wilson's), cider_d and
+    bleu_4 (bootstrap over images; CIDEr-D's weights stay those of all images)."""
     hits = int(exact_matches(pairs).sum())
+    cider = cider_d(pairs)
     return {
-        "pictures": len(pairs),
+        "images": len(pairs),
         "exact_match": hits / len(pairs),
         "exact_match_95": list(wilson(hits, len(pairs))[1:]),
-        "cider_d": float(cider_d(pairs).mean()),
+        "cider_d": float(cider.mean()),
+        "cider_d_95": list(bootstrap(cider[:, None], lambda sums: sums[:, 0] / len(pairs))),
         "bleu_4": bleu_4(pairs),
+        "bleu_4_95": list(bleu_4_interval(pairs)),
     }
 
 
 def _joined(pairs: Sequence[Pair]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """Candidates and references by picture, tokens joined by spaces."""
+    """Candidates and references by image, tokens joined by spaces."""
     candidates = {i: [" ".join(tokens(candidate))] for i, (candidate, _) in enumerate(pairs)}
     references = {
         i: [" ".join(tokens(text)) for text in texts] for i, (_, texts) in enumerate(pairs)
@@ -131,9 +158,9 @@ def _joined(pairs: Sequence[Pair]) -> tuple[dict[int, list[str]], dict[int, list
 
 def _check(pairs: Sequence[Pair]) -> None:
     if not len(pairs):
-        raise ValueError("expected at least one picture with a caption, found none")
+        raise ValueError("expected at least one image with a caption, found none")
     for i, (candidate, references) in enumerate(pairs):
         if isinstance(references, str) or not len(references):
-            raise ValueError(f"picture {i}: expected a list of references, found {references!r}")
+            raise ValueError(f"image {i}: expected a list of references, found {references!r}")
         if not isinstance(candidate, str):
-            raise ValueError(f"picture {i}: expected a text as candidate, found {candidate!r}")
+            raise ValueError(f"image {i}: expected a text as candidate, found {candidate!r}")

@@ -15,12 +15,15 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jiwer
 import numpy as np
-from jiwer import transforms
 from numpy.typing import NDArray
 
+from vlm.compat.extras import needs
 from vlm.metrics.share import Interval, wilson
+
+with needs("ocr"):
+    import jiwer
+    from jiwer import transforms
 
 
 class Normalisation(NamedTuple):
@@ -61,7 +64,7 @@ class Rate(NamedTuple):
 
 class Confusion(NamedTuple):
     """A character taken for another, and how often. truth "": nothing stood there; read "": it was
-    left out."""
+    skipped."""
 
     truth: str
     read: str
@@ -240,7 +243,7 @@ def compare_texts(
 
 
 def differences(truth: str, read: str) -> list[tuple[str, str]]:
-    """Both texts cut into pairs of equal, exchanged (of equal length), left out and added pieces,
+    """Both texts cut into pairs of equal, exchanged (of equal length), skipped and added pieces,
     in order; the least edits, by jiwer.
 
     >>> differences("a cat", "a coat!")
@@ -276,7 +279,7 @@ def pieces_right(truth: str, pieces: Sequence[str]) -> NDArray[np.bool_]:
 
     pieces: joined they are the text. One without a character, where several make one, is as right
     as the next that has any, or else the one before; where none has, as the empty text is.
-    Texts are compared as they are, in NFC alone; what was left out counts against no piece.
+    Texts are compared as they are, in NFC alone; what was skipped counts against no piece.
 
     >>> pieces_right("a cat", ["a", " c", "", "ot"]).tolist()
     [True, True, False, False]

@@ -1,6 +1,6 @@
 """Text that a model wrote freely, as lines and words with confidences.
 
-Such a model says no places: a line's box is its whole picture, and words have none.
+Such a model says no places: a line's box is its whole image, and words have none.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 def read_written(generation: Generation, text_tokenizer, size_hw: tuple[int, int]) -> Reading:
-    """What was written as a reading of a picture of size_hw pixels, a line for each that is not
+    """What was written as a reading of an image of size_hw pixels, a line for each that is not
     blank. A confidence is the product of the probabilities of the ids that it covers; a line's
-    covers the break or end behind it too.
+    covers the break or end after it too.
     """
     tokens = tokens_of(generation, text_tokenizer)
     end = 1.0
@@ -28,7 +28,7 @@ def read_written(generation: Generation, text_tokenizer, size_hw: tuple[int, int
 
 
 def lines_of(tokens: Sequence[Token], end: float, size_hw: tuple[int, int]) -> tuple[Line, ...]:
-    """The lines that tokens make on a picture of size_hw pixels, line breaks in their texts. end:
+    """The lines that tokens make on an image of size_hw pixels, line breaks in their texts. end:
     the confidence that the last line ends there."""
     height, width = size_hw
     box = (0.0, 0.0, float(width), float(height))

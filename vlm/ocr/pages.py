@@ -1,7 +1,7 @@
-"""Pictures of pages or of single lines in, readings out, by any model that reads lines.
+"""Images of pages or of single lines in, readings out, by any model that reads lines.
 
-The lines of several pictures are read together, so that batches are full; of how many, so that
-neither the number of pictures nor their size fills the memory, `read_each` decides.
+The lines of several images are read together, so that batches are full; of how many, so that
+neither the number of images nor their size fills the memory, `read_each` decides.
 Columns are read from left to right, whatever way a script runs; texts are in logical order (see
 `vlm.ocr.results`).
 """
@@ -12,122 +12,134 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 from PIL import Image
 
-from vlm.data.example import ImageRef
 from vlm.ocr.line_detection.detect import MARGIN, Corners, Found, cut, find_lines, runs_sideways
 from vlm.ocr.reading_order import order
 from vlm.ocr.results import Line, Reading, Transcript, XyxyPx, words_of
-from vlm.pixels import image_size, open_image
+from vlm.ocr.streaming import batches, check_images, filter_by_confidence, open_each
 
 Layout = Literal["auto", "line", "page"]
 LINE_SHAPE = 2.0
-"""How many times as wide as high a picture is that may be one line."""
+"""How many times as wide as high an image is that may be one line."""
 FILLED = 0.4
-"""The share of a picture's height that its one line fills at least for it to be a line's own."""
+"""The share of an image's height that its one line fills at least for it to be a line's own."""
 BLANK_SPREAD = 6.0
-"""Grey levels between the darkest and the lightest pixels (1 in 1,000 left out) of a blank one."""
+"""Grey levels between the darkest and the lightest pixels (1 in 1,000 skipped) of a blank one."""
 SURELY_LINE = 6.0
-"""How many times as wide as high a picture is that holds no page of lines."""
+"""How many times as wide as high an image is that holds no page of lines."""
 WINDOW = 16
 """Batches of lines that are read together, at least, where there are as many."""
 WINDOW_PIXELS = 64_000_000
-"""Pixels of the pictures that are held together, at most, a single larger one left out of account:
+"""Pixels of the images that are held together, at most, a single larger one not counted:
 about 16 pages of 200 dots to the inch."""
 
 
 class LineReader(Protocol):
-    """What reads lines: one transcript a picture, in their order."""
+    """What reads lines: one transcript an image, in their order."""
 
     def read_lines(
-        self, pictures: list[Image.Image], batch_size: int, **options
+        self, images: list[Image.Image], batch_size: int, **options
     ) -> list[Transcript]: ...
 
 
 class _Cut(NamedTuple):
-    """One line to be read. margin: of the line's height, around it on its picture. whole: whether
-    the line is the whole picture, so that it stays even where nothing is read on it."""
+    """One line to be read. margin: of the line's height, around it on its image. whole: whether
+    the line is the whole image, so that it stays even where nothing is read on it."""
 
-    picture: Image.Image
+    image: Image.Image
     corners_px: Corners
     margin: float
     whole: bool
 
 
 class _Plan(NamedTuple):
-    """A page of (rows, columns), and the ways in which it may be read, each as its lines in
-    order."""
+    """What messages call a page, its (rows, columns), and the ways in which it may be read, each as
+    its lines in order."""
 
+    name: str
     size_hw: tuple[int, int]
     ways: list[list[_Cut]]
 
 
 def read_pages(
     reader: LineReader,
-    images: Sequence,
+    images: Iterable,
     layout: Layout = "auto",
     batch_size: int = 16,
     min_confidence: float = 0.0,
-    names: Sequence[str] | None = None,
     **options,
 ) -> list[Reading]:
-    """What `reader` reads on each picture, line by line in reading order.
-
-    images: what `vlm.pixels.open_image` takes.
-    layout: "page" finds the lines of each picture. "line" takes each picture as one line whatever
-        it shows, and warns where several lines are found on one that is less than SURELY_LINE times
-        as wide as high. "auto" takes a picture as one line where at most one row of text is found
-        on it and it has a line's shape, or where that row fills it; else it reads the lines that
-        are found.
-    min_confidence: lines below it are left out, with a warning that names the picture and says
-        how many.
-    names: what messages call the pictures; by default their paths, or "picture 1" and so on.
-    options: for `reader.read_lines`.
-
-    A picture on which no line is found, a blank one among them, gives a Reading without lines,
-    except with "line". Found lines on which the model reads nothing are left out. Text turned by 90
-    degrees, alone or on a whole page, is read in both directions beside the upright way, and the
-    way of the highest confidence is kept; corners then begin at the text's own top left. Letters
-    stacked upright on each other are read as lines of one letter.
-
-    Raises ValueError for another layout or a confidence outside 0 to 1; BadImage for a picture that
-    cannot be opened: before any is read where its file is missing, or no picture's.
-    """
-    names = names_of(images) if names is None else names
-    check_images(images, names, min_confidence)
-    pages = ((name, open_image(image, name=name)) for image, name in zip(images, names))
-    return keep_all_sure(
-        list(read_each(reader, pages, layout, batch_size, **options)), names, min_confidence
-    )
+    """What `reader` reads on each image, line by line in reading order: the list of what
+    `read_each`, which the arguments and errors are of, yields."""
+    return list(read_each(reader, images, layout, batch_size, min_confidence, **options))
 
 
 def read_each(
     reader: LineReader,
-    pages: Iterable[tuple[str, Image.Image]],
+    images: Iterable,
     layout: Layout = "auto",
     batch_size: int = 16,
+    min_confidence: float = 0.0,
     **options,
 ) -> Iterator[Reading]:
-    """What `reader` reads on each page, page after page; see `read_pages`.
+    """Yields what `reader` reads on each image, line by line in reading order.
 
-    pages: what messages call a page, and its RGB picture. They are taken as they are needed, until
-    their lines make WINDOW batches or their pixels come to WINDOW_PIXELS; these are read together.
+    images: what `vlm.pixels.open_image` takes. They are taken and opened as they are needed, until
+        their lines make WINDOW batches or their pixels come to WINDOW_PIXELS; these are read
+        together, and their readings yielded before the next image is taken.
+    layout: "page" finds the lines of each image. "line" takes each image as one line whatever
+        it shows, and warns where several lines are found on one that is less than SURELY_LINE times
+        as wide as high. "auto" takes an image as one line where at most one row of text is found
+        on it and it has a line's shape, or where that row fills it; else it reads the lines that
+        are found.
+    min_confidence: lines below it are skipped, with a warning that names the image and says
+        how many.
+    options: for `reader.read_lines`.
+
+    An image on which no line is found, a blank one among them, gives a Reading without lines,
+    except with "line". Found lines on which the model reads nothing are skipped. Text turned by 90
+    degrees, alone or on a whole page, is read in both directions beside the upright way, and the
+    way of the highest confidence is kept; corners then begin at the text's own top left. Letters
+    stacked upright on each other are read as lines of one letter.
+
+    Raises at once ValueError for another layout or a confidence outside 0 to 1, and BadImage for a
+    file in a sequence of images that is missing or no image's; BadImage for an image that turns out
+    to be damaged comes after the readings of those before it.
     """
     if layout not in get_args(Layout):
         raise ValueError(f"layout: expected {', '.join(get_args(Layout))}, found {layout!r}")
-    held: list[_Plan] = []
-    for name, picture in pages:
-        held.append(_Plan((picture.height, picture.width), _ways(picture, layout, name)))
+    check_images(images, min_confidence)
+    return _each(reader, images, layout, batch_size, min_confidence, options)
+
+
+def _each(
+    reader: LineReader,
+    images: Iterable,
+    layout: Layout,
+    batch_size: int,
+    min_confidence: float,
+    options: dict,
+) -> Iterator[Reading]:
+    plans = (
+        _Plan(name, (image.height, image.width), _ways(image, layout, name))
+        for name, image in open_each(images)
+    )
+
+    def is_full(held: list[_Plan]) -> bool:
         lines = sum(len(way) for plan in held for way in plan.ways)
         pixels = sum(math.prod(plan.size_hw) for plan in held)
-        if lines >= WINDOW * batch_size or pixels >= WINDOW_PIXELS:
-            yield from _read(reader, held, batch_size, options)
-            held = []
-    yield from _read(reader, held, batch_size, options)
+        return lines >= WINDOW * batch_size or pixels >= WINDOW_PIXELS
+
+    for held in batches(plans, is_full):
+        names = [plan.name for plan in held]
+        readings = _read(reader, held, batch_size, options)
+        del held  # before the images of the next ones are cut
+        for name, reading in zip(names, readings):
+            yield filter_by_confidence(reading, name, min_confidence)
 
 
 def _read(
@@ -136,12 +148,12 @@ def _read(
     """What is read on pages, their lines read together."""
     cuts = [one for plan in plans for way in plan.ways for one in way]
     transcripts = iter(
-        reader.read_lines([one.picture for one in cuts], batch_size=batch_size, **options)
+        reader.read_lines([one.image for one in cuts], batch_size=batch_size, **options)
         if cuts
         else ()
     )
     readings = []
-    for size_hw, ways in plans:
+    for _, size_hw, ways in plans:
         tried = [
             Reading(
                 tuple(line for one in way if (line := _line(one, next(transcripts))) is not None),
@@ -153,95 +165,57 @@ def _read(
     return readings
 
 
-def keep_sure(reading: Reading, min_confidence: float) -> tuple[Reading, int]:
-    """A reading without its lines below a confidence, and the number of those."""
-    lines = tuple(line for line in reading.lines if line.confidence >= min_confidence)
-    return replace(reading, lines=lines), len(reading.lines) - len(lines)
-
-
-def keep_all_sure(
-    readings: Sequence[Reading], names: Sequence[str], min_confidence: float
-) -> list[Reading]:
-    """Readings without their lines below a confidence, with a warning for each that has any."""
-    kept = [keep_sure(reading, min_confidence) for reading in readings]
-    for name, (_, left_out) in zip(names, kept):
-        if left_out:
-            warnings.warn(
-                f"{name}: {left_out} lines of a confidence below {min_confidence:g} left out",
-                stacklevel=3,
-            )
-    return [reading for reading, _ in kept]
-
-
-def check_images(images: Sequence, names: Sequence[str], min_confidence: float) -> None:
-    """Raises, before anything is read, ValueError for a confidence outside 0 to 1, and BadImage for
-    a file that is missing or no picture's; those that are damaged within stay unseen."""
-    if not 0 <= min_confidence <= 1:
-        raise ValueError(f"min_confidence: expected 0 to 1, found {min_confidence}")
-    for image, name in zip(images, names, strict=True):
-        if isinstance(image, (str, Path, bytes)):
-            image_size(ImageRef(image, name))
-
-
-def names_of(images: Sequence) -> list[str]:
-    """What messages call pictures: their paths, or "picture 1" and so on."""
-    return [
-        str(image) if isinstance(image, (str, Path)) else getattr(image, "name", f"picture {n}")
-        for n, image in enumerate(images, 1)
-    ]
-
-
 def _trust(reading: Reading) -> float:
     """A reading that says nothing comes after any other."""
     return reading.confidence if reading.text.strip() else -1.0
 
 
-def _ways(picture: Image.Image, layout: Layout, name: str) -> list[list[_Cut]]:
-    """The ways in which a picture may be read, each as its lines in order; mostly one."""
+def _ways(image: Image.Image, layout: Layout, name: str) -> list[list[_Cut]]:
+    """The ways in which an image may be read, each as its lines in order; mostly one."""
     if layout == "line":
-        long = picture.width >= SURELY_LINE * picture.height  # and lines need not be looked for
-        rows = 1 if long else _rows(find_lines(picture))
+        long = image.width >= SURELY_LINE * image.height  # and lines need not be looked for
+        rows = 1 if long else _rows(find_lines(image))
         if rows > 1:
             warnings.warn(
                 f"{name}: {rows} lines of text are found, and it is read as one: a full page given "
                 'to a line model; layout "page" reads its lines',
                 stacklevel=3,
             )
-        return [[_whole(picture)]]
-    upright = _way(picture, layout)
-    if (not upright and _is_blank(picture)) or not runs_sideways(picture):
+        return [[_whole(image)]]
+    upright = _way(image, layout)
+    if (not upright and _is_blank(image)) or not runs_sideways(image):
         return [upright]
     ways = [upright]
     for turn in (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270):
-        turned = _way(picture.transpose(turn), layout)
-        back = [tuple(_turned_back(corner, turn, picture.size) for corner in one.corners_px)
+        turned = _way(image.transpose(turn), layout)
+        back = [tuple(_turned_back(corner, turn, image.size) for corner in one.corners_px)
                 for one in turned]  # fmt: skip
         ways.append([one._replace(corners_px=corners) for one, corners in zip(turned, back)])
     return ways
 
 
-def _way(picture: Image.Image, layout: Layout) -> list[_Cut]:
-    """A picture's lines in order, as it stands."""
-    found = find_lines(picture)
-    if layout == "auto" and _is_line(picture, found):
-        return [] if not found and _is_blank(picture) else [_whole(picture)]
-    return [_Cut(cut(picture, one), one.corners_px, MARGIN, False) for one in order(found)]
+def _way(image: Image.Image, layout: Layout) -> list[_Cut]:
+    """An image's lines in order, as it stands."""
+    found = find_lines(image)
+    if layout == "auto" and _is_line(image, found):
+        return [] if not found and _is_blank(image) else [_whole(image)]
+    return [_Cut(cut(image, one), one.corners_px, MARGIN, False) for one in order(found)]
 
 
-def _whole(picture: Image.Image) -> _Cut:
-    width, height = picture.size
+def _whole(image: Image.Image) -> _Cut:
+    width, height = image.size
     corners = ((0.0, 0.0), (float(width), 0.0), (float(width), float(height)), (0.0, float(height)))
-    return _Cut(picture, corners, 0.0, True)
+    return _Cut(image, corners, 0.0, True)
 
 
-def _is_line(picture: Image.Image, found: Sequence[Found]) -> bool:
-    """Whether a picture shows one line and little else."""
+def _is_line(image: Image.Image, found: Sequence[Found]) -> bool:
+    """Whether an image shows one line and little else."""
     if _rows(found) > 1:
         return False
     if not found:
-        return picture.width >= LINE_SHAPE * picture.height
+        return image.width >= LINE_SHAPE * image.height
     tops, bottoms = zip(*((one.xyxy_px[1], one.xyxy_px[3]) for one in found))
-    return max(bottoms) - min(tops) >= FILLED * picture.height
+    return max(bottoms) - min(tops) >= FILLED * image.height
 
 
 def _rows(found: Sequence[Found]) -> int:
@@ -254,8 +228,8 @@ def _rows(found: Sequence[Found]) -> int:
     return len(ends)
 
 
-def _is_blank(picture: Image.Image) -> bool:
-    grey = np.asarray(picture.convert("L"))
+def _is_blank(image: Image.Image) -> bool:
+    grey = np.asarray(image.convert("L"))
     low, high = np.percentile(grey, (0.1, 99.9))
     return high - low < BLANK_SPREAD
 
@@ -263,7 +237,7 @@ def _is_blank(picture: Image.Image) -> bool:
 def _turned_back(
     corner: tuple[float, float], turn: Image.Transpose, size: tuple[int, int]
 ) -> tuple[float, float]:
-    """Where a point of a turned picture lies on the picture itself, of (width, height) `size`."""
+    """Where a point of a turned image lies on the image itself, of (width, height) `size`."""
     u, v = corner
     if turn == Image.Transpose.ROTATE_90:  # counter-clockwise
         return size[0] - v, u
@@ -271,14 +245,14 @@ def _turned_back(
 
 
 def _line(one: _Cut, transcript: Transcript) -> Line | None:
-    """A line on the caller's picture; None where one was found and nothing read on it."""
+    """A line on the caller's image; None where one was found and nothing read on it."""
     if not one.whole and not transcript.text.strip():
         return None
     xs, ys = zip(*one.corners_px)
     box: XyxyPx = (min(xs), min(ys), max(xs), max(ys))
     a, b, _, d = one.corners_px
     length = math.dist(a, b)
-    # A span is a share of the picture that was read, which is wider than the line by two margins.
+    # A span is a share of the image that was read, which is wider than the line by two margins.
     out = one.margin * math.dist(a, d)
     tokens = [
         token
@@ -291,5 +265,5 @@ def _line(one: _Cut, transcript: Transcript) -> Line | None:
 
 
 def _share(at: float, length: float, out: float) -> float:
-    """A share of a line's picture as a share of the line."""
+    """A share of a line's image as a share of the line."""
     return min(1.0, max(0.0, (at * (length + 2 * out) - out) / max(length, 1e-6)))

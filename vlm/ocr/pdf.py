@@ -1,4 +1,4 @@
-"""The pages of a PDF as pictures, drawn by PDFium (package pypdfium2)."""
+"""The pages of a PDF as images, drawn by PDFium (package pypdfium2)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from vlm.compat.extras import needs
 from vlm.pixels import MAX_PIXELS
 
 POINTS_TO_THE_INCH = 72
@@ -57,12 +58,13 @@ class Pdf:
         """What a page, counted from 0, is called: "a.pdf[3]" for the third."""
         return f"{self.path}[{index + 1}]"
 
-    def picture(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         """A page, counted from 0: RGB on white, what its form's fields hold included.
 
         Raises BadPdf naming the page where it is broken, or too large, before it is drawn.
         """
-        import pypdfium2 as pdfium
+        with needs("ocr"):
+            import pypdfium2 as pdfium
 
         name, scale = self.name(index), self.dpi / POINTS_TO_THE_INCH
         try:
@@ -74,12 +76,12 @@ class Pdf:
                     f"{width:.0f} at {self.dpi:g} dpi; try fewer dots per inch"
                 )
             bitmap = page.render(scale=scale)
-            picture = bitmap.to_pil().convert("RGB")
+            image = bitmap.to_pil().convert("RGB")
             bitmap.close()
             page.close()
         except pdfium.PdfiumError as error:
             raise BadPdf(f"{name}: expected a page, found a broken one ({error})") from error
-        return picture
+        return image
 
 
 def count_pages(path: Path, password: str | None = None) -> int:
@@ -91,15 +93,16 @@ def count_pages(path: Path, password: str | None = None) -> int:
 def pdf_pages(
     path: Path, dpi: float = 200, password: str | None = None, max_pixels: int = MAX_PIXELS
 ) -> Iterator[tuple[str, Image.Image]]:
-    """Each page's name and picture; see `Pdf`, which the arguments and errors are of."""
+    """Each page's name and image; see `Pdf`, which the arguments and errors are of."""
     with Pdf(path, dpi, password, max_pixels) as pdf:
         for index in range(len(pdf)):
-            yield pdf.name(index), pdf.picture(index)
+            yield pdf.name(index), pdf.image(index)
 
 
 def _open(path: Path, password: str | None):
-    import pypdfium2 as pdfium
-    import pypdfium2.raw as raw
+    with needs("ocr"):
+        import pypdfium2 as pdfium
+        import pypdfium2.raw as raw
 
     try:
         document = pdfium.PdfDocument(path, password=password)

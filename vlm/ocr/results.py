@@ -1,4 +1,4 @@
-"""What reading a picture of text gives: lines, words and tokens, each with its confidence.
+"""What reading an image of text gives: lines, words and tokens, each with its confidence.
 
 A confidence is the model's estimate, in 0 to 1, that a piece is right as a whole: a token's that it
 stands there, a word's the product of its tokens', a line's that nothing else stands there either.
@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 XyxyPx = tuple[float, float, float, float]
-"""x0, y0, x1, y1 in the caller's own picture, origin top left, end exclusive."""
+"""x0, y0, x1, y1 in the caller's own image, origin top left, end exclusive."""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One id of a model as text, special tokens left out.
+    """One id of a model as text, special tokens skipped.
 
     text: "" is possible, where several ids make one character.
     confidence: in 0 to 1.
@@ -67,9 +67,9 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What was read in one picture.
+    """What was read in one image.
 
-    lines: in reading order, that of columns from left to right. size_hw: the picture's rows and
+    lines: in reading order, that of columns from left to right. size_hw: the image's rows and
     columns.
     values: what a model that answers with fields (Donut) says, as values of JSON, unsure ones
         included; None of others.
@@ -101,7 +101,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """What a line model wrote on one line, before it is placed on the caller's picture.
+    """What a line model wrote on one line, before it is placed on the caller's image.
 
     tokens: in order, as text; joined they are the line's text.
     confidence: in 0 to 1, of the line as a whole, the end of writing included where the model

@@ -1,6 +1,6 @@
 """Readings as files: text, JSON, hOCR 1.2 and ALTO 4, written one page after another.
 
-Boxes are in pixels of the pictures; texts are in logical order, whatever way they run. The XML of a
+Boxes are in pixels of the images; texts are in logical order, whatever way they run. The XML of a
 page is built as a tree, so that every text is escaped; characters that XML 1.0 cannot hold become
 U+FFFD.
 """
@@ -18,7 +18,7 @@ from typing import NamedTuple, TextIO
 from vlm.ocr.results import Line, Reading, Word, XyxyPx
 
 Named = Iterable[tuple[str, Reading]]
-"""Pages, each with the name of its picture."""
+"""Pages, each with the name of its image."""
 
 ALTO = "http://www.loc.gov/standards/alto/ns-v4#"
 XHTML = "http://www.w3.org/1999/xhtml"
@@ -35,7 +35,7 @@ class PageWriter:
         self.stream, self.format, self.pages = stream, FORMATS[format], 0
 
     def add(self, name: str, reading: Reading) -> None:
-        """Writes a page. name: of its picture."""
+        """Writes a page. name: of its image."""
         before = self.format.between if self.pages else self.format.start(name)
         self.pages += 1
         self.stream.write(before + self.format.page(self.pages, name, reading))
@@ -183,8 +183,8 @@ def _alto_line(block: ET.Element, number: str, line: Line) -> None:
 
 class Format(NamedTuple):
     """suffix: how its files end. start: what stands before the pages, by the name of the first
-    picture, None where there is none. page: a page, by its number from 1. between, end: what stands
-    between two pages and behind the last."""
+    image, None where there is none. page: a page, by its number from 1. between, end: what stands
+    between two pages and after the last."""
 
     suffix: str
     start: Callable[[str | None], str]
@@ -240,7 +240,7 @@ def _around(boxes: Sequence[XyxyPx]) -> XyxyPx:
 
 
 def _hocr_turn(line: Line) -> str:
-    """Base line or text angle of a turned line, as a property behind another; "" of a level one.
+    """Base line or text angle of a turned line, as a property after another; "" of a level one.
 
     hOCR counts a base line from the bottom left of the box, y down, and angles counter-clockwise.
     """

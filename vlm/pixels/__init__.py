@@ -1,6 +1,6 @@
-"""From picture files to normalised pixels.
+"""From image files to normalised pixels.
 
-`decode` opens untrusted pictures safely; `spec` resizes, crops or pads, and normalises them as a
+`decode` opens untrusted images safely; `spec` resizes, crops or pads, and normalises them as a
 model expects; `sources` reads that specification from the configurations of other libraries.
 """
 
@@ -8,8 +8,10 @@ from vlm.pixels.decode import MAX_PIXELS, BadImage, image_size, open_image
 from vlm.pixels.sources import (
     from_open_clip,
     from_timm,
+    from_torchvision,
     from_transformers,
     pair_from_transformers,
+    tile_from_transformers,
 )
 from vlm.pixels.spec import HALF, IMAGENET, OPENAI, PixelSpec, Statistics
 
@@ -23,8 +25,10 @@ __all__ = [
     "Statistics",
     "from_open_clip",
     "from_timm",
+    "from_torchvision",
     "from_transformers",
     "image_size",
     "open_image",
     "pair_from_transformers",
+    "tile_from_transformers",
 ]

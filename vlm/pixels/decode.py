@@ -1,6 +1,6 @@
-"""Opening pictures that come from anywhere.
+"""Opening images that come from anywhere.
 
-A file is judged by its header before a pixel is decoded, and either gives its true picture or
+A file is judged by its header before a pixel is decoded, and either gives its true image or
 raises `BadImage`: nothing here guesses, downloads, or puts blank pixels in place of lost ones.
 Formats whose readers start other programs (EPS and the like) are never tried. Colour profiles are
 not applied, as no published preprocessing applies them.
@@ -27,7 +27,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Pillow's names of the formats that are tried."""
 
 MAX_PIXELS = 89_478_485
-"""Most rows times columns of a picture: Pillow's own first bound against decompression bombs
+"""Most rows times columns of an image: Pillow's own first bound against decompression bombs
 (a quarter of a GiB in RGB), so that the two never disagree."""
 
 SIDEWAYS = (5, 6, 7, 8)
@@ -37,7 +37,7 @@ _SCHEME = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.\-]*://|data:)")
 
 
 class BadImage(ValueError):
-    """A picture that cannot be used; the message names it, what was expected and what was found."""
+    """An image that cannot be used; the message names it, what was expected and what was found."""
 
 
 def open_image(
@@ -47,7 +47,7 @@ def open_image(
     max_pixels: int = MAX_PIXELS,
     background: tuple[int, int, int] = (255, 255, 255),
 ) -> Image.Image:
-    """The picture itself: 8-bit RGB, upright, fully decoded.
+    """The image itself: 8-bit RGB, upright, fully decoded.
 
     source: the path of a local file; encoded bytes; a PIL image; an `ImageRef`; or an array of
         shape [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] (RGBA), uint8, uint16, or float in 0 to 1.
@@ -56,9 +56,9 @@ def open_image(
     background: RGB, 0 to 255, shown behind transparent pixels.
 
     The EXIF orientation is applied. 16-bit values are scaled by 255 / 65535, palettes and CMYK are
-    converted. Of several frames the first is taken, with a warning that names the picture; of a
+    converted. Of several frames the first is taken, with a warning that names the image; of a
     PIL image, the frame it stands at.
-    Raises BadImage for anything that is not a whole picture of a known format and bounded size.
+    Raises BadImage for anything that is not a whole image of a known format and bounded size.
     """
     from vlm.data.example import ImageRef
 
@@ -84,11 +84,11 @@ def open_image(
         elif isinstance(source, (bytes, bytearray, memoryview)):
             name = name or "bytes"
             if not len(source):
-                raise BadImage(f"{name}: expected an encoded picture, found zero bytes")
+                raise BadImage(f"{name}: expected an encoded image, found zero bytes")
             image = stack.enter_context(_read_header(io.BytesIO(source), name, max_pixels))
         else:
             raise BadImage(
-                f"{name or 'picture'}: expected a path, bytes, a PIL image, a numpy array or an "
+                f"{name or 'image'}: expected a path, bytes, a PIL image, a numpy array or an "
                 f"ImageRef, found {type(source).__name__}"
             )
         _check_size(image.height, image.width, name, max_pixels)
@@ -100,7 +100,7 @@ def open_image(
                 image.load()
         except Exception as error:  # decoders raise almost anything on damaged files
             raise BadImage(
-                f"{name}: expected a whole {image.format or 'picture'}, found a damaged or "
+                f"{name}: expected a whole {image.format or 'image'}, found a damaged or "
                 f"truncated one ({_short(str(error))})"
             ) from error
         if frames > 1:
@@ -111,13 +111,13 @@ def open_image(
             raise
         except Exception as error:
             raise BadImage(
-                f"{name}: expected a picture that converts to RGB, found mode {image.mode} "
+                f"{name}: expected an image that converts to RGB, found mode {image.mode} "
                 f"({_short(str(error))})"
             ) from error
 
 
 def image_size(source: ImageRef | Image.Image) -> tuple[int, int]:
-    """Rows and columns that `open_image` would give, from the picture's header alone.
+    """Rows and columns that `open_image` would give, from the image's header alone.
 
     Raises BadImage where the header cannot be read, or states a size that `open_image` refuses;
     pixels that are damaged stay unseen.
@@ -143,7 +143,7 @@ def image_size(source: ImageRef | Image.Image) -> tuple[int, int]:
 
 @contextmanager
 def _placed(source: ImageRef) -> Iterator[None]:
-    """Within, a BadImage ends with the full path of the picture's file: a row names it as it stands
+    """Within, a BadImage ends with the full path of the image's file: a row names it as it stands
     in its data."""
     try:
         yield
@@ -164,13 +164,13 @@ def _open_path(path: str | Path, name: str) -> io.BufferedReader:
     try:
         path = Path(path)
         if path.is_dir():
-            raise BadImage(f"{name}: expected a picture file, found a directory")
+            raise BadImage(f"{name}: expected an image file, found a directory")
         if not path.exists():
-            raise BadImage(f"{name}: expected a picture file, found nothing at this path")
+            raise BadImage(f"{name}: expected an image file, found nothing at this path")
         if not path.is_file():
             raise BadImage(f"{name}: expected a regular file, found a device or pipe")
         if path.stat().st_size == 0:
-            raise BadImage(f"{name}: expected an encoded picture, found a file of zero bytes")
+            raise BadImage(f"{name}: expected an encoded image, found a file of zero bytes")
         return path.open("rb")
     except BadImage:
         raise
@@ -179,7 +179,7 @@ def _open_path(path: str | Path, name: str) -> io.BufferedReader:
 
 
 def _read_header(file: io.BufferedIOBase, name: str, max_pixels: int) -> Image.Image:
-    """The picture in `file`, its size and mode known and its pixels not yet decoded."""
+    """The image in `file`, its size and mode known and its pixels not yet decoded."""
     try:
         return Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError as error:
@@ -187,12 +187,12 @@ def _read_header(file: io.BufferedIOBase, name: str, max_pixels: int) -> Image.I
     except Image.UnidentifiedImageError as error:
         file.seek(0)
         raise BadImage(
-            f"{name}: expected a picture ({', '.join(FORMATS)}), found bytes that start with "
+            f"{name}: expected an image ({', '.join(FORMATS)}), found bytes that start with "
             f"{file.read(12)!r}"
         ) from error
     except Exception as error:  # header readers raise almost anything on damaged files
         raise BadImage(
-            f"{name}: expected a picture's header, found a damaged one ({_short(str(error))})"
+            f"{name}: expected an image's header, found a damaged one ({_short(str(error))})"
         ) from error
 
 
@@ -228,7 +228,7 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
     except Exception as error:  # the tag lies in a block of its own: the pixels are sound
-        message = f"{name}: its EXIF block cannot be read and is left out ({error})"
+        message = f"{name}: its EXIF block cannot be read and is skipped ({error})"
         warnings.warn(message, stacklevel=3)
         return image
 
@@ -277,11 +277,11 @@ def _from_array(array: np.ndarray, name: str, max_pixels: int) -> Image.Image:
 
 
 def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """A new RGB picture, transparency shown over `background`, no metadata kept."""
+    """A new RGB image, transparency shown over `background`, no metadata kept."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         backdrop = Image.new("RGBA", image.size, (*background, 255))
         image = Image.alpha_composite(backdrop, image)
-    picture = image.convert("RGB")
-    picture.info = {}
-    return picture
+    one_image = image.convert("RGB")
+    one_image.info = {}
+    return one_image

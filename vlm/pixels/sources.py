@@ -1,4 +1,4 @@
-"""PixelSpecs read from the configurations of transformers, timm and open_clip.
+"""PixelSpecs read from the configurations of transformers, timm, torchvision and open_clip.
 
 Each reader takes the source's own object, so that no number is copied by hand, and refuses what a
 PixelSpec cannot say, naming the class and the field. The libraries are imported only when used.
@@ -45,8 +45,9 @@ def from_transformers(processor: BaseImageProcessor) -> PixelSpec:
     """The preprocessing of a transformers image processor, of either backend.
 
     Taken are the processors that follow their backend's own steps (CLIP, SigLIP and the fixed-size
-    SigLIP 2, ViT, DeiT, and BiT, which DINOv2 uses, among others), SAM's, DeepSeek-VL's, Donut's
-    and the native-resolution SigLIP 2's (fit "patches": its view, cut into patches row by row, row
+    SigLIP 2, ViT, DeiT, and BiT, which DINOv2 uses, among others), SAM's, DeepSeek-VL's, Donut's,
+    ConvNeXt's (which CvT uses), VideoMAE's (which TimeSformer uses; of one frame) and the
+    native-resolution SigLIP 2's (fit "patches": its view, cut into patches row by row, row
     and column of a patch before its channels, is the processor's `pixel_values`).
     Raises ValueError that names the class, the field, and its value.
     Source: transformers 5.23, `image_processing_backends.py`.
@@ -57,7 +58,7 @@ def from_transformers(processor: BaseImageProcessor) -> PixelSpec:
     if special is not None:
         return special(processor, shared)
     if name.removesuffix("Pil") == _HYBRID:
-        raise ValueError(f"{name}: gives two pictures; read both with pair_from_transformers")
+        raise ValueError(f"{name}: gives two images; read both with pair_from_transformers")
     own = [
         step for step in _STEPS if getattr(type(processor), step, 0) is not getattr(base, step, 0)
     ]
@@ -72,13 +73,13 @@ def from_transformers(processor: BaseImageProcessor) -> PixelSpec:
 def pair_from_transformers(processor: BaseImageProcessor) -> tuple[PixelSpec, PixelSpec]:
     """The high-resolution and the low-resolution preprocessing of DeepSeek-VL 7B.
 
-    The second takes the picture that the first gives before normalising (`resize_u8`), not the
+    The second takes the image that the first gives before normalising (`resize_u8`), not the
     original. Raises ValueError for any other processor.
     Source: transformers, `DeepseekVLHybridImageProcessor._preprocess`.
     """
     if type(processor).__name__.removesuffix("Pil") != _HYBRID:
         raise ValueError(
-            f"{type(processor).__name__}: expected {_HYBRID}, the processor of two pictures"
+            f"{type(processor).__name__}: expected {_HYBRID}, the processor of two images"
         )
     _, shared = _shared(processor)
     high = {
@@ -89,6 +90,16 @@ def pair_from_transformers(processor: BaseImageProcessor) -> tuple[PixelSpec, Pi
         _deepseek_vl(processor, shared | high, prefix="high_res_"),
         _deepseek_vl(processor, shared),
     )
+
+
+def tile_from_transformers(processor: BaseImageProcessor, side_px: int) -> PixelSpec:
+    """The preprocessing of one square view of an image processor that cuts images into tiles by
+    rules of its own: stretched to `side_px`, with the processor's filter, backend and statistics.
+
+    Raises ValueError that names the class, the field, and its value.
+    """
+    _, shared = _shared(processor)
+    return PixelSpec(size_hw=(side_px, side_px), fit="stretch", **shared)
 
 
 def _shared(processor: Any) -> tuple[type, dict]:
@@ -190,7 +201,7 @@ def _deepseek_vl(processor: Any, shared: dict, prefix: str = "") -> PixelSpec:
 
 
 def _siglip2(processor: Any, shared: dict) -> PixelSpec:
-    """As many whole patches as `max_num_patches` allows, in the picture's own aspect.
+    """As many whole patches as `max_num_patches` allows, in the image's own aspect.
 
     The number is the image processor's own, that of its folder. transformers' Siglip2Processor,
     which joins it to a tokenizer, calls it with 256 whatever the folder says, unless it is given
@@ -222,12 +233,33 @@ def _donut(processor: Any, shared: dict) -> PixelSpec:
     )
 
 
+def _convnext(processor: Any, shared: dict) -> PixelSpec:
+    """Below 384 the short side to size / crop_pct, then a centred crop; from 384 on a stretch.
+
+    Source: transformers, `ConvNextImageProcessor.resize`.
+    """
+    if getattr(processor, "do_center_crop", None):
+        raise _cannot(processor, "do_center_crop", "False")
+    size = _size(processor, "size")
+    if set(size) != {"shortest_edge"}:
+        raise _cannot(processor, "size", "shortest_edge")
+    side = size["shortest_edge"]
+    if side >= 384:
+        return PixelSpec(size_hw=(side, side), fit="stretch", **shared)
+    box = int(side / processor.crop_pct)
+    return PixelSpec(size_hw=(side, side), fit="crop", resize_hw=(box, box), **shared)
+
+
 _HYBRID = "DeepseekVLHybridImageProcessor"
 _SPECIAL = {
     "SamImageProcessor": _sam,
+    "LlavaImageProcessor": _standard,  # its own step alone is padding, which is refused
     "DeepseekVLImageProcessor": _deepseek_vl,
     "Siglip2ImageProcessor": _siglip2,
     "DonutImageProcessor": _donut,
+    "ConvNextImageProcessor": _convnext,
+    # A processor of videos, which treats each frame by the backend's own steps.
+    "VideoMAEImageProcessor": _standard,
 }
 
 
@@ -270,6 +302,38 @@ def from_timm(data_config: Mapping[str, Any]) -> PixelSpec:
         return PixelSpec(fit="crop", rounding=rounding, **shared)
     raise ValueError(
         f"timm data config: crop_mode must be center, squash or border, found {mode!r}"
+    )
+
+
+def from_torchvision(transforms: Any) -> PixelSpec:
+    """The evaluation preprocessing of torchvision's classification weights, from
+    `weights.transforms()`, for images as Pillow opens them.
+
+    Raises ValueError that names the field and its value.
+    Source: torchvision, `transforms/_presets.py`, `ImageClassification`.
+    """
+    name = type(transforms).__name__
+    fields = ("crop_size", "resize_size", "interpolation", "mean", "std")
+    missing = [field for field in fields if not hasattr(transforms, field)]
+    if missing:
+        raise ValueError(f"{name}: expected torchvision's ImageClassification, without {missing}")
+    resample = transforms.interpolation.value
+    if resample not in CHOICES["resample"]:
+        raise ValueError(f"{name}: interpolation {resample!r} cannot be expressed")
+    sides = (list(transforms.crop_size), list(transforms.resize_size))
+    if any(len(side) != 1 for side in sides):
+        raise ValueError(
+            f"{name}: crop_size and resize_size must be one side each, found {sides[0]}, {sides[1]}"
+        )
+    return PixelSpec(
+        size_hw=tuple(sides[0] * 2),
+        fit="crop",
+        resize_hw=tuple(sides[1] * 2),
+        resample=resample,
+        backend="pil",
+        mean=_three(transforms.mean),
+        std=_three(transforms.std),
+        half_px="half_even",
     )
 
 

@@ -1,10 +1,10 @@
-"""How a picture becomes the pixels that a backbone was trained on.
+"""How an image becomes the pixels that a backbone was trained on.
 
 Every published preprocessing in reach is one resize, then one window (a crop or a padding), then
 one normalisation. They differ in which box the resize aims at, how a side is rounded to whole
 pixels, which way half a pixel goes when the window is centred, and which library resamples. On
-square pictures most of these choices agree, so that mistakes hide there: everything
-here is stated, and tested, for pictures and targets that are not square.
+square images most of these choices agree, so that mistakes hide there: everything
+here is stated, and tested, for images and targets that are not square.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ CHOICES = {
 WIDTHS_PER_OCTAVE = 4
 """How many widths lines share between a width and its double."""
 FREE = ("patches", "height")
-"""Fits under which each picture has a view of its own size."""
+"""Fits under which each image has a view of its own size."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PixelSpec:
-    """The preprocessing of one backbone: a picture in, one view of float[3, H, W] out.
+    """The preprocessing of one backbone: an image in, one view of float[3, H, W] out.
 
-    size_hw: rows and columns of the view; under "patches", which gives every picture a view of its
+    size_hw: rows and columns of the view; under "patches", which gives every image a view of its
         own size, of a box: no view has more patches than the box; under "height" its rows, and the
         most columns.
-    fit: how the picture meets the box `resize_hw`. "stretch": both sides become the box's. "crop":
-        the picture, its aspect kept, covers the box. "pad": it fits inside. Then a window of
-        size_hw is taken; what the picture does not fill is padded. "patches": the picture, its
+    fit: how the image meets the box `resize_hw`. "stretch": both sides become the box's. "crop":
+        the image, its aspect kept, covers the box. "pad": it fits inside. Then a window of
+        size_hw is taken; what the image does not fill is padded. "patches": the image, its
         aspect kept but for the rounding of sides up to whole patches, becomes as large as the
         number of patches in size_hw allows (SigLIP 2's NaFlex); there is no window. "height": the
-        picture gets the rows of size_hw and about the columns that keep its aspect, at most those
+        image gets the rows of size_hw and about the columns that keep its aspect, at most those
         of size_hw (a line of text); columns come in whole patches and in few widths, a tenth wider
         or narrower at most, so that lines of like width share a batch; there is no window.
         "page": the short side becomes the box's short side; what does not fit then is resized once
@@ -80,11 +80,11 @@ class PixelSpec:
     min_side_px: least resized side.
     anchor: the window lies "centre" or "top_left", which pads at the bottom and right.
     half_px: where the odd pixel of a centred window goes. "truncate": the window's start is
-        rounded towards the picture's corner, whether it crops or pads; "floor": always up and
+        rounded towards the image's corner, whether it crops or pads; "floor": always up and
         left; "half_even": as round() says where it crops, "truncate" where it pads.
     pad_rgb: colour of the padding, 0 to 255; None is 0 *after* normalising (SAM).
     patch_px: side of a patch under "patches", its columns under "height"; None under any other.
-    turn: whether a picture that lies across the view (one is wider than high, the other higher than
+    turn: whether an image that lies across the view (one is wider than high, the other higher than
         wide) is first turned by 90 degrees clockwise.
 
     Raises ValueError that shows the field and its value.
@@ -162,7 +162,7 @@ class PixelSpec:
 
     @property
     def free(self) -> bool:
-        """Whether each picture has a view of its own size, with no window on it."""
+        """Whether each image has a view of its own size, with no window on it."""
         return self.fit in FREE
 
     @property
@@ -173,9 +173,9 @@ class PixelSpec:
         return (self.size_hw[0] // self.patch_px) * (self.size_hw[1] // self.patch_px)
 
     def __call__(self, image: Image.Image) -> list[Tensor]:
-        """The views of an RGB picture, here one: float32[3, H, W], normalised.
+        """The views of an RGB image, here one: float32[3, H, W], normalised.
 
-        Raises ValueError for another mode, and BadImage where a very long picture would be resized
+        Raises ValueError for another mode, and BadImage where a very long image would be resized
         to more than MAX_PIXELS.
         """
         resized = self._resize(image)
@@ -192,12 +192,12 @@ class PixelSpec:
         return self._window(self._resize(image), fill)
 
     def view_sizes(self, size_hw: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-        """Rows and columns of each view of a picture of `size_hw`: here one, always the same but
+        """Rows and columns of each view of an image of `size_hw`: here one, always the same but
         under the fits that are `FREE`."""
         return (self._view_hw(self._resized_hw(size_hw)),)
 
     def resize_record(self, size_hw: tuple[int, int]) -> Resize:
-        """Where the pixels of a picture of `size_hw` rows and columns go in the view.
+        """Where the pixels of an image of `size_hw` rows and columns go in the view.
 
         Raises ValueError for one that is turned, of which a record cannot speak.
         """
@@ -219,7 +219,7 @@ class PixelSpec:
         return pixels_u8.to(torch.float32).sub_(mean).div_(std)
 
     def unnormalise(self, pixels: Tensor) -> Tensor:
-        """Normalised float[..., 3, H, W] as a picture to look at: uint8, rounded, cut at 0, 255."""
+        """Normalised float[..., 3, H, W] as an image to look at: uint8, rounded, cut at 0, 255."""
         mean, std = (_channels(value, pixels.device) * 255 for value in (self.mean, self.std))
         return (pixels.float() * std + mean).round_().clamp_(0, 255).to(torch.uint8)
 
@@ -263,7 +263,7 @@ class PixelSpec:
         return max(sides[0], self.min_side_px), max(sides[1], self.min_side_px)
 
     def _turns(self, size_hw: tuple[int, int]) -> bool:
-        """Whether a picture is turned: it lies across the view, and neither is square."""
+        """Whether an image is turned: it lies across the view, and neither is square."""
         (H, W), (rows, columns) = size_hw, self.size_hw
         return self.turn and (H - W) * (rows - columns) < 0
 
@@ -285,21 +285,21 @@ class PixelSpec:
         return [(rows, columns), (high, wide)]
 
     def _view_hw(self, resized_hw: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of the window on a picture that was resized to `resized_hw`."""
+        """Rows and columns of the window on an image that was resized to `resized_hw`."""
         return resized_hw if self.free else self.size_hw
 
     def _start(self, resized_hw: tuple[int, int]) -> tuple[int, int]:
-        """Row and column of the resized picture where the window starts; negative where it pads."""
+        """Row and column of the resized image where the window starts; negative where it pads."""
         if self.anchor == "top_left":
             return 0, 0
         spare_h, spare_w = (a - b for a, b in zip(resized_hw, self._view_hw(resized_hw)))
         return _halve(spare_h, self.half_px), _halve(spare_w, self.half_px)
 
     def _resize(self, image: Image.Image) -> Tensor:
-        """The resized picture before the window: uint8[3, rows, columns]."""
+        """The resized image before the window: uint8[3, rows, columns]."""
         if image.mode != "RGB":
             raise ValueError(
-                f"expected a picture in mode RGB, as open_image gives, found {image.mode}"
+                f"expected an image in mode RGB, as open_image gives, found {image.mode}"
             )
         if self._turns((image.height, image.width)):
             image = image.transpose(Image.Transpose.ROTATE_270)
@@ -308,7 +308,7 @@ class PixelSpec:
         for rows, columns in steps:
             if rows * columns > MAX_PIXELS:
                 raise BadImage(
-                    f"expected a picture that resizes to at most {MAX_PIXELS} pixels, found one of "
+                    f"expected an image that resizes to at most {MAX_PIXELS} pixels, found one of "
                     f"{size_hw[0]} × {size_hw[1]}, which becomes {rows} × {columns}"
                 )
         if self.backend == "pil":
@@ -414,5 +414,5 @@ def _channels(values: tuple[float, float, float], device: torch.device) -> Tenso
 
 
 def _tensor(image: Image.Image) -> Tensor:
-    """An RGB picture as uint8[3, H, W], contiguous."""
+    """An RGB image as uint8[3, H, W], contiguous."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -1,7 +1,7 @@
-"""Pictures with captions as vectors to retrieve among: each different picture once, each caption.
+"""Images with captions as vectors to retrieve among: each different image once, each caption.
 
-Rows that show the same picture (a file, or bytes, of equal content) are one image with several
-captions, and so is a row with several answers. Texts are embedded as rows are read, pictures in a
+Rows that show the same image (a file, or bytes, of equal content) are one image with several
+captions, and so is a row with several answers. Texts are embedded as rows are read, images in a
 second pass, when it is known which rows show the same; how both are shared among processes says
 `vlm.retrieval.embed_rows`.
 
@@ -24,14 +24,13 @@ from vlm.data.sources.base import Source
 from vlm.families.contrastive.model import ContrastiveModel
 from vlm.families.contrastive.processor import PairProcessor
 from vlm.families.decoder_only.generate import evaluating
+from vlm.ranks import gather_list, reduce_sum
 from vlm.retrieval.embed_rows import (
     Reading,
-    embed_pictures,
+    embed_images,
     embed_texts,
-    from_all,
-    only_picture,
+    only_image,
     read_batches,
-    sum_of_all,
 )
 
 
@@ -42,7 +41,7 @@ class Found(NamedTuple):
     image_of_text: int64[M], on the CPU. image_row: the row that shows each image first. text_row:
     for each text its row, and which of the row's captions it is.
     texts_cut, tokens_cut: how many captions were longer than the context, and by how much together.
-    skipped: the rows that are left out.
+    skipped: the rows that are skipped.
     """
 
     images: Tensor
@@ -63,32 +62,32 @@ def embed_pairs(
     accelerator: Accelerator,
     reading: Reading,
 ) -> Found:
-    """Every caption in its template, and every different picture once; the same on every process.
+    """Every caption in its template, and every different image once; the same on every process.
 
     template: what a caption is put into, at the place of "{}".
     Raises BadRow for the first row that will not do, unless `reading` says to skip it; ValueError
     where no row is left, and naming rows whose vectors have no direction.
     """
     captions = _embed_captions(model, source, rows, template, accelerator, reading)
-    number: dict[bytes, int] = {}  # of each picture, in the order in which rows show them
-    image_of_place = {p: number.setdefault(d, len(number)) for p, d in captions.picture.items()}
+    number: dict[bytes, int] = {}  # of each image, in the order in which rows show them
+    image_of_place = {p: number.setdefault(d, len(number)) for p, d in captions.image.items()}
     first: dict[int, int] = {}
     for place, image in image_of_place.items():
         first.setdefault(image, rows[place])
-    pictures = embed_pictures(model, source, list(first.values()), accelerator, reading)
+    images = embed_images(model, source, list(first.values()), accelerator, reading)
 
-    # Rows of a picture that cannot be decoded are left out, all of them.
-    lost = {image: row.reason for image, row in pictures.skipped}
+    # Rows of an image that cannot be decoded are skipped, all of them.
+    lost = {image: row.reason for image, row in images.skipped}
     skipped = captions.skipped + [
         (place, Skipped(source.row_name(rows[place]), lost[image]))
         for place, image in image_of_place.items()
         if image in lost
     ]
     skipped = [row for _, row in sorted(skipped, key=lambda item: item[0])]
-    if not pictures.kept.any():
+    if not images.kept.any():
         reason = f"{skipped[0].name}: {skipped[0].reason}"
         raise ValueError(f"{source.name}: none of {len(rows)} rows can be used, such as {reason}")
-    kept = pictures.kept.cpu()
+    kept = images.kept.cpu()
     image_of_text = torch.tensor([image_of_place[p] for p in captions.place.tolist()])
     left = kept[image_of_text]
     new_number = kept.cumsum(0) - 1
@@ -97,7 +96,7 @@ def embed_pairs(
     for i in range(1, len(place)):
         nth[i] = nth[i - 1] + 1 if place[i] == place[i - 1] else 0
     return Found(
-        images=pictures.vectors[pictures.kept],
+        images=images.vectors[images.kept],
         texts=captions.vectors[left.to(model.device)],
         image_of_text=new_number[image_of_text[left]],
         image_row=[row for image, row in first.items() if kept[image]],
@@ -114,9 +113,9 @@ def captions_of(example: Example) -> tuple[str, ...]:
 
 
 class _Captioned(NamedTuple):
-    """What is read of a row: which picture it shows, and what is said of it."""
+    """What is read of a row: which image it shows, and what is said of it."""
 
-    picture: bytes
+    image: bytes
     captions: tuple[str, ...]
 
 
@@ -124,13 +123,13 @@ class _Captions(NamedTuple):
     """The captions of all rows, in their order.
 
     vectors: float32[M, U]. place: int64[M], of each caption's row in the rows.
-    picture: of each row that has captions, by its place, which picture it shows.
+    image: of each row that has captions, by its place, which image it shows.
     cut, cut_tokens: how many captions were longer than the context, and by how much together.
     """
 
     vectors: Tensor
     place: Tensor
-    picture: dict[int, bytes]
+    image: dict[int, bytes]
     cut: int
     cut_tokens: int
     skipped: list[tuple[int, Skipped]]
@@ -156,7 +155,7 @@ def _embed_captions(
             skipped += batch.skipped
             texts, names = [], []
             for place, item in zip(batch.places, batch.items):
-                found.append((place, item.picture, len(item.captions)))
+                found.append((place, item.image, len(item.captions)))
                 texts += [template.replace("{}", caption) for caption in item.captions]
                 names += [source.row_name(rows[place])] * len(item.captions)
             if texts:
@@ -164,28 +163,28 @@ def _embed_captions(
                 vectors.append(embedded)
                 cut.append((sum(map(bool, gone)), sum(gone)))
     mine = {place for place, _, _ in found}
-    found = sorted(from_all(accelerator, found))
+    found = sorted(gather_list(accelerator, found))
     counts = torch.tensor([count for _, _, count in found], dtype=torch.long)
     place = torch.tensor([p for p, _, _ in found], dtype=torch.long).repeat_interleave(counts)
     all_vectors = torch.zeros(len(place), model.module.dim, device=model.device)
     if vectors:
         here = torch.tensor([p in mine for p, _, _ in found]).repeat_interleave(counts)
         all_vectors[here.to(model.device)] = torch.cat(vectors)
-    cut = from_all(accelerator, cut)
+    cut = gather_list(accelerator, cut)
     return _Captions(
-        vectors=sum_of_all(accelerator, all_vectors),
+        vectors=reduce_sum(accelerator, all_vectors),
         place=place,
-        picture={place: picture for place, picture, _ in found},
+        image={place: image for place, image, _ in found},
         cut=sum(texts for texts, _ in cut),
         cut_tokens=sum(tokens for _, tokens in cut),
-        skipped=sorted(from_all(accelerator, skipped)),
+        skipped=sorted(gather_list(accelerator, skipped)),
     )
 
 
 def _read_captions(processor: PairProcessor, example: Example) -> _Captioned:
-    """The picture and captions of a row. Raises BadRow where one is missing, or nothing of it is
+    """The image and captions of a row. Raises BadRow where one is missing, or nothing of it is
     read."""
-    image = only_picture(example)
+    image = only_image(example)
     captions = captions_of(example)
     if not all(captions) or not captions:
         found = "an empty text" if captions else "none"
@@ -199,7 +198,7 @@ def _read_captions(processor: PairProcessor, example: Example) -> _Captioned:
 
 
 def _identity(image: ImageRef, name: str) -> bytes:
-    """Equal for pictures of equal bytes. Raises BadRow for a file that cannot be read."""
+    """Equal for images of equal bytes. Raises BadRow for a file that cannot be read."""
     if isinstance(image.data, bytes):
         return hashlib.sha256(image.data).digest()
     try:

@@ -1,8 +1,7 @@
 """The rows of a source as vectors: streamed, and shared among processes.
 
-Batches are runs of rows, dealt to processes in turn, so that what a batch holds, and with it every
-vector, is the same on any number of processes, divisible or not. A process that gets none
-takes part all the same. Of a picture or a text only its vector is kept.
+Batches are shared as `vlm.ranks` says; a process that gets none takes part all the same. Of an
+image or a text only its vector is kept.
 
 Shapes: N row, U shared embedding width, n text.
 """
@@ -16,7 +15,6 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -29,6 +27,7 @@ from vlm.families.contrastive.processor import PairProcessor
 from vlm.families.decoder_only.generate import evaluating
 from vlm.image_tokens import ViewGroup, group_views
 from vlm.pixels import BadImage
+from vlm.ranks import gather_in_order, reduce_sum, share
 
 T = TypeVar("T")
 
@@ -38,7 +37,7 @@ class Reading:
     """How rows are read.
 
     batch: rows at once. workers: processes that read and decode, for each process that computes.
-    bad_rows: a row that cannot be read stops everything and is named, or is left out.
+    bad_rows: a row that cannot be read stops everything and is named, or is skipped.
     """
 
     batch: int = 64
@@ -47,18 +46,18 @@ class Reading:
 
 
 class Batch(NamedTuple, Generic[T]):
-    """What was read of some rows: `items` of the rows at `places`, and what was left out."""
+    """What was read of some rows: `items` of the rows at `places`, and what was skipped."""
 
     places: list[int]
     items: T
     skipped: list[tuple[int, Skipped]]
 
 
-class Pictures(NamedTuple):
-    """The pictures of rows.
+class Images(NamedTuple):
+    """The images of rows.
 
-    vectors: float32[N, U], unit norm, zero for rows that are left out, on the model's device.
-    kept: bool[N], False for rows that are left out. beside: what else was kept of each row that
+    vectors: float32[N, U], unit norm, zero for rows that are skipped, on the model's device.
+    kept: bool[N], False for rows that are skipped. beside: what else was kept of each row that
     is not. skipped: those that are, by their places in the rows.
     """
 
@@ -66,17 +65,6 @@ class Pictures(NamedTuple):
     kept: Tensor
     beside: list[Any]
     skipped: list[tuple[int, Skipped]]
-
-
-def require_contrastive(model: Any, where: str) -> ContrastiveModel:
-    """The model. Raises ValueError for one that does not embed pictures and texts, with `where` it
-    comes from and its family."""
-    if not isinstance(model, ContrastiveModel):
-        raise ValueError(
-            f"{where}: expected a contrastive model, with a tower for pictures and one for texts, "
-            f"found a {model.module.family} one"
-        )
-    return model
 
 
 def read_batches(
@@ -96,8 +84,7 @@ def read_batches(
     Raises BadRow for the first row that will not do, unless `reading` says to skip it.
     """
     ranks, rank = accelerator.num_processes, accelerator.process_index
-    batches = [range(i, min(i + reading.batch, len(rows))) for i in
-               range(rank * reading.batch, len(rows), ranks * reading.batch)]  # fmt: skip
+    batches = list(share(len(rows), reading.batch, rank, ranks))
     loader = DataLoader(
         _Rows(source, rows, read),
         batch_sampler=batches,
@@ -114,26 +101,26 @@ def read_batches(
 
 
 @torch.no_grad()
-def embed_pictures(
+def embed_images(
     model: ContrastiveModel,
     source: Source,
     rows: Sequence[int],
     accelerator: Accelerator,
     reading: Reading,
     beside: Callable[[Example], Any] | None = None,
-) -> Pictures:
-    """The vector of the one picture of each row, the same on every process.
+) -> Images:
+    """The vector of the one image of each row, the same on every process.
 
     beside: what else is kept of a row, such as its label, if anything; it raises BadRow for one
-    that will not do, before its picture is decoded.
+    that will not do, before its image is decoded.
     Raises BadRow as `read_batches`, and ValueError naming rows whose vector has no direction.
     """
-    read = partial(_read_picture, model.processor, beside)
+    read = partial(_read_image, model.processor, beside)
     dtype = next(model.module.tokenizer.parameters()).dtype
     vectors = torch.zeros(len(rows), model.module.dim, device=model.device)
     found, skipped = [], []
     with evaluating(model.module):
-        for batch in read_batches(source, rows, read, accelerator, reading, "pictures", _stack):
+        for batch in read_batches(source, rows, read, accelerator, reading, "images", _stack):
             skipped += batch.skipped
             if batch.places:
                 groups, names, kept = batch.items
@@ -142,14 +129,14 @@ def embed_pictures(
                 require_directions(embedded, names)
                 vectors[batch.places] = embedded
                 found += zip(batch.places, kept)
-    found = sorted(from_all(accelerator, found), key=lambda item: item[0])
+    found = gather_in_order(accelerator, found)
     kept = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
     kept[[place for place, _ in found]] = True
-    return Pictures(
-        sum_of_all(accelerator, vectors),
+    return Images(
+        reduce_sum(accelerator, vectors),
         kept,
         [value for _, value in found],
-        sorted(from_all(accelerator, skipped), key=lambda item: item[0]),
+        gather_in_order(accelerator, skipped),
     )
 
 
@@ -168,21 +155,11 @@ def embed_texts(
     return vectors, cut
 
 
-def only_picture(example: Example):
+def only_image(example: Example):
     """The one picture of an example. Raises BadRow where it has none or several."""
     if len(example.images) != 1:
-        raise BadRow(f"{example.name}: expected one picture, found {len(example.images)}")
+        raise BadRow(f"{example.name}: expected one image, found {len(example.images)}")
     return example.images[0]
-
-
-def from_all(accelerator: Accelerator, items: list) -> list:
-    """The items of all processes, on every process, rank by rank."""
-    return gather_object(items) if accelerator.num_processes > 1 else items
-
-
-def sum_of_all(accelerator: Accelerator, tensor: Tensor) -> Tensor:
-    """The sum over processes, on every process."""
-    return accelerator.reduce(tensor, "sum") if accelerator.num_processes > 1 else tensor
 
 
 class _Rows(Dataset):
@@ -213,12 +190,12 @@ class _Collate:
         return Batch([place for place, _ in kept], self.collate([i for _, i in kept]), skipped)
 
 
-def _read_picture(
+def _read_image(
     processor: PairProcessor, beside: Callable[[Example], Any] | None, example: Example
 ) -> tuple[Pair, Any]:
     """The picture of an example as a pair without its text, and what is kept beside it."""
     kept = None if beside is None else beside(example)
-    views = processor.views(only_picture(example), example.name)
+    views = processor.views(only_image(example), example.name)
     return Pair(name=example.name, ids=torch.empty(0), views=views), kept
 
 

@@ -30,7 +30,7 @@ class Origin:
 
     model: where it was opened: the full path of a folder or file, or a hub id. dtype: as `vlm.load`
     was told. weights, settings, preprocessing: fingerprints, of the bits of every weight and
-    buffer, of what the parts compute with them, and of what is done to pictures and texts. dim: the
+    buffer, of what the parts compute with them, and of what is done to images and texts. dim: the
     width of its vectors.
     """
 
@@ -65,7 +65,7 @@ def origin_of(model: ContrastiveModel, source: str | Path, dtype: str = "auto") 
 
 
 def _place(source: str) -> str:
-    """A source in full: the path of a folder or file, options behind "?" kept."""
+    """A source in full: the path of a folder or file, options after "?" kept."""
     if Path(source).exists():
         return str(Path(source).resolve())
     path, mark, options = source.rpartition("?")

@@ -1,4 +1,4 @@
-"""Pictures in files and folders: which there are, and their vectors, a batch at a time."""
+"""Images in files and folders: which there are, and their vectors, a batch at a time."""
 
 from __future__ import annotations
 
@@ -21,64 +21,64 @@ from vlm.families.contrastive.processor import PairProcessor
 from vlm.families.decoder_only.generate import evaluating
 from vlm.image_tokens import ViewGroup, group_views
 from vlm.pixels import BadImage, image_size
-from vlm.retrieval.embed_rows import Reading, only_picture, read_batches
+from vlm.retrieval.embed_rows import Reading, only_image, read_batches
 from vlm.retrieval.nearest import unit_vectors
 
 SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff",
     ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
-"""What the names of pictures end with, of the formats that `vlm.pixels` opens."""
+"""What the names of images end with, of the formats that `vlm.pixels` opens."""
 NAMED = 8
 """How many bad files a message names."""
 
 
-def find_pictures(places: Sequence[Path]) -> list[Path]:
-    """The picture files among files and folders, each once.
+def find_images(places: Sequence[Path]) -> list[Path]:
+    """The image files among files and folders, each once.
 
     places: a file is taken whatever its suffix; of a folder all files below it whose suffix is one
         of SUFFIXES, in the order of their paths. Names that begin with a dot are passed by, and
         folders that are links.
-    Raises ValueError naming a place that is not there, or a folder without a picture.
+    Raises ValueError naming a place that is not there, or a folder without an image.
     """
     if not places:
-        raise ValueError("name at least one picture or folder")
+        raise ValueError("name at least one image or folder")
     found: dict[Path, None] = {}
     for place in places:
         if place.is_dir():
-            pictures, others = _walk(place)
-            if not pictures:
+            images, others = _walk(place)
+            if not images:
                 raise ValueError(
-                    f"{place}: expected pictures ({', '.join(SUFFIXES)}), found none among "
+                    f"{place}: expected images ({', '.join(SUFFIXES)}), found none among "
                     f"{others} files"
                 )
-            found |= dict.fromkeys(pictures)
+            found |= dict.fromkeys(images)
         elif place.is_file():
             found[place] = None
         else:
-            raise ValueError(f"{place}: expected a picture or a folder, found nothing at this path")
+            raise ValueError(f"{place}: expected an image or a folder, found nothing at this path")
     return list(found)
 
 
 def _walk(folder: Path) -> tuple[list[Path], int]:
-    """The pictures below a folder, and the number of its other files."""
+    """The images below a folder, and the number of its other files."""
 
     def fail(error: OSError) -> None:
         raise error
 
-    pictures, others = [], 0
+    images, others = [], 0
     for path, folders, files in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if not name.startswith(".") and name.lower().endswith(SUFFIXES):
-                pictures.append(Path(path, name))
+                images.append(Path(path, name))
             else:
                 others += 1
-    return sorted(pictures), others
+    return sorted(images), others
 
 
 def require_headers(paths: Sequence[Path]) -> None:
-    """Raises BadImage naming the files that do not even begin as a picture; far quicker than
+    """Raises BadImage naming the files that do not even begin as an image; far quicker than
     decoding them."""
     faults = []
     for path in paths:
@@ -90,14 +90,14 @@ def require_headers(paths: Sequence[Path]) -> None:
         raise BadImage(faults[0])
     if faults:
         more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
-        raise BadImage(f"{len(faults)} bad pictures: {'; '.join(faults[:NAMED])}{more}")
+        raise BadImage(f"{len(faults)} bad images: {'; '.join(faults[:NAMED])}{more}")
 
 
 class Part(NamedTuple):
-    """Vectors of some pictures.
+    """Vectors of some images.
 
     vectors: float32[N, U], unit norm. places: which N of the files they are of. skipped: files that
-    were left out.
+    were skipped.
     """
 
     vectors: np.ndarray
@@ -105,11 +105,11 @@ class Part(NamedTuple):
     skipped: list[Skipped]
 
 
-class PictureFiles(Source):
-    """Picture files as rows without text."""
+class ImageFiles(Source):
+    """Image files as rows without text."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self.name = "pictures"
+        self.name = "images"
         self.paths = list(paths)
         self.require_rows()
 
@@ -124,13 +124,13 @@ class PictureFiles(Source):
         return Example(name, (Turn("user", (None,)),), (ImageRef(self.paths[row], name),))
 
 
-def embed_pictures(
+def embed_images(
     model: ContrastiveModel, paths: Sequence[Path], reading: Reading
 ) -> Iterator[Part]:
-    """The vectors of picture files, batch after batch, under a progress bar; whoever takes them
+    """The vectors of image files, batch after batch, under a progress bar; whoever takes them
     keeps what came before a fault.
 
-    Raises BadRow naming a picture that cannot be read, unless `reading` says to skip it; ValueError
+    Raises BadRow naming an image that cannot be read, unless `reading` says to skip it; ValueError
     for a vector that is not finite, and where several processes run.
     """
     if reading.batch < 1:
@@ -145,10 +145,8 @@ def embed_pictures(
         raise ValueError(
             f"files are embedded by one process, found {accelerator.num_processes}; start one"
         )
-    source, read = PictureFiles(paths), partial(_read, model.processor)
-    batches = read_batches(
-        source, range(len(paths)), read, accelerator, reading, "pictures", _stack
-    )
+    source, read = ImageFiles(paths), partial(_read, model.processor)
+    batches = read_batches(source, range(len(paths)), read, accelerator, reading, "images", _stack)
     with evaluating(model.module):
         for batch in batches:
             skipped = [item for _, item in batch.skipped]
@@ -165,8 +163,8 @@ def embed_pictures(
 def _read(processor: PairProcessor, example: Example) -> Pair:
     """No closure, so that it travels to the processes that read."""
     try:
-        views = processor.views(only_picture(example), example.name)
-    except BadImage as error:  # which has the file's name twice, as row and as picture
+        views = processor.views(only_image(example), example.name)
+    except BadImage as error:  # which has the file's name twice, as row and as image
         raise BadImage(str(error).removeprefix(f"{example.name}: ")) from error
     return Pair(name=example.name, ids=torch.empty(0), views=views)
 

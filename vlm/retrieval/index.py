@@ -1,11 +1,11 @@
-"""An index of pictures: embedded once, then searched by vectors of texts or pictures.
+"""An index of images: embedded once, then searched by vectors of texts or images.
 
 An index is a folder: `index.json` says which model made it and which files it holds, and names the
 file of vectors, which is faiss' own and is mapped into memory, not read. A new version is written
 beside the old one and takes its place in one step. Searching is exact, unless an approximate index
 was asked for: vectors in clusters, of which only the nearest are searched.
 
-Shapes: N picture or query, U shared embedding width.
+Shapes: N image or query, U shared embedding width.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vlm.families.contrastive.model import ContrastiveModel
 from vlm.retrieval import nearest
 from vlm.retrieval.embed_rows import Reading
 from vlm.retrieval.fingerprint import Origin, origin_of
-from vlm.retrieval.image_files import embed_pictures, find_pictures, require_headers
+from vlm.retrieval.image_files import embed_images, find_images, require_headers
 from vlm.retrieval.nearest import Clusters
 from vlm.weights import need_room
 
@@ -38,9 +38,9 @@ FILE = "index.json"
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A picture of an index as it was when it was embedded.
+    """An image of an index as it was when it was embedded.
 
-    path: below the index's folder of pictures. mtime_ns: nanoseconds. size: bytes.
+    path: below the index's folder of images. mtime_ns: nanoseconds. size: bytes.
     """
 
     path: str
@@ -49,8 +49,8 @@ class File:
 
 
 class Changes(NamedTuple):
-    """What building did: the numbers of pictures in the index that were new, changed, or kept as
-    they were, and of those that are gone; and the files that were left out."""
+    """What building did: the numbers of images in the index that were new, changed, or kept as
+    they were, and of those that are gone; and the files that were skipped."""
 
     new: int
     changed: int
@@ -72,9 +72,9 @@ class Description:
 
 
 class Index:
-    """Vectors of the pictures in a folder.
+    """Vectors of the images in a folder.
 
-    origin: the model that made them. folder: of the pictures. files: one for each vector, by path.
+    origin: the model that made them. folder: of the images. files: one for each vector, by path.
     clusters: None where searching is exact. complete: False where building was stopped half-way.
     changes: what building did; None for an index that was opened.
     """
@@ -120,22 +120,23 @@ class Index:
         approximate: bool = False,
         reading: Reading = Reading(),  # noqa: B008 - frozen
     ) -> Index:
-        """The index of all pictures in a folder and the folders below it.
+        """The index of all images in a folder and the folders below it.
 
         source, dtype: what `model` was opened with, by which a search opens it again.
-        out: where the index is saved. One that lies there is brought up to date: only pictures
+        out: where the index is saved. One that lies there is brought up to date: only images
             that are new or changed (in size or time) are embedded, and those that are gone leave
             it. What was embedded when building stops half-way is saved too, for the next build to
             go on from. None saves nothing.
-        approximate: see `Clusters`. reading: how pictures are read, and whether one that cannot be
-            read stops the building or is left out and counted.
-        Raises ValueError for a folder without pictures, and where `out` is the index of another
-        folder or model or no index at all; BadImage or BadRow naming pictures that cannot be
+        approximate: see `Clusters`. reading: how images are read, and whether one that cannot be
+            read stops the building or is skipped and counted.
+        Raises ValueError for a folder without images, and where `out` is the index of another
+        folder or model or no index at all; BadImage or BadRow naming images that cannot be
         read; OSError, before anything is embedded, where there is no room for the index.
         """
         folder = Path(folder).resolve()
         if not folder.is_dir():
-            raise ValueError(f"{folder}: expected a folder of pictures, found none")
+            raise ValueError(f"{folder}: expected a folder of images, found none")
+        nearest.faiss_library()  # missed here, not when all is embedded
         found, skipped = _files(folder)
         present = {file.path: file for file in found}
         origin = origin_of(model, source, dtype)
@@ -165,17 +166,17 @@ class Index:
             )  # fmt: skip
 
         try:
-            for part in embed_pictures(model, [folder / file.path for file in todo], reading):
+            for part in embed_images(model, [folder / file.path for file in todo], reading):
                 vectors.append(part.vectors)
                 files += [todo[i] for i in part.places]
                 skipped += part.skipped
-        except BaseException:  # an interrupt too: hours of work may lie behind
+        except BaseException:  # an interrupt too: hours of work may lie after
             if out is not None and len(files) > len(kept):
                 whole(complete=False).save(out)
             raise
         if not files:
             raise ValueError(
-                f"{folder}: none of {len(skipped)} pictures can be read, the first for this "
+                f"{folder}: none of {len(skipped)} images can be read, the first for this "
                 f"reason: {skipped[0].reason}"
             )
         fits = old is not None and old.complete and approximate == (old.clusters is not None)
@@ -266,10 +267,10 @@ class Index:
         return self._engine.reconstruct_n(0, len(self))
 
     def search(self, queries, k: int = 10) -> tuple[np.ndarray, list[list[Path]]]:
-        """The nearest pictures to each query: cosines float32[N, K], falling, and their K files.
+        """The nearest images to each query: cosines float32[N, K], falling, and their K files.
 
         queries: float[N, U], a tensor or an array, of any norm but zero. K is k, or the number of
-        pictures where that is less. Equal cosines come in the order of their paths.
+        images where that is less. Equal cosines come in the order of their paths.
         Raises ValueError naming what was expected and found.
         """
         if k < 1:
@@ -294,14 +295,14 @@ class Index:
 
 
 def _files(folder: Path) -> tuple[list[File], list[Skipped]]:
-    """The pictures of a folder, by path, and what has a picture's name and cannot be looked at,
+    """The images of a folder, by path, and what has an image's name and cannot be looked at,
     such as a link that leads nowhere."""
     files, lost = [], []
-    for path in find_pictures([folder]):
+    for path in find_images([folder]):
         try:
             files.append(_file(folder, path))
         except OSError as error:
-            lost.append(Skipped(str(path), f"expected a picture file, found: {error.strerror}"))
+            lost.append(Skipped(str(path), f"expected an image file, found: {error.strerror}"))
     return sorted(files, key=lambda file: file.path), lost
 
 

@@ -17,6 +17,8 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from vlm.compat.extras import needs
+
 RECALL = 0.95
 """Share of the nearest ten that clusters must give, with their own vectors as queries."""
 SAMPLE = 256
@@ -29,7 +31,7 @@ CLUSTER = 39
 class Clusters:
     """What an approximate search gives up: for a query `probes` of `clusters` clusters are
     searched, which finds the share `recall` of the nearest ten, measured with vectors of the index
-    as queries. Queries of another kind, texts among pictures, can find fewer."""
+    as queries. Queries of another kind, texts among images, can find fewer."""
 
     clusters: int
     probes: int
@@ -74,7 +76,7 @@ def _clustered(vectors: np.ndarray):
     engine.train(vectors)
     engine.add(vectors)
     sample = vectors[:: -(-N // SAMPLE)]
-    nearest = min(11, N)  # each picture is its own nearest
+    nearest = min(11, N)  # each image is its own nearest
     true, _ = faiss.knn(sample, vectors, nearest, faiss.METRIC_INNER_PRODUCT)
     least = true[:, -1:] - 1e-6
     engine.nprobe = 1
@@ -97,7 +99,8 @@ def faiss_library() -> ModuleType:
     apple = sys.platform == "darwin"
     if apple:
         os.environ.setdefault("KMP_DUPLICATE_LIB_OK", "TRUE")
-    import faiss
+    with needs("retrieval"):
+        import faiss
 
     if apple:
         faiss.omp_set_num_threads(1)

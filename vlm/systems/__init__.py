@@ -54,10 +54,10 @@ def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Model
 
 def build(*, dtype: str = "auto", **settings) -> DecoderOnlyModel:
     """A model composed of pretrained parts and a fresh adaptor, on the CPU; dtype is that of
-    `load`, the other settings are those of `vlm.families.decoder_only.layout.build`."""
-    from vlm.families.decoder_only import layout
+    `load`, the other settings are those of `vlm.systems.compose.build`."""
+    from vlm.systems import compose
 
-    model = layout.build(**settings)
+    model = compose.build(**settings)
     compute_in(model.module, dtype, "cpu")
     return model
 
@@ -156,13 +156,13 @@ def _refuse_tower(kind: str | None, where: str | Path, source: str | Path) -> No
     image_tokenizers = dict.fromkeys(ENCODERS, "transformers") | {naflex.MODEL_TYPE: "naflex"}
     if kind in image_tokenizers:
         raise ValueError(
-            f"{where}: expected a whole model, found {kind!r}, a tower for pictures alone, without "
+            f"{where}: expected a whole model, found {kind!r}, a tower for images alone, without "
             f"one for texts; it can serve as an image tokenizer: {image_tokenizers[kind]}:{source}"
         )
     if kind in text_encoders.TOWERS:
         raise ValueError(
             f"{where}: expected a whole model, found {kind!r}, a tower for texts alone, without "
-            "one for pictures"
+            "one for images"
         )
 
 
@@ -215,7 +215,7 @@ def _of_file(source: str | Path) -> ContrastiveModel | None:
 
 
 def is_file(source: str | Path) -> bool:
-    """Whether a source names a file of weights, alone or with options behind "?", or the folder of
+    """Whether a source names a file of weights, alone or with options after "?", or the folder of
     an open_clip training; what is no path at all is none."""
     path = Path(str(source).rpartition("?")[0] or source)
     try:

@@ -1,7 +1,7 @@
 """CLIP: two towers trained by the softmax loss, in the layout of transformers' `CLIPModel`.
 
 Covers OpenAI's models and those of LAION and others that are published in this layout (LAION's
-with plain GELU). The picture's vector is the class token behind the final layer norm, the text's
+with plain GELU). The image's vector is the class token after the final layer norm, the text's
 the state at its end token; each passes a linear layer without bias. Folders from before
 transformers 4.31 say `eos_token_id` 2, which is no end token: there the largest id of a row is
 taken, as the authors' code does.
@@ -160,7 +160,7 @@ def save(model: ContrastiveModel, folder: Path) -> None:
     """Writes transformers' layout: the files of the folder that the model came from, with the
     weights as they are now.
 
-    Raises ValueError for weights that the layout has no place for, and for preprocessing that was
+    Raises ValueError for weights that the layout cannot represent, and for preprocessing that was
     changed since.
     """
     save_published(model, folder, KEY_MAP, scalar_shape=())

@@ -9,7 +9,7 @@ Parameters by pattern, for stages: "adaptor.*", "text.*", and for 1.3B "tokenize
 stage freezes "tokenizer.high.*".
 
 Folders are those that transformers writes. SigLIP's pooling head is no part of the system:
-published folders lack it (`vision_use_head` false), and where a folder has one it is left out and
+published folders lack it (`vision_use_head` false), and where a folder has one it is skipped and
 said to be absent when the folder is written again; transformers' class then opens it complete,
 and never used it. Layouts from before transformers knew the system (`model_type` multi_modality)
 are not read.
@@ -38,7 +38,6 @@ from transformers import (
 )
 
 from vlm import adaptors
-from vlm.families.decoder_only.layout import context_of
 from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly, Places
 from vlm.families.decoder_only.processor import Processor
@@ -47,6 +46,7 @@ from vlm.image_tokens import ImageTokenizer
 from vlm.merge import plain_state
 from vlm.pixels import PixelSpec, from_transformers, pair_from_transformers
 from vlm.pixels.spec import HALF, OPENAI
+from vlm.systems.compose import context_of
 from vlm.systems.published import (
     KeyMap,
     architecture,
@@ -87,7 +87,7 @@ CHAT_TEMPLATE = f"""\
 {{%- endfor -%}}
 {{%- if add_generation_prompt -%}}{{{{ 'Assistant:' }}}}{{%- endif -%}}"""
 """The published conversation, for contents that are plain text. A system message stands in place
-of the fixed one, as in the authors' code; an empty one leaves it out."""
+of the fixed one, as in the authors' code; an empty one skips it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,7 +226,7 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
             architecture(config.vision_config), high and architecture(high), low_spec, high_spec
         )
         module = _compose(tokenizer, text_config)
-    module.text.tie_weights()  # making parameters empty has parted tied ones
+    module.text.tie_weights()  # making parameters empty has sharded tied ones
     load_weights(module, state, where, lambda key: published_name(key, KEY_MAPS[model_type]))
     module.text.generation_config = GenerationConfig()
     processor = Processor(
@@ -236,7 +236,7 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
         max_tokens=context_of(module.text),
         image_mark=reader.image_token,
     )
-    places = processor.places_for(low_spec.size_hw)
+    places = processor.places_for(low_spec.size_hw).length
     if places != reader.num_image_tokens:
         raise ValueError(
             f"{where}: the processor writes {reader.num_image_tokens} places for an image, the "
@@ -254,7 +254,7 @@ def save(model: DecoderOnlyModel, folder: Path) -> None:
     """Writes transformers' layout: the files of the folder that the model came from, with what has
     changed since (weights, dtype, vocabulary).
 
-    Raises ValueError for weights that the layout has no place for.
+    Raises ValueError for weights that the layout cannot represent.
     """
     reference = model.reference
     key_map = KEY_MAPS[reference.model_type]
@@ -275,7 +275,7 @@ def save(model: DecoderOnlyModel, folder: Path) -> None:
 
 
 def with_template(text_tokenizer):
-    """The tokenizer, its chat template now `CHAT_TEMPLATE`, behind the token with which it begins
+    """The tokenizer, its chat template now `CHAT_TEMPLATE`, after the token with which it begins
     every text, where it does."""
     begins = bool(text_tokenizer("")["input_ids"])
     text_tokenizer.chat_template = ("{{- bos_token -}}\n" if begins else "") + CHAT_TEMPLATE

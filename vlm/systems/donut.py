@@ -1,7 +1,7 @@
 """Donut: a Swin's tokens as the memory of mBART's decoder, which writes documents as tagged text.
 
 A prompt such as `<s_cord-v2>` says what is asked, and stands where other decoders have their start
-id; what is written turns into JSON. Pictures are brought to the short side of the page, shrunk to
+id; what is written turns into JSON. Images are brought to the short side of the page, shrunk to
 fit and centred on black, before normalising; some folders turn those that lie across the page.
 `<unk>` is never written. Converted folders normalise by half, though the authors' code did by
 ImageNet's statistics: the folder is followed.

@@ -1,7 +1,7 @@
 """PaliGemma and PaliGemma 2: SigLIP's tokens through one linear map, read by Gemma as a prefix.
 
-Pictures are stretched to a square of 224, 448 or 896 pixels, 14 to a patch: 256, 1024 or 4096
-image tokens. Picture and prompt see each other, the answer is causal (`vlm.families.
+Images are stretched to a square of 224, 448 or 896 pixels, 14 to a patch: 256, 1024 or 4096
+image tokens. Image and prompt see each other, the answer is causal (`vlm.families.
 prefix_decoder`). Text vectors are multiplied by the square root of their width, which Gemma's own
 embedding does; image tokens are not.
 
@@ -34,7 +34,6 @@ from transformers import (
 )
 
 from vlm import adaptors
-from vlm.families.decoder_only.layout import context_of
 from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import Places
 from vlm.families.decoder_only.processor import SLOT, Processor
@@ -46,6 +45,7 @@ from vlm.image_tokens import ImageTokenizer
 from vlm.merge import plain_state
 from vlm.pixels import PixelSpec, from_transformers
 from vlm.pixels.spec import HALF
+from vlm.systems.compose import context_of
 from vlm.systems.published import (
     KeyMap,
     architecture,
@@ -67,7 +67,7 @@ PROMPTS = {
     "segment": "segment {phrase}",
     "ocr": "ocr",
 }
-"""What the published models were trained on, in English. Several things are parted by " ; ". A
+"""What the published models were trained on, in English. Several things are separated by " ; ". A
 detected box is written as four <loc> tokens, a space and its phrase; a segment as these four, 16
 <seg> tokens, and the same. Source: arXiv 2407.07726, section 3.2.5; big_vision,
 `configs/proj/paligemma/README.md`."""
@@ -84,8 +84,8 @@ CHAT_TEMPLATE = f"""\
 {{%- set start = prompt.rfind('{SLOT}') + 1 -%}}
 {{{{- prompt[:start] + bos_token + prompt[start:] + '\\n' -}}}}
 {{%- if messages | length == 2 -%}}{{{{- messages[1]['content'] + eos_token -}}}}{{%- endif -%}}"""
-"""The published form, for contents that are plain text with marked pictures: what is up to the last
-picture, the token that begins texts, the prompt, a line break; then the answer and its end.
+"""The published form, for contents that are plain text with marked images: what is up to the last
+image, the token that begins texts, the prompt, a line break; then the answer and its end.
 Source: transformers, `PaliGemmaProcessor`."""
 
 
@@ -208,7 +208,7 @@ def load(folder: Path, values: dict[str, Any]) -> PrefixDecoderModel:
             architecture(config.vision_config), from_transformers(reader.image_processor)
         )
         module = _compose(tokenizer, text_config)
-    module.text.tie_weights()  # making parameters empty has parted tied ones
+    module.text.tie_weights()  # making parameters empty has sharded tied ones
     load_weights(module, state, where, lambda key: published_name(key, KEY_MAP))
     module.text.generation_config = GenerationConfig()
     text_tokenizer = reader.tokenizer
@@ -224,7 +224,7 @@ def load(folder: Path, values: dict[str, Any]) -> PrefixDecoderModel:
         prefix=True,
         framed=True,
     )
-    places = processor.places_for(tokenizer.pixel_spec.size_hw)
+    places = processor.places_for(tokenizer.pixel_spec.size_hw).length
     if places != reader.image_seq_length:
         raise ValueError(
             f"{where}: the processor writes {reader.image_seq_length} places for an image, the "
@@ -252,7 +252,7 @@ def save(model: PrefixDecoderModel, folder: Path) -> None:
     """Writes transformers' layout: the files of the folder that the model came from, with what has
     changed since (weights, dtype, vocabulary).
 
-    Raises ValueError for weights that the layout has no place for.
+    Raises ValueError for weights that the layout cannot represent.
     """
     module = model.module
     for key in plain_state(module):
@@ -291,7 +291,7 @@ def _compose(tokenizer: ImageTokenizer, text_config: PreTrainedConfig) -> Prefix
 def _require_rows(text_tokenizer, rows: int, where: str) -> None:
     """Raises ValueError where the text tokenizer gives ids beyond the language model's table, as
     transformers' processor does to a folder that lacks <loc> and <seg> tokens: it adds them. The
-    picture's mark, whose id no table needs, may be beyond."""
+    image's mark, whose id no table needs, may be beyond."""
     mark = getattr(text_tokenizer, "image_token_id", None)
     beyond = {t: id for t, id in text_tokenizer.get_vocab().items() if id >= rows and id != mark}
     if beyond:

@@ -21,8 +21,10 @@ LAYER_OPTION = {
     "transformers": "layer",
     "open_clip": "layer",
     "naflex": "layer",
+    "torchvision": None,
 }
-"""Kinds of image tokenizer with pretrained weights -> what each calls its layer."""
+"""Kinds of image tokenizer with pretrained weights -> what each calls its layer; None where it
+gives its last features alone, and pools nothing."""
 
 
 def load_vision(
@@ -37,7 +39,7 @@ def load_vision(
     family (or a file of weights that `vlm.load` opens), whose image tokenizer is taken as it was
     trained.
 
-    size_hw: pixels that pictures are brought to; None keeps the backbone's own.
+    size_hw: pixels that images are brought to; None keeps the backbone's own.
     layer: -1 the backbone's final features, its closing norm included, and of a folder those that
         it was trained for; other numbers an earlier block or level as it is (-2 is what LLaVA takes
         of CLIP).
@@ -56,8 +58,14 @@ def load_vision(
             f"vision {name!r}: expected 'demo', the folder of a model or run, or 'kind:id' with a "
             f"kind of {', '.join(LAYER_OPTION)}"
         )
-    options: dict[str, Any] = {"prefix": prefix, "pooled": pooled, "norm": layer == -1}
-    options[LAYER_OPTION[kind]] = layer
+    options: dict[str, Any] = {"prefix": prefix}
+    if LAYER_OPTION[kind] is not None:
+        options |= {"pooled": pooled, "norm": layer == -1, LAYER_OPTION[kind]: layer}
+    elif pooled or layer != -1:
+        raise ValueError(
+            f"vision {name!r}: a {kind} tokenizer gives its last features and no pooled vector, "
+            f"expected layer -1 and pooled=False, found {layer} and {pooled}"
+        )
     if size_hw is not None:
         options["size_hw"] = size_hw
     return tokenizers.load(name, **options)
@@ -67,7 +75,7 @@ def _vision_of(
     folder: str, size_hw: tuple[int, int] | None, layer: int, prefix: str, pooled: bool
 ) -> ImageTokenizer:
     """The image tokenizer, weights and all, of a model of any family; what is not asked of it, such
-    as the pooling of a contrastive one, is left behind."""
+    as the pooling of a contrastive one, is left after."""
     trained = systems.load(folder, device="cpu", dtype="stored").module.tokenizer
     values = tokenizers.config_to_dict(trained)
     kind = values["kind"]
@@ -79,7 +87,7 @@ def _vision_of(
     asked = {"prefix": prefix, "pooled": pooled}
     changes: dict[str, Any] = {key: value for key, value in asked.items() if key in values}
     if layer != -1:
-        if kind not in LAYER_OPTION:
+        if LAYER_OPTION.get(kind) is None:
             raise ValueError(
                 f"vision {folder!r}: expected the last layer of a {kind} tokenizer, found layer "
                 f"{layer}"
@@ -101,7 +109,7 @@ def _resized(
 ) -> dict[str, Any]:
     """What changes in a tokenizer's configuration `values` for pixels of another size; positions
     that timm's backbones make for one size are resized in `trained`, in place."""
-    if values["kind"] not in ("timm", "transformers", "naflex"):
+    if values["kind"] not in ("timm", "transformers", "naflex", "torchvision"):
         raise ValueError(
             f"vision {folder!r}: a {values['kind']} tokenizer keeps its size, expected "
             f"{trained.pixel_spec.size_hw} pixels, found {size_hw}"

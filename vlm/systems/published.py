@@ -11,6 +11,7 @@ import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from vlm.families.contrastive.processor import PairProcessor
-from vlm.families.decoder_only.processor import Processor
+from vlm.families.decoder_only.model import DecoderOnlyModel
+from vlm.families.decoder_only.processor import SLOT, Processor, Template
 from vlm.found_weights import without_prefix
+from vlm.merge import plain_state
 from vlm.pixels import PixelSpec
 from vlm.tokenizers.transformers import BOOKKEEPING
-from vlm.weights import WeightsError
+from vlm.weights import WeightsError, save_weights
 
 KeyMap = Sequence[tuple[str, str]]
 
@@ -35,7 +38,7 @@ def architecture(config: PreTrainedConfig) -> dict[str, Any]:
 
 def listed_stop_ids(folder: Path, processor: Processor) -> tuple[int, ...]:
     """The end token, and what the folder's generation_config.json names beside it; ids that are no
-    special tokens are left out, since classes write their own defaults there."""
+    special tokens are skipped, since classes write their own defaults there."""
     named: Any = []
     if (folder / "generation_config.json").is_file():
         named = GenerationConfig.from_pretrained(folder).eos_token_id or []
@@ -62,9 +65,70 @@ def write_grown_tokenizer(text_tokenizer, folder: Path) -> None:
     text_tokenizer.save_pretrained(folder)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file of a folder holds; empty where there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def use_published_template(text_tokenizer, folder: Path, image_mark: str) -> Template:
+    """Gives a text tokenizer the folder's chat template, for contents in parts, and says how it is
+    used. It marks images as `Processor` asks for: a text that spells `image_mark` stays text. Where
+    it ends no answer, the token that ends texts does.
+
+    Raises ValueError where the folder has no template, or one that writes no image mark.
+    """
+    template = text_tokenizer.chat_template
+    if not template:
+        template = read_json(folder / "chat_template.json").get("chat_template")
+    if not template or image_mark not in template:
+        raise ValueError(
+            f"{folder}: expected a chat template that writes {image_mark} for an image, in "
+            f"chat_template.jinja, chat_template.json or tokenizer_config.json, found "
+            f"{'one that does not' if template else 'none'}"
+        )
+    text_tokenizer.chat_template = template.replace(image_mark, SLOT)
+    probe = [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in (("user", "?"), ("assistant", PROBE_ANSWER))
+    ]
+    text = text_tokenizer.apply_chat_template(probe, tokenize=False)
+    after = text.rpartition(PROBE_ANSWER)[2]
+    ends = any(token in after for token in text_tokenizer.all_special_tokens)
+    begins = text_tokenizer.convert_ids_to_tokens(text_tokenizer("")["input_ids"])
+    return Template(
+        parts=True,
+        answer_end="" if ends else text_tokenizer.eos_token,
+        special_tokens=bool(begins) and not text.startswith(begins[0]),
+    )
+
+
+PROBE_ANSWER = "\ue5c4"
+"""A private-use character, which no template writes."""
+
+
+def save_decoder_only(model: DecoderOnlyModel, folder: Path, key_map: KeyMap) -> None:
+    """Writes a decoder-only model in its published layout: the files of the folder that it came
+    from, with what has changed since (weights, dtype, vocabulary, whether the head is tied).
+
+    Raises ValueError for weights that the layout cannot represent, before anything is written.
+    """
+    module, reference = model.module, model.reference
+    for key in plain_state(module):
+        published_name(key, key_map)
+    reference.write(folder)
+    config, text_config = reference.config, module.text.config
+    tied = text_config.tie_word_embeddings
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = tied
+    config["text_config"]["vocab_size"] = text_config.vocab_size
+    write_config(config, next(module.text.parameters()).dtype, folder)
+    write_grown_tokenizer(model.processor.text_tokenizer, folder)
+    name = partial(published_name, key_map=key_map)
+    save_weights(module, folder, name, beside=reference.unused)
+
+
 def require_unchanged(processor: PairProcessor, pixel_spec: PixelSpec, length: int) -> None:
     """Raises ValueError naming every setting of a processor that is not what the files of a
-    published layout say: `pixel_spec` for pictures; for texts `length` tokens at most, with the
+    published layout say: `pixel_spec` for images; for texts `length` tokens at most, with the
     text tokenizer's own capitals and end."""
     text = {"length": length, "lower_case": False, "end_id": None}
     expected = _pixel_settings(pixel_spec) | text
@@ -76,7 +140,7 @@ def require_unchanged(processor: PairProcessor, pixel_spec: PixelSpec, length: i
     ]
     if wrong:
         raise ValueError(
-            "the published layout has no place for preprocessing that was changed; "
+            "preprocessing that was changed cannot be represented in the Hugging Face format: "
             f"{'; '.join(wrong)}"
         )
 
@@ -93,7 +157,7 @@ def _pixel_settings(spec: PixelSpec) -> dict[str, Any]:
 def published_name(key: str, key_map: KeyMap) -> str:
     """What one of our weights is called in the published layout.
 
-    Raises ValueError for a weight that the layout has no place for (a LoRA that is not merged).
+    Raises ValueError for a weight that the layout cannot represent (a LoRA that is not merged).
 
     >>> published_name("adaptor.out.bias", [("model.aligner.proj.", "adaptor.out.")])
     'model.aligner.proj.bias'
@@ -102,7 +166,8 @@ def published_name(key: str, key_map: KeyMap) -> str:
         if key.startswith(ours):
             return published + key.removeprefix(ours)
     raise ValueError(
-        f"the published layout has no place for {key}; it has {[ours for _, ours in key_map]}"
+        f"{key} cannot be represented in the Hugging Face format, which has "
+        f"{[ours for _, ours in key_map]}"
     )
 
 

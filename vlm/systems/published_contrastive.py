@@ -67,7 +67,7 @@ def save_published(
     weights and their dtype as they are now.
 
     scalar_shape: of the published scale and bias.
-    Raises ValueError for what the layout has no place for, before anything is written.
+    Raises ValueError for what the layout cannot represent, before anything is written.
     """
     module = model.module
     with TemporaryDirectory() as written:  # what will be read from these files

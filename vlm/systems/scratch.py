@@ -1,6 +1,6 @@
 """Contrastive models with fresh weights, of any size, to train from scratch.
 
-The picture's tower is SigLIP's (a plain vision transformer with an attention pooling), the text's
+The image's tower is SigLIP's (a plain vision transformer with an attention pooling), the text's
 CLIP's (causal, read at the end token), so that a batch's texts are only as long as its longest.
 Texts are CLIP's byte pairs, which come with open_clip: nothing is fetched.
 """
@@ -12,12 +12,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
-from vlm.families.contrastive.layout import LOSSES, ContrastiveModel
+from vlm.families.contrastive.layout import ContrastiveModel
 from vlm.families.contrastive.module import Contrastive
 from vlm.families.contrastive.processor import PairProcessor
 from vlm.pixels import PixelSpec
 from vlm.pixels.spec import HALF
 from vlm.pooling import OwnPool
+from vlm.systems.compose_contrastive import LOSSES
 from vlm.systems.open_clip.layout import clip_tokenizer
 from vlm.text.encoders import TextEncoder, build_backbone
 from vlm.tokenizers import transformers as encoders
@@ -29,8 +30,8 @@ HEAD_WIDTH = 64
 class ScratchConfig:
     """Sizes of both towers.
 
-    image_px, patch_px: sides of the square picture and its patches, in pixels.
-    width, depth: of the picture's tower; text_width, text_depth: of the text's. Heads are 64 wide,
+    image_px, patch_px: sides of the square image and its patches, in pixels.
+    width, depth: of the image's tower; text_width, text_depth: of the text's. Heads are 64 wide,
     and perceptrons four times the width.
     length: the most tokens of a text. embed_width: of the shared space.
     Raises ValueError for sizes below 1, and for those that do not divide.

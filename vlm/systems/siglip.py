@@ -1,7 +1,7 @@
 """SigLIP, and SigLIP 2 at fixed sizes: two towers trained by the sigmoid loss, in the layout of
 transformers' `SiglipModel`.
 
-Pictures are stretched to a square; a learned probe reads the patches (384 / 14 uses 378 pixels,
+Images are stretched to a square; a learned probe reads the patches (384 / 14 uses 378 pixels,
 27 x 27 patches). Texts always have the length that the model was trained with, 64 tokens (16 for
 So400m/14 at 224), and no attention mask: the state at the last place, mostly a pad, stands for the
 text. SigLIP's text tokenizer lower-cases texts and strips their punctuation. That of SigLIP 2's
@@ -37,7 +37,7 @@ SOURCE = "arXiv 2303.15343 and 2502.14786; google/siglip-* and google/siglip2-* 
 class Size:
     """A published size, in the words of transformers' configurations.
 
-    vision, text: of the towers. resample: the filter that pictures are resized with.
+    vision, text: of the towers. resample: the filter that images are resized with.
     """
 
     vision: dict[str, Any]
@@ -192,7 +192,7 @@ def save(model: ContrastiveModel, folder: Path) -> None:
     """Writes transformers' layout: the files of the folder that the model came from, with the
     weights as they are now.
 
-    Raises ValueError for weights that the layout has no place for.
+    Raises ValueError for weights that the layout cannot represent.
     """
     save_published(model, folder, KEY_MAP, scalar_shape=(1,))
 

@@ -1,7 +1,7 @@
-"""SigLIP 2 at native resolution (NaFlex): each picture at its own aspect ratio, in the layout of
+"""SigLIP 2 at native resolution (NaFlex): each image at its own aspect ratio, in the layout of
 transformers' `Siglip2Model`.
 
-A picture becomes as many whole patches as the folder's image processor allows (`max_num_patches`:
+An image becomes as many whole patches as the folder's image processor allows (`max_num_patches`:
 256 in the published folders; the models saw 128 to 1024). transformers' Siglip2Processor takes 256
 whatever the folder says, unless told otherwise at each call; ours takes the folder's number, and
 `with_size` of the processor's `pixel_spec` gives another, which is saved with the model. Texts are
@@ -41,7 +41,7 @@ SOURCE = "arXiv 2502.14786; google/siglip2-{base,so400m}-patch16-naflex on the h
 class Size:
     """A published size, in the words of transformers' configurations.
 
-    vision, text: of the towers. max_patches: of a picture.
+    vision, text: of the towers. max_patches: of an image.
     """
 
     vision: dict[str, Any]
@@ -55,7 +55,7 @@ _VISION = {
     "num_patches": 256,
     "vision_use_head": True,
 }
-"""`num_patches` are the places of the position table, 16 x 16, whatever a picture's own."""
+"""`num_patches` are the places of the position table, 16 x 16, whatever an image's own."""
 _TEXT = {
     "model_type": "siglip2_text_model",
     "vocab_size": VOCABULARY_2,
@@ -142,9 +142,9 @@ def load(folder: Path, values: dict[str, Any]) -> ContrastiveModel:
 
 def save(model: ContrastiveModel, folder: Path) -> None:
     """Writes transformers' layout: the files of the folder that the model came from, with the
-    weights, and the number of patches that a picture may become, as they are now.
+    weights, and the number of patches that an image may become, as they are now.
 
-    Raises ValueError for weights and preprocessing that the layout has no place for.
+    Raises ValueError for weights and preprocessing that the layout cannot represent.
     """
     max_patches = model.processor.pixel_spec.max_patches
     if max_patches is not None:

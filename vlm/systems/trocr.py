@@ -6,7 +6,7 @@ head), large-printed and stage-1 (ReLU, scaled embeddings, sinusoidal positions 
 embedding norm, own head), small (ReLU, scaled, learned positions, own head). Writing starts from
 the folder's `decoder_start_token_id`, `</s>` in all that are published.
 
-Pictures are stretched to a square. Lines keep their shape where they are given views of another
+Images are stretched to a square. Lines keep their shape where they are given views of another
 size (`EncoderDecoderModel.with_size`): the encoder's positions are resized, nothing is trained.
 
 Folders are those of transformers' `VisionEncoderDecoderModel`. The encoder's pooling layer is no
@@ -206,7 +206,7 @@ def load(folder: Path, values: dict[str, Any]) -> EncoderDecoderModel:
     text_config.tie_word_embeddings = text_config.tie_word_embeddings and not has_own_head(state)
     with init_empty_weights(include_buffers=False):
         module = compose(vision, text_config, from_transformers(reader.image_processor))
-    module.text.tie_weights()  # making parameters empty has parted tied ones
+    module.text.tie_weights()  # making parameters empty has sharded tied ones
     load_weights(module, state, where, lambda key: published_name(key, key_map))
     said = read_said(folder, values, text_decoders.positions_of(text_config))
     processor = LineProcessor(
@@ -232,7 +232,7 @@ def save(model: EncoderDecoderModel, folder: Path) -> None:
     """Writes transformers' layout: the files of the folder that the model came from, with what has
     changed since (weights, dtype, vocabulary).
 
-    Raises ValueError for weights and preprocessing that the layout has no place for, before
+    Raises ValueError for weights and preprocessing that the layout cannot represent, before
     anything is written.
     """
     module, reference = model.module, model.reference
@@ -258,14 +258,14 @@ def save(model: EncoderDecoderModel, folder: Path) -> None:
 
 def require_own_pixels(model: EncoderDecoderModel) -> None:
     """Raises ValueError where the preprocessing is not what the published files say: transformers
-    would show the encoder other pictures."""
+    would show the encoder other images."""
     with TemporaryDirectory() as written:
         model.reference.write(Path(written))
         expected = from_transformers(open_part(AutoProcessor, Path(written)).image_processor)
     if model.processor.pixel_spec != expected:
         raise ValueError(
-            "the published layout has no place for preprocessing that was changed: expected "
-            f"{expected}, found {model.processor.pixel_spec}; save it as layout 'native'"
+            "preprocessing that was changed cannot be represented in the Hugging Face format: "
+            f"expected {expected}, found {model.processor.pixel_spec}; save it as layout 'native'"
         )
 
 

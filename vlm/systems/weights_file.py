@@ -1,7 +1,7 @@
 """A model out of one file of weights, as training tools and OpenAI write them: what the file does
 not say is found beside it.
 
-A file is named as it is, or with options behind "?": `epoch_3.pt?model=ViT-B-32&state=ema`. What
+A file is named as it is, or with options after "?": `epoch_3.pt?model=ViT-B-32&state=ema`. What
 its weights belong to is told, in this order, by
 
 - `model`: a name of open_clip's (`open_clip.list_models()`);
@@ -65,7 +65,7 @@ WAYS = (
 
 
 class File(NamedTuple):
-    """A file of weights with the options that were named behind it; None where one was not."""
+    """A file of weights with the options that were named after it; None where one was not."""
 
     path: Path
     model: str | None
@@ -76,7 +76,7 @@ def file_of(source: str | Path) -> File | None:
     """The file that a source names, or the newest of an open_clip training's folder; None for
     every other source.
 
-    Raises ValueError for options that there are not, or behind something else than a file.
+    Raises ValueError for options that there are not, or after something else than a file.
     """
     path = Path(source)
     if path.is_dir():
@@ -92,7 +92,7 @@ def file_of(source: str | Path) -> File | None:
     if Path(name).is_dir() and (newest := _newest(Path(name))):
         name = newest.path
     if not Path(name).is_file():
-        raise ValueError(f"{name}: options go behind a file of weights, found a folder")
+        raise ValueError(f"{name}: options go after a file of weights, found a folder")
     return File(Path(name), options.get("model"), options.get("state"))
 
 

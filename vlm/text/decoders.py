@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 FROM_PAD = ("roberta", "xlm-roberta", "camembert", "data2vec-text", "roberta-prelayernorm")
-"""`model_type` of classes that count positions from behind their pad id, in one table with it."""
+"""`model_type` of classes that count positions from after their pad id, in one table with it."""
 
 
 class SinusoidalPositions(nn.Module):
@@ -26,7 +26,7 @@ class SinusoidalPositions(nn.Module):
 
     transformers' module keeps its table as a plain tensor, which stays on the meta device after
     `from_pretrained` and in the dtype and on the device where it was made; this one's follows the
-    decoder. Rows whose pads lie behind their text get transformers' own positions.
+    decoder. Rows whose pads lie after their text get transformers' own positions.
 
     count: places that the table is made for; it grows where a row is longer.
     norm: a layer norm of the decoder, in whose dtype positions are given.
@@ -136,7 +136,7 @@ def head_of(text: nn.Module) -> nn.Module:
     heads = [child for child in text.children() if child is not text.base_model]
     if len(heads) != 1:
         raise ValueError(
-            f"text: expected one module behind the decoder of {type(text).__name__}, found "
+            f"text: expected one module after the decoder of {type(text).__name__}, found "
             f"{[type(head).__name__ for head in heads]}"
         )
     return heads[0]
@@ -148,7 +148,7 @@ def memory_width(config: PreTrainedConfig) -> int:
 
 
 def first_position(text: nn.Module) -> int:
-    """The position of a row's first place where a class is told positions: 0, or behind the pad
+    """The position of a row's first place where a class is told positions: 0, or after the pad
     id."""
     return text.config.pad_token_id + 1 if text.config.model_type in FROM_PAD else 0
 

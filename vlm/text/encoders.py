@@ -72,7 +72,7 @@ class TextEncoder(nn.Module):
     backbone: a finished text model of transformers whose output has `last_hidden_state`.
     pooling: one of `POOLINGS`. end_id: the id that "end" looks for; None for the others.
     masked: whether the model is told which places are padding. False for CLIP (causal: no text
-        place sees the pads behind it) and for SigLIP, which attends its pads by design; True
+        place sees the pads after it) and for SigLIP, which attends its pads by design; True
         for encoders like BERT and for causal language models.
     Raises ValueError for a combination that does not exist.
     """
@@ -104,7 +104,7 @@ class TextEncoder(nn.Module):
     def forward(self, ids: Tensor, valid: Tensor) -> Tensor:
         """The vector of each text, float[B, D].
 
-        ids: int64[B, T]; valid: bool[B, T], False at padding, which lies behind the text.
+        ids: int64[B, T]; valid: bool[B, T], False at padding, which lies after the text.
         Raises ValueError where "own" is asked of a model that pools nothing.
         """
         mask = {"attention_mask": valid.long()} if self.masked else {}

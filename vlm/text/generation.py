@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Generation:
     """What a model wrote.
 
-    text: special tokens left out. ids: with the end token, where one was written.
+    text: special tokens skipped. ids: with the end token, where one was written.
     logprobs: log-probability of each id in nats, under the model's own (unscaled) distribution.
     """
 

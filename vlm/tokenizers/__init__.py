@@ -21,7 +21,7 @@ from vlm import config as configs
 if TYPE_CHECKING:
     from vlm.image_tokens import ImageTokenizer
 
-SHARED = ("encoders", "parts")
+SHARED = ("encoders", "parts", "timesformer")
 """Files of this folder that no kind is: what several of them share."""
 
 
@@ -39,7 +39,7 @@ def about(kind: str) -> str:
     """What a kind is, for people: the first sentence of its file, which is not imported.
 
     >>> about("naflex").partition(":")[0]
-    "Image tokens at a picture's own aspect ratio"
+    "Image tokens at an image's own aspect ratio"
     """
     text = ast.get_docstring(ast.parse(Path(find_spec(KINDS[kind]).origin).read_text()))
     return " ".join(text.split("\n\n")[0].split()).removesuffix(".")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 WHOLE_PRODUCTS = "vlm_whole_products"
 """Our own attention, `vlm.kernels.encoder_attention`, which differs from "sdpa" in speed alone."""
@@ -21,8 +21,12 @@ class Encoder:
     norms_tokens: whether `last_hidden_state` has passed `norm`; a class without a closing norm
         gives its last state as it is, whether that is asked for or not.
     resize_argument: whether positions are resized only when `interpolate_pos_encoding` is given.
-    pyramid: whether blocks are stages, each of which but the last ends with half the grid and twice
-        the width; pixels are padded to whole patches, and places are relative, in windows.
+    depth: key of the configuration that tells the number of blocks, or lists something for each.
+    form: what the class gives and takes. "sequence": any prefix tokens, then a token for each whole
+        patch. "frames": the same of a video. "stages": each of its blocks but the last ends with
+        half the grid and twice the width; pixels are padded to whole patches, and positions are
+        relative, in windows. "maps": each of its blocks gives a map of the width in `embed_dim`,
+        and a class token beside it where `cls_token` says so. "steps": SAM, run step by step.
     attention: the fastest implementation that the class has.
     prefix: number of tokens before the grid, from the configuration.
     """
@@ -36,7 +40,8 @@ class Encoder:
     pool_argument: bool = False
     norms_tokens: bool = True
     resize_argument: bool = True
-    pyramid: bool = False
+    depth: str = "num_hidden_layers"
+    form: Literal["sequence", "frames", "stages", "maps", "steps"] = "sequence"
     attention: str = "sdpa"
     prefix: Callable[[Any], int]
 
@@ -93,7 +98,8 @@ ENCODERS = {
         pool=None,
         pool_argument=True,
         resize_argument=False,
-        pyramid=True,
+        depth="depths",
+        form="stages",
         attention="eager",
         prefix=lambda config: 0,
     ),
@@ -121,7 +127,29 @@ ENCODERS = {
         blocks="vision_encoder.layers",
         norm="vision_encoder.neck",
         pool=None,
+        form="steps",
         prefix=lambda config: 0,
+    ),
+    "cvt": Encoder(
+        class_name="CvtModel",
+        blocks="encoder.stages",
+        norm=None,
+        pool=None,
+        resize_argument=False,
+        depth="depth",
+        form="maps",
+        attention="eager",
+        prefix=lambda config: int(config.cls_token[-1]),
+    ),
+    "timesformer": Encoder(
+        class_name="TimesformerModel",
+        blocks="encoder.layer",
+        norm="layernorm",
+        pool=None,
+        resize_argument=False,
+        form="frames",
+        attention="eager",
+        prefix=lambda config: 1,
     ),
 }
 """`model_type` of a vision configuration -> its encoder."""

@@ -1,6 +1,6 @@
-"""Image tokens at a picture's own aspect ratio: SigLIP 2's native-resolution vision tower (NaFlex).
+"""Image tokens at an image's own aspect ratio: SigLIP 2's native-resolution vision tower (NaFlex).
 
-A picture becomes as many whole patches as a budget allows, and the tower's position table is
+An image becomes as many whole patches as a budget allows, and the tower's position table is
 resized to its grid. transformers pads the patches of a batch to one number and masks them; here
 views of one pixel size come together, so that nothing is padded, nothing is masked, and positions
 are resized once for all views. The tower's own forward runs. Its fixed-size sisters are of the
@@ -46,8 +46,8 @@ class NaflexConfig:
         the last block's output.
     norm: whether tokens pass the tower's final layer norm, as `last_hidden_state` has.
     pooled: whether the attention pooling's vector is made too; needs all blocks and the norm.
-    pixel_spec: the preprocessing. Fit "patches" keeps the picture's aspect; any other fit gives
-        all pictures one size, which must be whole patches.
+    pixel_spec: the preprocessing. Fit "patches" keeps the image's aspect; any other fit gives
+        all images one size, which must be whole patches.
     Raises ValueError for a tower, layer or combination that does not exist.
     """
 
@@ -183,7 +183,7 @@ def load(
 
     A folder of a whole Siglip2Model gives its vision tower.
     prefix: what other kinds do with tokens before the grid; this tower has none.
-    size_hw: a box of pixels that has as many patches as a picture may become: (512, 512) allows
+    size_hw: a box of pixels that has as many patches as an image may become: (512, 512) allows
         1024 patches of 16 pixels (other numbers: `vlm.pixels.spec.box_of_patches`). None keeps the
         folder's `max_num_patches`, which transformers' Siglip2Processor ignores.
     Raises OSError where folder or hub give nothing, ValueError for a model of another type and for

@@ -237,7 +237,7 @@ def load(
     """The tokenizer with an open_clip model's weights, in float32: "ViT-B-32:laion2b_s34b_b79k",
     "ViT-B-32:/path/to/weights.safetensors", "hf-hub:owner/name" or "local-dir:/path".
 
-    size_hw: pixels that pictures are brought to, positions resized; None keeps the model's own.
+    size_hw: pixels that images are brought to, positions resized; None keeps the model's own.
     Raises OSError where the weights cannot be had, ValueError where `id` names none, or names
     weights trained with the other GELU.
     """
@@ -293,7 +293,7 @@ def _tokenizer(visual: nn.Module, config: OpenClipConfig) -> OpenClipTokenizer:
 
 
 def resize_tower(visual: nn.Module, size_hw: tuple[int, int]) -> None:
-    """Makes an open_clip tower ready for pictures of `size_hw`, its positions resized in place:
+    """Makes an open_clip tower ready for images of `size_hw`, its positions resized in place:
     bicubically and antialiased, as open_clip resizes them (source: its `resize_pos_embed`)."""
     side = visual.image_size
     native_hw = (side, side) if isinstance(side, int) else tuple(side)

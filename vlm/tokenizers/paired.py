@@ -1,4 +1,4 @@
-"""Two towers that see one picture at two sizes, their tokens joined on one grid.
+"""Two towers that see one image at two sizes, their tokens joined on one grid.
 
 DeepSeek-VL 7B's arrangement: a high-resolution tower (SAM) and a low-resolution one (SigLIP). A
 neck brings the high tower's tokens to the low tower's grid; both are joined feature by feature,
@@ -26,11 +26,11 @@ from vlm.pixels import PixelSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairedSpec:
-    """One picture as pixels for two towers.
+    """One image as pixels for two towers.
 
     high, low: each tower's preprocessing.
     low_from: what `low` is applied to: the "picture", or "high": the high tower's resized and
-        padded picture, before its normalisation (DeepSeek-VL 7B).
+        padded image, before its normalisation (DeepSeek-VL 7B).
     """
 
     high: PixelSpec
@@ -51,14 +51,14 @@ class PairedSpec:
         return self.high.resize_record(size_hw)
 
     def __call__(self, image: Image.Image) -> list[tuple[Tensor, Tensor]]:
-        """The views of an RGB picture: for each (high, low), float32[3, H, W] both."""
+        """The views of an RGB image: for each (high, low), float32[3, H, W] both."""
         low_image = image
         if self.low_from == "high":
             low_image = Image.fromarray(self.high.resize_u8(image).permute(1, 2, 0).numpy())
         return list(zip(self.high(image), self.low(low_image), strict=True))
 
     def unnormalise(self, pixels: tuple[Tensor, Tensor]) -> Tensor:
-        """What the high tower sees of views as pictures to look at, see `PixelSpec.unnormalise`."""
+        """What the high tower sees of views as images to look at, see `PixelSpec.unnormalise`."""
         return self.high.unnormalise(pixels[0])
 
 

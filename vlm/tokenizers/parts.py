@@ -30,7 +30,7 @@ def named_parts(root: nn.Module, order: Mapping[str, tuple[str, ...]]) -> dict[s
     """The parts of `root` by name, in the order of `order`.
 
     order: name of a part -> dotted paths of its sub-modules and parameters. A path that is absent,
-        None or without parameters is left out. A name whose only path leads to a ModuleList or
+        None or without parameters is skipped. A name whose only path leads to a ModuleList or
         Sequential gives one part for each child: "blocks.0", "blocks.1", ...
     Raises ValueError naming the parameters of `root` that no part or two parts hold.
     """

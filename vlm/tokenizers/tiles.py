@@ -1,6 +1,6 @@
-"""One picture cut into tiles by rows and columns, each a view of another tokenizer.
+"""One image cut into tiles by rows and columns, each a view of another tokenizer.
 
-Small print survives where one view of the whole picture would lose it. The picture is resized to
+Small print survives where one view of the whole image would lose it. The image is resized to
 the whole of the tiles, so that tiles join without a seam; a thumbnail of it comes last.
 
 Shapes: V view, H W pixel rows and columns.
@@ -24,10 +24,10 @@ from vlm.pixels import PixelSpec
 def tile_grid(
     size_hw: tuple[int, int], tile_hw: tuple[int, int], max_tiles: int
 ) -> tuple[int, int]:
-    """Rows and columns of tiles for a picture of `size_hw` pixels, at most `max_tiles` in all.
+    """Rows and columns of tiles for an image of `size_hw` pixels, at most `max_tiles` in all.
 
-    The layout whose aspect is nearest to the picture's, which alone decides for a picture that is
-    not square; among equally near ones the largest that enlarges the picture to no more than twice
+    The layout whose aspect is nearest to the image's, which alone decides for an image that is
+    not square; among equally near ones the largest that enlarges the image to no more than twice
     its pixels.
 
     >>> tile_grid((400, 800), (384, 384), 6)
@@ -56,12 +56,12 @@ def tile_grid(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TilesSpec:
-    """A picture as tiles, row by row, then a thumbnail of the whole.
+    """An image as tiles, row by row, then a thumbnail of the whole.
 
-    tile: preprocessing of one view; its fit ("stretch" or "pad") also brings the picture to the
+    tile: preprocessing of one view; its fit ("stretch" or "pad") also brings the image to the
         whole of the tiles.
     max_tiles: most tiles, the thumbnail not counted.
-    thumbnail: whether the whole picture follows as one more view; never where there is one tile,
+    thumbnail: whether the whole image follows as one more view; never where there is one tile,
         which shows it already.
     """
 
@@ -75,7 +75,7 @@ class TilesSpec:
         fit = getattr(self.tile, "fit", None)
         if fit not in ("stretch", "pad") or self.tile.resize_hw not in (None, self.tile.size_hw):
             raise ValueError(
-                "tiles need a preprocessing that shows the whole picture (fit 'stretch' or 'pad', "
+                "tiles need a preprocessing that shows the whole image (fit 'stretch' or 'pad', "
                 f"resize_hw None), found {self.tile}"
             )
 
@@ -90,11 +90,11 @@ class TilesSpec:
         return (self.tile.size_hw,) * (count + (self.thumbnail and count > 1))
 
     def resize_record(self, size_hw: tuple[int, int]) -> Resize:
-        """Where the pixels of a picture go in the whole of its tiles."""
+        """Where the pixels of an image go in the whole of its tiles."""
         return self._whole(size_hw).resize_record(size_hw)
 
     def __call__(self, image: Image.Image) -> list[Tensor]:
-        """The views of an RGB picture, each float32[3, H, W]."""
+        """The views of an RGB image, each float32[3, H, W]."""
         rows, columns = self.layout((image.height, image.width))
         H, W = self.tile.size_hw
         (whole,) = self._whole((image.height, image.width))(image)
@@ -106,11 +106,11 @@ class TilesSpec:
         return views + (self.tile(image) if self.thumbnail and len(views) > 1 else [])
 
     def unnormalise(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels of views as pictures to look at, see `PixelSpec.unnormalise`."""
+        """Normalised pixels of views as images to look at, see `PixelSpec.unnormalise`."""
         return self.tile.unnormalise(pixels)
 
     def _whole(self, size_hw: tuple[int, int]) -> PixelSpec:
-        """The preprocessing that brings a picture to the whole of its tiles."""
+        """The preprocessing that brings an image to the whole of its tiles."""
         (rows, columns), (H, W) = self.layout(size_hw), self.tile.size_hw
         return self.tile.with_size((rows * H, columns * W))
 
@@ -132,9 +132,9 @@ Config = TilesConfig
 
 
 class TilesTokenizer(ImageTokenizer):
-    """Another tokenizer over the tiles and thumbnail of a picture.
+    """Another tokenizer over the tiles and thumbnail of an image.
 
-    inner: a finished tokenizer whose preprocessing shows the whole picture.
+    inner: a finished tokenizer whose preprocessing shows the whole image.
     max_tiles, thumbnail: as in `TilesSpec`.
     """
 

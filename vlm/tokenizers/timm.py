@@ -38,7 +38,7 @@ class TimmConfig:
     model_args: arguments for `timm.create_model`, such as img_size or dynamic_img_size.
     level: feature level as timm counts them, a block of a plain ViT, a stage of others; -1 last.
     prefix: "drop" or "keep" the class, distillation and register tokens.
-    norm: whether tokens are the final features, after all that the backbone puts behind its last
+    norm: whether tokens are the final features, after all that the backbone puts after its last
         level: a norm, in some convolutional nets a wider convolution. The last level only.
     pooled: whether the backbone's own head pools the final features too; needs norm=True.
     pixel_spec: the preprocessing.
@@ -141,7 +141,7 @@ def load(
     """The tokenizer with timm's pretrained weights: a timm name such as
     "vit_base_patch16_224.augreg_in21k", "hf-hub:owner/name" or "local-dir:/path".
 
-    size_hw: pixels that pictures are brought to; None keeps the backbone's own. A backbone of
+    size_hw: pixels that images are brought to; None keeps the backbone's own. A backbone of
         fixed size is made for it, its positions resized as the weights are read.
     model_args: more arguments for `timm.create_model`.
     Raises OSError where the weights cannot be had.
@@ -177,7 +177,7 @@ def features(
 
     Raises ValueError where no patch tokens, or not the asked prefix tokens, can be had.
     """
-    count = getattr(backbone, "num_prefix_tokens", 0)
+    count = prefix_count(backbone)
     arguments = {"indices": [level]}
     if prefix == "keep" and not norm and count:
         known = inspect.signature(backbone.forward_intermediates).parameters
@@ -207,6 +207,15 @@ def features(
             f"expected {count} before a grid of {grid_hw}; take norm=False"
         )
     return final if prefix == "keep" else final[:, count:], grid_hw, final
+
+
+def prefix_count(backbone: nn.Module) -> int:
+    """Number of tokens before the grid in a backbone's final features, as timm states it; VOLO,
+    which does not, has the one class token that its closing blocks of class attention make."""
+    stated = getattr(backbone, "num_prefix_tokens", None)
+    if stated is not None:
+        return stated
+    return int(getattr(backbone, "post_network", None) is not None)
 
 
 def take_level(backbone: nn.Module, level: int, norm: bool) -> int:

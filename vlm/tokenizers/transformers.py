@@ -1,9 +1,11 @@
 """Image tokens from a vision encoder of transformers.
 
 Covers SigLIP and fixed-size SigLIP 2, CLIP, ViT, DeiT, BEiT, DINOv2 (with and without registers),
-Donut's Swin and SAM's image encoder. The encoder's own forward runs; SAM's, which refuses other
-sizes, is run step by step with its position table resized. Encoders of other types are refused by
-name.
+Donut's Swin, CvT, TimeSformer and SAM's image encoder. The encoder's own forward runs; SAM's, which
+refuses other sizes, is run step by step with its position table resized. Encoders of other types
+are refused by name.
+
+TimeSformer encodes videos; here an image is a video of one frame (`vlm.tokenizers.timesformer`).
 
 Shapes: V view, L image tokens per view, D width, H W pixel rows and columns, h w patch rows and
 columns.
@@ -25,7 +27,7 @@ from vlm.compat.transformers import random_weights
 from vlm.image_tokens import ImageTokenizer, ImageTokens, pixel_hw
 from vlm.kernels import encoder_attention as attention
 from vlm.pixels import PixelSpec, from_transformers
-from vlm.tokenizers import cannot_load
+from vlm.tokenizers import cannot_load, timesformer
 from vlm.tokenizers.encoders import ENCODERS, Encoder
 from vlm.tokenizers.parts import named_parts
 
@@ -56,7 +58,8 @@ class TransformersConfig:
 
     vision_config: the encoder's configuration, `model_type` included, all its blocks counted.
     layer: which of the encoder's hidden states, as transformers numbers them: 0 the embeddings,
-        -1 the last block's output, -2 the one before it (LLaVA's choice); of a pyramid, stages.
+        -1 the last block's output, -2 the one before it (LLaVA's choice); Swin and CvT count
+        stages, and CvT has no embeddings before its first.
     prefix: "drop" or "keep" the class, distillation and register tokens.
     norm: whether tokens pass the encoder's closing module: its final layer norm (SAM: its neck).
         SigLIP, ViT and DINOv2 give `last_hidden_state` with it, CLIP without.
@@ -81,6 +84,8 @@ class TransformersConfig:
         depth = self.depth
         if not -depth - 1 <= self.layer <= depth:
             raise ValueError(f"layer {self.layer} asked of an encoder with {depth} blocks")
+        if self.encoder.form == "maps" and self.blocks == 0:
+            raise ValueError(f"layer 0 asked of {kind}, which has nothing before its first stage")
         if not self.pooled:
             return
         if ENCODERS[kind].pool is None:
@@ -97,10 +102,9 @@ class TransformersConfig:
 
     @property
     def depth(self) -> int:
-        """The number of blocks that the encoder has, of a pyramid its stages."""
-        if self.encoder.pyramid:
-            return len(self.vision_config["depths"])
-        return self.vision_config["num_hidden_layers"]
+        """The number of blocks that the encoder has, or of stages."""
+        depth = self.vision_config[self.encoder.depth]
+        return depth if isinstance(depth, int) else len(depth)
 
     @property
     def blocks(self) -> int:
@@ -110,7 +114,7 @@ class TransformersConfig:
     @property
     def halvings(self) -> int:
         """How often the grid of patches is halved, and the width doubled."""
-        return min(self.blocks, self.depth - 1) if self.encoder.pyramid else 0
+        return min(self.blocks, self.depth - 1) if self.encoder.form == "stages" else 0
 
 
 Config = TransformersConfig
@@ -122,7 +126,7 @@ class TransformersTokenizer(ImageTokenizer):
     Takes `backbone` over: blocks after `layer`, an unasked pooling head, an unasked final norm and
     mask tokens are removed from it, so that training finds no parameter without a gradient.
     Positions are resized to any grid of at least one patch, the encoder's own way; pixels beyond
-    the last whole patch are left out (384 / 14 uses 378).
+    the last whole patch are skipped (384 / 14 uses 378).
 
     backbone: one of the classes in `ENCODERS`, finished. The options are those of
         `TransformersConfig`.
@@ -140,6 +144,8 @@ class TransformersTokenizer(ImageTokenizer):
         pooled: bool,
     ) -> None:
         super().__init__()
+        if backbone.config.model_type == "timesformer":
+            timesformer.take_one_frame(backbone)
         values = backbone.config.to_dict()
         self.config = TransformersConfig(
             vision_config={key: values[key] for key in values.keys() - BOOKKEEPING},
@@ -152,11 +158,7 @@ class TransformersTokenizer(ImageTokenizer):
         self.pixel_spec = pixel_spec
         self.prefix_tokens = self.config.encoder.prefix(backbone.config)
         self.backbone = _prune(backbone, self.config)
-        self.dim = backbone.config.hidden_size
-        if self.config.encoder.pyramid:
-            self.dim = backbone.config.embed_dim * 2**self.config.halvings
-        if norm and self.config.encoder.class_name == "SamVisionModel":
-            self.dim = backbone.config.output_channels
+        self.dim = self._width(backbone.config)
         if pooled:
             width = getattr(backbone.config, "pooler_output_size", None)
             pool_argument = self.config.encoder.pool_argument
@@ -165,16 +167,21 @@ class TransformersTokenizer(ImageTokenizer):
     def forward(self, pixels: Tensor) -> ImageTokens:
         """pixels: float[V, 3, H, W]. Tokens float[V, L, D], the grid row by row after any prefix.
 
-        Raises ValueError where positions of a non-square table would have to be resized.
+        Raises ValueError where positions cannot be resized for the pixels.
         """
         encoder = self.config.encoder
-        if encoder.class_name == "SamVisionModel":
+        if encoder.form == "steps":
             return self._sam_tokens(pixels)
-        if encoder.pyramid:
-            return self._pyramid_tokens(pixels)
+        if encoder.form == "stages":
+            return self._stage_tokens(pixels)
+        if encoder.form == "maps":
+            return self._map_tokens(pixels)
         resizes = self._resizes(pixels)
-        arguments = {"interpolate_pos_encoding": resizes} if encoder.resize_argument else {}
-        output = self.backbone(pixels, **arguments)
+        if encoder.form == "frames":
+            output = self.backbone(timesformer.one_frame_videos(self.backbone.config, pixels))
+        else:
+            arguments = {"interpolate_pos_encoding": resizes} if encoder.resize_argument else {}
+            output = self.backbone(pixels, **arguments)
         tokens = output.last_hidden_state
         if self.config.norm and not encoder.norms_tokens:
             tokens = self.backbone.get_submodule(encoder.norm)(tokens)
@@ -199,6 +206,17 @@ class TransformersTokenizer(ImageTokenizer):
             order["pool"] = (encoder.pool,)
         return named_parts(self.backbone, order)
 
+    def _width(self, config: transformers.PreTrainedConfig) -> int:
+        """Width of the tokens of an encoder of `config`."""
+        form = self.config.encoder.form
+        if form == "stages":
+            return config.embed_dim * 2**self.config.halvings
+        if form == "maps":
+            return config.embed_dim[self.config.blocks - 1]
+        if form == "steps" and self.config.norm:
+            return config.output_channels
+        return config.hidden_size
+
     def _resizes(self, pixels: Tensor) -> bool:
         """Whether positions must be resized; the encoders can do so from a square table only."""
         native_hw = _pair(self.backbone.config.image_size)
@@ -208,7 +226,15 @@ class TransformersTokenizer(ImageTokenizer):
             raise ValueError(f"positions made for {native_hw} pixels are not square: no resizing")
         return resizes
 
-    def _pyramid_tokens(self, pixels: Tensor) -> ImageTokens:
+    def _map_tokens(self, pixels: Tensor) -> ImageTokens:
+        output = self.backbone(pixels)
+        map_VDhw, before = output.last_hidden_state, output.cls_token_value
+        tokens = map_VDhw.flatten(2).transpose(1, 2)
+        if before is not None and self.config.prefix == "keep":
+            tokens = torch.cat([before, tokens], dim=1)
+        return ImageTokens(tokens=tokens, grid_hw=(map_VDhw.shape[-2], map_VDhw.shape[-1]))
+
+    def _stage_tokens(self, pixels: Tensor) -> ImageTokens:
         """Raises ValueError for pixels of which a stage's grid is smaller than its windows, where
         the encoder would shrink these, for good, and then find no positions for them."""
         patch_hw = _pair(self.backbone.config.patch_size)
@@ -239,7 +265,7 @@ class TransformersTokenizer(ImageTokenizer):
 @contextmanager
 def _own_windows(backbone: nn.Module) -> Iterator[None]:
     """Windows and shifts stay as they were made: where a grid is one window, a layer stops shifting
-    and keeps to that for all later pictures, larger ones too."""
+    and keeps to that for all later images, larger ones too."""
     layers = [m for m in backbone.modules() if hasattr(m, "set_shift_and_window_size")]
     had = [(layer.shift_size, layer.window_size) for layer in layers]
     try:
@@ -297,7 +323,7 @@ def load(
     """The tokenizer with the weights of a hub id or local folder, in float32.
 
     A folder of a whole model (CLIP, SigLIP, SAM) gives its vision encoder.
-    size_hw: pixels that pictures are brought to; None keeps the folder's own size.
+    size_hw: pixels that images are brought to; None keeps the folder's own size.
     Raises OSError where folder or hub give nothing, ValueError for an encoder that is not in
     `ENCODERS` and for weights that the folder lacks.
     """

@@ -26,7 +26,7 @@ LARGE = 2**21
 M_MMAP_THRESHOLD = -3
 """From glibc's malloc.h: blocks from this size on are the system's own, given back when freed."""
 PROBE_HW = (256, 192)
-"""Rows and columns of the picture that shows what an image tokenizer keeps."""
+"""Rows and columns of the image that shows what an image tokenizer keeps."""
 
 
 def checkpoint_activations(module: nn.Module, parts: Sequence[str] = ("tokenizer", "text")) -> None:
@@ -51,7 +51,7 @@ def checkpoint_activations(module: nn.Module, parts: Sequence[str] = ("tokenizer
             if not _enable(owner) or (before and _kept(owner) >= before):
                 raise ValueError(
                     f"{where}: {_kind(owner)} has no blocks whose activations can be computed "
-                    "again, or they are so already; leave it out of the parts"
+                    "again, or they are so already; skip it of the parts"
                 )
 
 
@@ -66,7 +66,7 @@ def kept_parts(module: nn.Module, stage: Stage) -> list[str]:
 
 @contextmanager
 def saved_bytes() -> Iterator[dict[int, int]]:
-    """Counts what autograd keeps for the backward pass within the block, parameters left out: a
+    """Counts what autograd keeps for the backward pass within the block, parameters skipped: a
     dict from a tensor's storage to its bytes, each storage once."""
     kept: dict[int, int] = {}
     held = []  # a storage that is freed could lend its address to another
@@ -129,7 +129,7 @@ def _kind(owner: nn.Module) -> str:
     return type(inner).__name__
 
 
-def give_back_large_blocks() -> None:
+def set_mmap_threshold() -> None:
     """Makes malloc give each block of `LARGE` bytes or more back to the system when it is freed,
     for the whole process; unless the environment's MALLOC_MMAP_THRESHOLD_ says otherwise.
 

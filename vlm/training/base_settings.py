@@ -39,23 +39,23 @@ class BaseSettings:
 
     train: tuple[str, ...] = ("sample:train",)
     """Training data, any number of: sample:train, PATH.jsonl, PATH-{0000..0009}.tar, FOLDER,
-    coco:ANNOTATIONS.json, datasets:ORG/NAME:SPLIT, scenes:1000:seed=3; options behind "?":
+    coco:ANNOTATIONS.json, datasets:ORG/NAME:SPLIT, scenes:1000:seed=3; options after "?":
     rows.tar?caption=text."""
     weights: tuple[float, ...] | None = None
     """Share of each among them; None goes by their sizes."""
     augment: Augmentation = "none"
-    """How far training pictures are changed at random: windows, colours, blur; boxes move along."""
+    """How far training images are changed at random: windows, colours, blur; boxes move along."""
     held_out: str = "sample:transfer"
     """Data to evaluate on: by default drawings by another vendor than the training ones."""
     held_out_rows: int = 400
     """How many of its rows the closing evaluation takes, and those during training a quarter of;
     0 evaluates nothing."""
     bad_rows: Literal["raise", "skip"] = "raise"
-    """Rows that cannot be read: stop and name the row, or leave them out and count them."""
+    """Rows that cannot be read: stop and name the row, or skip them and count them."""
     bad_boxes: Literal["stop", "skip"] = "stop"
     """Boxes of COCO's files that cannot be one: stop before the first step, or lose these boxes."""
     ignore_keys: tuple[str, ...] = ()
-    """Keys of rows that are left out although they change what a row means, such as: tools
+    """Keys of rows that are skipped although they change what a row means, such as: tools
     rejected. Without this they stop the run."""
     shard: Shard = "no"
     """Part every weight, gradient and optimizer state over all processes ("all"), or over those of
@@ -91,7 +91,7 @@ class BaseSettings:
     """CPU threads of each process; None shares the machine's cores among its processes (where
     there is a GPU: torch's own choice). `accelerate launch` alone would leave each process one."""
     workers: int = 1
-    """Processes that read and decode pictures, for each training process."""
+    """Processes that read and decode images, for each training process."""
     eval_every: int = 50
     """Steps between evaluations on a quarter of the held-out rows; 0 evaluates at the end only."""
     save_every: int = 50
@@ -157,7 +157,7 @@ def require_read_rates(settings: BaseSettings) -> None:
         if not isinstance(rate, Usual):
             option = name.replace("_", "-")
             raise ValueError(
-                f"--{option} {float(rate):g}: nothing learns at this rate, as {why}; leave it out, "
+                f"--{option} {float(rate):g}: nothing learns at this rate, as {why}; skip it, "
                 "or let that part learn"
             )
 
@@ -169,7 +169,7 @@ FREE = ("out", "resume", "change", "keep", "threads", "workers", "eval_every", "
 
 
 LATER = {"bad_boxes": "stop", "ignore_keys": ()}
-"""Settings that runs of earlier versions do not have, and what they did: left out where they say
+"""Settings that runs of earlier versions do not have, and what they did: skipped where they say
 that, so that such a run goes on."""
 
 

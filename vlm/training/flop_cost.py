@@ -1,7 +1,8 @@
-"""What examples cost a decoder-only model: operations, known before anything is computed.
+"""FLOP cost of examples in a decoder-only model, known before anything is computed.
 
-The one measure by which rows are dealt out to processes and by which the speed of a step goes.
-It compares costs, and is no forecast of time: a multiplication counts the same wherever it stands.
+The one measure by which rows are balanced over processes and by which the speed of a step is
+measured. It compares costs, and is no forecast of time: a multiplication counts the same wherever
+it stands.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from vlm.training.stages import FROZEN, assign_rates
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
+class FlopCost:
     """Operations of a step on examples, forward and backward, in whole numbers.
 
     place: of one place of the text stream. pair: of one place for each place of its own row, which
@@ -30,9 +31,9 @@ class Work:
 
     >>> from vlm.families.decoder_only.batch import collate_packed
     >>> ids = torch.arange(5)
-    >>> row = Row(name="row", ids=ids, scored=ids > 2, views=(), places=())
-    >>> work = Work(place=100, pair=1, target=10)
-    >>> work.of_row(row), work.of_batch(collate_packed([row, row]))
+    >>> row = Row(name="row", ids=ids, scored=ids > 2, views=())
+    >>> cost = FlopCost(place=100, pair=1, target=10)
+    >>> cost.of_row(row), cost.of_batch(collate_packed([row, row]))
     (545, 1090)
     """
 
@@ -42,12 +43,12 @@ class Work:
     view: Callable[[Pixels], int] | None = None
 
     def of_row(self, row: Row) -> int:
-        """The work of a row by itself. Its pixels may be without values."""
+        """The cost of a row by itself. Its pixels may be without values."""
         views = ((pixels, 1) for pixels, _ in row.views)
         return self._of([len(row.ids)], int(row.scored[1:].sum()), views)
 
     def of_batch(self, batch: Batch) -> int:
-        """The work of a batch, its padding included."""
+        """The cost of a batch, its padding included."""
         B, T = batch.ids.shape
         lengths = [T] * B if batch.bounds is None else batch.bounds.diff().tolist()
         views = (
@@ -62,11 +63,11 @@ class Work:
         return text + self.target * targets + seen
 
 
-def work_of(
+def flop_cost_of(
     module: nn.Module, rates: tuple[tuple[str, float | None], ...], views: bool = True
-) -> Work:
-    """The work of a decoder-only or prefix model of which `rates` say what learns, as a `Stage`
-    has them. views: whether pictures go through the image tokenizer.
+) -> FlopCost:
+    """The cost of examples in a decoder-only or prefix model of which `rates` say what learns, as a
+    `Stage` has them. views: whether images go through the image tokenizer.
 
     A weight costs a multiplication and an addition at each place forward, as much for the gradient
     of its input, and where it learns for its own. Of attention half the pairs count. All experts of
@@ -82,7 +83,7 @@ def work_of(
     body = [p for p in text.parameters() if id(p) not in beside]
     # Recurrent models, for one, have no attention to count.
     wide = getattr(config, "hidden_size", 0) * getattr(config, "num_hidden_layers", 0)
-    return Work(
+    return FlopCost(
         place=2 * (2 * _count(body) + _count(body, learned)),
         pair=3 * 2 * wide,
         target=2 * (2 * _count(head) + _count(head, learned)),
@@ -113,12 +114,12 @@ class _Views:
     @torch.no_grad()
     def _counted(self, pixels: Pixels) -> int:
         value = map_pixels(lambda view: torch.empty(1, *view.shape, device="meta"), pixels)
-        work = 0
+        flops = 0
         for twin, passes in zip(self.twins, self.passes):
             with flop_counter() as counter:
                 value = twin(value)
-            work += round(passes * counter.get_total_flops())
-        return work
+            flops += round(passes * counter.get_total_flops())
+        return flops
 
 
 def _count(parameters: Iterable[nn.Parameter], among: set[int] | None = None) -> int:

@@ -11,7 +11,7 @@ from vlm.training.stages import StageError
 def layer_rates(
     module: nn.Module, tower: str, rate: float, decay: float
 ) -> list[tuple[str, float]]:
-    """Patterns and rates of one tower: `rate` for what lies behind its layers and for the last of
+    """Patterns and rates of one tower: `rate` for what lies after its layers and for the last of
     them, `decay` times that of the layer above for each one below, and once more for all before
     the first.
 

@@ -1,9 +1,9 @@
-"""Working weights: what a step computes with, in 16 bits, beside the fp32 weights that learn.
+"""bf16 compute copies of fp32 master weights: a step computes with the copies, the masters learn.
 
 Autocast alone casts each trainable weight again in every forward pass, and leaves what weights are
-added to or multiplied with (embeddings, norms, the residual stream) in fp32. Working weights are
+added to or multiplied with (embeddings, norms, the residual stream) in fp32. Compute copies are
 cast once a step; gradients of every micro-batch are added up in fp32. FSDP's mixed precision has
-the same meaning: 16-bit compute, fp32 weights and sums.
+the same meaning: 16-bit compute, fp32 masters and sums.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from vlm.compat.torch import copy_all_
 from vlm.weights import castable
 
 
-class WorkingWeights:
+class ComputeCopies:
     """Copies of a module's trainable weights in `dtype`; in fp32 there is nothing to copy.
 
-    Weights that `cast_parameters` leaves in fp32 (batch norms, scalars) work as they are.
+    Weights that `cast_parameters` leaves in fp32 (batch norms, scalars) compute as they are.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
@@ -58,7 +58,7 @@ class WorkingWeights:
         grad = weight.grad.detach()
         weight.grad = None
         total = self.sums.get(id(weight))
-        if total is None:  # of the only pass, perhaps: in fp32 it would take twice the room
+        if total is None:  # of the only pass, perhaps: in fp32 it would take twice the memory
             self.sums[id(weight)] = grad
         else:
             self.sums[id(weight)] = total.float().add_(grad)

@@ -39,32 +39,32 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 class Meter:
-    """Counts work between two readings.
+    """Counts what was done between two readings.
 
     peak: the device's operations a second, None where it is not known; ranks: processes that share
-    the work, each on a device of its own.
+    a step, each on a device of its own.
     """
 
     def __init__(self, peak: float | None, ranks: int) -> None:
         self.peak = None if peak is None else peak * ranks
-        self.flops_per_work: float | None = None
+        self.flops_per_cost: float | None = None
         self.start = time.perf_counter()
-        self.samples = self.tokens = self.positions = self.work = 0
+        self.samples = self.tokens = self.positions = self.cost = 0
         self.waited = 0.0
 
-    def count_flops(self, run, work: int) -> None:
-        """Runs `run()` under torch's counter; `work` is what its cost goes by."""
+    def count_flops(self, run, cost: int) -> None:
+        """Runs `run()` under torch's counter. cost: of the pass, as the objective counts it."""
         with flop_counter() as counter:
             run()
-        self.flops_per_work = counter.get_total_flops() / max(work, 1)
+        self.flops_per_cost = counter.get_total_flops() / max(cost, 1)
 
-    def add(self, samples: int, tokens: int, positions: int, work: int, waited: float) -> None:
-        """samples, real (unpadded) stream places, places computed, what the cost goes by, seconds
-        waited for data."""
+    def add(self, samples: int, tokens: int, positions: int, cost: int, waited: float) -> None:
+        """samples, real (unpadded) positions of the stream, positions computed, cost as the
+        objective counts it, seconds waited for data."""
         self.samples += samples
         self.tokens += tokens
         self.positions += positions
-        self.work += work
+        self.cost += cost
         self.waited += waited
 
     def read(self) -> dict[str, float]:
@@ -72,7 +72,7 @@ class Meter:
         mfu (share of the peak, where it is known), data_wait (share of the time), utilisation (real
         places / places computed)."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
-        flops = (self.flops_per_work or 0.0) * self.work
+        flops = (self.flops_per_cost or 0.0) * self.cost
         rates = {
             "samples_per_s": self.samples / seconds,
             "tokens_per_s": self.tokens / seconds,
@@ -82,7 +82,7 @@ class Meter:
             "utilisation": self.tokens / max(self.positions, 1),
         }
         self.start = time.perf_counter()
-        self.samples = self.tokens = self.positions = self.work = 0
+        self.samples = self.tokens = self.positions = self.cost = 0
         self.waited = 0.0
         return rates
 

@@ -1,12 +1,12 @@
-"""A run's folder: settings, versions, metrics, plots, pictures, checkpoints and the model.
+"""A run's folder: settings, versions, metrics, plots, images, checkpoints and the model.
 
 settings.json    every setting, defaults resolved
 versions.json    Python, platform, device and library versions
 metrics.jsonl    one line a step, and one for each evaluation
 tensorboard/     the same for TensorBoard
 loss.png         the loss curve
-samples.png      held-out pictures with their true and generated captions
-pictures/        a few of these pictures, to try the model on
+samples.png      held-out images with their true and generated captions
+images/        a few of these images, to try the model on
 result.json      the closing figures
 checkpoints/     to resume from
 model/           what `vlm.load` opens
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from vlm.compat.extras import MissingExtra, needs
 from vlm.precision import device_name, instructions
 
 LIBRARIES = ("vlm", "torch", "torchvision", "transformers", "accelerate", "timm", "open_clip_torch")
@@ -94,6 +95,7 @@ class Run:
             raise RunError(
                 f"{folder} already holds a run: continue it with --resume, or name another --out"
             )
+        self._make_board = None
         self._board = None
         self._first_step = 0
 
@@ -108,6 +110,12 @@ class Run:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._write("settings.json", self.settings)
         self._write("versions.json", versions())
+        try:
+            with needs("tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
+            self._make_board = SummaryWriter
+        except MissingExtra as error:
+            print(f"curves are in metrics.jsonl alone: {error}", file=sys.stderr)
         if not self.metrics.exists():
             return
         kept = []
@@ -129,17 +137,16 @@ class Run:
         return self.folder / "metrics.jsonl"
 
     def log(self, step: int, figures: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and the same for TensorBoard."""
+        """One line of metrics.jsonl, and the same for TensorBoard where that is installed."""
         if not self.main:
             return
         with self.metrics.open("a") as file:
             file.write(json.dumps({"step": step, **figures}) + "\n")
+        if self._make_board is None:
+            return
         if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(
-                str(self.folder / "tensorboard"), purge_step=self._first_step
-            )
+            folder = str(self.folder / "tensorboard")
+            self._board = self._make_board(folder, purge_step=self._first_step)
         flat = {f"eval/{k}": v for k, v in figures.get("eval", {}).items()} | figures
         for name, value in flat.items():
             if isinstance(value, (int, float)):
@@ -261,11 +268,11 @@ def plot_loss(history: list[dict[str, Any]], path: Path, curves: Curves = CAPTIO
 
 
 def draw_captions(
-    pictures: list, true: list[str], generated: list[str], path: Path, columns: int = 4
+    images: list, true: list[str], generated: list[str], path: Path, columns: int = 4
 ) -> None:
-    """A page of pictures, each with its true and its generated caption, as a PNG.
+    """A page of images, each with its true and its generated caption, as a PNG.
 
-    pictures: PIL images.
+    images: PIL images.
     """
     import textwrap
 
@@ -274,12 +281,12 @@ def draw_captions(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = -(-len(pictures) // columns)
+    rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.1 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, picture, said, wrote in zip(axes.flat, pictures, true, generated):
-        axis.imshow(picture)
+    for axis, image, said, wrote in zip(axes.flat, images, true, generated):
+        axis.imshow(image)
         same = said.strip().lower() == wrote.strip().lower()
         axis.set_title(_plain(textwrap.fill(said, 32)), fontsize=9, color="#444444")
         axis.text(

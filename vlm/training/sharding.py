@@ -1,12 +1,12 @@
 """Sharding: each process keeps a part of every weight, its gradient and its optimizer's state.
 
 torch's `fully_shard` (FSDP2) takes the blocks of each part of a model one by one: a block's weights
-are gathered when it computes and given up behind it, so that a process holds one whole block at a
+are gathered when it computes and released after it, so that a process holds one whole block at a
 time beside its own parts. What is trained has fp32 masters and fp32 sums of gradients, and computes
 in 16 bits; frozen weights are held and gathered in 16 bits.
 
 Gathering is done by all processes together, so all must make the same calls: `level` sees to it. A
-process whose rows hold no picture, or which has fewer batches, sends blank ones through the same
+process whose rows hold no image, or which has fewer batches, sends dummy inputs through the same
 parts, of which nothing enters the loss.
 
 Source: arXiv 2304.11277 (FSDP).
@@ -42,7 +42,7 @@ from vlm.training.stages import StageError, hold_in
 from vlm.weights import castable
 
 Shard = Literal["no", "all", "node"]
-"""Over which processes weights are parted: none; all; or those of one machine, with a copy on each
+"""Over which processes weights are sharded: none; all; or those of one machine, with a copy on each
 machine, so that only sums of gradients travel between machines."""
 METHODS = ("states",)
 """What objectives call on a module beside `forward`."""
@@ -71,7 +71,7 @@ def mesh_for(shard: Shard, device: torch.device) -> DeviceMesh:
 def shard_module(
     module: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Parts a module's weights over a mesh, in place; what it computes stays the same.
+    """Shards a module's weights over a mesh, in place; what it computes stays the same.
 
     module: of any family, as `vlm.training.stages.choose_trained` left it, in whatever dtypes, on
         whatever device. Block by block, it gets the dtypes of `hold_in` and comes to `device`, and
@@ -167,15 +167,15 @@ def _require_masters(module: nn.Module) -> None:
 
 
 def level(module: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
-    """This rank's batches, with as many blank ones behind them, and in each as many blank views,
-    as it takes for every rank to make the same calls. Called on all ranks together."""
+    """This rank's batches, with as many dummy ones after them, and in each as many dummy views, as
+    it takes for every rank to make the same calls. Called on all ranks together."""
     own = [len(batch.groups) for batch in batches]
     everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, own)
     passes = max(map(len, everyone))
     views = [max(g[n] if n < len(g) else 0 for g in everyone) for n in range(passes)]
     spec = module.tokenizer.pixel_spec
-    levelled = [*batches, *(_blank_batch() for _ in range(passes - len(batches)))]
+    levelled = [*batches, *(_blank_batch(module) for _ in range(passes - len(batches)))]
     return [
         replace(batch, ghosts=tuple(_blank_views(spec) for _ in range(count - len(batch.groups))))
         for batch, count in zip(levelled, views)
@@ -189,14 +189,16 @@ def passes_of_ranks(own: int) -> list[int]:
     return everyone
 
 
-def _blank_batch() -> Batch:
+def _blank_batch(module: nn.Module) -> Batch:
     """One row of two places, none of them scored."""
     return Batch(
         ids=torch.zeros(1, 2, dtype=torch.long),
         valid=torch.ones(1, 2, dtype=torch.bool),
         scored=torch.zeros(1, 2, dtype=torch.bool),
+        positions=torch.arange(2)[None],
         groups=(),
         names=("blank",),
+        sees=module.sees,
     )
 
 
@@ -226,9 +228,9 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> float:
     if sharded:
         mesh = sharded[0].device_mesh
         group = mesh.get_group("shard") if mesh.ndim > 1 else mesh.get_group()
-        parted = squares[1:].to(torch.float64)
-        dist.all_reduce(parted, group=group)
-        squares[1:] = parted
+        sharded = squares[1:].to(torch.float64)
+        dist.all_reduce(sharded, group=group)
+        squares[1:] = sharded
     norm = float(squares.sum().sqrt())
     factor = largest / (norm + 1e-6)
     if factor < 1:

@@ -1,4 +1,4 @@
-"""One optimizer step over a rank's micro-batches: counts, gradients, figures, whatever is learned.
+"""One optimizer step over a rank's micro-batches: totals, gradients, metrics, whatever is learned.
 
 Gradients of all ranks are summed once a step, absent ones as zeros; those of sharded weights by the
 sharding itself. Nothing changes where a loss or a gradient is not finite.
@@ -7,199 +7,246 @@ sharding itself. Nothing changes where a loss or a gradient is not finite.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from vlm.data.example import BadRow
 from vlm.training.loading.loader import MicroBatch
-from vlm.training.master_weights import WorkingWeights
 from vlm.training.meter import Meter
-from vlm.training.objectives.base import Count, Objective
-from vlm.training.sharding import clip_gradients, is_sharded, sum_unsharded
-from vlm.training.stages import Stage, StageError, set_rates
+from vlm.training.objectives.base import Count, Objective, sum_totals
+from vlm.training.sharding import allow_unused, sum_unsharded
+from vlm.training.stages import StageError, set_rates
+from vlm.training.state import TrainState
 
 BUCKET_ELEMENTS = 2**24
 """Numbers of gradients that ranks exchange at once."""
 
 
+class StepResult(NamedTuple):
+    """What a step did; the same on every rank.
+
+    metrics: what is logged of it, over all ranks. Among them balance: the mean cost of the ranks
+        over the largest, up to 1. skipped: rows skipped, text tokens cut and rows without a term in
+        the loss, added up. stop, unsaved: whether any rank said so when the step began.
+    """
+
+    metrics: dict[str, float]
+    skipped: int
+    stop: bool
+    unsaved: bool
+
+
 class Step:
-    """One optimizer step over the rank's micro-batches; figures are those of all ranks. Among them
-    balance: the mean work of the ranks over the largest, up to 1."""
+    """Optimizer steps of one run.
+
+    cached: whether a token cache gives the image tokens of most steps.
+    """
 
     def __init__(
         self,
-        module,
-        stage: Stage,
+        state: TrainState,
         objective: Objective,
-        optimizer,
         accelerator,
         meter: Meter,
-        working: WorkingWeights,
+        cached: bool = False,
     ) -> None:
-        self.module, self.stage, self.objective, self.working = module, stage, objective, working
-        self.optimizer, self.accelerator, self.meter = optimizer, accelerator, meter
-        self.trainable = [p for p in module.parameters() if p.requires_grad]
-        self.sharded = is_sharded(module)
-        self.keeping = False
+        self.state, self.objective = state, objective
+        self.accelerator, self.meter, self.cached = accelerator, meter, cached
         self.reached: torch.Tensor | None = None
+        self._audited = False
 
     def __call__(
-        self, step: int, micros: list[MicroBatch], waited: float, stop: bool, unsaved: bool
-    ) -> dict[str, float]:
+        self,
+        step: int,
+        micros: list[MicroBatch],
+        waited: float,
+        stop: bool = False,
+        unsaved: bool = False,
+    ) -> StepResult:
+        """Step number `step`, from 0, over this rank's micro-batches; called on all ranks together.
+
+        waited: seconds for data. stop: whether this process was asked to stop. unsaved: whether it
+        could not write its last checkpoint.
+        Raises BadRow or BadImage for a row that must not be skipped, on any rank; StageError where
+        a step has nothing to learn from, or a loss or gradient is not finite.
+        """
+        state, objective = self.state, self.objective
         batches = [batch for micro in micros for batch in micro.batches]
-        counts = [self.objective.count(batch) for batch in batches]
-        failed = next((micro.failed for micro in micros if micro.failed), None)
-        totals = self._sum(
-            [
-                sum(count.scored for count in counts),
-                sum(count.samples for count in counts),
-                sum(count.tokens for count in counts),
-                sum(count.positions for count in counts),
-                sum(count.work for count in counts),
-                sum(count.pictured for count in counts),
-                stop,
-                unsaved,
-                failed is not None,
-                sum(len(micro.skipped) + micro.cut + micro.unscored for micro in micros),
-                not batches,
-                *self._as_own(sum(count.work for count in counts)),
-            ]
+        totals, found = self._over_ranks(micros, stop, unsaved)
+        self._require_usable(step, micros, found)
+        set_rates(state.optimizer, state.stage.factor(step))
+        if state.sharded:
+            batches = objective.level(state.module, batches)
+        if self.meter.flops_per_cost is None:
+            self._first_flops(batches, found["images"] > 0)
+        with state.computing():
+            share = objective.backward(state.module, batches, totals, self.accelerator.autocast)
+        loss = self._sum({"loss": share})["loss"]
+        _require_finite("loss", loss, step, batches)
+        self._sum_gradients()
+        norm = state.clip_gradients()
+        _require_finite("gradient norm", norm, step, batches)
+        if found["images"] and not self._audited:
+            audit_gradients(state.module, self.reached)
+            allow_unused(state.module)
+            self._audited = True
+        state.update()
+        objective.after_step(state.module)
+        samples, tokens, positions, cost = (
+            int(found[name]) for name in ("samples", "tokens", "positions", "cost")
         )
-        (
-            scored, samples, tokens, positions, work, images, stops, unsaved, failures, left_out,
-            idle, *works,
-        ) = map(int, totals)  # fmt: skip
-        if failures:
-            raise failed or BadRow("another rank found a row that cannot be used; see its message")
-        if idle and samples and self.objective.every_rank:
-            raise StageError(
-                f"every row of step {step + 1} on {idle} of {self.accelerator.num_processes} ranks "
-                "was left out; this loss needs an example on each: take a larger batch, or mend "
-                "the rows"
-            )
-        if not samples:
-            reasons = [item.reason for micro in micros for item in micro.skipped]
-            raise StageError(
-                f"every row of step {step + 1} was left out, so there is nothing to learn from; "
-                f"here for example: {reasons[:1]}"
-            )
-        set_rates(self.optimizer, self.stage.factor(step))
-        if self.sharded:
-            batches = self.objective.level(self.module, batches)
-        if self.meter.flops_per_work is None:
-            self._first_flops(batches, images > 0)
-        with self.working.in_use():
-            share = self.objective.backward(self.module, batches, scored, self.accelerator.autocast)
-        loss = float(self._sum([share])[0])
-        if not math.isfinite(loss):
-            raise StageError(_refusal("loss", loss, step, batches))
-        norm = self._gradient_norm()
-        if not math.isfinite(norm):
-            raise StageError(_refusal("gradient norm", norm, step, batches))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.objective.after_step(self.module)
-        self.meter.add(samples, tokens, positions, work, waited)
-        return {
+        self.meter.add(samples, tokens, positions, cost, waited)
+        costs = [found[f"cost of rank {rank}"] for rank in range(self.accelerator.num_processes)]
+        metrics = {
             "loss": loss,
             **self._rates(),
             "grad_norm": norm,
-            "scored": scored,
+            **_scored(totals),
             "samples": samples,
             **self.meter.read(),
-            "balance": work / (len(works) * max(*works, 1)),
-            "images": images,
-            "stop": stops > 0,
-            "unsaved": unsaved > 0,
-            "left_out": left_out,
+            "balance": cost / (len(costs) * max(*costs, 1)),
         }
+        return StepResult(metrics, int(found["skipped"]), found["stop"] > 0, found["unsaved"] > 0)
+
+    def _over_ranks(
+        self, micros: list[MicroBatch], stop: bool, unsaved: bool
+    ) -> tuple[dict[str, int], dict[str, float]]:
+        """The totals of the step, and what else the ranks must know of each other before the first
+        forward pass; in one exchange."""
+        counts = [self.objective.count(batch) for micro in micros for batch in micro.batches]
+        own = {
+            name: sum(getattr(count, name) for count in counts)
+            for name in ("samples", "tokens", "positions", "cost", "images")
+        }
+        own |= {
+            "stop": stop,
+            "unsaved": unsaved,
+            "failed": any(micro.failed for micro in micros),
+            "skipped": sum(len(micro.skipped) + micro.cut + micro.unscored for micro in micros),
+            "idle": not counts,
+        }
+        own |= {
+            f"cost of rank {rank}": own["cost"] * (rank == self.accelerator.process_index)
+            for rank in range(self.accelerator.num_processes)
+        }
+        totals = sum_totals(self.objective.totals, counts)
+        found = self._sum({f"total {name}": value for name, value in totals.items()} | own)
+        return {name: int(found.pop(f"total {name}")) for name in totals}, found
+
+    def _require_usable(
+        self, step: int, micros: list[MicroBatch], found: Mapping[str, float]
+    ) -> None:
+        if found["failed"]:
+            failed = next((micro.failed for micro in micros if micro.failed), None)
+            raise failed or BadRow("another rank found a row that cannot be used; see its message")
+        if found["idle"] and found["samples"] and self.objective.every_rank:
+            raise StageError(
+                f"every row of step {step + 1} on {int(found['idle'])} of "
+                f"{self.accelerator.num_processes} ranks was skipped; this loss needs an example "
+                "on each: take a larger batch, or mend the rows"
+            )
+        if not found["samples"]:
+            reasons = [item.reason for micro in micros for item in micro.skipped]
+            raise StageError(
+                f"every row of step {step + 1} was skipped, so there is nothing to learn from; "
+                f"here for example: {reasons[:1]}"
+            )
 
     def _rates(self) -> dict[str, float]:
         """The live learning rate, one for each pattern where there are several."""
-        rates = {group["pattern"]: group["lr"] for group in self.optimizer.param_groups}
+        rates = {group["pattern"]: group["lr"] for group in self.state.optimizer.param_groups}
         if len(rates) == 1:
             return {"lr": next(iter(rates.values()))}
         return {f"lr {pattern}": rate for pattern, rate in rates.items()}
 
-    def _first_flops(self, batches: list, pictured: bool) -> None:
-        """Counts the first batch that has a picture, where any has. Sharded ranks pass through
+    def _first_flops(self, batches: list, with_image: bool) -> None:
+        """Counts the first batch that has an image, where any has. Sharded ranks pass through
         their first batches together, and take the count of all for their own."""
-        if self.sharded:
+        if self.state.sharded:
             count = self.objective.count(batches[0])
             self._count_flops(batches[0], count)
-            flops, work = self._sum([self.meter.flops_per_work * max(count.work, 1), count.work])
-            self.meter.flops_per_work = flops / max(work, 1)
+            own = {"flops": self.meter.flops_per_cost * max(count.cost, 1), "cost": count.cost}
+            found = self._sum(own)
+            self.meter.flops_per_cost = found["flops"] / max(found["cost"], 1)
             return
         for batch in batches:
             count = self.objective.count(batch)
-            if count.pictured or not pictured:
+            if count.images or not with_image:
                 self._count_flops(batch, count)
                 return
 
     def _count_flops(self, batch, count: Count) -> None:
         """Counts a pass whose gradients are thrown away: under the counter torch computes by other
         kernels, with other roundings, which must not depend on where a run was resumed."""
-        before = [p.grad for p in self.trainable]
-        for parameter in self.trainable:
+        module, trained = self.state.module, self.state.trained
+        before = [p.grad for p in trained]
+        for parameter in trained:
             parameter.grad = None
-        if self.keeping:  # most steps will read the tokens of pictures, so they count for nothing
-            self.module.encode(batch.to(self.accelerator.device).groups)
-        with torch.random.fork_rng(), self.working.in_use():
+        if self.cached:  # most steps will read the tokens of images, so they count for nothing
+            module.encode(batch.to(self.accelerator.device).groups)
+        with torch.random.fork_rng(), self.state.computing():
             self.meter.count_flops(
-                lambda: self.objective.trial(self.module, batch, self.accelerator.autocast),
-                count.work,
+                lambda: self.objective.trial(module, batch, self.accelerator.autocast), count.cost
             )
-        for parameter, grad in zip(self.trainable, before):
+        for parameter, grad in zip(trained, before):
             parameter.grad = grad
 
-    def _gradient_norm(self) -> float:
-        """Sums gradients over ranks and clips them; gives their norm before. A gradient that is
-        absent everywhere is zero, on one rank as on many."""
-        if self.reached is None or not bool(self.reached.all()):
-            flags = torch.tensor([p.grad is not None for p in self.trainable], dtype=torch.float32)
-            self.reached = self.accelerator.reduce(flags.to(self.accelerator.device), "sum") > 0
-        for parameter in self.trainable:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        if self.sharded:
-            sum_unsharded(self.trainable)
-            return clip_gradients(self.trainable, self.stage.clip)
-        if self.accelerator.num_processes > 1:
-            self._sum_gradients()
-        return float(nn.utils.clip_grad_norm_(self.trainable, self.stage.clip))
-
     def _sum_gradients(self) -> None:
-        """All-reduces gradients in flat buckets, full with `BUCKET_ELEMENTS` or a bit more."""
-        bucket: list[torch.Tensor] = []
-        for number, parameter in enumerate(self.trainable):
-            bucket.append(parameter.grad)
-            full = sum(grad.numel() for grad in bucket) >= BUCKET_ELEMENTS
-            if full or number + 1 == len(self.trainable):
-                flat = torch.cat([grad.flatten() for grad in bucket])
-                torch.distributed.all_reduce(flat)
-                for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket])):
-                    grad.copy_(part.view_as(grad))
-                bucket = []
+        """Sums gradients over ranks. A gradient that is absent everywhere is zero, on one rank as
+        on many."""
+        trained, device = self.state.trained, self.accelerator.device
+        if self.reached is None or not bool(self.reached.all()):
+            flags = torch.tensor([p.grad is not None for p in trained], dtype=torch.float32)
+            self.reached = self.accelerator.reduce(flags.to(device), "sum") > 0
+        self.state.fill_absent_gradients()
+        if self.state.sharded:
+            sum_unsharded(trained)
+        elif self.accelerator.num_processes > 1:
+            _all_reduce(trained)
 
-    def _as_own(self, value: float) -> list[float]:
-        """The value at this rank's place among all ranks, so that a sum shows those of each."""
-        return [
-            value * (rank == self.accelerator.process_index)
-            for rank in range(self.accelerator.num_processes)
-        ]
-
-    def _sum(self, values: list[float]) -> list[float]:
-        total = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
-        return self.accelerator.reduce(total, "sum").tolist()
+    def _sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Each value summed over ranks, which all give the same names in the same order."""
+        own = torch.tensor(
+            list(values.values()), dtype=torch.float64, device=self.accelerator.device
+        )
+        return dict(zip(values, self.accelerator.reduce(own, "sum").tolist()))
 
 
-def _refusal(what: str, value: float, step: int, batches: list) -> str:
-    names = [name for batch in batches for name in batch.names]
-    return (
-        f"the {what} of step {step + 1} is {value}; nothing was changed by it. Its rows here: "
-        f"{names[:32]}"
-    )
+def _all_reduce(parameters: list[nn.Parameter]) -> None:
+    """Sums gradients over ranks in flat buckets, full with `BUCKET_ELEMENTS` or a bit more."""
+    bucket: list[torch.Tensor] = []
+    for number, parameter in enumerate(parameters):
+        bucket.append(parameter.grad)
+        full = sum(grad.numel() for grad in bucket) >= BUCKET_ELEMENTS
+        if full or number + 1 == len(parameters):
+            flat = torch.cat([grad.flatten() for grad in bucket])
+            torch.distributed.all_reduce(flat)
+            for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket])):
+                grad.copy_(part.view_as(grad))
+            bucket = []
+
+
+def _scored(totals: Mapping[str, int]) -> dict[str, int]:
+    """The totals as metrics.jsonl has them.
+
+    >>> _scored({"tokens": 9}), _scored({"boxes": 2, "images": 1})
+    ({'scored': 9}, {'scored boxes': 2, 'scored images': 1})
+    """
+    if len(totals) == 1:
+        return {"scored": next(iter(totals.values()))}
+    return {f"scored {name}": value for name, value in totals.items()}
+
+
+def _require_finite(what: str, value: float, step: int, batches: list) -> None:
+    if not math.isfinite(value):
+        names = [name for batch in batches for name in batch.names]
+        raise StageError(
+            f"the {what} of step {step + 1} is {value}; the optimizer step was skipped. Its rows "
+            f"here: {names[:32]}"
+        )
 
 
 def audit_gradients(module: nn.Module, reached: torch.Tensor) -> None:

@@ -2,7 +2,7 @@
 
 Every source is map-style: it knows its length and gives any row by number, so that a position in
 training is one integer (see `vlm.data.mixture`). Opening one builds a small index (byte offsets);
-rows stay on disk until they are asked for, and pictures stay encoded.
+rows stay on disk until they are asked for, and images stay encoded.
 """
 
 from vlm.data.example import BadSource

@@ -1,4 +1,4 @@
-"""What every source is, and how a row's picture path finds its file.
+"""What every source is, and how a row's image path finds its file.
 
 Rows come from strangers, paths in them too: a path is looked up under one root and nowhere else,
 and nothing is ever fetched from an address.
@@ -138,14 +138,14 @@ class Derived(Source):
 
 
 class ImageRoot(Protocol):
-    """A place where picture paths of rows are looked up."""
+    """A place where image paths of rows are looked up."""
 
     def find(self, path: str, row_name: str) -> ImageRef:
-        """The picture at `path`. Raises BadRow where the path is unsafe or nothing is there."""
+        """The image at `path`. Raises BadRow where the path is unsafe or nothing is there."""
 
 
 class FolderImages:
-    """Pictures as files under one folder.
+    """Images as files under one folder.
 
     Absolute paths are taken where they lie under the folder. The test is on the path's words, not
     on what links lead to: a link inside the folder is its owner's choice, a row cannot make one.

@@ -24,14 +24,14 @@ from vlm.data.sources.row import RowFormat
 from vlm.data.sources.shards import ShardSource
 
 TYPES = {"retrieval": "txt", "classification": "cls"}
-"""What a folder says it is for -> the extension of what goes with a picture."""
+"""What a folder says it is for -> the extension of what goes with an image."""
 
 
 class ClipBenchmark(ShardSource):
     """One split of a folder in CLIP_benchmark's layout.
 
-    For retrieval each caption is a row, with its picture: a picture with five captions is five
-    rows, SHARD:KEY:LINE. For classification each picture is a row, SHARD:KEY, and its caption is
+    For retrieval each caption is a row, with its image: an image with five captions is five
+    rows, SHARD:KEY:LINE. For classification each image is a row, SHARD:KEY, and its caption is
     the name of its class.
     classes: the names in their order, of which some may be equal (ImageNet's are); None for
     retrieval. templates: prompts with {} at the place of a name; None where the folder has none.
@@ -60,7 +60,7 @@ class ClipBenchmark(ShardSource):
         shards = [folder / split / f"{shard}.tar" for shard in range(count)]
         super().__init__(shards, form, name or f"clip_benchmark:{folder}:{split}")
         if kind == "retrieval":
-            # A picture without captions is a row too, which says so when it is read.
+            # An image without captions is a row too, which says so when it is read.
             lines = [max(1, self._count_lines(sample)) for sample in range(len(self))]
             self._line_end = np.cumsum(lines)
 
@@ -76,15 +76,15 @@ class ClipBenchmark(ShardSource):
     def read(self, row: int) -> Example:
         sample, line = (row, 0) if self._line_end is None else self._place(row)
         name = self.row_name(row)
-        pictures = self._pictures(sample, name)
-        if len(pictures) != 1:
-            raise BadRow(f"{name}: expected one image, found {len(pictures)}")
+        images = self._images(sample, name)
+        if len(images) != 1:
+            raise BadRow(f"{name}: expected one image, found {len(images)}")
         text = self._text(sample, name)
         if self._line_end is None:
             caption = self._class_name(text, name)
         else:
             caption = (text.splitlines() or [""])[line]
-        return caption_example(name, pictures[0], caption, self._form.prompt)
+        return caption_example(name, images[0], caption, self._form.prompt)
 
     def _place(self, row: int) -> tuple[int, int]:
         """The sample of a caption, and which of its lines it is, from 0."""

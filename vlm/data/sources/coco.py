@@ -1,4 +1,4 @@
-"""Detection data in COCO's JSON: pictures with boxes of named categories.
+"""Detection data in COCO's JSON: images with boxes of named categories.
 
 Source: https://cocodataset.org/#format-data, "Object Detection". Records stay in memory as arrays;
 outlines (`segmentation`) are dropped while the file is read. What is wrong with the boxes of a file
@@ -34,7 +34,7 @@ BadBoxes = Literal["stop", "skip", "tell"]
 
 SPECKS = 1e-4
 """Share of a file's boxes that may have no width or no height: outlines of specks, which rounding
-leaves in published sets (2 of the 860,001 boxes of COCO's train2017). Such boxes are left out and
+leaves in published sets (2 of the 860,001 boxes of COCO's train2017). Such boxes are skipped and
 said; more of them are a fault."""
 
 GOOD, NO_NUMBERS, NO_LABEL, NO_AREA, FRACTIONS, OUTSIDE, OVER, SPECK = range(8)
@@ -47,29 +47,29 @@ FAULTS = {
     OVER: f"that reach more than {SLACK_PX:g} pixel out of their image",
     SPECK: "of no width or height, such as rounding leaves",
 }
-"""What may be wrong with a box, as it is said behind a number of boxes."""
+"""What may be wrong with a box, as it is said after a number of boxes."""
 
 
 class CocoSource(Source):
-    """The pictures of a COCO file that show something, each asked for every category on it.
+    """The images of a COCO file that show something, each asked for every category on it.
 
     path: the annotations, such as instances_val2017.json.
-    image_root: the folder, or .tar file, that each picture's `file_name` starts from; None: the
+    image_root: the folder, or .tar file, that each image's `file_name` starts from; None: the
         file's own folder.
     bad_boxes: what becomes of boxes that cannot be one (see FAULTS): "stop" refuses the file,
         "skip" loses these boxes alone, "tell" too and calls them harmful in `faults`. Boxes that
         reach at most SLACK_PX out of their image are cut.
-    Rows are pictures in the file's order, named "FILE: image ID"; boxes keep the file's order.
+    Rows are images in the file's order, named "FILE: image ID"; boxes keep the file's order.
     labels: the names of the categories, in the file's order, but for those that no box has and
         that have no name, another's name, or are the root that Roboflow writes.
-    faults: boxes and categories that are left out.
-    without_boxes: how many pictures are no row, since nothing is on them but crowds at most.
+    faults: boxes and categories that are skipped.
+    without_boxes: how many images are no row, since nothing is on them but crowds at most.
     crowd_count: how many annotations are crowds (`iscrowd` 1): regions of many things, no answer to
-        where one of them is. They are left out of rows; `crowds` gives those of a row.
+        where one of them is. They are not in rows; `crowds` gives those of a row.
 
     Raises BadSource where the file is no such JSON, a record lacks a key or repeats an id, an
     annotation is of an unknown image or category, two categories that boxes have share a name, or
-    boxes are bad and `bad_boxes` says so. Reading a row raises BadRow where the picture is not of
+    boxes are bad and `bad_boxes` says so. Reading a row raises BadRow where the image is not of
     the size that the file says. Every message names the file, the image and the annotation.
     """
 
@@ -105,7 +105,7 @@ class CocoSource(Source):
 
         good = kinds == GOOD
         order = np.flatnonzero(good)
-        order = order[np.argsort(owner[order], kind="stable")]  # a picture's stand together
+        order = order[np.argsort(owner[order], kind="stable")]  # an image's stand together
         self._starts = np.searchsorted(owner[order], np.arange(len(image_at) + 1))
         self._label, self._crowd = found.number[category][order], crowd[order].astype(bool)
         self._corners = corners[order]
@@ -120,13 +120,13 @@ class CocoSource(Source):
         self.require_rows()
 
     def _left_out(self, crowds: list[str]) -> tuple[Fault, ...]:
-        """Pictures and annotations that are in no row although nothing is wrong with them.
+        """Images and annotations that are in no row although nothing is wrong with them.
         crowds: the first of those annotations in words."""
         empty = np.flatnonzero(np.isin(np.arange(len(self._ids)), self._rows, invert=True))
         images = tuple(f"image {self._ids[i]}" for i in empty[:FIRST])
         left = (
-            Fault("images on which no box can be asked for, left out", len(empty), images),
-            Fault("crowds (iscrowd 1), left out of answers", self.crowd_count, tuple(crowds)),
+            Fault("images on which no box can be asked for, skipped", len(empty), images),
+            Fault("crowds (iscrowd 1), not in answers", self.crowd_count, tuple(crowds)),
         )
         return tuple(fault for fault in left if fault.count)
 
@@ -188,7 +188,7 @@ class CocoSource(Source):
             count = sum(fault.count for fault in harmful)
             raise BadSource(
                 f"{self.name}: {count:,} of {len(kinds):,} boxes cannot be used: "
-                f"{'; '.join(map(str, harmful))}. Mend the file, or leave these boxes out with "
+                f"{'; '.join(map(str, harmful))}. Mend the file, or skip these boxes with "
                 "--bad-boxes skip"
             )
         return (*faults, *found.faults)

@@ -14,15 +14,15 @@ import numpy as np
 from vlm.data.example import BadSource
 from vlm.data.sources.base import FIRST, Fault
 
-NAMELESS = "categories without a name and without boxes, left out"
-TWICE = "categories without boxes and with another's name, left out"
-ROOT = "categories without boxes that the others belong to, left out"
+NAMELESS = "categories without a name and without boxes, skipped"
+TWICE = "categories without boxes and with another's name, skipped"
+ROOT = "categories without boxes that the others belong to, skipped"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Labels:
     """labels: the names that boxes have or may have, in the file's order. number: int64[N], the
-    place in them of each category of the file, -1 where it has none. faults: what is left out."""
+    place in them of each category of the file, -1 where it has none. faults: what is skipped."""
 
     labels: tuple[str, ...]
     number: np.ndarray
@@ -38,7 +38,7 @@ def read_labels(categories: list[dict[str, Any]], used: np.ndarray, file: str) -
     >>> cup = {"id": 1, "name": "cup", "supercategory": "cup"}
     >>> found = read_labels([root, cup], np.array([0, 5]), "boxes.json")
     >>> found.labels, found.number.tolist(), str(found.faults[0])
-    (('cup',), [-1, 0], "1 categories without boxes and with another's name, left out: 0 ('cup')")
+    (('cup',), [-1, 0], "1 categories without boxes and with another's name, skipped: 0 ('cup')")
     """
     names = [_name_of(category) for category in categories]
     above = [category.get("supercategory") for category in categories]

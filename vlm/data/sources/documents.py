@@ -1,6 +1,6 @@
-"""Plain text as rows: documents to read without pictures, all of which is learned.
+"""Plain text as rows: documents to read without images, all of which is learned.
 
-    PATH.txt          paragraphs of a UTF-8 file, parted by empty lines
+    PATH.txt          paragraphs of a UTF-8 file, separated by empty lines
     python:train      paragraphs of the manual that comes with Python itself; also python:val
 
 Short paragraphs are joined with those that follow and long ones are cut between words, so that rows
@@ -71,7 +71,7 @@ class Documents(Source):
 
 
 class TextOnly(Derived):
-    """Another source, whose rows must have no picture: reading one that has raises BadRow."""
+    """Another source, whose rows must have no image: reading one that has raises BadRow."""
 
     def read(self, row: int) -> Example:
         example = self.source.read(row)
@@ -107,7 +107,7 @@ def _cut(text: str, characters: int) -> Iterator[str]:
 
 
 def _paragraphs(topic: str) -> Iterator[str]:
-    """A topic's paragraphs, lines joined; rulers of headings are left out."""
+    """A topic's paragraphs, lines joined; rulers of headings are skipped."""
     for paragraph in re.split(r"\n\s*\n", topic):
         lines = [line.strip() for line in paragraph.splitlines()]
         yield " ".join(line for line in lines if line and not re.fullmatch(r"[*=\-~^]+", line))

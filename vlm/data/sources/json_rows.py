@@ -88,7 +88,7 @@ class RowsSource(Source):
 
 
 def image_root_at(path: str | Path) -> ImageRoot:
-    """The place of pictures at `path`: a folder, or a .tar file."""
+    """The place of images at `path`: a folder, or a .tar file."""
     if Path(path).suffix.lower() == ".tar":
         return TarImages(path)
     if not Path(path).is_dir():

@@ -53,7 +53,7 @@ MEDIA = ("video", "videos", "audio", "audios")
 """Keys of what no model here sees or hears; rows that have them are refused."""
 
 TURN_MEANING = MEANING | dict.fromkeys(
-    ("image", "images", *MEDIA), "pictures, video or sound of one turn"
+    ("image", "images", *MEDIA), "images, video or sound of one turn"
 )
 
 MEDIA_EXTENSIONS = ("mp4", "avi", "mov", "mkv", "webm", "wav", "mp3", "flac", "ogg", "m4a")
@@ -67,7 +67,7 @@ HARMLESS = frozenset(
      "error_message", "exif", "md5", "sha256", "phash", "file_name", "filename",
      "tags", "keywords", "group", "subgroup")
 )  # fmt: skip
-"""Keys that say where a row or picture is from, or what its file says itself; they go untold."""
+"""Keys that say where a row or image is from, or what its file says itself; they go untold."""
 
 
 def is_given(value: Any) -> bool:
@@ -89,7 +89,7 @@ class UnreadKey:
 class UnreadKeys:
     """The keys that the rows of one source have and nobody reads.
 
-    ignore: keys that may be left out although they change what a row means.
+    ignore: keys that may be skipped although they change what a row means.
     found: each key with its count, in the order in which they were met by this process.
     stops: whether a key that changes the meaning of its row raises BadSource. It ends a run also
         where bad rows are skipped, since it tells of a format and not of a row.
@@ -126,7 +126,7 @@ class UnreadKeys:
         if self.stops and changes and key not in self.ignore:
             raise BadSource(
                 f"{name}: key {key!r} ({_what(key, meaning)}) is not read, and without it the row "
-                f"says something else: {short(value)}; --ignore-keys {key} leaves it out"
+                f"says something else: {short(value)}; --ignore-keys {key} skips it"
             )
         before = 0 if held is None else held.count
         self.found[key] = UnreadKey(before + count, name, short(value), changes)
@@ -134,7 +134,7 @@ class UnreadKeys:
             print(f"{name}: key {key!r} is not read: {short(value)}", file=sys.stderr)
 
     def changing(self) -> tuple[str, ...]:
-        """The keys found that change what a row means and are not to be left out."""
+        """The keys found that change what a row means and are not to be skipped."""
         return tuple(k for k, held in self.found.items() if held.changes and k not in self.ignore)
 
     def add(self, found: Mapping[str, UnreadKey]) -> None:

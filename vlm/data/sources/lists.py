@@ -1,4 +1,4 @@
-"""Rows in a list parted by tabs: pictures and their texts, a pair a line, under a header.
+"""Rows in a list separated by tabs: images and their texts, a pair a line, under a header.
 
     image	text
     lines/0001.png	He said "no" & left.
@@ -41,7 +41,7 @@ class TsvSource(Source):
     Rows are named FILE:LINE (lines count from 1, the header's too).
     Raises BadSource where the file is missing, has no header with these columns, or no row.
     Reading a row raises BadRow where it has not as many fields as the header, no text, or no
-    picture where its path leads.
+    image where its path leads.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class TsvSource(Source):
             ) from error
         if len(fields) != len(self._columns):
             raise BadRow(
-                f"{name}: expected {len(self._columns)} fields parted by tabs "
+                f"{name}: expected {len(self._columns)} fields separated by tabs "
                 f"({', '.join(self._columns)}), found {len(fields)}: {'⇥'.join(fields)[:80]!r}"
             )
         text = fields[self._text]
@@ -96,16 +96,16 @@ class TsvSource(Source):
                 f"{name}: expected a text in the column {self._columns[self._text]}, found none"
             )
         more = {column: fields[place] for column, place in self._more if fields[place]}
-        picture = self._images.find(fields[self._image], name)
+        image = self._images.find(fields[self._image], name)
         if not more:
-            return caption_example(name, picture, text, self._form.prompt)
+            return caption_example(name, image, text, self._form.prompt)
         form = replace(self._form, image=None, caption=None)
         row = more | {"caption": text}
-        return example_from_row(row, name, form, self._images.find, (picture,), self.unread)
+        return example_from_row(row, name, form, self._images.find, (image,), self.unread)
 
     def _note_columns(self) -> list[tuple[str, int]]:
-        """The columns beside picture and text that say more of a row, with their places; those
-        that are left out are counted, each by all rows, shown by the first."""
+        """The columns beside image and text that say more of a row, with their places; those
+        that are skipped are counted, each by all rows, shown by the first."""
         says_more = {*ROW_MEANING, *EXTRA_KEYS, *TALK_KEYS} - self._form.ignore
         more, rest = [], []
         for place, column in enumerate(self._columns):
@@ -133,9 +133,9 @@ class TsvSource(Source):
         found = [name for name in names if name in self._columns]
         if not found:
             raise BadSource(
-                f"{self.name}: expected a first line of columns parted by tabs, one of them "
+                f"{self.name}: expected a first line of columns separated by tabs, one of them "
                 f"{' or '.join(names)}, found {self._columns}; name others with ?image= and "
-                "?caption= behind the file"
+                "?caption= after the file"
             )
         if self._columns.count(found[0]) > 1:
             raise BadSource(

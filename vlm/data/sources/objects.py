@@ -18,7 +18,7 @@ from vlm.pixels import BadImage, image_size
 REF_MARK, BOX_MARK = "<ref-object>", "<bbox>"
 KEYS = ("ref", "bbox", "bbox_type", "image_id")
 SCALES = {"norm1000": 1000.0, "norm1": 1.0}
-"""Kinds of coordinates that are shares of the picture -> what its whole side is in them."""
+"""Kinds of coordinates that are shares of the image -> what its whole side is in them."""
 _MARKS = re.compile(f"({re.escape(REF_MARK)}|{re.escape(BOX_MARK)})")
 
 
@@ -30,12 +30,12 @@ class Objects:
     boxes: tuple[Box, ...]
 
 
-def read_objects(value: Any, name: str, pictures: Sequence[ImageRef]) -> Objects:
+def read_objects(value: Any, name: str, images: Sequence[ImageRef]) -> Objects:
     """What a row's `objects` hold.
 
     A box's label is the text of the same number where there are as many texts as boxes, or the one
     text; else it has none ("").
-    pictures: the row's, of which headers are read where coordinates are shares of them.
+    images: the row's, of which headers are read where coordinates are shares of them.
     Raises BadRow for other keys, and for boxes that `vlm.data.boxes` refuses.
     """
     place = f"{name}: objects"
@@ -62,14 +62,14 @@ def read_objects(value: Any, name: str, pictures: Sequence[ImageRef]) -> Objects
         or not all(isinstance(i, int) and not isinstance(i, bool) for i in owners)
     ):
         raise BadRow(
-            f"{place}: expected image_id to be the picture's number for each of {len(boxes)} "
+            f"{place}: expected image_id to be the image's number for each of {len(boxes)} "
             f"boxes, found {str(owners)[:80]}"
         )
-    bad = [i for i in owners if not 0 <= i < len(pictures)]
+    bad = [i for i in owners if not 0 <= i < len(images)]
     if bad:
-        raise BadRow(f"{place}: a box names image {bad[0]}, the row has {len(pictures)}")
+        raise BadRow(f"{place}: a box names image {bad[0]}, the row has {len(images)}")
     labels = refs if len(refs) == len(boxes) else (refs if len(refs) == 1 else [""]) * len(boxes)
-    sizes = {i: _size_hw(pictures[i]) for i in set(owners)} if kind in SCALES else {}
+    sizes = {i: _size_hw(images[i]) for i in set(owners)} if kind in SCALES else {}
     return Objects(
         refs=tuple(refs),
         boxes=tuple(
@@ -132,8 +132,8 @@ def _corners(
     return check_box(scaled, place, size_hw)
 
 
-def _size_hw(picture: ImageRef) -> tuple[int, int]:
+def _size_hw(image: ImageRef) -> tuple[int, int]:
     try:
-        return image_size(picture)
+        return image_size(image)
     except BadImage as error:
         raise BadRow(str(error)) from error

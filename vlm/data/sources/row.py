@@ -1,12 +1,14 @@
 """From one row of keys and values, whatever file it lay in, to one Example.
 
-Three forms of row are read, told apart by the keys that they have:
+Four forms of row are read, told apart by the keys that they have:
 
     {"image": PATH or [PATH, ...], "conversations": [{"from": "human", "value": TEXT}, ...]}
     {"images": [PATH, ...], "messages": [{"role": "user", "content": TEXT or [PART, ...]}, ...]}
     {"image": PATH, "caption": TEXT}
+    {"image": PATH or [PATH, ...], "question": TEXT, "answers": [TEXT, ...]}
 
-The first is LLaVA's, the second that of chat templates. `<image>` in a TEXT is an image's place.
+The first is LLaVA's, the second that of chat templates, the last that of VQA (see
+`vlm.data.sources.questions`). `<image>` in a TEXT is an image's place.
 A PART is {"type": "text", "text": TEXT}, where `<image>` is plain text, or {"type": "image"}.
 Rows without images are text only. Each form may add
 "boxes": [{"image": 0, "xyxy": [x0, y0, x1, y1], "label": TEXT}, ...] in the image's own pixels, as
@@ -33,6 +35,7 @@ from vlm.data.boxes import check_box
 from vlm.data.example import BadRow, Box, Example, ImageRef, Turn, caption_example
 from vlm.data.sources.keys import HARMLESS, MEDIA, TURN_MEANING, UnreadKeys, is_given
 from vlm.data.sources.objects import BOX_MARK, REF_MARK, place_objects, read_objects
+from vlm.data.sources.questions import ANSWERS_KEY, QUESTION_KEY, question_turns, read_answers
 
 IMAGE_MARK = "<image>"
 IMAGE_KEYS = ("image", "images")
@@ -55,7 +58,7 @@ SCORE_KEYS = ("weight", "loss")
 """Keys of a turn that say whether it is scored."""
 
 FindImage = Callable[[Any, str], ImageRef]
-"""From an image value of a row and the row's name to the picture; raises BadRow."""
+"""From an image value of a row and the row's name to the image; raises BadRow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,13 +66,13 @@ class RowFormat:
     """Which keys of a row are read.
 
     prompt: the user's text after the image in rows that are captions; may be empty.
-    image: the key of the picture or list of pictures; None: "image" or "images". In tar shards,
-        the extension of the picture; None: any picture's.
+    image: the key of the image or list of images; None: "image" or "images". In tar shards,
+        the extension of the image; None: any image's.
     caption: the key of the caption, which then makes every row a caption; None: rows may have
-        any of the three forms, captions under "caption" or else "text".
-    many: whether a caption may be a list of texts, all true of the picture; each is then an answer
+        any of the forms, captions under "caption" or else "text".
+    many: whether a caption may be a list of texts, all true of the image; each is then an answer
         to the prompt, in turn. Otherwise such a row is refused.
-    ignore: keys that are left out, whatever they mean.
+    ignore: keys that are skipped, whatever they mean.
     """
 
     prompt: str = ""
@@ -84,14 +87,14 @@ def example_from_row(
     name: str,
     form: RowFormat,
     find_image: FindImage,
-    pictures: Sequence[ImageRef] | None = None,
+    images: Sequence[ImageRef] | None = None,
     unread: UnreadKeys | None = None,
 ) -> Example:
     """The example that a row describes.
 
     name: the row's name, which starts every message.
-    find_image: how an image value becomes a picture.
-    pictures: the pictures, where they lie beside the row and not in it; None: the row names them.
+    find_image: how an image value becomes an image.
+    images: the images, where they lie beside the row and not in it; None: the row names them.
     unread: counts the keys that are not read.
     Raises BadRow saying what was expected and what was found, BadSource for a key that is not read
     and changes what the row means.
@@ -101,19 +104,27 @@ def example_from_row(
     unread = UnreadKeys(form.ignore) if unread is None else unread
     talks = [key for key in TALK_KEYS if row.get(key) is not None]
     text_key = talks[0] if talks and form.caption is None else _caption_key(row, form)
-    _note_keys(row, name, form, text_key, pictures is not None, unread)
+    asks = text_key is None and form.caption is None and row.get(QUESTION_KEY) is not None
+    text_key = QUESTION_KEY if asks else text_key
+    references = None
+    if text_key in TALK_KEYS and ANSWERS_KEY not in form.ignore:
+        references = read_answers(row.get(ANSWERS_KEY))
+    read = (text_key, ANSWERS_KEY) if asks or references else (text_key,)
+    _note_keys(row, name, form, read, images is not None, unread)
     extra = {key: row[key] for key in EXTRA_KEYS if key in row and is_given(row[key])}
     for key in extra.keys() & form.ignore:
         del extra[key]
     _refuse_media(extra, name)
-    if pictures is None:
-        pictures = tuple(find_image(value, name) for value in _image_values(row, name, form))
-    if not talks or form.caption is not None:
-        turns = _caption_turns(row, name, form, pictures, text_key)
+    if images is None:
+        images = tuple(find_image(value, name) for value in _image_values(row, name, form))
+    if asks:
+        turns, references = question_turns(row, name, images)
+    elif not talks or form.caption is not None:
+        turns = _caption_turns(row, name, form, images, text_key)
     elif len(talks) > 1:
         raise BadRow(f"{name}: expected conversations or messages, found both")
     else:
-        turns = _talk_turns(row[text_key], name, text_key, pictures, unread)
+        turns = _talk_turns(row[text_key], name, text_key, images, unread)
     boxes: tuple[Box, ...] = ()
     if "system" in extra:
         turns = _with_system(turns, extra["system"], name)
@@ -122,11 +133,11 @@ def example_from_row(
     if "objects" in extra:
         if boxes:
             raise BadRow(f"{name}: expected boxes or objects, found both")
-        objects = read_objects(extra["objects"], name, pictures)
+        objects = read_objects(extra["objects"], name, images)
         turns, boxes = place_objects(turns, objects, name), objects.boxes
     else:
         _note_marks(turns, name, unread)
-    return Example(name, turns, tuple(pictures), boxes)
+    return Example(name, turns, tuple(images), boxes, references or ())
 
 
 def _note_marks(turns: Sequence[Turn], name: str, unread: UnreadKeys) -> None:
@@ -146,15 +157,15 @@ def _note_keys(
     row: Mapping,
     name: str,
     form: RowFormat,
-    text_key: str | None,
+    read: Sequence[str | None],
     beside: bool,
     unread: UnreadKeys,
 ) -> None:
-    """Counts the row's keys that are not read. beside: whether its pictures lie beside it, when
-    keys that name them are of no use."""
+    """Counts the row's keys that are not read. read: the keys of its text. beside: whether its
+    images lie beside it, when keys that name them are of no use."""
     images = IMAGE_KEYS if form.image is None or beside else (form.image,)
     for key in row:
-        if key == text_key or key in HARMLESS or key in images:
+        if key in read or key in HARMLESS or key in images:
             continue
         if key not in EXTRA_KEYS or key in form.ignore:
             unread.note(key, row[key], name)
@@ -164,24 +175,24 @@ def _refuse_media(extra: Mapping, name: str) -> None:
     found = [key for key in MEDIA if key in extra]
     if found:
         raise BadRow(
-            f"{name}: expected pictures and text alone, found {found[0]} {_kind(extra[found[0]])}; "
+            f"{name}: expected images and text alone, found {found[0]} {_kind(extra[found[0]])}; "
             f"--ignore-keys {found[0]} reads the row without"
         )
 
 
 def _talk_turns(
-    value: Any, name: str, key: str, pictures: Sequence[ImageRef], unread: UnreadKeys
+    value: Any, name: str, key: str, images: Sequence[ImageRef], unread: UnreadKeys
 ) -> tuple[Turn, ...]:
     turns = tuple(_TURNS[key](value, name, unread))
     _check_order(turns, name)
     if not any(turn.is_learned for turn in turns):
         raise BadRow(f"{name}: expected an answer that is scored, found weight or loss 0 on each")
     slots = sum(turn.slots for turn in turns)
-    if slots != len(pictures):
-        hint = "" if pictures else "; literal marks belong in text parts of messages"
+    if slots != len(images):
+        hint = "" if images else "; literal marks belong in text parts of messages"
         raise BadRow(
             f"{name}: expected one {IMAGE_MARK} mark for each image, "
-            f"found {slots} marks and {len(pictures)} images{hint}"
+            f"found {slots} marks and {len(images)} images{hint}"
         )
     return turns
 
@@ -232,18 +243,19 @@ def _part_images(messages: Any) -> list:
 
 
 def _caption_turns(
-    row: Mapping, name: str, form: RowFormat, pictures: Sequence[ImageRef], key: str | None
+    row: Mapping, name: str, form: RowFormat, images: Sequence[ImageRef], key: str | None
 ) -> tuple[Turn, ...]:
     if key is None:
-        expected = ", ".join((form.caption,) if form.caption else (*TALK_KEYS, *CAPTION_KEYS))
+        keys = (form.caption,) if form.caption else (*TALK_KEYS, *CAPTION_KEYS, QUESTION_KEY)
+        expected = ", ".join(keys)
         raise BadRow(f"{name}: expected one of the keys {expected}, found {sorted(map(str, row))}")
     captions = row[key] if form.many and isinstance(row[key], list | tuple) else [row[key]]
     if not captions or not all(isinstance(caption, str) for caption in captions):
         expected = "text or a list of texts" if form.many else "text"
         raise BadRow(f"{name}: expected {key} to be {expected}, found {_kind(row[key])}")
-    if len(pictures) != 1:
-        raise BadRow(f"{name}: expected one image for the caption, found {len(pictures)}")
-    first, *others = (caption_example(name, pictures[0], text, form.prompt) for text in captions)
+    if len(images) != 1:
+        raise BadRow(f"{name}: expected one image for the caption, found {len(images)}")
+    first, *others = (caption_example(name, images[0], text, form.prompt) for text in captions)
     again = Turn("user", (form.prompt,) if form.prompt else ())
     turns = [turn for example in others for turn in (again, example.turns[1])]
     return (*first.turns, *turns)

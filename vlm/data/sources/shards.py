@@ -26,6 +26,7 @@ from vlm.data.example import BadRow, BadSource, Example, ImageRef, caption_examp
 from vlm.data.sources.base import FIRST, Fault, Source, read_bytes
 from vlm.data.sources.json_rows import load_json
 from vlm.data.sources.keys import MEDIA_EXTENSIONS, UnreadKey, UnreadKeys
+from vlm.data.sources.questions import QUESTION_KEY
 from vlm.data.sources.row import CAPTION_KEYS, TALK_KEYS, RowFormat, example_from_row
 from vlm.data.sources.tar import walk_members
 
@@ -42,11 +43,11 @@ class ShardSource(Source):
 
     shards: a path with wildcards (*, ?, [..]) and brace ranges ({0000..0009}, {a,b}), or a list
         of these; local files only, not compressed.
-    A sample is its pictures in order, with KEY.json (a row of any form that `row` reads) or
+    A sample is its images in order, with KEY.json (a row of any form that `row` reads) or
     KEY.txt (a caption, in UTF-8); the JSON is read first, the text where it holds no caption.
     Rows are named SHARD:KEY, the shard relative to the folder that all shards share.
     Members that are not read are counted as keys of rows are, under ".EXTENSION".
-    faults: samples of which the names differ behind the first dot, which are one by the rule.
+    faults: samples of which the names differ after the first dot, which are one by the rule.
     Raises BadSource where a shard is missing, cut short, or its samples are not side by side, where
     a sample has two members of one extension, or videos or sound.
     """
@@ -74,15 +75,15 @@ class ShardSource(Source):
         """What the walk through the shards found beside samples, as faults and keys."""
         notes = self._index.notes
         if count := notes["merged"]["count"]:
-            kind = "samples with members that differ behind the first dot (they are one sample)"
+            kind = "samples with members that differ after the first dot (they are one sample)"
             first = [self._named(*place) for place in notes["merged"]["first"]]
             self.faults = (Fault(kind, count, tuple(first)),)
         for extension, (count, *place) in notes["unread"].items():
             key, name = f".{extension}", self._named(*place)
             if extension in MEDIA_EXTENSIONS and key not in self._form.ignore:
                 raise BadSource(
-                    f"{name}: expected pictures and text alone, found {count:,} members {key}; "
-                    f"--ignore-keys {key} leaves them out"
+                    f"{name}: expected images and text alone, found {count:,} members {key}; "
+                    f"--ignore-keys {key} skips them"
                 )
             self.unread.found[key] = UnreadKey(count, name, "a member of the sample")
 
@@ -97,35 +98,35 @@ class ShardSource(Source):
 
     def read(self, row: int) -> Example:
         name = self.row_name(row)
-        pictures = self._pictures(row, name)
+        images = self._images(row, name)
         values = None
         if (data := self._part(row, self._index.json_place, name)) is not None:
             values = load_json(data, name)
             if not self._lacks_caption(values):
-                return self._example(values, name, pictures)
+                return self._example(values, name, images)
         if (data := self._part(row, self._index.text_place, name)) is not None:
-            if len(pictures) != 1:
-                raise BadRow(f"{name}: expected one image for the text, found {len(pictures)}")
+            if len(images) != 1:
+                raise BadRow(f"{name}: expected one image for the text, found {len(images)}")
             try:
                 text = data.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise BadRow(f"{name}: expected UTF-8 in the text, found other bytes") from error
             if values is None:
-                return caption_example(name, pictures[0], text, self._form.prompt)
+                return caption_example(name, images[0], text, self._form.prompt)
             values = {**values, self._form.caption or CAPTION_KEYS[0]: text}
         if values is not None:
-            return self._example(values, name, pictures)
+            return self._example(values, name, images)
         raise BadRow(
             f"{name}: expected {self._index.key(row)}.json or .txt beside it, "
-            f"found {len(pictures)} images alone"
+            f"found {len(images)} images alone"
         )
 
-    def _example(self, values: object, name: str, pictures: tuple[ImageRef, ...]) -> Example:
-        return example_from_row(values, name, self._form, _no_image, pictures, self.unread)
+    def _example(self, values: object, name: str, images: tuple[ImageRef, ...]) -> Example:
+        return example_from_row(values, name, self._form, _no_image, images, self.unread)
 
     def _lacks_caption(self, values: object) -> bool:
         keys = (self._form.caption,) if self._form.caption else CAPTION_KEYS
-        keys += () if self._form.caption else TALK_KEYS
+        keys += () if self._form.caption else (*TALK_KEYS, QUESTION_KEY)
         return isinstance(values, dict) and all(values.get(key) is None for key in keys)
 
     def _part(self, row: int, places: np.ndarray, name: str) -> bytes | None:
@@ -134,16 +135,16 @@ class ShardSource(Source):
             return None
         return read_bytes(self._paths[self._index.sample_shard[row]], offset, size, name)
 
-    def _pictures(self, row: int, name: str) -> tuple[ImageRef, ...]:
+    def _images(self, row: int, name: str) -> tuple[ImageRef, ...]:
         index = self._index
         path = self._paths[index.sample_shard[row]]
         first = int(index.image_end[row - 1]) if row else 0
-        pictures = []
+        images = []
         for image in range(first, int(index.image_end[row])):
             offset, size = map(int, index.image_place[image])
             extension = index.extensions[index.image_extension[image]]
-            pictures.append(ImageRef(read_bytes(path, offset, size, name), f"{name}.{extension}"))
-        return tuple(pictures)
+            images.append(ImageRef(read_bytes(path, offset, size, name), f"{name}.{extension}"))
+        return tuple(images)
 
 
 def find_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
@@ -175,10 +176,10 @@ def find_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
 
 
 class _Index:
-    """Where the samples' members lie, in flat arrays; N samples, M pictures.
+    """Where the samples' members lie, in flat arrays; N samples, M images.
 
     sample_shard: int32[N]. json_place, text_place: int64[N, 2], offset and size, -1 where there
-    is none. image_end: int64[N], the pictures up to and with each sample. image_place:
+    is none. image_end: int64[N], the images up to and with each sample. image_place:
     int64[M, 2]. image_extension: int16[M] into `extensions`. Keys lie in one run of bytes.
     notes: "merged", the count of samples of several names and the first, each (shard, key and
     extensions), and "unread", for each extension that nothing reads its count, shard and key.
@@ -264,7 +265,7 @@ class _Index:
                     json_place[-2], json_place[-1] = member.offset, member.size
                 elif extension == text_extension:
                     text_place[-2], text_place[-1] = member.offset, member.size
-                elif _is_picture(extension, image_extension):
+                elif _is_image(extension, image_extension):
                     image_place.extend((member.offset, member.size))
                     image_extensions.append(codes.setdefault(extension, len(codes)))
                     image_end[-1] += 1
@@ -303,8 +304,8 @@ class _Notes:
         self.found: dict = {"merged": {"count": 0, "first": []}, "unread": {}}
 
     def sample(self, shard: int, key: str | None, extensions: set[str], text: str) -> None:
-        """A sample that is whole now: whether it is several, by names that go on behind the first
-        dot. Several pictures beside one row of JSON are meant to be one."""
+        """A sample that is whole now: whether it is several, by names that go on after the first
+        dot. Several images beside one row of JSON are meant to be one."""
         if len(extensions) < 2 or not any("." in extension for extension in extensions):
             return
         stems = {e.rpartition(".")[0] for e in extensions if _is_read(e, text)}
@@ -317,7 +318,7 @@ class _Notes:
             merged["first"].append((shard, f"{key} ({', '.join(sorted(extensions))})"))
 
     def unread(self, shard: int, key: str, extension: str) -> None:
-        """A member that nothing reads, counted by what stands behind its last dot; "*." before it
+        """A member that nothing reads, counted by what stands after its last dot; "*." before it
         says that it would be read if no other dot stood there."""
         first, _, last = extension.rpartition(".")
         extension = f"*.{last}" if first and last in (*IMAGE_EXTENSIONS, "json", "txt") else last
@@ -329,7 +330,7 @@ def _is_read(extension: str, text: str) -> bool:
     return extension.rpartition(".")[2] in (*IMAGE_EXTENSIONS, "json", text)
 
 
-def _is_picture(extension: str, wanted: str | None) -> bool:
+def _is_image(extension: str, wanted: str | None) -> bool:
     if wanted is not None:
         return extension == wanted
     return extension.rpartition(".")[2] in IMAGE_EXTENSIONS

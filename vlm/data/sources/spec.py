@@ -28,15 +28,15 @@ ACCEPTED = """\
     lines:COUNT:KEY=VALUE...    drawn lines of text, such as lines:1000:seed=3
     pages:COUNT:KEY=VALUE...    drawn pages of text, such as pages:10:seed=3
     PATH.jsonl, PATH.json       rows: image and conversations, messages or caption
-    PATH.tsv                    rows parted by tabs under a header: image and text
-    coco:PATH.json              boxes in COCO's JSON; the pictures' folder behind ?root=
+    PATH.tsv                    rows separated by tabs under a header: image and text
+    coco:PATH.json              boxes in COCO's JSON; the images' folder after ?root=
     PATH.tar                    WebDataset shards; wildcards and {0000..0009} allowed
     PATH.parquet                a table
     FOLDER                      saved by datasets, or images with classes or metadata
     FOLDER:SPLIT                one split of it
     datasets:ORG/NAME:SPLIT     a hub set
     clip_benchmark:FOLDER:SPLIT WebDataset shards in CLIP_benchmark's layout
-    PATH.txt                    plain text, paragraphs parted by empty lines
+    PATH.txt                    plain text, paragraphs separated by empty lines
     python:SPLIT                plain text, Python's own manual: train, val"""
 _SUFFIX = re.compile(r"\?(?=[a-z_]+=)")
 
@@ -61,21 +61,21 @@ def open_source(
         lines:COUNT:KEY=VALUE...    drawn lines; keys are those of `Lines.from_text`
         pages:COUNT:KEY=VALUE...    drawn pages; keys are those of `Pages.from_text`
         PATH.jsonl, PATH.json       rows, as in `vlm.data.sources.row`
-        PATH.tsv                    rows parted by tabs, as in `vlm.data.sources.lists`
+        PATH.tsv                    rows separated by tabs, as in `vlm.data.sources.lists`
         coco:PATH.json              detection data, as in `vlm.data.sources.coco`
         PATH.tar                    WebDataset shards; wildcards and {0000..0009} allowed
         PATH.parquet                a table
         FOLDER, FOLDER:SPLIT        saved by `datasets`, or images with classes or metadata
         datasets:ORG/NAME:SPLIT     a hub set
         clip_benchmark:FOLDER:SPLIT as in `vlm.data.sources.clip_benchmark`; SPLIT or else test
-        PATH.txt                    plain text, paragraphs parted by empty lines
+        PATH.txt                    plain text, paragraphs separated by empty lines
         python:SPLIT                plain text, Python's own manual: train, val
 
-    Options are arguments, or stand behind the text as ?KEY=VALUE&KEY=VALUE (percent-encoded where
+    Options are arguments, or stand after the text as ?KEY=VALUE&KEY=VALUE (percent-encoded where
     a value holds & or %), where they win over the arguments:
 
     prompt: the user's text after the image, in rows that are captions; may be "".
-    image: key or column of the pictures; of tar shards, their extension. None: the usual ones.
+    image: key or column of the images; of tar shards, their extension. None: the usual ones.
     caption: key or column of the caption, making every row a caption. None: any form of row.
     root: where relative image paths start: a folder, or for rows of JSON or tabs and COCO's files
         a .tar file too. None: the folder of the rows.
@@ -84,7 +84,7 @@ def open_source(
     bad_boxes: of COCO's files: "stop" (or None) refuses one with boxes that cannot be one, "skip"
         loses these boxes.
     many: whether a caption may be a list of texts; an argument only, as few uses can take it.
-    ignore_keys: keys of rows that are left out although they change what a row means (see
+    ignore_keys: keys of rows that are skipped although they change what a row means (see
         `vlm.data.sources.keys`); an argument only.
     Raises BadSource where nothing opens, listing what is accepted.
 
@@ -97,7 +97,7 @@ def open_source(
     own = _options(suffix[0], spec) if suffix else {}
     options |= own
     kind, open_kind = _kind(text, spec)
-    # These arguments are for the sources that read them among others; behind the text they are for
+    # These arguments are for the sources that read them among others; after the text they are for
     # this one.
     given = {key for key, value in options.items() if value}
     given -= {"prompt"} - set(own) if kind in _WITHOUT_PROMPT else set()

@@ -1,6 +1,6 @@
 """Tables of the `datasets` library: hub sets, Parquet files, image folders, saved folders.
 
-The table stays memory-mapped on disk. Its pictures are taken as encoded bytes or paths: decoding
+The table stays memory-mapped on disk. Its images are taken as encoded bytes or paths: decoding
 is `vlm.pixels.open_image`'s, which has limits that `datasets` has not.
 """
 
@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm.compat.extras import needs
 from vlm.data.example import BadRow, BadSource, Example, ImageRef
 from vlm.data.sources.base import FolderImages, Source
 from vlm.data.sources.keys import HARMLESS, ROW_MEANING, UnreadKeys
+from vlm.data.sources.questions import ANSWERS_KEY, QUESTION_KEY
 from vlm.data.sources.row import (
     CAPTION_KEYS,
     EXTRA_KEYS,
@@ -37,7 +39,7 @@ class TableSource(Source):
     form: its columns, in place of keys. Where no column holds text, class labels do: their names,
         under "label" or the column that `form.caption` names.
     image_root: the folder that image paths start from and may not leave; None: paths are refused,
-        pictures must lie in the table.
+        images must lie in the table.
     Rows are named NAME[ROW]. Raises BadSource where a column is missing.
     """
 
@@ -55,7 +57,7 @@ class TableSource(Source):
         for wanted in (form.image, form.caption):
             if wanted is not None and wanted not in columns:
                 raise BadSource(f"{name}: expected column {wanted!r}, found {sorted(columns)}")
-        texts = (*TALK_KEYS, *CAPTION_KEYS)
+        texts = (*TALK_KEYS, *CAPTION_KEYS, QUESTION_KEY)
         if form.caption is None and not columns.intersection(texts):
             if LABEL_KEY not in columns or not hasattr(table.features[LABEL_KEY], "names"):
                 raise BadSource(
@@ -65,7 +67,7 @@ class TableSource(Source):
             form = dataclasses.replace(form, caption=LABEL_KEY)
         self._form = form
         images = IMAGE_KEYS if form.image is None else (form.image,)
-        captions = texts if form.caption is None else (form.caption,)
+        captions = (*texts, ANSWERS_KEY) if form.caption is None else (form.caption,)
         known = (*images, *captions, *EXTRA_KEYS, *ROW_MEANING, LABEL_KEY)
         read = [key for key in dict.fromkeys(known) if key in columns]
         self.unread = UnreadKeys(form.ignore)
@@ -78,7 +80,7 @@ class TableSource(Source):
         self.require_rows()
 
     def _note_columns(self, table: Dataset, read: list[str]) -> None:
-        """Counts the columns that are left out: each by all rows, shown by the first."""
+        """Counts the columns that are skipped: each by all rows, shown by the first."""
         rest = [key for key in table.column_names if key not in read and key not in HARMLESS]
         if rest and len(table):
             first = _undecoded(table.select_columns(rest))[0]
@@ -128,7 +130,8 @@ def load_table(body: str, split: str | None, config: str | None = None) -> tuple
     config: the hub set's configuration.
     Raises BadSource where it cannot be loaded, naming `body`.
     """
-    import datasets
+    with needs("data"):
+        import datasets
 
     path = Path(body)
     try:
@@ -170,7 +173,7 @@ def _one_split(table: Dataset | DatasetDict, body: str, split: str | None) -> Da
 
 
 def _undecoded(table: Dataset) -> Dataset:
-    """The table with every column of pictures, sound or videos, or lists of these, left encoded."""
+    """The table with every column of images, sound or videos, or lists of these, left encoded."""
     from datasets import Audio, Image, LargeList, List, Video
 
     encoded = (Image, Audio, Video)

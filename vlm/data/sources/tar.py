@@ -39,7 +39,7 @@ class Member(NamedTuple):
 def walk_members(path: str | Path) -> Iterator[Member]:
     """The regular files in a tar file (USTAR, GNU or PAX, not compressed), in its order.
 
-    Folders and links are left out, as WebDataset does.
+    Folders and links are skipped, as WebDataset does.
     Raises BadSource where the file is missing, no tar, or cut short: the message names the byte
     and the last whole member.
     """
@@ -114,7 +114,7 @@ def _pax_records(content: bytes) -> dict[str, str]:
 
 
 class TarImages:
-    """Pictures as members of one tar file, looked up by name.
+    """Images as members of one tar file, looked up by name.
 
     The index holds 24 bytes for each member: a hash of its name, its offset and its size.
     """

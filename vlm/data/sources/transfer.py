@@ -1,4 +1,4 @@
-"""Any source as rows of one task in PaliGemma's form: a picture, one prompt, one answer."""
+"""Any source as rows of one task in PaliGemma's form: an image, one prompt, one answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEPARATOR = " ; "
 class Prompted(Derived):
     """Another source's questions put as a prompt.
 
-    prompt: `{question}` is the place of what the user says beside the pictures, which come first;
+    prompt: `{question}` is the place of what the user says beside the images, which come first;
         without one, all of the user's text is replaced ("caption en").
     Raises BadSource for a prompt with other braces. Reading a row raises BadRow where it is no one
     question with its answer.
@@ -42,13 +42,13 @@ class Prompted(Derived):
 
 
 class Detect(Derived):
-    """Another source's pictures and boxes, some labels of each picture asked for at once; what its
-    rows say is left out.
+    """Another source's images and boxes, some labels of each image asked for at once; what its
+    rows say is skipped.
 
     prompt: `{phrase}` is the place of the labels. seed: of how many labels a row asks for, which,
-        and in what order; all that are asked for are on the picture.
+        and in what order; all that are asked for are on the image.
     Raises BadSource for a prompt without `{phrase}` or with other braces. Reading a row raises
-    BadRow where it has no box, or more than one picture.
+    BadRow where it has no box, or more than one image.
     """
 
     def __init__(self, source: Source, prompt: str, seed: int = 0) -> None:
@@ -67,11 +67,11 @@ class Detect(Derived):
 
 
 def detection(example: Example, labels: Sequence[str], prompt: str) -> Example:
-    """The example with its turns replaced: the picture with `prompt`, whose `{phrase}` are these
-    labels, and as the answer each box of them with its label behind it. Boxes of one label stand
+    """The example with its turns replaced: the image with `prompt`, whose `{phrase}` are these
+    labels, and as the answer each box of them with its label after it. Boxes of one label stand
     together, those further up first, then those further left.
 
-    Raises BadRow where a label has no box, none is given, or there is more than one picture.
+    Raises BadRow where a label has no box, none is given, or there is more than one image.
 
     >>> from vlm.data.example import Box, ImageRef
     >>> boxes = (Box(0, (5, 9, 7, 11), "cup"), Box(0, (1, 2, 3, 4), "cat"))
@@ -82,7 +82,7 @@ def detection(example: Example, labels: Sequence[str], prompt: str) -> Example:
     """
     if len(example.images) != 1:
         raise BadRow(
-            f"{example.name}: expected one picture, so that an answer says where its boxes are, "
+            f"{example.name}: expected one image, so that an answer says where its boxes are, "
             f"found {len(example.images)}"
         )
     if "" in labels:

@@ -2,7 +2,7 @@
 
 A drawn line is first a *mask*: how much ink each pixel has. It is bent as a sheet is, inked and
 laid on paper, then seen through a camera or scanner. Each step takes a random generator of numpy
-and draws its own strength, so that one seed gives one picture.
+and draws its own strength, so that one seed gives one image.
 
 Shapes: H W pixel rows and columns.
 """
@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import math
 
-import cv2
 import numpy as np
 from numpy.random import Generator
+
+from vlm.compat.extras import needs
+
+with needs("ocr"):
+    import cv2
 
 WEARS = (
     "slant", "low contrast", "light on dark", "uneven light", "low resolution", "blur", "noise",
@@ -126,7 +130,7 @@ def paint(mask: np.ndarray, dice: Generator, kind: str) -> np.ndarray:
 
 
 def see(image: np.ndarray, dice: Generator, kind: str) -> np.ndarray:
-    """The picture uint8[H, W, 3] as a camera or scanner gives it: light, resolution, blur, noise,
+    """The image uint8[H, W, 3] as a camera or scanner gives it: light, resolution, blur, noise,
     compression."""
     if kind in ("clean", "print"):
         return image

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from PIL import ImageFont
 
+from vlm.compat.extras import needs
+
 HANDS = frozenset({"caveat", "kalam", "dancing-script", "shadows-into-light"})
 """Families of fontpkg that look written by hand, of those named here."""
 
@@ -86,7 +88,7 @@ class Font:
 def find_fonts(names: str | Sequence[str] = "any") -> list[Font]:
     """The fonts that are named, in an order that hangs on names alone.
 
-    names: any of, or several parted by commas: "any" (installed packages `fontpkg-*` but those
+    names: any of, or several separated by commas: "any" (installed packages `fontpkg-*` but those
         held out; where there are none, the system's), "train" or "held_out" (the families listed
         here), "system", a family of fontpkg such as "lato", a folder, or a font file.
     Raises BadFont naming what gives no font, and how to install it.
@@ -189,7 +191,8 @@ def _files(folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=4096)
 def _of_file(path: Path) -> Font:
-    from fontTools.ttLib import TTFont, TTLibError
+    with needs("ocr"):
+        from fontTools.ttLib import TTFont, TTLibError
 
     try:
         with TTFont(path, lazy=True, fontNumber=0) as file:
@@ -204,7 +207,8 @@ def _of_file(path: Path) -> Font:
 
 @lru_cache(maxsize=4096)
 def _characters(path: Path) -> frozenset[int]:
-    from fontTools.ttLib import TTFont
+    with needs("ocr"):
+        from fontTools.ttLib import TTFont
 
     with TTFont(path, lazy=True, fontNumber=0) as file:
         return frozenset(file.getBestCmap() or {})

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
+from vlm.compat.extras import needs
 from vlm.data.example import BadSource, Example, ImageRef, caption_example
 from vlm.data.sources.base import Source
 from vlm.data.synthetic import degrade
@@ -32,6 +32,9 @@ from vlm.data.synthetic.text import (
     lines_of,
     words_in,
 )
+
+with needs("ocr"):
+    import cv2
 
 ALPHABETS = {
     "english": ASCII + MARKS,
@@ -73,7 +76,7 @@ class Lines(Source):
     split: which lines are drawn, by what they say: "train" or "validation".
     kind: one of `degrade.KINDS`. made: share of made lines (numbers, codes, names). longest: the
         most characters of a line. hands: share of lines in made-up hands (see `pen.Hand`).
-    Pictures are uncompressed bytes, drawn when a row is read. Rows are named NAME[ROW].
+    Images are uncompressed bytes, drawn when a row is read. Rows are named NAME[ROW].
     Raises BadSource, BadFont or BadText naming what does not fit.
     """
 
@@ -168,11 +171,11 @@ class Lines(Source):
         return self.line(row).hand
 
     def wear_of(self, row: int) -> str:
-        """What a row's picture suffers from."""
+        """What a row's image suffers from."""
         return self.line(row).kind
 
-    def picture(self, row: int) -> np.ndarray:
-        """A row's picture: uint8[H, W, 3]."""
+    def image(self, row: int) -> np.ndarray:
+        """A row's image: uint8[H, W, 3]."""
         return self._drawn(self.line(row), row)
 
     def read(self, row: int) -> Example:
@@ -188,7 +191,7 @@ class Lines(Source):
 def draw(
     line: DrawnLine, dice: np.random.Generator, families: Sequence[Sequence[Font]] = ()
 ) -> np.ndarray:
-    """The picture of a line: uint8[H, W, 3].
+    """The image of a line: uint8[H, W, 3].
 
     families: the fonts, by family, that a made-up hand takes its letters from.
     """
@@ -263,7 +266,7 @@ def _framed(mask: np.ndarray, dice: np.random.Generator, kind: str) -> np.ndarra
 
 
 def ppm(pixels: np.ndarray) -> bytes:
-    """uint8[H, W, 3] as the bytes of an uncompressed picture file."""
+    """uint8[H, W, 3] as the bytes of an uncompressed image file."""
     H, W = pixels.shape[:2]
     return b"P6 %d %d 255\n" % (W, H) + pixels.tobytes()
 

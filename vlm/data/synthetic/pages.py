@@ -1,7 +1,7 @@
 """Drawn pages of text whose lines, boxes, reading order and structure are true by construction.
 
 A page follows from (seed, row) alone: a title or none, one or two columns of paragraphs under
-headings, ragged or justified, a picture or none, a page number or none; then turned by a few
+headings, ragged or justified, an image or none, a page number or none; then turned by a few
 degrees, inked, lit and worn. For line finders, for reading order, and for readers of whole pages.
 """
 
@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from random import Random
 from xml.sax.saxutils import escape
 
-import cv2
 import numpy as np
 
+from vlm.compat.extras import needs
 from vlm.data.example import BadSource, Box, Example, ImageRef, caption_example
 from vlm.data.sources.base import Source
 from vlm.data.synthetic import degrade
@@ -24,6 +24,9 @@ from vlm.data.synthetic.lines import ALPHABETS, ppm
 from vlm.data.synthetic.options import Options, read_options
 from vlm.data.synthetic.press import PageLine, Press, draw_style
 from vlm.data.synthetic.text import BadText, Writer, documentation, lines_of
+
+with needs("ocr"):
+    import cv2
 
 MOST_TURN = 4.0
 """Degrees that pages are turned by at most."""
@@ -74,7 +77,7 @@ class Pages(Source):
     fonts: as `find_fonts` takes them. text: "english" (Python's documentation) or a text file in
         UTF-8; split: which of its lines are used.
     kind: one of `degrade.KINDS`. columns: 1 or 2; None gives each page its own number.
-    Pictures are uncompressed bytes, drawn when a row is read. Rows are named NAME[ROW].
+    Images are uncompressed bytes, drawn when a row is read. Rows are named NAME[ROW].
     Raises BadSource, BadFont or BadText naming what does not fit.
     """
 
@@ -173,7 +176,7 @@ def _turn(
 
 def _see(pixels: np.ndarray, rng: np.random.Generator, kind: str, body_px: int) -> np.ndarray:
     """The page as a scanner or camera gives it: light, blur, noise, compression, in strengths that
-    leave letters of `body_px` to be read. `degrade.see` takes a picture for one line."""
+    leave letters of `body_px` to be read. `degrade.see` takes an image for one line."""
     if kind in ("clean", "print"):
         return pixels
     height, width = pixels.shape[:2]

@@ -14,12 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import cv2
 import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw
 
+from vlm.compat.extras import needs
 from vlm.data.synthetic.fonts import Font
+
+with needs("ocr"):
+    import cv2
 
 HEIGHT = 32
 """Pixels of the letter x as letters are bent; a line is scaled when it is done."""

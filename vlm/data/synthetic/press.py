@@ -1,6 +1,6 @@
 """Text set on a page, block by block: the ink, and where each line of it stands.
 
-Columns of paragraphs under headings, ragged or justified, with a title, pictures of soft blobs and
+Columns of paragraphs under headings, ragged or justified, with a title, images of soft blobs and
 a page number by chance; and no wear, which is `vlm.data.synthetic.pages`'s.
 """
 
@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vlm.compat.extras import needs
 from vlm.data.synthetic.fonts import Font
 from vlm.data.synthetic.text import Writer
+
+with needs("ocr"):
+    import cv2
 
 PARTS = ("title", "heading", "paragraph", "number")
 """What a block of lines can be: of the page, of a column, and the page's number at its foot."""
@@ -101,7 +104,7 @@ class Press:
         return self.mask, self.lines
 
     def _fill(self, column: int, sides: tuple[int, int], y: int, bottom: int) -> None:
-        """One column: paragraphs under headings, and by chance a picture."""
+        """One column: paragraphs under headings, and by chance an image."""
         style, dice = self.style, self.dice
         end = bottom - round((bottom - y) * dice.choice((0, 0, 0, dice.uniform(0, 0.6))))
         start = y
@@ -109,7 +112,7 @@ class Press:
         while y < end - 2 * style.body_px:
             roll = dice.random()
             if roll < 0.12 and y > start:
-                y = self._picture(sides, y + style.body_px // 2, end)
+                y = self._image(sides, y + style.body_px // 2, end)
             elif roll < 0.35:
                 face = style.heading.at(round(style.body_px * dice.uniform(1.0, 1.5)))
                 text = self._words(dice.randint(1, 5), style.heading)
@@ -190,8 +193,8 @@ class Press:
         corners = ((x0, y0), (x1, y0), (x1, y1), (x0, y1))
         self.lines.append(PageLine(" ".join(words), corners, part, column, self.block))
 
-    def _picture(self, sides: tuple[int, int], y: int, end: int) -> int:
-        """A picture of soft blobs in the column; the row below it."""
+    def _image(self, sides: tuple[int, int], y: int, end: int) -> int:
+        """An image of soft blobs in the column; the row below it."""
         dice, px = self.dice, self.style.body_px
         height = round(dice.uniform(4, 9) * px)
         if y + height > end:

@@ -1,6 +1,6 @@
 """Scenes of coloured shapes: what they hold, how they are composed from a seed, how they are drawn.
 
-A scene is a value; its picture follows from it alone, and its boxes are those of the very masks
+A scene is a value; its image follows from it alone, and its boxes are those of the very masks
 that drew it.
 """
 
@@ -58,7 +58,7 @@ class Shape(NamedTuple):
 
 
 class Background(NamedTuple):
-    """What lies behind: `kind` of BACKGROUNDS or HELD_BACK, the colours of its corners or extremes,
+    """What lies after: `kind` of BACKGROUNDS or HELD_BACK, the colours of its corners or extremes,
     a seed."""
 
     kind: str
@@ -148,13 +148,13 @@ def compose(
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The scene as an RGB picture, edges smoothed."""
-    picture = _draw_background(scene.size_hw, scene.background)
+    """The scene as an RGB image, edges smoothed."""
+    image = _draw_background(scene.size_hw, scene.background)
     for shape in scene.shapes:
         x0, y0, x1, _ = shape.box_xyxy_px
         mask = shape_mask(shape.kind, x1 - x0)
-        picture.paste(COLOURS[shape.colour], (x0, y0), mask)
-    return picture
+        image.paste(COLOURS[shape.colour], (x0, y0), mask)
+    return image
 
 
 @cache
@@ -204,7 +204,7 @@ def _draw_background(size_hw: tuple[int, int], background: Background) -> Image.
         rows, columns = np.indices((height, width)) // cell
         odd = rows + columns if background.kind == "checks" else rows + np.zeros_like(columns)
         part = (odd % 2)[..., None].astype(np.float32)
-    else:  # RandomState's streams are frozen, so a picture stays the same under any numpy
+    else:  # RandomState's streams are frozen, so an image stays the same under any numpy
         draws = np.random.RandomState(background.seed).bytes(height * width)
         part = np.frombuffer(draws, np.uint8).reshape(height, width, 1) / np.float32(255)
     return Image.fromarray((first + (last - first) * part + 0.5).astype(np.uint8))

@@ -94,7 +94,7 @@ def relation(first: Shape, second: Shape) -> str:
 
 
 def place(scene: Scene, shape: Shape) -> str:
-    """Which of the picture's nine equal parts holds a shape's middle: "top left" to "centre"."""
+    """Which of the image's nine equal parts holds a shape's middle: "top left" to "centre"."""
     height, width = scene.size_hw
     x, y = shape.centre
     words = ("top", "", "bottom")[int(3 * y / height)], ("left", "", "right")[int(3 * x / width)]

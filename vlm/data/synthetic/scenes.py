@@ -35,7 +35,7 @@ class Scenes(Source):
     size_hw: pixels; None gives each row its own, from 128 to 320 a side.
     shapes: the fewest and the most shapes of a scene, 1 to 9; where little room is left, fewer.
     background: a kind of BACKGROUNDS or HELD_BACK for all; None gives each row one of BACKGROUNDS.
-    Pictures are PNG bytes, drawn when a row is read. Rows are named NAME[ROW].
+    Images are PNG bytes, drawn when a row is read. Rows are named NAME[ROW].
     """
 
     drawn = True

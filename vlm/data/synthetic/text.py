@@ -18,6 +18,7 @@ from pathlib import Path
 from random import Random
 
 from vlm.assets import cache_folder
+from vlm.compat.extras import needs
 
 SPLITS = ("train", "validation", "reserved")
 MARKS = "“”‘’–—…•€£¥¢§©®°±×÷™«»¡¿½¼¾†‡"
@@ -46,7 +47,7 @@ def split_of(line: str) -> str:
 def documentation(split: str) -> tuple[str, ...]:
     """Lines of Python's manual topics and of its library's docstrings, sorted, white space joined,
     `SHORTEST` to `LONGEST` characters long; rules and the like, without a letter or digit, are
-    left out."""
+    skipped."""
     return _kept((line for line in _documentation() if any(map(str.isalnum, line))), split)
 
 
@@ -91,14 +92,10 @@ def lines_of(path: str | Path, split: str) -> tuple[str, ...]:
 def words_in(locale: str, count: int = 4000) -> tuple[str, ...]:
     """Words, names and places of a language by the package faker, such as "ru_RU" or "el_GR".
 
-    Raises BadText where faker is not installed or knows no such language.
+    Raises BadText where faker knows no such language.
     """
-    try:
+    with needs("ocr"):
         from faker import Faker
-    except ImportError as error:
-        raise BadText(
-            f"words of {locale}: need the package faker; try: pip install faker"
-        ) from error
     try:
         faker = Faker(locale)
     except AttributeError as error:
@@ -129,7 +126,7 @@ def _kept(lines: Iterable[str], split: str, shortest: int = SHORTEST) -> tuple[s
 
 
 def _cut(line: str) -> list[str]:
-    """A line in pieces of at most `LONGEST` characters, parted at spaces where there are some."""
+    """A line in pieces of at most `LONGEST` characters, sharded at spaces where there are some."""
     pieces = []
     while len(line) > LONGEST:
         at = line.rfind(" ", 1, LONGEST + 1)
@@ -144,7 +141,7 @@ class Writer:
     names), so that rare signs are seen too.
 
     lines: whole lines to draw from. characters: the only ones that may be written; what a line has
-    besides is left out of the draw. split: the split that every line belongs to. made: share of
+    besides is not drawn. split: the split that every line belongs to. made: share of
     made lines. words: for made lines; None takes the words of `lines`. longest: the most characters
     of a line, beyond which it is cut.
     Raises BadText where no line can be written with `characters`, and where these hold letters of

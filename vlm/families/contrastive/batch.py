@@ -17,14 +17,14 @@ from vlm.image_tokens import Pixels, ViewGroup, group_views
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """One picture and its caption, ready to be batched.
+    """One image and its caption, ready to be batched.
 
     name: the example's own name.
     ids: int64[T], pads included where the model reads a fixed length.
     views: pixels of each view, without a view axis, with its (image, view) numbers.
     cut: the number of text tokens that had to go to fit the context.
     valid: bool[T], False at pads; None where there are none.
-    pad_id: what stands behind the text in a batch with longer ones.
+    pad_id: what stands after the text in a batch with longer ones.
     """
 
     name: str
@@ -40,7 +40,7 @@ class PairBatch:
     """Pairs of one batch: row b of the ids and the views of example b belong together.
 
     ids: int64[B, T]; valid: bool[B, T], False at pads.
-    groups: the views of all pictures, those of one size together. names: of the examples.
+    groups: the views of all images, those of one size together. names: of the examples.
     """
 
     ids: Tensor
@@ -71,7 +71,7 @@ class Texts(NamedTuple):
 
 
 def collate_pairs(pairs: Sequence[Pair]) -> PairBatch:
-    """A batch of pairs, in their order, texts padded behind to the longest."""
+    """A batch of pairs, in their order, texts padded after to the longest."""
     rows = [(pair.ids, pair.valid, pair.pad_id) for pair in pairs]
     ids, valid = stack_ids(rows)
     return PairBatch(

@@ -1,6 +1,6 @@
-"""The public contrastive model: pictures and texts in, vectors of one space and scores out.
+"""The public contrastive model: images and texts in, vectors of one space and scores out.
 
-Shapes: N picture or text, U shared embedding width, C label.
+Shapes: N image or text, U shared embedding width, C label.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ class ContrastiveModel(Model):
 
     @torch.no_grad()
     def embed_images(self, images: Sequence, batch_size: int = 64) -> Tensor:
-        """The vector of each picture: float32[N, U], unit norm, on the CPU.
+        """The vector of each image: float32[N, U], unit norm, on the CPU.
 
-        Pictures are opened a batch at a time, so that they are never all in memory.
-        Raises BadImage naming a picture that cannot be read, ValueError for what is no list of
-        pictures and for a vector that is not finite.
+        Images are opened a batch at a time, so that they are never all in memory.
+        Raises BadImage naming an image that cannot be read, ValueError for what is no list of
+        images and for a vector that is not finite.
         """
         if isinstance(images, (str, bytes, Path)):
-            raise ValueError("images is a list, one entry for each picture; found one picture")
-        names = [_name(picture, i) for i, picture in enumerate(images)]
+            raise ValueError("images is a list, one entry for each image; found one image")
+        names = [_name(image, i) for i, image in enumerate(images)]
         done = torch.empty(len(names), self.module.dim)
-        with evaluating(self.module), _bar(len(names), "pictures") as bar:
+        with evaluating(self.module), _bar(len(names), "images") as bar:
             for start in _starts(len(names), batch_size):
                 part = slice(start, start + batch_size)
                 rows = [
-                    Pair(name=name, ids=torch.empty(0), views=self.processor.views(picture, name))
-                    for name, picture in zip(names[part], images[part])
+                    Pair(name=name, ids=torch.empty(0), views=self.processor.views(image, name))
+                    for name, image in zip(names[part], images[part])
                 ]
                 groups = [group.to(self.device, self.pixel_dtype) for group in group_views(rows)]
                 done[part] = self.module.embed_images(groups).float().cpu()
@@ -102,7 +102,7 @@ class ContrastiveModel(Model):
         templates: Sequence[str] | None = None,
         batch_size: int = 64,
     ) -> Tensor:
-        """The score of each label for each picture: float32[N, C], logits.
+        """The score of each label for each image: float32[N, C], logits.
 
         templates: texts with "{}" at the label's place; a label's vector is the mean of its texts'
             vectors, brought to unit norm. None takes the bare label.
@@ -114,13 +114,13 @@ class ContrastiveModel(Model):
         Source: CLIP, arXiv 2103.00020, section 3.1.4.
         """
         labelled = self.embed_labels(labels, templates)
-        pictures = self.embed_images(images, batch_size)
+        image_list = self.embed_images(images, batch_size)
         with torch.no_grad():
-            scores = self.module.logits(pictures.to(self.device), labelled.to(self.device))
+            scores = self.module.logits(image_list.to(self.device), labelled.to(self.device))
         return scores.float().cpu()
 
     def embed_labels(self, labels: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
-        """The vector of each label: float32[C, U], unit norm; `classify` scores pictures with them.
+        """The vector of each label: float32[C, U], unit norm; `classify` scores images with them.
 
         The arguments and errors are those of `classify`.
         """
@@ -207,7 +207,7 @@ def _bar(count: int, what: str) -> tqdm:
     return tqdm(total=count, desc=what, disable=count <= 64, leave=False)
 
 
-def _name(picture, index: int) -> str:
-    if isinstance(picture, (list, tuple)):
-        raise ValueError(f"images[{index}]: expected one picture, found a {type(picture).__name__}")
-    return str(picture) if isinstance(picture, (str, Path)) else f"images[{index}]"
+def _name(image, index: int) -> str:
+    if isinstance(image, (list, tuple)):
+        raise ValueError(f"images[{index}]: expected one image, found a {type(image).__name__}")
+    return str(image) if isinstance(image, (str, Path)) else f"images[{index}]"

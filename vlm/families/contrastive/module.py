@@ -1,10 +1,10 @@
-"""Contrastive vision-language models: a picture and a text become two vectors of one space.
+"""Contrastive vision-language models: an image and a text become two vectors of one space.
 
 CLIP, SigLIP and LiT are of this family. The parts arrive finished. The loss is not here: it takes
 the vectors, `log_scale` and `bias` (`vlm.losses.contrastive`).
 
 Shapes: B example, V view, T text position, D width of a pooled vector, U shared embedding width,
-N picture, C text.
+N image, C text.
 """
 
 from __future__ import annotations
@@ -96,24 +96,24 @@ class Contrastive(nn.Module):
         return Embedded(images, self.embed_texts(batch.ids, batch.valid))
 
     def embed_images(self, groups: Sequence[ViewGroup]) -> Tensor:
-        """The vector of each example's picture, float[B, U], unit norm, in the examples' order.
+        """The vector of each example's image, float[B, U], unit norm, in the examples' order.
 
-        Where a picture has several views, it is the mean of theirs.
-        Raises ValueError where there is no picture.
+        Where an image has several views, it is the mean of theirs.
+        Raises ValueError where there is no image.
         """
         if not groups:
-            raise ValueError("expected the views of at least one picture, found none")
+            raise ValueError("expected the views of at least one image, found none")
         return self._embed_images(groups, 1 + max(int(g.owner[:, 0].max()) for g in groups))
 
     def embed_texts(self, ids: Tensor, valid: Tensor) -> Tensor:
         """The vector of each text, float[B, U], unit norm.
 
-        ids: int64[B, T]; valid: bool[B, T], False at padding, which lies behind the text.
+        ids: int64[B, T]; valid: bool[B, T], False at padding, which lies after the text.
         """
         return _unit(self.text_head(self.text(ids, valid)))
 
     def logits(self, images: Tensor, texts: Tensor) -> Tensor:
-        """What each picture and text score together, float[N, C]: cosine times scale, plus bias.
+        """What each image and text score together, float[N, C]: cosine times scale, plus bias.
 
         images: float[N, U]; texts: float[C, U]; both unit norm. The softmax over texts (a model
         without bias) or the sigmoid (with bias) of it are probabilities.

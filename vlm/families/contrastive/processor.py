@@ -1,4 +1,4 @@
-"""Pictures with their captions as rows and batches of contrastive models.
+"""Images with their captions as rows and batches of contrastive models.
 
 A text is brought to ids once, here, for training, evaluation and the public model alike: cut to
 the model's context with its end token kept and the cut counted, and padded as the model was
@@ -22,15 +22,15 @@ from vlm.pixels import BadImage, PixelSpec, open_image
 
 
 class PairProcessor:
-    """Pictures to pixels and texts to ids, as a model was trained. Holds no weights.
+    """Images to pixels and texts to ids, as a model was trained. Holds no weights.
 
     text_tokenizer: of transformers; what it does to a text (lower case, clean-up, its own first
         and end tokens) is done. pixel_spec: of the image tokenizer.
     length: the most tokens of a text, those of the tokenizer itself included.
     pad_to_length: whether each text is padded to `length` (SigLIP), on the side that the tokenizer
-        says, or a batch's texts only to its longest, behind.
+        says, or a batch's texts only to its longest, after.
     lower_case: whether texts are brought to lower case before the tokenizer sees them.
-    end_id: an id put behind each text, for tokenizers that put none (those of language models).
+    end_id: an id put after each text, for tokenizers that put none (those of language models).
     Raises ValueError where a text must be padded and the tokenizer has no pad token.
     """
 
@@ -68,16 +68,16 @@ class PairProcessor:
         return 0 if pad_id is None else pad_id
 
     def encode(self, example: Example) -> Pair:
-        """The picture and caption of an example; what was asked before the caption is left out.
+        """The image and caption of an example; what was asked before the caption is skipped.
 
-        Raises BadRow naming the row where it has not exactly one picture and one caption of which
-        the model reads something; BadImage for a picture that cannot be read.
+        Raises BadRow naming the row where it has not exactly one image and one caption of which
+        the model reads something; BadImage for an image that cannot be read.
         """
         answers = [turn for turn in example.turns if turn.is_learned]
         if len(answers) != 1:
             raise BadRow(f"{example.name}: expected one caption, found {len(answers)}")
         if len(example.images) != 1:
-            raise BadRow(f"{example.name}: expected one picture, found {len(example.images)}")
+            raise BadRow(f"{example.name}: expected one image, found {len(example.images)}")
         if not example.answer.strip():
             raise BadRow(f"{example.name}: expected a caption, found an empty text")
         (ids,), (cut,) = self._rows([example.answer])
@@ -146,13 +146,13 @@ class PairProcessor:
         whole = [(torch.tensor(row, dtype=torch.long), None, self.pad_id) for row in rows]
         return stack_ids(whole, length, left)
 
-    def views(self, picture, name: str) -> list[tuple[Pixels, tuple[int, int]]]:
-        """The pixels of each view of a picture, with its (image, view) numbers.
+    def views(self, image, name: str) -> list[tuple[Pixels, tuple[int, int]]]:
+        """The pixels of each view of an image, with its (image, view) numbers.
 
-        picture: what `open_image` takes. Raises BadImage naming `name` and the picture.
+        image: what `open_image` takes. Raises BadImage naming `name` and the image.
         """
         try:
-            views = self.pixel_spec(open_image(picture))
+            views = self.pixel_spec(open_image(image))
         except BadImage as error:
             raise BadImage(f"{name}: {error}") from error
         return [(view, (0, i)) for i, view in enumerate(views)]

@@ -11,13 +11,14 @@ Shapes: B row, S example, T position, V view, P packed image tokens, N target, D
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vlm.data.example import Box
+from vlm.families.decoder_only.image_layout import Arrangement, Sees, StreamLayout, arrange
 from vlm.image_tokens import Pixels, ViewGroup, group_views
 
 
@@ -28,7 +29,7 @@ class Row:
     name: the example's own name.
     ids: int64[T], IMAGE at image places; scored: bool[T], True at targets of the loss.
     views: pixels of each view, without a view axis, with its (image, view) numbers.
-    places: the number of places that each image takes.
+    layout: how the images stand in the stream, and what each position sees.
     boxes: the example's boxes, in the pixels of its original images.
     unscored: bool[T], True at the text of answers that are context alone; None where there is none.
     system: the system message that was put in; None where that was left to the chat template.
@@ -39,7 +40,7 @@ class Row:
     ids: Tensor
     scored: Tensor
     views: tuple[tuple[Pixels, tuple[int, int]], ...]
-    places: tuple[int, ...]
+    layout: StreamLayout = field(default_factory=StreamLayout)
     boxes: tuple[Box, ...] = ()
     cut: int = 0
     unscored: Tensor | None = None
@@ -57,20 +58,25 @@ def collate(rows: Sequence[Row], pad_id: int, padding: str = "right") -> Batch:
     ids = torch.full((len(rows), T), pad_id)
     valid = torch.zeros(len(rows), T, dtype=torch.bool)
     scored = torch.zeros(len(rows), T, dtype=torch.bool)
+    positions = torch.zeros(len(rows), T, dtype=torch.long)
     for b, row in enumerate(rows):
         start = 0 if padding == "right" else T - len(row.ids)
         stop = start + len(row.ids)
         ids[b, start:stop] = row.ids
         valid[b, start:stop] = True
+        positions[b, start:stop] = row.layout.positions(len(row.ids))
         scored[b, start:stop] = row.scored
         scored[b, start] = False  # nothing stands before the first place to predict it
     return Batch(
         ids=ids,
         valid=valid,
         scored=scored,
+        positions=positions,
         groups=group_views(rows),
         names=tuple(row.name for row in rows),
         padding=padding,
+        arrangement=arrange([row.layout for row in rows]),
+        sees=_sees(rows),
     )
 
 
@@ -87,15 +93,30 @@ def collate_packed(rows: Sequence[Row]) -> Batch:
         ids=torch.cat([row.ids for row in rows])[None],
         valid=torch.ones(1, len(scored), dtype=torch.bool),
         scored=scored[None],
+        positions=torch.cat([row.layout.positions(len(row.ids)) for row in rows])[None],
         groups=group_views(rows),
         names=tuple(row.name for row in rows),
         bounds=bounds.int(),
+        arrangement=arrange([row.layout for row in rows]),
+        sees=_sees(rows),
     )
+
+
+def _sees(rows: Sequence[Row]) -> Sees:
+    """What the positions of all rows see. Raises ValueError naming a row that differs."""
+    sees = rows[0].layout.sees if rows else "causal"
+    for row in rows:
+        if row.layout.sees != sees:
+            raise ValueError(
+                f"{row.name}: expected a {sees} row, as {rows[0].name} is, found a "
+                f"{row.layout.sees} one"
+            )
+    return sees
 
 
 def pack_rows(rows: Sequence[Row], most: int) -> list[list[Row]]:
     """The rows in few parts of at most `most` places each, every part in the rows' own order. A
-    longer row is a part of its own: none is left out or cut.
+    longer row is a part of its own: none is skipped or cut.
 
     First fit decreasing: the longest row first, each into the first part that has room for it.
     """
@@ -124,12 +145,15 @@ class Batch:
     valid: bool[B, T], False at padding, which is all on one side.
     scored: bool[B, T], True where the id is a target of the loss; never at IMAGE, padding or the
         first place of an example.
+    positions: int64[B, T], the position id of each place within its example; 0 at padding.
     groups: the views of all images, grouped by pixel size; empty for text alone. Their owners are
         numbers of examples.
     names: each example's own name, for messages and records.
     padding: "right" or "left", the side that padding lies on.
     bounds: int32[S + 1], where each example of a packed row begins, and the row's end; None where
         each has a row of its own.
+    arrangement: which image tokens stand in the stream; None where all do, in their order.
+    sees: what the positions of every example see, as in `StreamLayout`.
     ghosts: blank views that go through the image tokenizer and the adaptor and are placed nowhere,
         so that sharded processes make the same calls whatever their rows hold.
     """
@@ -137,10 +161,13 @@ class Batch:
     ids: Tensor
     valid: Tensor
     scored: Tensor
+    positions: Tensor
     groups: tuple[ViewGroup, ...]
     names: tuple[str, ...]
     padding: str = "right"
     bounds: Tensor | None = None
+    arrangement: Arrangement | None = None
+    sees: Sees = "causal"
     ghosts: tuple[ViewGroup, ...] = ()
 
     @property
@@ -153,16 +180,11 @@ class Batch:
         return numbers.repeat_interleave(self.bounds.diff(), output_size=T)[None]
 
     @property
-    def positions(self) -> Tensor:
-        """The number of each place within its example, from 0, int64[B, T]; padding gets 0."""
-        if self.bounds is None:
-            return positions(self.valid)
-        places = torch.arange(self.ids.shape[1], device=self.ids.device)
-        return places - self.bounds[self.example]
-
-    @property
     def prefix(self) -> Tensor:
-        """The places before an example's first target, bool[B, T]: image and prompt."""
+        """The places that see each other, bool[B, T]: none under "causal"; under "prefix" those
+        before an example's first target, image and prompt."""
+        if self.sees == "causal":
+            return torch.zeros_like(self.valid)
         seen = self.scored.cumsum(1)
         if self.bounds is not None:
             seen = seen - seen[0, self.bounds[:-1]][self.example]
@@ -185,8 +207,10 @@ class Batch:
             ids=self.ids.to(device),
             valid=self.valid.to(device),
             scored=self.scored.to(device),
+            positions=self.positions.to(device),
             groups=tuple(group.to(device, pixel_dtype) for group in self.groups),
             bounds=None if self.bounds is None else self.bounds.to(device),
+            arrangement=None if self.arrangement is None else self.arrangement.to(device),
             ghosts=tuple(group.to(device, pixel_dtype) for group in self.ghosts),
         )
 
@@ -228,13 +252,3 @@ def place(
         )
         raise ValueError(f"image places and image tokens differ in {len(wrong)} rows: {rows}")
     return text.masked_scatter(is_image[..., None], tokens.to(text.dtype))
-
-
-def positions(valid: Tensor) -> Tensor:
-    """Positions int64[B, T] that count real places from 0 whatever side the padding lies on;
-    padding gets 0.
-
-    >>> positions(torch.tensor([[False, True, True]])).tolist()
-    [[0, 0, 1]]
-    """
-    return (valid.long().cumsum(1) - 1).clamp(min=0)

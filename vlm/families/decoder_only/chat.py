@@ -1,8 +1,8 @@
-"""Conversations about pictures, each of which is encoded once.
+"""Conversations about images, each of which is encoded once.
 
 Messages have transformers' chat format: {"role": "system" | "user" | "assistant", "content": text
 or a list of parts}, a part being {"type": "text", "text": ...} or {"type": "image", "image": a
-path, bytes, PIL image or array}. A text that spells "<image>" stays text: pictures are parts.
+path, bytes, PIL image or array}. A text that spells "<image>" stays text: images are parts.
 
 Shapes: T text position, P packed image tokens, D decoder width.
 """
@@ -23,6 +23,7 @@ from torch import Tensor
 from vlm.data.example import BadRow, Turn
 from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import Row, collate
+from vlm.families.decoder_only.image_layout import ImageLayout
 
 if TYPE_CHECKING:
     from vlm.families.base import Model
@@ -30,17 +31,17 @@ if TYPE_CHECKING:
 ROLES = ("system", "user", "assistant")
 PART_KEYS = {"text": "text", "image": "image"}
 """Types of parts -> the key that holds what they are."""
-PICTURES = (str, Path, bytes, bytearray, memoryview, Image.Image, np.ndarray)
+IMAGES = (str, Path, bytes, bytearray, memoryview, Image.Image, np.ndarray)
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """Ends a decoded text whose last character's bytes are not all there yet."""
 
 
 @dataclass(slots=True)
 class _Seen:
-    """A picture of the conversation: its places in the stream, and its image tokens float[P, D]
+    """An image of the conversation: its layout in the stream, and its image tokens float[P, D]
     once they are made, which the pixels in `row` are kept for until then."""
 
-    places: int
+    layout: ImageLayout
     row: Row | None
     tokens: Tensor | None = None
 
@@ -49,7 +50,7 @@ class Chat:
     """A conversation with a model.
 
     messages: how it begins; None or empty begins anew. Not ended by a question: that is asked.
-    What is asked and answered is added to it. A picture is encoded once; the language model reads
+    What is asked and answered is added to it. An image is encoded once; the language model reads
     the conversation anew for each answer, for in bf16 keys and values kept from the writing of
     earlier answers differ in their last bits, and with them now and then a greedy id.
     """
@@ -58,9 +59,9 @@ class Chat:
         self.model = model
         self.reset()
         messages = list(messages or ())
-        for place, (turn, pictures) in enumerate(read_messages(messages)):
+        for place, (turn, images) in enumerate(read_messages(messages)):
             self._turns.append(turn)
-            self._seen += self._look(pictures, f"messages[{place}]")
+            self._seen += self._look(images, f"messages[{place}]")
         if self._turns and self._turns[-1].role == "user":
             raise ValueError("messages: a conversation to go on with ends with the assistant's, "
                              "found the user's; ask that")  # fmt: skip
@@ -72,7 +73,7 @@ class Chat:
         return list(self._messages)
 
     def reset(self) -> None:
-        """Forgets the conversation and its pictures."""
+        """Forgets the conversation and its images."""
         self._messages: list[dict] = []
         self._turns: list[Turn] = []
         self._seen: list[_Seen] = []
@@ -85,23 +86,23 @@ class Chat:
         seed: int | None = None,
         **options,
     ) -> str | Iterator[str]:
-        """The answer to what the user says: a text, or parts of text and pictures.
+        """The answer to what the user says: a text, or parts of text and images.
 
         stream: gives the answer's pieces as they are written; joined, they are the answer. The
             conversation grows when the last is taken. Given up earlier, it stays as it was.
         seed, options: those of `DecoderOnlyModel.generate`. An answer ends where the context does.
         Raises, before anything is computed: ValueError for content that is none; BadImage naming
-        the picture; BadRow naming both numbers where the conversation fills the context.
+        the image; BadRow naming both numbers where the conversation fills the context.
         """
         message = {"role": "user", "content": content}
         place = len(self._turns)
         last = self._turns[-1].role if self._turns else None
-        turn, pictures = _read_message(message, place, last)
+        turn, images = _read_message(message, place, last)
         name = f"messages[{place}]"
         turns = [*self._turns, turn]
-        seen = [*self._seen, *self._look(pictures, name)]
+        seen = [*self._seen, *self._look(images, name)]
         processor = self.model.processor
-        ids = processor.prompt_ids(turns, [one.places for one in seen], name)
+        ids = processor.prompt_ids(turns, [one.layout for one in seen], name)
         options = {**engine.GREEDY, **options}
         if processor.max_tokens is not None:
             room = processor.max_tokens - len(ids)
@@ -162,7 +163,7 @@ class Chat:
     def _write(
         self, seen: list[_Seen], ids: Tensor, seed: int | None, options: dict
     ) -> engine.Written:
-        """What the model writes after a prompt with the pictures in it."""
+        """What the model writes after a prompt with the images in it."""
         model = self.model
         module, device = model.module, model.device
         with engine.evaluating(module), engine.seeded(seed, device):
@@ -177,26 +178,26 @@ class Chat:
             (written,) = engine.write(module, vectors, valid, ends, pad_id, **options)
         return written
 
-    def _look(self, pictures: Sequence, name: str) -> list[_Seen]:
-        """The pictures' pixels and places; nothing is encoded yet."""
+    def _look(self, images: Sequence, name: str) -> list[_Seen]:
+        """The images' pixels and places; nothing is encoded yet."""
         processor = self.model.processor
         mark = processor.image_mark
-        rows = [processor.encode_literal([one], mark, name=name) for one in pictures]
-        return [_Seen(row.places[0], row) for row in rows]
+        rows = [processor.encode_literal([one], mark, name=name) for one in images]
+        return [_Seen(row.layout.images[0], row) for row in rows]
 
     def _encode(self, one: _Seen) -> Tensor:
-        """A picture's image tokens at the language model's width, float[P, D]."""
+        """An image's image tokens at the language model's width, float[P, D]."""
         if one.tokens is None:
             batch = collate([one.row], self.model.processor.pad_id)
             dtype = next(self.model.module.tokenizer.parameters()).dtype
-            groups = batch.to(self.model.device, dtype).groups
-            one.tokens, _ = self.model.module.encode(groups)
+            batch = batch.to(self.model.device, dtype)
+            one.tokens, _ = self.model.module.encode(batch.groups, batch.arrangement)
             one.row = None
         return one.tokens
 
 
 def read_messages(messages: Sequence[dict]) -> list[tuple[Turn, list]]:
-    """Each message as a turn and its pictures.
+    """Each message as a turn and its images.
 
     Raises ValueError naming the message, what was expected and what was found.
     """
@@ -209,7 +210,7 @@ def read_messages(messages: Sequence[dict]) -> list[tuple[Turn, list]]:
 
 
 def _read_message(message: dict, place: int, last: str | None) -> tuple[Turn, list]:
-    """A message behind one of role `last` (None: the first)."""
+    """A message after one of role `last` (None: the first)."""
     name = f"messages[{place}]"
     if not isinstance(message, dict) or not {"role", "content"} <= set(message):
         found = sorted(map(str, message)) if isinstance(message, dict) else _kind(message)
@@ -224,23 +225,23 @@ def _read_message(message: dict, place: int, last: str | None) -> tuple[Turn, li
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if isinstance(parts, dict) or not isinstance(parts, Sequence) or isinstance(parts, bytes):
         raise ValueError(f"{name}: content is a text or a list of parts, found {_kind(content)}")
-    values, pictures = [], []
+    values, images = [], []
     for number, part in enumerate(parts):
         value = _read_part(part, f"{name}.content[{number}]")
         if isinstance(value, str) and part["type"] == "text":
             values.append(value)
         elif role == "user":
             values.append(None)
-            pictures.append(value)
+            images.append(value)
         else:
-            raise ValueError(f"{name}: pictures stand in user messages, found one in {role}'s")
-    if role == "user" and not pictures and not "".join(values).strip():
-        raise ValueError(f"{name}: expected a text or a picture, found neither")
-    return Turn(role, tuple(values)), pictures
+            raise ValueError(f"{name}: images stand in user messages, found one in {role}'s")
+    if role == "user" and not images and not "".join(values).strip():
+        raise ValueError(f"{name}: expected a text or an image, found neither")
+    return Turn(role, tuple(values)), images
 
 
 def _read_part(part: dict, name: str):
-    """A part's text or picture."""
+    """A part's text or image."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in PART_KEYS:
         found = repr(kind) if isinstance(part, dict) else _kind(part)
@@ -248,7 +249,7 @@ def _read_part(part: dict, name: str):
     key = PART_KEYS[kind]
     if set(part) != {"type", key}:
         raise ValueError(f"{name}: expected the keys type and {key}, found {sorted(part)}")
-    wanted = (str,) if kind == "text" else PICTURES
+    wanted = (str,) if kind == "text" else IMAGES
     if not isinstance(part[key], wanted):
         what = "a text" if kind == "text" else "a path, bytes, PIL image or array"
         raise ValueError(f"{name}: expected {what}, found {_kind(part[key])}")

@@ -42,7 +42,8 @@ def generate(
     check_options(options)
     if batch.bounds is not None or (batch.padding != "left" and not bool(batch.valid.all())):
         raise ValueError("generation continues at the end of rows: pad the batch on the left")
-    vectors = module.embed(batch.ids, module.encode(batch.groups), batch.names)
+    images = module.encode(batch.groups, batch.arrangement)
+    vectors = module.embed(batch.ids, images, batch.names)
     return write(module, vectors, batch.valid, stop_ids, pad_id, **options)
 
 
@@ -187,7 +188,7 @@ def image_gain(module: DecoderOnly, batch: Batch) -> tuple[Tensor, Tensor]:
     takes as many places; NaN where no other row does, or the row has no image.
     Each image is encoded once.
     """
-    encoded = module.encode(batch.groups)
+    encoded = module.encode(batch.groups, batch.arrangement)
     right = _losses(module, batch, encoded)
     wrong = torch.full_like(right, float("nan"))
     if encoded is None:

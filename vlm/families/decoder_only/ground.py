@@ -1,6 +1,6 @@
-"""Where phrases are in a picture: boxes in the caller's pixels, each with its score.
+"""Where phrases are in an image: boxes in the caller's pixels, each with its score.
 
-A model answers with location tokens, four for a box. A picture is encoded once, however many
+A model answers with location tokens, four for a box. An image is encoded once, however many
 phrases are asked of it. What cannot be read as boxes gives none and says why; it never raises.
 
 Shapes: B phrase, T text position, P packed image tokens, D decoder width, Z vocabulary.
@@ -42,12 +42,12 @@ class Found:
     """What a model answered to where a phrase is.
 
     phrase: what was asked for, which is the boxes' label.
-    boxes: in the order written, in the picture's own pixels, cut at its border. A box's score is
+    boxes: in the order written, in the image's own pixels, cut at its border. A box's score is
         the geometric mean of the probabilities of its four tokens, in 0 to 1.
     text: what the model wrote.
     fault: why something written is no box: NO_BOX (there was nothing to read), NOT_FOURS (location
         tokens in a row are no whole boxes: none of the answer is taken), NO_AREA (a box that is
-        inverted or empty is left out); None where all was read.
+        inverted or empty is skipped); None where all was read.
     """
 
     phrase: str
@@ -67,17 +67,17 @@ def find(
     seed: int | None = None,
     **options,
 ) -> list[list[Found]]:
-    """The answer to each phrase of each picture.
+    """The answer to each phrase of each image.
 
-    images: pictures (paths, bytes, PIL images or arrays). phrases: for each, one or a list.
-    batch_size: pictures encoded, and phrases answered, at once.
+    images: images (paths, bytes, PIL images or arrays). phrases: for each, one or a list.
+    batch_size: images encoded, and phrases answered, at once.
     prompt: asks for a `{phrase}`; None takes the one that the model was trained on.
-    constrained: allows nothing but whole boxes, the text behind each where the model writes some,
+    constrained: allows nothing but whole boxes, the text after each where the model writes some,
         and the end. Scores stay those of the model's own distribution.
     seed: of what is drawn, with `do_sample=True`.
     options: transformers' names, greedy by default, at most MAX_NEW_TOKENS tokens.
     Raises ValueError for a model without location tokens and for arguments that do not fit,
-    BadImage naming the picture.
+    BadImage naming the image.
     """
     asked = _asked(images, phrases)
     prompt = model.ground_prompt if prompt is None else prompt
@@ -109,7 +109,7 @@ def find(
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """One phrase of one picture: the picture's number, its image tokens float[P, D] and where its
+    """One phrase of one image: the image's number, its image tokens float[P, D] and where its
     pixels went, and the row to answer, without pixels."""
 
     image: int
@@ -127,28 +127,28 @@ def _questions(
     numbers: range,
     prompt: str,
 ) -> list[_Question]:
-    """The questions of some pictures, each of which is opened and encoded once."""
+    """The questions of some images, each of which is opened and encoded once."""
     numbers = [i for i in numbers if asked[i]]
     if not numbers:
         return []
     processor, rows, sizes = model.processor, [], []
     for i in numbers:
         name = str(images[i]) if isinstance(images[i], (str, Path)) else f"image {i}"
-        picture = open_image(images[i], name=name)
+        image = open_image(images[i], name=name)
         turns = (_turn(prompt, asked[i][0]),)
-        rows.append(processor.encode_prompt(Example(name, turns, (picture,))))
-        sizes.append((picture.height, picture.width))
+        rows.append(processor.encode_prompt(Example(name, turns, (image,))))
+        sizes.append((image.height, image.width))
     dtype = next(model.module.tokenizer.parameters()).dtype
     batch = collate(rows, processor.pad_id, "left").to(model.device, dtype)
-    tokens, owner = model.module.encode(batch.groups)
+    tokens, owner = model.module.encode(batch.groups, batch.arrangement)
     questions = []
     for at, (i, row, size_hw) in enumerate(zip(numbers, rows, sizes)):
         resize = processor.pixel_spec.resize_record(size_hw)
         own = tokens[owner == at]
         for phrase in asked[i]:
-            ids = processor.prompt_ids((_turn(prompt, phrase),), row.places, row.name)
+            ids = processor.prompt_ids((_turn(prompt, phrase),), row.layout.images, row.name)
             nothing = torch.zeros(len(ids), dtype=torch.bool)
-            asks = Row(name=row.name, ids=ids, scored=nothing, views=(), places=row.places)
+            asks = Row(name=row.name, ids=ids, scored=nothing, views=(), layout=row.layout)
             questions.append(_Question(i, phrase, resize, own, asks))
     return questions
 
@@ -187,7 +187,7 @@ def read_answer(
 ) -> Found:
     """The boxes in what was written; other tokens may stand between them.
 
-    bins: id of each location token -> its number. resize: how the picture came into its view.
+    bins: id of each location token -> its number. resize: how the image came into its view.
     """
     ids, logprobs = written
     text = processor.decode(ids)
@@ -212,7 +212,7 @@ def read_answer(
 
 
 class BoxesOnly(LogitsProcessor):
-    """Allows location tokens in fours, and an end behind whole boxes.
+    """Allows location tokens in fours, and an end after whole boxes.
 
     location_ids, stop_ids: ids of the two. labelled: whether other ids may follow a whole box.
     """
@@ -248,15 +248,15 @@ def _bins(model: Model) -> dict[int, int]:
 
 
 def _asked(images: Sequence, phrases: Sequence[str | Sequence[str]]) -> list[tuple[str, ...]]:
-    """The phrases of each picture. Raises ValueError naming the one that cannot be asked."""
+    """The phrases of each image. Raises ValueError naming the one that cannot be asked."""
     if isinstance(images, (str, bytes, Path)) or isinstance(phrases, str):
-        raise ValueError("images and phrases are lists, one entry for each picture")
+        raise ValueError("images and phrases are lists, one entry for each image")
     if len(images) != len(phrases):
         raise ValueError(f"there are {len(images)} images and {len(phrases)} entries of phrases")
     asked = []
     for i, (image, given) in enumerate(zip(images, phrases)):
         if isinstance(image, (list, tuple)):
-            raise ValueError(f"images[{i}]: expected one picture to find phrases in, found a list")
+            raise ValueError(f"images[{i}]: expected one image to find phrases in, found a list")
         listed = (given,) if isinstance(given, str) else tuple(given)
         for phrase in listed:
             if not isinstance(phrase, str) or not phrase.strip():

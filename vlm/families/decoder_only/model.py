@@ -53,7 +53,7 @@ class DecoderOnlyModel(Model):
     def caption(
         self, images: Sequence, prompt: str | None = None, batch_size: int = 16, **options
     ) -> list[str]:
-        """A caption for each picture; `prompt` (None: the prompt it was trained on) asks for it."""
+        """A caption for each image; `prompt` (None: the prompt it was trained on) asks for it."""
         asked = self.caption_prompt if prompt is None else prompt
         written = self._ask(images, [asked] * len(images), batch_size, **options)
         return [generation.text for generation in written]
@@ -61,7 +61,7 @@ class DecoderOnlyModel(Model):
     def answer(
         self, images: Sequence, questions: Sequence[str], batch_size: int = 16, **options
     ) -> list[str]:
-        """The answer to each question about its picture or pictures, which come before it."""
+        """The answer to each question about its image or images, which come before it."""
         prompt = self.answer_prompt
         written = self._ask(images, questions, batch_size, prompt, **options)
         return [generation.text for generation in written]
@@ -73,7 +73,7 @@ class DecoderOnlyModel(Model):
 
         messages: transformers' chat format, see `vlm.families.decoder_only.chat`; the last is the
         user's. stream: gives pieces of the answer as they are written; joined, they are the answer.
-        To go on with a conversation without encoding its pictures anew, keep a
+        To go on with a conversation without encoding its images anew, keep a
         `vlm.families.decoder_only.chat.Chat`.
         Raises ValueError naming the message, what was expected and what was found.
         """
@@ -90,10 +90,10 @@ class DecoderOnlyModel(Model):
         batch_size: int = 16,
         **options,
     ) -> list[list[Box]]:
-        """The boxes of phrases in each picture, in its own pixels, phrase after phrase, the phrase
+        """The boxes of phrases in each image, in its own pixels, phrase after phrase, the phrase
         being their label; their scores lie in 0 to 1.
 
-        phrases: for each picture one, or a list. A phrase whose answer cannot be read has no box;
+        phrases: for each image one, or a list. A phrase whose answer cannot be read has no box;
         `vlm.families.decoder_only.ground.find`, which takes the same options, says why.
         Raises ValueError for a model without <loc> tokens.
         """
@@ -107,13 +107,17 @@ class DecoderOnlyModel(Model):
         rows = (self.processor.encode_prompt(example.question()) for example in examples)
         return [g.text for g in self._generate(rows, len(examples), batch_size, **options)]
 
+    def write_after(self, rows: Sequence[Row], batch_size: int = 16, **options) -> list[Generation]:
+        """What the model writes after rows that `processor.encode_prompt` made; none for none."""
+        return self._generate(rows, len(rows), batch_size, **options)
+
     def generate(
         self, images: Sequence, prompts: Sequence[str], batch_size: int = 16, **options
     ) -> list[Generation]:
-        """What the model writes after literal prompts, in which "<image>" marks each picture."""
+        """What the model writes after literal prompts, in which "<image>" marks each image."""
         rows = (
-            self.processor.encode_literal(pictures, prompt, name=name_of(pictures, i))
-            for i, (pictures, prompt) in enumerate(_pairs(images, prompts, "prompts"))
+            self.processor.encode_literal(image_list, prompt, name=name_of(image_list, i))
+            for i, (image_list, prompt) in enumerate(_pairs(images, prompts, "prompts"))
         )
         return self._generate(rows, len(images), batch_size, **options)
 
@@ -129,8 +133,8 @@ class DecoderOnlyModel(Model):
         if len(answers) != len(prompts):
             raise ValueError(f"there are {len(prompts)} prompts and {len(answers)} answers")
         rows = (
-            self.processor.encode_literal(pictures, prompt, answers[i], name_of(pictures, i))
-            for i, (pictures, prompt) in enumerate(_pairs(images, prompts, "prompts"))
+            self.processor.encode_literal(image_list, prompt, answers[i], name_of(image_list, i))
+            for i, (image_list, prompt) in enumerate(_pairs(images, prompts, "prompts"))
         )
         scores = torch.zeros(len(prompts))
         for indices, batch in self._batches(rows, len(prompts), batch_size, "right"):
@@ -145,12 +149,12 @@ class DecoderOnlyModel(Model):
         prompt: str = ANSWER_PROMPT,
         **options,
     ) -> list[Generation]:
-        """What is written for each question as `prompt` puts it, the pictures before it."""
+        """What is written for each question as `prompt` puts it, the images before it."""
         rows = (
             self.processor.encode_prompt(
-                question_about(pictures, prompt.format(question=question), name_of(pictures, i))
+                question_about(image_list, prompt.format(question=question), name_of(image_list, i))
             )
-            for i, (pictures, question) in enumerate(_pairs(images, questions, "questions"))
+            for i, (image_list, question) in enumerate(_pairs(images, questions, "questions"))
         )
         return self._generate(rows, len(images), batch_size, **options)
 
@@ -179,7 +183,7 @@ class DecoderOnlyModel(Model):
     ) -> Iterator[tuple[list[int], Batch]]:
         """Batches of rows of like length, with the rows' numbers; in evaluation mode.
 
-        Rows are made a window at a time, so that pictures are never all in memory.
+        Rows are made a window at a time, so that images are never all in memory.
         """
         require_batch_size(batch_size)
         numbered = enumerate(rows)
@@ -196,10 +200,10 @@ class DecoderOnlyModel(Model):
                     bar.update(len(part))
 
 
-def question_about(pictures: Sequence, question: str, name: str) -> Example:
-    """A question about pictures, which come before it, without its answer."""
-    content = (*[None] * len(pictures), *([question] if question else []))
-    return Example(name, (Turn("user", content),), tuple(pictures))
+def question_about(images: Sequence, question: str, name: str) -> Example:
+    """A question about images, which come before it, without its answer."""
+    content = (*[None] * len(images), *([question] if question else []))
+    return Example(name, (Turn("user", content),), tuple(images))
 
 
 def _pairs(images: Sequence, texts: Sequence[str], what: str) -> Iterator[tuple[list, str]]:
@@ -207,12 +211,12 @@ def _pairs(images: Sequence, texts: Sequence[str], what: str) -> Iterator[tuple[
         raise ValueError(f"images and {what} are lists, one entry for each example")
     if len(images) != len(texts):
         raise ValueError(f"there are {len(images)} images and {len(texts)} {what}")
-    for pictures, text in zip(images, texts):
-        yield list(pictures) if isinstance(pictures, (list, tuple)) else [pictures], text
+    for image_list, text in zip(images, texts):
+        yield list(image_list) if isinstance(image_list, (list, tuple)) else [image_list], text
 
 
-def name_of(pictures: Sequence, index: int) -> str:
-    for picture in pictures:
-        if isinstance(picture, (str, Path)):
-            return str(picture)
+def name_of(images: Sequence, index: int) -> str:
+    for image in images:
+        if isinstance(image, (str, Path)):
+            return str(image)
     return f"example {index}"

@@ -15,27 +15,33 @@ import torch
 from torch import Tensor, nn
 
 from vlm.families.decoder_only.batch import IMAGE, Batch, place
+from vlm.families.decoder_only.image_layout import Arrangement, ImageLayout, Sees
+from vlm.families.decoder_only.view_order import InTurn, ViewOrder
 from vlm.image_tokens import ImageTokenizer, ViewGroup, meta_twin, pack
 from vlm.kernels.packed_attention import read_segments
 
 
 class Places:
-    """Counts the places of a picture in the stream before any compute.
+    """Lays out images in the stream before any compute.
 
     Holds shapes and no weights, so that a loader's workers carry it lightly.
+    views: how the views of an image follow each other.
     """
 
-    def __init__(self, tokenizer: ImageTokenizer, adaptor: nn.Module) -> None:
+    def __init__(
+        self, tokenizer: ImageTokenizer, adaptor: nn.Module, views: ViewOrder | None = None
+    ) -> None:
         self.tokenizer = meta_twin(tokenizer)
         self.adaptor = meta_twin(adaptor)
+        self.views = views or InTurn()
 
-    def __call__(self, size_hw: tuple[int, int]) -> int:
-        """The exact number of places that a picture of (rows, columns) pixels takes.
+    def __call__(self, size_hw: tuple[int, int]) -> ImageLayout:
+        """The layout of an image of (rows, columns) pixels, exact to the token.
 
         Raises ValueError where the adaptor cannot take the image tokenizer's grid.
         """
-        shapes = self.tokenizer.shapes_for(size_hw)
-        return sum(self.adaptor.shape_for(shape).length for shape in shapes)
+        shapes = [self.adaptor.shape_for(shape) for shape in self.tokenizer.shapes_for(size_hw)]
+        return self.views(size_hw, self.tokenizer.pixel_spec, shapes)
 
 
 class DecoderOnly(nn.Module):
@@ -47,6 +53,8 @@ class DecoderOnly(nn.Module):
     """
 
     family = "decoder_only"
+    sees: Sees = "causal"
+    """What the positions of its rows see, as in `StreamLayout`."""
     through = ("text",)
     """Parts that gradients pass through where they do not learn."""
 
@@ -67,21 +75,26 @@ class DecoderOnly(nn.Module):
     def states(self, batch: Batch) -> Tensor:
         """The final states float[N, D] that `forward` makes logits of, for losses that have no room
         for all logits at once (`vlm.losses.token`)."""
-        vectors = self.embed(batch.ids, self.encode(batch.groups), batch.names, batch.bounds)
+        images = self.encode(batch.groups, batch.arrangement)
+        vectors = self.embed(batch.ids, images, batch.names, batch.bounds)
         if batch.ghosts:
             vectors = vectors + self.encode(batch.ghosts)[0][:0].sum()
         return self.read(vectors, batch)[:, :-1][batch.scored[:, 1:]]
 
-    def encode(self, groups: Sequence[ViewGroup]) -> tuple[Tensor, Tensor] | None:
+    def encode(
+        self, groups: Sequence[ViewGroup], arrangement: Arrangement | None = None
+    ) -> tuple[Tensor, Tensor] | None:
         """The image tokens of all views in stream order: (float[P, D], int64[P] example of each);
-        None where there is no image. Encoded once, they serve any number of prompts."""
+        None where there is no image. Encoded once, they serve any number of prompts.
+        arrangement: as in `Batch`."""
         if not groups:
             return None
         encoded = []
         for group in groups:
             images = self.tokenizer(group.pixels)
             encoded.append(self.adaptor(images.owned_by(group.owner)))
-        return pack(encoded)
+        packed = pack(encoded)
+        return packed if arrangement is None else arrangement(*packed)
 
     def embed(
         self,
@@ -101,12 +114,22 @@ class DecoderOnly(nn.Module):
             return place(vectors, is_image, *nothing, names, bounds)
         return place(vectors, is_image, *images, names, bounds)
 
+    def require_sees(self, batch: Batch) -> None:
+        """Raises ValueError naming the row where rows are made for another family's mask."""
+        if batch.sees != self.sees:
+            raise ValueError(
+                f"{batch.names[0]}: expected a {self.sees} row, as {self.family} reads, found a "
+                f"{batch.sees} one"
+            )
+
     def read(self, vectors: Tensor, batch: Batch) -> Tensor:
         """The language model's final states float[B, T, D].
 
         Right padding needs no mask: under causal attention no real place sees a later one.
-        Raises ValueError for a packed row where the language model cannot keep examples apart.
+        Raises ValueError for a packed row where the language model cannot keep examples apart, and
+        for rows that are to be read as a prefix.
         """
+        self.require_sees(batch)
         if batch.bounds is not None:
             return read_segments(self.text, vectors, batch.positions, batch.bounds)
         if batch.padding == "right":

@@ -10,7 +10,7 @@ Longer than most files here: template, marks, boxes, masks and cutting are one w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from vlm.data.boxes import check_boxes
 from vlm.data.example import BadRow, Example, Skipped, Turn
 from vlm.families.decoder_only.batch import IMAGE, Row
+from vlm.families.decoder_only.image_layout import ImageLayout, StreamLayout
 from vlm.geometry import LocTokens
 from vlm.image_tokens import map_pixels, meta_pixels
 from vlm.pixels import BadImage, image_size, open_image
@@ -31,21 +32,36 @@ own mark."""
 PROBE = (Turn("user", ("a",)), Turn("assistant", ("b",)))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Template:
+    """How a chat template is used.
+
+    parts: whether it takes a message's content as a list of parts of type text or image; else it
+        takes one text. answer_end: written after each answer, for templates that end none.
+    special_tokens: whether the text tokenizer adds to what it writes the token that begins texts.
+    """
+
+    parts: bool = False
+    answer_end: str = ""
+    special_tokens: bool = False
+
+
 class Processor:
-    """Pictures and text in, rows of ids and pixels out.
+    """Images and text in, rows of ids and pixels out.
 
     text_tokenizer: a fast transformers tokenizer with a chat template.
     pixel_spec: the image tokenizer's own preprocessing.
-    places_for: the number of places that a picture of (rows, columns) pixels takes in the stream.
+    places_for: the layout of an image of (rows, columns) pixels in the stream.
     system: the system message put before every conversation that has none; None leaves that to
         the template, "" asks for an empty one (none where the template takes no system message).
     max_tokens: the longest row; None means no limit. overflow says what happens to longer rows:
-        "drop" leaves them out, "shrink" cuts text from the end. Neither ever cuts an image run.
+        "drop" skips them, "shrink" cuts text from the end. Neither ever cuts an image run.
     loc: how boxes are written; None where the language model has no tokens for them.
     image_mark: stands for an image in a literal prompt.
     prefix: whether the model reads all that is before an answer at once, as prefix decoders do. A
         row then has one answer, which becomes ids apart from its prompt: those of the prompt are
         the same with and without it.
+    template: how the chat template is used.
     framed: whether a literal prompt is a user's message, which the chat template frames (as
         PaliGemma's own processor does with its text); else it is read as it stands.
     """
@@ -54,7 +70,7 @@ class Processor:
         self,
         text_tokenizer,
         pixel_spec,
-        places_for: Callable[[tuple[int, int]], int],
+        places_for: Callable[[tuple[int, int]], ImageLayout],
         *,
         system: str | None = None,
         max_tokens: int | None = None,
@@ -63,6 +79,7 @@ class Processor:
         image_mark: str = MARK,
         prefix: bool = False,
         framed: bool = False,
+        template: Template | None = None,
     ) -> None:
         if overflow not in ("drop", "shrink"):
             raise ValueError(f"overflow is 'drop' or 'shrink', found {overflow!r}")
@@ -86,6 +103,7 @@ class Processor:
         self.image_mark = image_mark
         self.prefix = prefix
         self.framed = framed
+        self.template = template or Template()
         self._special = {
             id for id, token in text_tokenizer.added_tokens_decoder.items() if token.special
         } | set(text_tokenizer.all_special_ids)
@@ -115,16 +133,16 @@ class Processor:
         """A training row: the conversation up to the end token of its last answer, or a document
         with the end token, all of it scored.
 
-        Raises BadRow or BadImage naming the row where a picture cannot be read or there is no
+        Raises BadRow or BadImage naming the row where an image cannot be read or there is no
         answer. Gives Skipped where the row does not fit `max_tokens` and cannot be shrunk.
         """
         return self._encode(example, self._see)
 
     def measure(self, example: Example) -> Row | Skipped:
         """What `encode` gives, its pixels on the meta device, where tensors have shapes and no
-        values: of pictures the headers alone are read.
+        values: of images the headers alone are read.
 
-        Raises BadRow or BadImage as `encode` does, but not for damage behind a header.
+        Raises BadRow or BadImage as `encode` does, but not for damage after a header.
         """
         return self._encode(example, self._foresee)
 
@@ -141,8 +159,8 @@ class Processor:
                 f"{example.name}: expected one answer, since this model reads all before it at "
                 f"once, found {answers}; give each question a row of its own"
             )
-        views, places, turns = self._look(example, see)
-        ids, scored, unscored = self._ids(turns, places, example.name)
+        views, images, turns = self._look(example, see)
+        ids, scored, unscored = self._ids(turns, images, example.name)
         first = turns[0]
         return self._fit(
             Row(
@@ -150,7 +168,7 @@ class Processor:
                 ids=ids,
                 scored=scored,
                 views=tuple(views),
-                places=tuple(places),
+                layout=self._layout(images),
                 boxes=example.boxes,
                 unscored=unscored if unscored.any() else None,
                 system=first.text if first.role == "system" else self.system,
@@ -162,33 +180,37 @@ class Processor:
 
         Raises BadRow naming both numbers where it is longer than `max_tokens`.
         """
-        views, places, turns = self._look(example, self._see)
-        ids, scored, _ = self._ids(turns, places, example.name, open_answer=True)
+        views, images, turns = self._look(example, self._see)
+        ids, scored, _ = self._ids(turns, images, example.name, open_answer=True)
         self._require_room(example.name, len(ids))
         return Row(
-            name=example.name, ids=ids, scored=scored, views=tuple(views), places=tuple(places)
+            name=example.name,
+            ids=ids,
+            scored=scored,
+            views=tuple(views),
+            layout=self._layout(images),
         )
 
-    def prompt_ids(self, turns: Sequence[Turn], places: Sequence[int], name: str) -> Tensor:
-        """The ids int64[T] of a conversation whose pictures were seen before, up to the opening
+    def prompt_ids(self, turns: Sequence[Turn], images: Sequence[ImageLayout], name: str) -> Tensor:
+        """The ids int64[T] of a conversation whose images were seen before, up to the opening
         of the assistant's turn; IMAGE at image places.
 
-        places: the number of places that each picture takes, in the order of the turns.
+        images: the layout of each image, in the order of the turns.
         Raises BadRow naming both numbers where it is longer than `max_tokens`.
         """
-        ids, *_ = self._ids(turns, list(places), name, open_answer=True)
+        ids, *_ = self._ids(turns, images, name, open_answer=True)
         self._require_room(name, len(ids))
         return ids
 
     def encode_literal(
         self, images: Sequence, prompt: str, answer: str | None = None, name: str = "prompt"
     ) -> Row:
-        """A row from a literal prompt in which each `image_mark` is a picture's place.
+        """A row from a literal prompt in which each `image_mark` is an image's place.
 
         Special tokens are added as the text tokenizer adds them by itself, or where prompts are
         `framed` the chat template. Where there is an answer, it and the end token are scored.
-        Raises BadRow where marks and pictures differ in number, or the row is longer than
-        `max_tokens`; BadImage naming the picture.
+        Raises BadRow where marks and images differ in number, or the row is longer than
+        `max_tokens`; BadImage naming the image.
         """
         marks = prompt.count(self.image_mark)
         if marks != len(images):
@@ -196,38 +218,41 @@ class Processor:
                 f"{name}: the prompt has {marks} {self.image_mark} marks, "
                 f"there are {len(images)} images"
             )
-        views, places = [], []
+        views, layouts = [], []
         for number, image in enumerate(images):
             seen, size_hw = self._see(image, number, name)
             views += seen
-            places.append(self.places_for(size_hw))
+            layouts.append(self.places_for(size_hw))
         if self.framed:
             marked = self.render((_user(prompt, self.image_mark),), name, open_answer=True)
         else:
             marked = prompt.replace(self.image_mark, SLOT)
         if answer is not None:
             marked += f"{ANSWER}{answer}{END}"
-        ids, scored, _ = self._tokenize(marked, places, name, add_special_tokens=not self.framed)
+        ids, scored, _ = self._tokenize(marked, layouts, name, add_special_tokens=not self.framed)
         if answer is not None:
             ids = torch.cat([ids, torch.tensor([self.end_id])])
             scored = torch.cat([scored, torch.tensor([True])])
         self._require_room(name, len(ids))
-        return Row(name=name, ids=ids, scored=scored, views=tuple(views), places=tuple(places))
+        layout = self._layout(layouts)
+        return Row(name=name, ids=ids, scored=scored, views=tuple(views), layout=layout)
 
     def render(self, turns: Sequence[Turn], name: str, open_answer: bool = False) -> str:
         """What the chat template writes, with images and answers still marked."""
         messages = []
         if self.system is not None and turns[0].role != "system":
-            messages.append({"role": "system", "content": self.system})
+            messages.append({"role": "system", "content": self._content((self.system,))})
         for turn in turns:
             if any(mark in turn.text for mark in (SLOT, ANSWER, END, CONTEXT)):
                 raise BadRow(f"{name}: the text holds one of the private characters U+E5C0-U+E5C3")
-            content = "".join(SLOT if part is None else part for part in turn.content)
+            content = turn.content
             if turn.role == "assistant":
                 if not (turn.text.strip() or open_answer):  # a model may have answered nothing
                     raise BadRow(f"{name}: expected an answer, found an empty assistant turn")
-                content = f"{ANSWER if turn.scored else CONTEXT}{content.strip()}{END}"
-            messages.append({"role": turn.role, "content": content})
+                said = "".join(SLOT if part is None else part for part in content).strip()
+                mark = ANSWER if turn.scored else CONTEXT
+                content = (f"{mark}{said}{END}{self.template.answer_end}",)
+            messages.append({"role": turn.role, "content": self._content(content)})
         try:
             return self.text_tokenizer.apply_chat_template(
                 messages,
@@ -238,32 +263,46 @@ class Processor:
         except Exception as error:  # templates raise their own kinds of error
             raise BadRow(f"{name}: the chat template refuses this conversation: {error}") from error
 
+    def _content(self, content: Sequence[str | None]) -> str | list[dict[str, str]]:
+        """A message's texts and images (None) as the chat template takes them."""
+        if not self.template.parts:
+            return "".join(SLOT if part is None else part for part in content)
+        return [
+            {"type": "image"} if part is None else {"type": "text", "text": part}
+            for part in content
+        ]
+
+    def _layout(self, images: Sequence[ImageLayout]) -> StreamLayout:
+        return StreamLayout(images=tuple(images), sees="prefix" if self.prefix else "causal")
+
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of generated ids, special tokens left out."""
+        """The text of generated ids, special tokens skipped."""
         return self.text_tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    def _look(self, example: Example, see: Callable) -> tuple[list, list[int], tuple[Turn, ...]]:
-        """Views of the example's images, the places that each image takes, and the turns with boxes
-        written out. see: `_see` or `_foresee`."""
-        views, places, sizes = [], [], []
+    def _look(
+        self, example: Example, see: Callable
+    ) -> tuple[list, list[ImageLayout], tuple[Turn, ...]]:
+        """Views of the example's images, the layout of each image, and the turns with boxes written
+        out. see: `_see` or `_foresee`."""
+        views, layouts, sizes = [], [], []
         for number, reference in enumerate(example.images):
             seen, size_hw = see(reference, number, example.name)
             views += seen
-            places.append(self.places_for(size_hw))
+            layouts.append(self.places_for(size_hw))
             sizes.append(size_hw)
-        return views, places, self._write_boxes(example, sizes)
+        return views, layouts, self._write_boxes(example, sizes)
 
     def _see(self, image, number: int, name: str) -> tuple[list, tuple[int, int]]:
         """The views of one image, each with its (image, view) numbers, and its rows and columns."""
         try:
-            picture = open_image(image)
-            views = [(view, (number, i)) for i, view in enumerate(self.pixel_spec(picture))]
+            one_image = open_image(image)
+            views = [(view, (number, i)) for i, view in enumerate(self.pixel_spec(one_image))]
         except BadImage as error:
             raise BadImage(f"{name}: {error}") from error
-        return views, (picture.height, picture.width)
+        return views, (one_image.height, one_image.width)
 
     def _foresee(self, image, number: int, name: str) -> tuple[list, tuple[int, int]]:
-        """What `_see` gives, by the picture's header; pixels have shapes and no values."""
+        """What `_see` gives, by the image's header; pixels have shapes and no values."""
         try:
             size_hw = image_size(image)
         except BadImage as error:
@@ -307,7 +346,7 @@ class Processor:
             ids=torch.tensor(ids),
             scored=torch.ones(len(ids), dtype=torch.bool),
             views=(),
-            places=(),
+            layout=self._layout(()),
         )
 
     def _require_loc_tokens(self, loc: LocTokens) -> None:
@@ -350,11 +389,16 @@ class Processor:
             raise BadRow(f"{name}: {length} tokens, the context takes {self.max_tokens}")
 
     def _ids(
-        self, turns: Sequence[Turn], places: list[int], name: str, open_answer: bool = False
+        self,
+        turns: Sequence[Turn],
+        images: Sequence[ImageLayout],
+        name: str,
+        open_answer: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, the mask of scored ones and the mask of answers that are not scored."""
         marked = self.render(turns, name, open_answer)
-        ids, scored, unscored = self._tokenize(marked, places, name)
+        adds = self.template.special_tokens
+        ids, scored, unscored = self._tokenize(marked, images, name, add_special_tokens=adds)
         if open_answer:
             return ids, torch.zeros_like(scored), unscored
         ids_list, scored_list = ids.tolist(), scored.tolist()
@@ -379,29 +423,36 @@ class Processor:
         )
 
     def _tokenize(
-        self, marked: str, places: list[int], name: str, add_special_tokens: bool = False
+        self,
+        marked: str,
+        images: Sequence[ImageLayout],
+        name: str,
+        add_special_tokens: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Ids of a marked text, and masks of its answers, of scored ones and of the others. Text
-        before, between and after images becomes ids piece by piece, each as it would after a
-        special token."""
+        before, between and after spans of image tokens, that of layouts included, becomes ids
+        piece by piece, each as it would after a special token."""
         try:
             marked.encode()
         except UnicodeEncodeError as error:
             found = marked[max(0, error.start - 10) : error.end + 10]
             raise BadRow(f"{name}: expected valid Unicode text, found {found!a}") from error
         pieces = marked.split(SLOT)
-        if len(pieces) != len(places) + 1:
+        if len(pieces) != len(images) + 1:
             raise BadRow(
                 f"{name}: the chat template wrote {len(pieces) - 1} image places for "
-                f"{len(places)} images"
+                f"{len(images)} images"
             )
+        spans = [span for image in images for span in image.spans]
+        marks = [image.marked(SLOT) for image in images]
+        pieces = "".join(a + b for a, b in zip(pieces, [*marks, ""])).split(SLOT)
         ids: list[int] = []
         within: list[str] = []  # the mark that opened what each id stands in
         opened = END
         for number, piece in enumerate(pieces):
             if number:
-                ids += [IMAGE] * places[number - 1]
-                within += [END] * places[number - 1]
+                ids += [IMAGE] * spans[number - 1].length
+                within += [END] * spans[number - 1].length
             for part in _apart(piece) if self.prefix else (piece,):
                 text, inside = "", []
                 for character in part:
@@ -422,7 +473,7 @@ class Processor:
     def _piece(
         self, text: str, continues: bool, add_special_tokens: bool
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and character offsets of one piece of text; a piece after an image is read behind a
+        """Ids and character offsets of one piece of text; a piece after an image is read after a
         special token, which is then taken off, so that no word-start mark is made up for it."""
         anchor = self.text_tokenizer.eos_token if continues else None
         prefix = anchor or ""
@@ -448,14 +499,14 @@ class Processor:
         if not len(scored):
             return Skipped(row.name, f"{too_long}, and no answer is left when it is cut")
         end = int(scored[-1]) + 1  # an answer's token: every image run before it is whole
-        image_ends = torch.tensor(row.places).cumsum(0)
+        image_ends = torch.tensor([image.length for image in row.layout.images]).cumsum(0)
         kept = int((image_ends <= (row.ids[:end] == IMAGE).sum()).sum())
         return replace(
             row,
             ids=row.ids[:end],
             scored=row.scored[:end],
             views=tuple(view for view in row.views if view[1][0] < kept),
-            places=row.places[:kept],
+            layout=row.layout.first(kept),
             boxes=tuple(box for box in row.boxes if box.image < kept),
             cut=int((row.ids[end:] != IMAGE).sum()),
             unscored=None if row.unscored is None else row.unscored[:end],
@@ -463,7 +514,7 @@ class Processor:
 
 
 def _mark_of(inside: list[str]) -> str:
-    """What an id whose characters stand behind these marks is of: an answer, where one is."""
+    """What an id whose characters stand after these marks is of: an answer, where one is."""
     return next((mark for mark in (ANSWER, CONTEXT) if mark in inside), END)
 
 
@@ -474,6 +525,6 @@ def _apart(marked: str) -> tuple[str, ...]:
 
 
 def _user(prompt: str, image_mark: str) -> Turn:
-    """A literal prompt as the user's message, each mark a picture's place."""
+    """A literal prompt as the user's message, each mark an image's place."""
     first, *others = prompt.split(image_mark)
     return Turn("user", (first, *(part for text in others for part in (None, text))))

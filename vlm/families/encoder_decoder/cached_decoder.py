@@ -42,7 +42,7 @@ class Stepper(Protocol):
 
 
 def stepper_of(module: EncoderDecoder, memory: Memory) -> Stepper:
-    """What steps through the decoder of a model, from the memory of its pictures."""
+    """What steps through the decoder of a model, from the memory of its images."""
     if isinstance(module.text, (TrOCRForCausalLM, MBartForCausalLM)):
         return LayerStepper(module.text, memory)
     return CachedStepper(module, memory)
@@ -150,7 +150,7 @@ class _Layer:
         self.written = [held.index_select(0, rows) for held in self.written]
 
     def _block(self, x_BD: Tensor, norm: nn.Module, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """One residual block, its norm before (mBART) or behind (TrOCR)."""
+        """One residual block, its norm before (mBART) or after (TrOCR)."""
         if self.pre_norm:
             return x_BD + change(norm(x_BD))
         return norm(x_BD + change(x_BD))

@@ -1,4 +1,4 @@
-"""Writing and scoring for encoder-decoder models: one encoded picture, any number of texts.
+"""Writing and scoring for encoder-decoder models: one encoded image, any number of texts.
 
 Greedy writing is our own, for speed: one id of each row at a time
 (`vlm.families.encoder_decoder.cached_decoder`), rows that have ended leave the batch, and no
@@ -59,11 +59,11 @@ def greedy(
     prompts: Sequence[Sequence[int]] | None = None,
     banned: Sequence[int] = (),
 ) -> list[Written]:
-    """The likeliest next id, again and again, for each example's picture.
+    """The likeliest next id, again and again, for each example's image.
 
     groups: the examples' views. start_ids: what each row begins with; prompts: what each begins
-        with instead, of any lengths. end_ids: ids that end a row. pad_id: never read where a
-        picture or a text is. banned: ids that are never written.
+        with instead, of any lengths. end_ids: ids that end a row. pad_id: never read where an
+        image or a text is. banned: ids that are never written.
     Returns for each row the ids written, the end included where one was, and the log-probability of
     each in nats under the model's own distribution, banned ids included.
     Raises ValueError where the decoder has fewer positions than prompt and text may take, and for
@@ -253,7 +253,7 @@ def _starts(
     count = len(memory.tokens)
     starts = [list(start_ids)] * count if prompts is None else [list(ids) for ids in prompts]
     if len(starts) != count:
-        raise ValueError(f"there are {len(starts)} prompts and pictures of {count} examples")
+        raise ValueError(f"there are {len(starts)} prompts and images of {count} examples")
     if not all(starts):
         raise ValueError("expected at least one id to begin with in every row, found none")
     return starts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from vlm.compat.torch import with_child
-from vlm.families.base import require_list
+from vlm.families.base import require_batch_size, require_list
 from vlm.families.decoder_only.batch import Row, collate
 from vlm.families.decoder_only.generate import evaluating
 from vlm.families.encoder_decoder import generate as transcribe
@@ -22,7 +22,7 @@ from vlm.metrics.calibration import apply_temperature
 from vlm.ocr import tagged_text
 from vlm.ocr.from_generation import lines_of
 from vlm.ocr.results import Reading, Token, Transcript
-from vlm.pixels import open_image
+from vlm.ocr.streaming import batches, check_images, filter_by_confidence, open_each
 from vlm.text.decoders import positions_of
 from vlm.text.generation import Generation, Written
 
@@ -54,32 +54,35 @@ class EncoderDecoderModel(TextReader):
 
     def ocr(
         self,
-        images: Sequence,
+        images: Iterable,
         layout: str = "auto",
         batch_size: int = 16,
         num_beams: int = 1,
         min_confidence: float = 0.0,
+        stream: bool = False,
         prompt: str | None = None,
         **options,
-    ) -> list[Reading]:
-        """What is written in each picture. A model of lines is shown these, see `TextReader.ocr`.
+    ) -> list[Reading] | Iterator[Reading]:
+        """What is written in each image. A model of lines is shown these, see `TextReader.ocr`.
 
-        A model of whole pages (Donut) is shown the picture as it is, with layout "auto" or "page".
-        Its reading has a line for each field, whose box is the whole picture, and `values`, its
+        A model of whole pages (Donut) is shown the image as it is, with layout "auto" or "page".
+        Its reading has a line for each field, whose box is the whole image, and `values`, its
         answer as values of JSON.
         prompt: what a model of pages is asked, literally; None: what it was trained on.
         batch_size: lines, or pages, that are read at once.
+        stream: see `TextReader.ocr`; of pages, one batch is held at a time.
         Raises ValueError for a page as a line, a prompt to a model of lines, and where the prompt
         that a model was trained on asks a question.
         """
         if self.reads == "lines":
             if prompt is not None:
                 raise ValueError("prompt: expected None, as this model reads lines without one")
-            return super().ocr(images, layout, batch_size, num_beams, min_confidence, **options)
-        from vlm.ocr.pages import check_images, keep_all_sure, names_of  # which needs OpenCV
-
+            return super().ocr(
+                images, layout, batch_size, num_beams, min_confidence, stream, **options
+            )
         require_list(images)
         self._require_known(options)
+        require_batch_size(batch_size)
         if layout not in ("auto", "page"):
             raise ValueError(
                 f"layout: expected auto or page, as this model reads whole pages, found {layout!r}"
@@ -90,21 +93,29 @@ class EncoderDecoderModel(TextReader):
                 "prompt: this model was trained to answer questions; expected one in its words, "
                 f"{prompt}, found none"
             )
-        names = names_of(images)
-        check_images(images, names, min_confidence)
-        readings: list[Reading] = []
-        for first in range(0, len(images), batch_size):
-            part = slice(first, first + batch_size)
-            pictures = [
-                open_image(image, name=name) for image, name in zip(images[part], names[part])
-            ]
-            asked = [prompt] * len(pictures)
-            written = self.generate(pictures, asked, batch_size, num_beams, **options)
-            readings += [
-                self._page(one, prompt, (picture.height, picture.width))
-                for one, picture in zip(written, pictures)
-            ]
-        return keep_all_sure(readings, names, min_confidence)
+        check_images(images, min_confidence)
+        options = {"num_beams": num_beams, **options}
+        readings = self._read_pages(images, prompt, batch_size, min_confidence, options)
+        return readings if stream else list(readings)
+
+    def _read_pages(
+        self,
+        images: Iterable,
+        prompt: str | None,
+        batch_size: int,
+        min_confidence: float,
+        options: dict[str, Any],
+    ) -> Iterator[Reading]:
+        """The readings of whole pages, which are opened and read a batch at a time."""
+        for held in batches(open_each(images), lambda held: len(held) == batch_size):
+            names, pages = zip(*held)
+            del held
+            written = self.generate(pages, [prompt] * len(pages), batch_size, **options)
+            sizes_hw = [(page.height, page.width) for page in pages]
+            del pages  # before the next ones are opened
+            for name, one, size_hw in zip(names, written, sizes_hw):
+                reading = self._page(one, prompt, size_hw)
+                yield filter_by_confidence(reading, name, min_confidence)
 
     def generate(
         self,
@@ -114,7 +125,7 @@ class EncoderDecoderModel(TextReader):
         num_beams: int = 1,
         **options,
     ) -> list[Generation]:
-        """What the model writes on each picture after a literal prompt (None: its start alone)."""
+        """What the model writes on each image after a literal prompt (None: its start alone)."""
         self._require_known(options)
         prompts = [None] * len(images) if prompts is None else prompts
         if len(prompts) != len(images):
@@ -124,7 +135,7 @@ class EncoderDecoderModel(TextReader):
             for first in range(0, len(images), batch_size):
                 part = range(first, min(first + batch_size, len(images)))
                 rows = [
-                    self.processor.encode_picture(images[i], prompts[i], name_of(images[i], i))
+                    self.processor.encode_image(images[i], prompts[i], name_of(images[i], i))
                     for i in part
                 ]
                 for i, (ids, logprobs) in zip(part, self._write(rows, num_beams, **options)):
@@ -139,7 +150,7 @@ class EncoderDecoderModel(TextReader):
         answers: Sequence[str],
         batch_size: int = 16,
     ) -> torch.Tensor:
-        """Log-probability of each answer, its end included, on its picture: fp32[N], nats."""
+        """Log-probability of each answer, its end included, on its image: fp32[N], nats."""
         prompts = [None] * len(images) if prompts is None else prompts
         if not len(images) == len(prompts) == len(answers):
             raise ValueError(
@@ -178,8 +189,8 @@ class EncoderDecoderModel(TextReader):
         processor.pixel_spec = spec
         return replace(self, module=module, processor=processor)
 
-    def _encode(self, picture, name: str) -> Row:
-        return self.processor.encode_picture(picture, None, name)
+    def _encode(self, image, name: str) -> Row:
+        return self.processor.encode_image(image, None, name)
 
     def _read(self, rows: Sequence[Row], num_beams: int, **options) -> list[Transcript]:
         return [self._transcript(*pair) for pair in self._write(rows, num_beams, **options)]
@@ -209,7 +220,7 @@ class EncoderDecoderModel(TextReader):
         return Transcript(tuple(tokens), apply_temperature(sum(logprobs), self.temperatures.line))
 
     def _page(self, written: Generation, prompt: str | None, size_hw: tuple[int, int]) -> Reading:
-        """What was written on a page of size_hw pixels. Fields that the prompt begins, behind its
+        """What was written on a page of size_hw pixels. Fields that the prompt begins, after its
         first token, which names the task, are part of the answer."""
         pieces = tagged_text.pieces(self.processor, written.ids)
         tokens, end = self._tokens(written.ids, written.logprobs, pieces)

@@ -24,7 +24,7 @@ from vlm.text.decoders import head_of, memory_width, require_cross_attention
 
 class Memory(NamedTuple):
     """What the decoder attends to: tokens float[B, L, D], of which those with valid bool[B, L] are
-    image tokens and the others padding behind them; valid is None where there is no padding."""
+    image tokens and the others padding after them; valid is None where there is no padding."""
 
     tokens: Tensor
     valid: Tensor | None
@@ -67,7 +67,7 @@ class EncoderDecoder(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Logits float[N, Z] at the scored places only, row by row, each from the place before.
 
-        Raises ValueError naming the rows that have no picture, and for padding on the left.
+        Raises ValueError naming the rows that have no image, and for padding on the left.
         """
         return self.logits(self.states(batch))
 
@@ -81,7 +81,7 @@ class EncoderDecoder(nn.Module):
         groups, ghosts = batch.groups, batch.ghosts
         if not batch.scored.any() and not groups:  # nothing is asked of such rows
             groups, ghosts = ghosts[:1], ghosts[1:]
-        require_pictures(groups, batch.names)
+        require_images(groups, batch.names)
         memory = self.encode(groups)
         if ghosts:
             nothing = self.encode(ghosts).tokens[:0].sum()
@@ -91,9 +91,9 @@ class EncoderDecoder(nn.Module):
 
     def encode(self, groups: Sequence[ViewGroup]) -> Memory:
         """The image tokens of each example, views in order; encoded once, they serve any number of
-        texts. Raises ValueError where there is no picture."""
+        texts. Raises ValueError where there is no image."""
         if not groups:
-            raise ValueError("expected the views of at least one picture, found none")
+            raise ValueError("expected the views of at least one image, found none")
         encoded = []
         for group in groups:
             images = self.tokenizer(group.pixels)
@@ -139,13 +139,13 @@ def gather(tokens: Tensor, example: Tensor) -> Memory:
     return Memory(padded, torch.arange(L, device=counts.device) < counts[:, None])
 
 
-def require_pictures(groups: Sequence[ViewGroup], names: Sequence[str]) -> None:
-    """Raises ValueError naming every row without a picture: its memory would be empty."""
+def require_images(groups: Sequence[ViewGroup], names: Sequence[str]) -> None:
+    """Raises ValueError naming every row without an image: its memory would be empty."""
     shown = {row for group in groups for row in group.owner[:, 0].tolist()}
     missing = [name for row, name in enumerate(names) if row not in shown]
     if missing:
         raise ValueError(
-            f"expected a picture in every row, found none in {len(missing)}: {missing[:10]}"
+            f"expected an image in every row, found none in {len(missing)}: {missing[:10]}"
         )
 
 

@@ -1,4 +1,4 @@
-"""What encoder-decoder systems share: the processor of pictures and their texts, and the model with
+"""What encoder-decoder systems share: the processor of images and their texts, and the model with
 what is needed to use it."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ OVERFLOWS = ("drop", "shrink")
 
 
 class LineProcessor:
-    """Pictures and the texts in them in, rows of ids and pixels out.
+    """Images and the texts in them in, rows of ids and pixels out.
 
     A row is the decoder's stream: start ids, the text's ids, the end id. Exactly the text and the
     end are scored, by their places: a pad id that is also the end id does no harm.
@@ -25,8 +25,8 @@ class LineProcessor:
     pixel_spec: the image tokenizer's own preprocessing.
     start_ids: what each row begins with. end_id: what it ends with. pad_id: at padding.
     max_tokens: the longest row; None means no limit. overflow says what happens to longer ones:
-        "drop" leaves them out, "shrink" cuts the text's end, the end id with it.
-    prompt_starts: whether a literal prompt stands in place of the start ids (Donut) or behind them.
+        "drop" skips them, "shrink" cuts the text's end, the end id with it.
+    prompt_starts: whether a literal prompt stands in place of the start ids (Donut) or after them.
     Raises ValueError naming the argument.
     """
 
@@ -62,10 +62,10 @@ class LineProcessor:
         self.prompt_starts = prompt_starts
 
     def encode(self, example: Example) -> Row | Skipped:
-        """A training row: the picture, and the example's answer as the text to write.
+        """A training row: the image, and the example's answer as the text to write.
 
         What the user's turn says is a literal prompt, which is not scored.
-        Raises BadRow or BadImage naming the row where there is no picture, it cannot be read, or
+        Raises BadRow or BadImage naming the row where there is no image, it cannot be read, or
         the text has characters that the vocabulary lacks, or spells one of the tokenizer's own
         marks, which would end it early. Gives Skipped where the row is longer than `max_tokens`
         and must not be cut.
@@ -88,23 +88,22 @@ class LineProcessor:
             raise BadRow(f"{name}: {row.reason}")
         return row
 
-    def encode_picture(self, picture, prompt: str | None = None, name: str = "picture") -> Row:
-        """A row to write from: the picture, and the ids that writing begins with.
+    def encode_image(self, image, prompt: str | None = None, name: str = "image") -> Row:
+        """A row to write from: the image, and the ids that writing begins with.
 
-        picture: anything that `vlm.pixels.open_image` takes.
-        Raises BadImage naming the picture.
+        image: anything that `vlm.pixels.open_image` takes.
+        Raises BadImage naming the image.
         """
         ids = torch.tensor(self.prompt_ids(prompt, name))
         return Row(
             name=name,
             ids=ids,
             scored=torch.zeros_like(ids, dtype=torch.bool),
-            views=self._see(picture, 0, name),
-            places=(),
+            views=self._see(image, 0, name),
         )
 
     def prompt_ids(self, prompt: str | None, name: str = "prompt") -> list[int]:
-        """What a row begins with: the start ids, and a literal prompt behind or in place of them.
+        """What a row begins with: the start ids, and a literal prompt after or in place of them.
 
         Raises BadRow naming characters that the vocabulary lacks.
         """
@@ -131,7 +130,7 @@ class LineProcessor:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of written ids, special tokens left out."""
+        """The text of written ids, special tokens skipped."""
         return self._text(ids).strip()
 
     def pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
@@ -180,7 +179,6 @@ class LineProcessor:
                 for number, image in enumerate(images)
                 for view in self._see(image, number, name)
             ),
-            places=(),
             cut=cut,
         )
 

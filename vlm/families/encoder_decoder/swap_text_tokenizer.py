@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from vlm.families.encoder_decoder.layout import ids_of
 from vlm.families.encoder_decoder.model import EncoderDecoderModel
 from vlm.families.encoder_decoder.processor import LineProcessor
 from vlm.text import decoders as text_decoders
+from vlm.vocabulary import ids_of
 
 
 def with_tokenizer(
@@ -77,7 +77,7 @@ def with_tokenizer(
 
 def _require_pad(text: torch.nn.Module, pad_id: int) -> None:
     """Raises ValueError where a decoder with another pad id would give its places other positions,
-    as RoBERTa's and TrOCR's sinusoidal ones are counted from behind it."""
+    as RoBERTa's and TrOCR's sinusoidal ones are counted from after it."""
     own = text.config.pad_token_id
     sinusoidal = any(isinstance(m, text_decoders.SinusoidalPositions) for m in text.modules())
     if (text_decoders.first_position(text) or sinusoidal) and pad_id != own:

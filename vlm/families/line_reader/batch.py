@@ -53,7 +53,7 @@ class LineRow:
 
     @property
     def fits(self) -> bool:
-        """Whether the picture has tokens enough for the text; such a line is not learned from."""
+        """Whether the image has tokens enough for the text; such a line is not learned from."""
         return least_columns(self.ids) <= self.pixels.shape[-1] // STRIDE
 
 

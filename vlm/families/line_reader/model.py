@@ -27,8 +27,8 @@ class LineReaderModel(TextReader):
     processor: LineProcessor
     reads: ClassVar[str] = "lines"
 
-    def _encode(self, picture, name: str) -> LineRow:
-        return self.processor.encode_picture(picture, name)
+    def _encode(self, image, name: str) -> LineRow:
+        return self.processor.encode_image(image, name)
 
     def _read(self, rows: Sequence[LineRow], num_beams: int) -> list[Transcript]:
         weight = self.module.head.weight

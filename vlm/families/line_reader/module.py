@@ -1,7 +1,7 @@
 """Readers of single lines: image tokens along the line, and what each of them says.
 
 Each token names a character or nothing (the blank); what is read is the row of names with
-repetitions joined and blanks left out (CTC, Graves et al. 2006). There is no decoder that writes
+repetitions joined and blanks skipped (CTC, Graves et al. 2006). There is no decoder that writes
 one character after another, so a line is read in one pass, and each character has a place.
 
 Shapes: V view (a line), L image tokens, D width, Z characters and the blank.

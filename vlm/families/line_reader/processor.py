@@ -1,4 +1,4 @@
-"""Lines of text as a line reader takes them: pictures at their own widths, texts as characters."""
+"""Lines of text as a line reader takes them: images at their own widths, texts as characters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlm.pixels import PixelSpec, open_image
 
 
 class LineProcessor:
-    """Pictures and texts of lines, for a reader of `characters`.
+    """Images and texts of lines, for a reader of `characters`.
 
     pixel_spec: the preprocessing. characters: each once; the id of the first is 1.
     Raises ValueError for characters that are given twice, or none.
@@ -50,22 +50,22 @@ class LineProcessor:
     def encode(self, example: Example) -> LineRow:
         """A line with its text.
 
-        Raises BadRow where there is not one picture, or no text; BadImage for its picture.
+        Raises BadRow where there is not one image, or no text; BadImage for its image.
         """
         if len(example.images) != 1 or not example.answer.strip():
             raise BadRow(
-                f"{example.name}: expected one picture and its text, found {len(example.images)} "
-                f"pictures and the text {example.answer[:40]!r}"
+                f"{example.name}: expected one image and its text, found {len(example.images)} "
+                f"images and the text {example.answer[:40]!r}"
             )
         ids = self.encode_text(example.answer, example.name)
         (pixels,) = self.pixel_spec(open_image(example.images[0]))
         return LineRow(example.name, pixels, ids)
 
-    def encode_picture(self, picture, name: str) -> LineRow:
+    def encode_image(self, image, name: str) -> LineRow:
         """A line to be read."""
-        (pixels,) = self.pixel_spec(open_image(picture, name=name))
+        (pixels,) = self.pixel_spec(open_image(image, name=name))
         return LineRow(name, pixels, ())
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; blanks are left out."""
+        """The text of ids; blanks are skipped."""
         return "".join(self.characters[id - 1] for id in ids if id != BLANK)

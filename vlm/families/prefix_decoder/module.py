@@ -1,4 +1,4 @@
-"""Prefix decoders: image tokens and prompt read as a whole, the answer written behind them.
+"""Prefix decoders: image tokens and prompt read as a whole, the answer written after them.
 
 PaliGemma is of this family. Placement is that of decoder-only models; what differs is the mask.
 Image and prompt see each other whatever their order, the answer sees them and what was written of
@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from vlm.compat.transformers import attention_of
 from vlm.families.decoder_only.batch import Batch
+from vlm.families.decoder_only.image_layout import Sees
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.image_tokens import ImageTokenizer
 from vlm.kernels.packed_attention import read_segments
@@ -32,6 +33,7 @@ class PrefixDecoder(DecoderOnly):
     """
 
     family = "prefix_decoder"
+    sees: Sees = "prefix"
 
     def __init__(self, tokenizer: ImageTokenizer, adaptor: nn.Module, text: nn.Module) -> None:
         super().__init__(tokenizer, adaptor, text)
@@ -39,7 +41,8 @@ class PrefixDecoder(DecoderOnly):
 
     def read(self, vectors: Tensor, batch: Batch) -> Tensor:
         """The language model's final states float[B, T, D]; `batch.prefix` is read at once. Raises
-        ValueError as `DecoderOnly.read` does."""
+        ValueError as `DecoderOnly.read` does for packed rows, and for causal rows."""
+        self.require_sees(batch)
         if batch.bounds is not None:
             prefix = batch.example[batch.prefix].bincount(minlength=len(batch.names))
             return read_segments(self.text, vectors, batch.positions, batch.bounds, prefix)
@@ -106,8 +109,8 @@ def seen_before(kind: str, config: PreTrainedConfig, valid: Tensor) -> Tensor:
     if kind == "sliding_attention":
         return (distance >= 0) & (distance < config.sliding_window)
     if kind == "chunked_attention":
-        behind = place - valid.long().argmax(1)[:, None]
-        chunk = behind.div(config.attention_chunk_size, rounding_mode="floor")
+        after = place - valid.long().argmax(1)[:, None]
+        chunk = after.div(config.attention_chunk_size, rounding_mode="floor")
         return (distance >= 0) & (chunk[:, :, None] == chunk[:, None, :])
     raise ValueError(
         f"{config.model_type} has layers of kind {kind}, which cannot read a prefix at once; "

@@ -1,4 +1,4 @@
-"""Which pixels of a picture may be ink, and the connected pieces that they make.
+"""Which pixels of an image may be ink, and the connected pieces that they make.
 
 Text is told from its surroundings locally, so that uneven light, shadows and large and small type
 do no harm: a pixel is ink where it differs from the mean around it by a share of the spread around
@@ -10,11 +10,15 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
+from vlm.compat.extras import needs
+
+with needs("ocr"):
+    import cv2
+
 WORKING_PIXELS = 900_000, 4_500_000
-"""Pictures are enlarged towards the first and reduced to the second number of pixels."""
+"""Images are enlarged towards the first and reduced to the second number of pixels."""
 MOST_ENLARGED = 3.0
 WINDOW_PX = 51
 SPREADS = 0.5
@@ -23,7 +27,7 @@ NOISES = 5.0
 """How many standard deviations of the noise ink differs at least."""
 LEAST_CONTRAST = 7.0
 CONTRAST_SHARE = 0.12
-"""The least contrast of ink, in grey levels and as a share of the strongest on the picture."""
+"""The least contrast of ink, in grey levels and as a share of the strongest on the image."""
 TEXTURE_PX, TEXTURES, MOST_TEXTURE = 15, 3.5, 0.3
 """Ink differs by so many standard deviations of the paper's texture, as the emptiest windows show
 it, but not by more than a share of the strongest contrast."""
@@ -31,21 +35,21 @@ RING_PX = 4.5
 
 
 class Working(NamedTuple):
-    """A picture as lines are looked for in it.
+    """An image as lines are looked for in it.
 
-    grey: uint8[H, W]. inside: bool[H, W], where there is picture. noise: standard deviation of its
-    noise, in grey levels. to_picture: float64[2, 3], from its pixel edges to the caller's.
+    grey: uint8[H, W]. inside: bool[H, W], where there is image. noise: standard deviation of its
+    noise, in grey levels. to_image: float64[2, 3], from its pixel edges to the caller's.
     """
 
     grey: np.ndarray
     inside: np.ndarray
     noise: float
-    to_picture: np.ndarray
+    to_image: np.ndarray
 
 
 class Pieces(NamedTuple):
     """Connected pieces of ink, one a row: boxes float64[N, 4] as x0, y0, x1, y1, end exclusive,
-    area int[N] in pixels; and the picture they are on, labels int32[H, W], 0 for no piece."""
+    area int[N] in pixels; and the image they are on, labels int32[H, W], 0 for no piece."""
 
     boxes: np.ndarray
     area: np.ndarray
@@ -65,7 +69,7 @@ class Pieces(NamedTuple):
 
 
 def working_copy(rgb: np.ndarray) -> Working:
-    """The grey picture at a size at which small type has a few pixels to its strokes.
+    """The grey image at a size at which small type has a few pixels to its strokes.
 
     rgb: uint8[H, W, 3].
     """
@@ -83,15 +87,15 @@ def working_copy(rgb: np.ndarray) -> Working:
         grey = cv2.GaussianBlur(grey, (0, 0), blur)
         noise /= max(1.0, 2 * math.sqrt(math.pi) * blur)  # of white noise, what is left
     height, width = (max(1, round(side * scale)) for side in grey.shape)
-    to_picture = np.array([[grey.shape[1] / width, 0, 0], [0, grey.shape[0] / height, 0]])
+    to_image = np.array([[grey.shape[1] / width, 0, 0], [0, grey.shape[0] / height, 0]])
     if (height, width) != grey.shape:
         how = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
         grey = cv2.resize(grey, (width, height), interpolation=how)
-    return Working(grey, np.ones(grey.shape, bool), noise, to_picture)
+    return Working(grey, np.ones(grey.shape, bool), noise, to_image)
 
 
 def turned(working: Working, degrees: float) -> Working:
-    """The picture turned clockwise around its middle, on a canvas that holds all of it."""
+    """The image turned clockwise around its middle, on a canvas that holds all of it."""
     height, width = working.grey.shape
     matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), -degrees, 1.0)
     cos, sin = abs(matrix[0, 0]), abs(matrix[0, 1])
@@ -104,13 +108,13 @@ def turned(working: Working, degrees: float) -> Working:
     # OpenCV's coordinates lie on pixel centres, ours on edges.
     back = cv2.invertAffineTransform(matrix)
     back[:, 2] += 0.5 - back[:, :2] @ (0.5, 0.5)
-    to_picture = working.to_picture[:, :2] @ back
-    to_picture[:, 2] += working.to_picture[:, 2]
-    return Working(grey, inside > 0, working.noise, to_picture)
+    to_image = working.to_image[:, :2] @ back
+    to_image[:, 2] += working.to_image[:, 2]
+    return Working(grey, inside > 0, working.noise, to_image)
 
 
 def noise_of(grey: np.ndarray) -> float:
-    """The standard deviation of the noise, in grey levels, text and edges left out of account.
+    """The standard deviation of the noise, in grey levels, text and edges not counted.
 
     Source: Immerkær 1996, "Fast noise variance estimation", with a median in place of the mean.
     """
@@ -157,7 +161,7 @@ def surroundings(pieces: Pieces, grey: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
     Along the edge of a sheet, a shadow or a thing one side of the ring has the piece's own shade,
     and the spread is about 1; what surrounds a letter is of one shade.
-    pieces: those of a picture, all of them.
+    pieces: those of an image, all of them.
     """
     apart, nearest = cv2.distanceTransformWithLabels(
         (pieces.labels == 0).astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_CCOMP

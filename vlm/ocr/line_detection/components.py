@@ -28,7 +28,7 @@ MOST_SKEW = 10.0
 
 
 def letters_of(working: Working, light: bool) -> Pieces:
-    """The pieces of ink without specks, rules, frames, edges, and what is as large as a picture."""
+    """The pieces of ink without specks, rules, frames, edges, and what is as large as an image."""
     pieces = pieces_of(ink_of(working, light))
     if not len(pieces.boxes):
         return pieces

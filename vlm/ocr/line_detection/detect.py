@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 from PIL import Image
 
+from vlm.compat.extras import needs
 from vlm.ocr.line_detection.binarize import Working, turned, working_copy
 from vlm.ocr.line_detection.components import letters_of, skew, without_bars
 from vlm.ocr.line_detection.filtering import choose, judge
 from vlm.ocr.line_detection.grouping import TextLine, lines_of
+
+with needs("ocr"):
+    import cv2
 
 Corners = tuple[tuple[float, float], ...]
 
@@ -29,7 +32,7 @@ class Found:
     """A line that was found.
 
     corners_px: its four corners (x, y), clockwise from the text's own top left, in pixels of the
-        picture, on pixel edges.
+        image, on pixel edges.
     """
 
     corners_px: Corners
@@ -48,7 +51,7 @@ class Found:
 
 
 def find_lines(image: Image.Image) -> list[Found]:
-    """The lines of text on a picture, from top to bottom; of a blank one, none.
+    """The lines of text on an image, from top to bottom; of a blank one, none.
 
     image: mode RGB. A page may be turned by up to MOST_SKEW degrees. Two columns give two lines
     where one stands beside the other. A text that runs up or down a page is not found as a line;
@@ -70,7 +73,7 @@ def find_lines(image: Image.Image) -> list[Found]:
 
 
 def runs_sideways(image: Image.Image) -> bool:
-    """Whether most letters of a picture have their nearest neighbour above or below them, as in
+    """Whether most letters of an image have their nearest neighbour above or below them, as in
     text turned by 90 degrees, or in letters stacked on each other."""
     rgb = np.asarray(image.convert("RGB"))
     if min(rgb.shape[:2]) < 3:
@@ -104,9 +107,9 @@ def runs_sideways(image: Image.Image) -> bool:
 
 
 def cut(image: Image.Image, found: Found, margin: float = MARGIN) -> Image.Image:
-    """One line as an upright picture, with a margin of so many of its heights around it.
+    """One line as an upright image, with a margin of so many of its heights around it.
 
-    What lies outside the picture repeats its edge.
+    What lies outside the image repeats its edge.
     """
     corners = np.array(widened(found, margin), np.float32)
     width = max(1, round(math.dist(corners[0], corners[1])))
@@ -145,12 +148,12 @@ def widened(found: Found, margin: float = MARGIN) -> Corners:
 
 
 def _corners(line: TextLine, working: Working, size_hw: tuple[int, int]) -> Corners:
-    """A line's corners in the caller's picture."""
+    """A line's corners in the caller's image."""
     u0, v0, u1, v1 = line.box
     cos = 1 / math.hypot(1, line.slope)
     sin = line.slope * cos
     turned_back = [(u * cos - v * sin, u * sin + v * cos)
                    for u, v in ((u0, v0), (u1, v0), (u1, v1), (u0, v1))]  # fmt: skip
-    points = np.array(turned_back) @ working.to_picture[:, :2].T + working.to_picture[:, 2]
+    points = np.array(turned_back) @ working.to_image[:, :2].T + working.to_image[:, 2]
     points = points.clip(0, (size_hw[1], size_hw[0]))
     return tuple((float(x), float(y)) for x, y in points)

@@ -16,7 +16,7 @@ from vlm.ocr.line_detection.grouping import TextLine
 
 LEAST_LINE_PX = 6
 LEAST_ALONE = 12.0
-"""Grey levels of contrast of a picture's only letters."""
+"""Grey levels of contrast of an image's only letters."""
 
 
 class Judged(NamedTuple):

@@ -106,7 +106,7 @@ def _slope(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _tall(heights: np.ndarray) -> float:
-    """The height of a line's letters, dots and commas left out of account."""
+    """The height of a line's letters, dots and commas not counted."""
     return float(np.percentile(heights, 75))
 
 
@@ -216,7 +216,7 @@ def _parted(line: TextLine, pieces: Pieces) -> list[TextLine]:
 
 
 def _with_marks(lines: list[TextLine], pieces: Pieces) -> list[TextLine]:
-    """Lines with the dots, commas and accents around them; those by themselves are left out."""
+    """Lines with the dots, commas and accents around them; those by themselves are skipped."""
     if not lines:
         return []
     body = np.array([line.box[3] - line.box[1] for line in lines])

@@ -1,7 +1,7 @@
 """open_clip's model_cfg of a CLIP or SigLIP as a configuration of transformers, and back.
 
 A model_cfg is what `open_clip_config.json` says of a model. What transformers' classes cannot
-represent is refused by the key that says so, never left out: other towers (ModifiedResNet, other
+represent is refused by the key that says so, never skipped: other towers (ModifiedResNet, other
 timm trunks, text towers of transformers), other pooling, layer scale, CoCa, sides that differ.
 
 Source: open_clip 3.3, `model.py` and `timm_model.py`.

@@ -123,7 +123,7 @@ def save(model: ContrastiveModel, folder: Path) -> None:
     """Writes open_clip's layout, for a CLIP or SigLIP of any origin: a model that came from such a
     folder keeps its files, but for preprocessing that was changed since.
 
-    open_clip resizes pictures with Pillow; a model whose preprocessing resizes with torchvision
+    open_clip resizes images with Pillow; a model whose preprocessing resizes with torchvision
     gets the same settings, and a grey level or two of difference.
     Raises ValueError naming what open_clip cannot represent, before anything is written.
     """
@@ -212,7 +212,7 @@ def _model_cfg(module: Contrastive, processor: PairProcessor, name: str) -> dict
 
 
 def _pixel_spec(values: Mapping[str, Any], config: Mapping[str, Any]) -> PixelSpec:
-    """What open_clip does to pictures, which takes the image tower's size whatever a file says.
+    """What open_clip does to images, which takes the image tower's size whatever a file says.
 
     values: of open_clip_config.json. config: what `reference_config` gives for its model_cfg.
     """

@@ -33,7 +33,7 @@ def folder_tokenizer(
     anything the one whose files lie in the folder (hub: or, where there are none, under this name
     on the hub).
 
-    Of open_clip's cleaning the repair of broken text (ftfy) and of HTML's "&amp;" is left out.
+    Of open_clip's cleaning the repair of broken text (ftfy) and of HTML's "&amp;" is skipped.
     Raises OSError where the files are missing; ValueError naming the key that cannot be done.
     """
     text = asdict(CLIPTextCfg()) | model_cfg["text_cfg"]

@@ -43,7 +43,7 @@ KEEP = 2
 class Progress:
     """How far a run has come.
 
-    step: optimizer steps done; samples: rows drawn by then. skipped: rows left out, the first of
+    step: optimizer steps done; samples: rows drawn by then. skipped: rows skipped, the first of
     them named with their reasons in examples_skipped. cut_tokens: text tokens cut to fit the
     context. unscored: rows without a scored token.
     """
@@ -192,7 +192,7 @@ class Checkpoints:
             again = int(NAME.fullmatch(old.name)[1]) - int(NAME.fullmatch(path.name)[1])
             self.say(
                 f"broken checkpoint: {'; '.join(said)}; set aside as {_aside(old).name}, going on "
-                f"from {path.name}, so that {again} steps are done again"
+                f"from {path.name}, so that {again} steps will be repeated"
             )
         if path is None:
             self.say(f"{self.folder}: no checkpoint in it, starting from the beginning")

@@ -27,7 +27,7 @@ ROWS = 16
 """Rows of a source that are read for its fingerprint."""
 
 
-def decided_by(settings: dict[str, Any], stage: Stage, data: MixtureDataset) -> dict[str, Any]:
+def run_identity(settings: dict[str, Any], stage: Stage, data: MixtureDataset) -> dict[str, Any]:
     """All that decides what a run learns, as JSON holds it. How a step is split does not.
 
     settings: those that decide; see `vlm.training.base_settings.deciding`.
@@ -48,7 +48,7 @@ def decided_by(settings: dict[str, Any], stage: Stage, data: MixtureDataset) -> 
 def fingerprint(source: Source, rows: int = ROWS) -> str:
     """What tells whether a source's data are the same: the number of rows, the first and the last,
     the sizes of the files that it reads, and a hash of some rows spread over it (what they say,
-    their boxes, and the sizes of their picture files).
+    their boxes, and the sizes of their image files).
 
     Cheap, and so no proof: a file that was edited to the same size beside the rows that are read
     stays unnoticed. Rows that cannot be read count as such.
@@ -66,19 +66,19 @@ def fingerprint(source: Source, rows: int = ROWS) -> str:
 
 
 def _said_by(source: Source, row: int) -> str:
-    """A row as text; pictures that are drawn as they are read are left out."""
+    """A row as text; images that are drawn as they are read are skipped."""
     try:
         example = source[row]
     except (BadRow, BadImage):
         return f"{source.row_name(row)}: cannot be read"
-    pictures = []
+    images = []
     for image in example.images:
         data = image.data if isinstance(image, ImageRef) else None
         if isinstance(data, Path):
-            pictures.append(data.stat().st_size if data.is_file() else None)
+            images.append(data.stat().st_size if data.is_file() else None)
         elif isinstance(data, bytes) and source.files:
-            pictures.append(len(data))
-    return repr((example.name, example.turns, example.boxes, pictures))
+            images.append(len(data))
+    return repr((example.name, example.turns, example.boxes, images))
 
 
 def differences(
@@ -87,7 +87,7 @@ def differences(
     """What a run and the checkpoint that it goes on from do not have in common, a line each, where
     all of it may differ. What follows from a setting is named with it, and not once more.
 
-    old, new: as `decided_by` gives them. change: names of settings that may differ; "stage" and
+    old, new: as `run_identity` gives them. change: names of settings that may differ; "stage" and
         "mixture", which may too where a setting that is named here does; "data", for data that were
         changed under their names. path: the checkpoint, for messages.
     Raises CheckpointError listing all that differs without being named, and names of nothing.

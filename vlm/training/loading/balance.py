@@ -1,6 +1,6 @@
-"""The rows of a step dealt out to processes and micro-batches by what they cost.
+"""The rows of a step dealt out to processes and micro-batches by their cost.
 
-A step waits for its slowest process. Rows differ in pictures, views and text; dealt out by number
+A step waits for its slowest process. Rows differ in images, views and text; dealt out by number
 alone, one process gets more of the long ones than another. Which rows a step has stays as it is, so
 losses and gradients do too.
 
@@ -47,7 +47,7 @@ def deal(costs: Sequence[int], parts: int) -> list[list[int]]:
 
 
 def deal_step(costs: Sequence[int], ranks: int, micro_batches: int) -> list[int]:
-    """The rows of a step in the order in which the ranks, one behind the other, take them: a
+    """The rows of a step in the order in which the ranks, one after the other, take them: a
     permutation of 0 to len(costs) - 1.
 
     ranks get equal counts of rows, and cut them into equal counts, `micro_batches` of them: so
@@ -63,24 +63,25 @@ def deal_step(costs: Sequence[int], ranks: int, micro_batches: int) -> list[int]
 
 
 class Costs:
-    """What each sample of a mixture costs, by its text and the headers of its pictures.
+    """What each sample of a mixture costs, by its text and the headers of its images.
 
-    data: of which rows are taken as they are, before any augmentation. work: the cost of a row
-    whose pixels have no values. A call gives the cost of a sample number, 0 for a row that does not
-    fit the context, and None for one that cannot be read, of which whoever reads it will speak.
+    data: of which rows are taken as they are, before any augmentation. cost: of a row whose pixels
+    have no values, such as `FlopCost.of_row`. A call gives the cost of a sample number, 0 for a
+    row that does not fit the context, and None for one that cannot be read, of which whoever reads
+    it will speak.
     """
 
     def __init__(
-        self, data: MixtureDataset, processor: Processor, work: Callable[[Row], int]
+        self, data: MixtureDataset, processor: Processor, cost: Callable[[Row], int]
     ) -> None:
-        self.data, self.processor, self.work = data, processor, work
+        self.data, self.processor, self.cost = data, processor, cost
 
     def __call__(self, number: int) -> int | None:
         try:
             row = self.processor.measure(self.data.plain(number))
         except (BadRow, BadImage):
             return None
-        return 0 if isinstance(row, Skipped) else self.work(row)
+        return 0 if isinstance(row, Skipped) else self.cost(row)
 
 
 class Dealt(Dataset):

@@ -11,7 +11,7 @@ from vlm.pixels import BadImage
 
 
 class Encoded(Dataset):
-    """A dataset of examples as rows, pictures decoded here, in the loader's workers.
+    """A dataset of examples as rows, images decoded here, in the loader's workers.
 
     examples: anything indexed that gives Example or Skipped. on_bad_row says what a row does that
     cannot be read or has no answer: "raise" stops, naming it; "skip" gives Skipped, to be counted.

@@ -26,7 +26,7 @@ from vlm.training.objectives.base import Objective
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What the loader gives: batches (none where all rows were skipped), rows left out, text
+    """What the loader gives: batches (none where all rows were skipped), rows skipped, text
     tokens cut, rows without a scored token, and the error of a row that must not be skipped."""
 
     batches: tuple
@@ -47,7 +47,7 @@ def micro_batch_loader(
     """Gives a `MicroBatch` for each list of rows that the sampler names.
 
     workers: processes that read and decode; 0 reads in the loop itself.
-    balance: what a row costs, by which the rows of a step are dealt out; None takes them as the
+    balance: the cost of a row, by which the rows of a step are dealt out; None takes them as the
         sampler does, and so does one rank.
     """
     rows = _Guarded(Encoded(data, processor, data.on_bad_row))

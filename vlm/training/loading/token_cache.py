@@ -1,8 +1,8 @@
 """Image tokens of a frozen image tokenizer, kept on disk for the epochs after the first.
 
 An entry is named by what decides it: the tokenizer's weights, what it is made of, the precision
-that it computes in, and the pixels themselves, as preprocessing made them from a picture. So an
-entry can never be stale: another picture, another crop, other weights have another name. Pictures
+that it computes in, and the pixels themselves, as preprocessing made them from an image. So an
+entry can never be stale: another image, another crop, other weights have another name. Images
 that are changed at random have new pixels each time, and gain nothing.
 
 Shapes: V view, L image tokens of a view, D width.

@@ -1,12 +1,13 @@
-"""Rows that stand for a run's, and what rehearsed steps over them say of its steps.
+"""Rows that stand for a run's, and the estimated peak memory of its steps, by simulated steps over
+them.
 
-What a step holds goes by its rows, so that it is foreseen from rows of the run itself. The longest
+What a step holds goes by its rows, so that it is estimated from rows of the run itself. The longest
 row that a model could take says little: contexts are far longer than most data, and a run would be
-refused that never fills them. What is foreseen is what surely comes instead. The n longest of 16
+refused that never fills them. What is estimated is what surely comes instead. The n longest of 16
 rows meet in one of 360 micro-batches of n at the rarest (n about 6), so that any run of some length
 has steps as heavy; micro-batches of more than 16 are as heavy as rows at random make them. A few
 rows of every source are among them, however rarely it is drawn. Rows that are longer still may
-come, and `vlm.training.memory.preflight` says so where little room is left.
+come, and `vlm.training.memory.preflight` says so where little memory is left.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from vlm.families.line_reader.batch import LineRow
 from vlm.image_tokens import Pixels
 from vlm.pixels import BadImage
 from vlm.training.loading.encoded import Encoded
-from vlm.training.memory.simulate import Held, Rehearsal, Step
+from vlm.training.memory.simulate import Held, SimulatedStep, StepMemory
 from vlm.training.sharding import units_of
 from vlm.training.step import BUCKET_ELEMENTS
 
@@ -42,7 +43,7 @@ SEARCHED = 1024
 def rows_of_run(data: MixtureDataset, processor: Any, samples: int, count: int = ROWS) -> list[Any]:
     """Rows of a run, encoded: `count` of them, and up to as many more where sources gave fewer than
     `EACH`; from all of its steps, since the first may have other sources than the rest, and the
-    same each time. Those that cannot be used are left out.
+    same each time. Those that cannot be used are skipped.
 
     samples: examples of the whole run.
     Raises ValueError, with the first one's reason, where none can be used.
@@ -73,7 +74,7 @@ def rows_of_run(data: MixtureDataset, processor: Any, samples: int, count: int =
 
 
 class Estimate:
-    """What rehearsed steps over a sample of rows say of steps of any size.
+    """What simulated steps over a sample of rows say of steps of any size.
 
     rows: examples as the run's processor makes them. For memory, a micro-batch of n is the n
     longest of them, or the n with the most pixels, whichever holds more, again and again where
@@ -83,9 +84,9 @@ class Estimate:
     """
 
     def __init__(
-        self, rehearsal: Rehearsal, rows: Sequence[Any], ranks: int = 1, group: int = 1
+        self, simulated: SimulatedStep, rows: Sequence[Any], ranks: int = 1, group: int = 1
     ) -> None:
-        self.rehearsal, self.rows, self.ranks, self.group = rehearsal, list(rows), ranks, group
+        self.simulated, self.rows, self.ranks, self.group = simulated, list(rows), ranks, group
         self._known: dict[tuple[int, int], Held] = {}
 
     def held(self, micro_batch: int, accumulation: int) -> Held:
@@ -100,9 +101,9 @@ class Estimate:
         """rows: of a micro-batch, or of one of its packs."""
         several = accumulation > 1 or len(rows) < micro_batch
         passes = 2 if several else 1  # further ones hold what the second does
-        step = self.rehearsal.step([rows] * passes)
-        waiting = self.rehearsal.objective.kept_between(
-            self.rehearsal.module, micro_batch * max(0, accumulation - passes)
+        step = self.simulated.run([rows] * passes)
+        waiting = self.simulated.objective.kept_between(
+            self.simulated.module, micro_batch * max(0, accumulation - passes)
         )
         held = self._sharded(step) if self.group > 1 else self._whole(step)
         return held._replace(activations=held.activations + waiting)
@@ -119,8 +120,8 @@ class Estimate:
     @property
     def tokens_per_example(self) -> float:
         """Real places of the text stream, image places included; of lines, image tokens."""
-        batches = self.rehearsal.objective.collate(self.rows)
-        counts = [self.rehearsal.objective.count(batch) for batch in batches]
+        batches = self.simulated.objective.collate(self.rows)
+        counts = [self.simulated.objective.count(batch) for batch in batches]
         return sum(count.tokens for count in counts) / len(self.rows)
 
     def flops_per_example(self, micro_batch: int, accumulation: int) -> float:
@@ -128,12 +129,12 @@ class Estimate:
         passes = min(accumulation, 2)
         count = min(micro_batch, max(1, len(self.rows) // passes))
         rows = [self.rows[number * count :][:count] or self.rows for number in range(passes)]
-        return self.rehearsal.step(rows, count=True).flops / sum(map(len, rows))
+        return self.simulated.run(rows, count=True).flops / sum(map(len, rows))
 
     def _heaviest(self, count: int) -> list[list[Any]]:
         """Rows for `count` examples that may hold most: the longest, and those with most pixels
         (where rows are packed, most for each place), unless these are alike."""
-        pack = getattr(self.rehearsal.objective, "pack", None)
+        pack = getattr(self.simulated.objective, "pack", None)
         sizes = {id(row): (_length(row), _pixels(row)) for row in self.rows}
 
         def first(key: Any) -> list[Any]:
@@ -148,21 +149,21 @@ class Estimate:
         )
         return [longest] if alike else [longest, densest]
 
-    def _whole(self, step: Step) -> Held:
+    def _whole(self, step: StepMemory) -> Held:
         """Where ranks exchange whole gradients, a bucket of them beside all may be more than a
         pass holds."""
         if self.ranks == 1:
             return step.peak
-        sizes = [p.numel() for p in self.rehearsal.trained]
+        sizes = [p.numel() for p in self.simulated.trained]
         bucket = 4 * min(sum(sizes), BUCKET_ELEMENTS + max(sizes))
         exchange = step.peak._replace(gradients=4 * sum(sizes), activations=bucket, logits=0)
         return max(step.peak, exchange, key=lambda held: held.total)
 
-    def _sharded(self, step: Step) -> Held:
-        trained = sum(p.numel() for p in self.rehearsal.trained)
-        frozen = sum(p.numel() * p.element_size() for p in self.rehearsal.frozen)
+    def _sharded(self, step: StepMemory) -> Held:
+        trained = sum(p.numel() for p in self.simulated.trained)
+        frozen = sum(p.numel() * p.element_size() for p in self.simulated.frozen)
         learned = 4 * trained
-        width = self.rehearsal.dtype.itemsize
+        width = self.simulated.dtype.itemsize
         # One unit's gradients are whole, in 16 bits and as fp32, until they are scattered.
         whole = max(self._units) * (1 + 4 // width) if trained else 0
         return Held(
@@ -177,11 +178,11 @@ class Estimate:
     def _units(self) -> tuple[int, int]:
         """Bytes in the dtype of compute of the module's own unit, which is what the units of
         sharding leave, and of the largest of those."""
-        module, seen, sizes = self.rehearsal.module, set(), []
+        module, seen, sizes = self.simulated.module, set(), []
         for unit in (*units_of(module), module):
             own = {id(p): p.numel() for p in unit.parameters() if id(p) not in seen}
             seen |= own.keys()
-            sizes.append(self.rehearsal.dtype.itemsize * sum(own.values()))
+            sizes.append(self.simulated.dtype.itemsize * sum(own.values()))
         *units, rest = sizes
         return rest, max(units, default=0)
 
@@ -216,11 +217,11 @@ def _stretched(values: torch.Tensor, more: int) -> torch.Tensor:
 def _one_pack(rows: Sequence[Row], count: int, most: int) -> list[Row]:
     """Of `rows`, in their order, what one pack of at most `most` places takes, up to `count`; the
     first alone where it is longer."""
-    taken, room = list(rows[:1]), most - len(rows[0].ids)
+    taken, free = list(rows[:1]), most - len(rows[0].ids)
     for row in rows[1:]:
-        if len(row.ids) <= room and len(taken) < count:
+        if len(row.ids) <= free and len(taken) < count:
             taken.append(row)
-            room -= len(row.ids)
+            free -= len(row.ids)
     return taken
 
 

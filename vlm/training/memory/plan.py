@@ -1,7 +1,8 @@
-"""What a run takes of a machine, on paper: memory by part, the largest micro-batch, time and price.
+"""What a run takes of a machine: estimated peak memory by part, the largest micro-batch, time and
+price.
 
-Memory is that of a rehearsed step (`vlm.training.memory.simulate`): the run's own code on tensors
-without values, no formula of layers. What sharding changes is reckoned from it: weights, gradients
+Memory is that of a simulated step (`vlm.training.memory.simulate`): the run's own code on fake
+tensors, no formula of layers. What sharding changes is reckoned from it: weights, gradients
 and moments are divided by the ranks of a shard group, and the blocks at work are held whole. Time
 is counted operations at a stated share of the machine's peak.
 """
@@ -14,7 +15,7 @@ from typing import Any
 
 from vlm.data.mixture import split_of
 from vlm.training.memory.estimate import Estimate
-from vlm.training.memory.preflight import GIB, Room, room_for
+from vlm.training.memory.preflight import GIB, MemoryFit, memory_fit
 from vlm.training.meter import PEAK_TFLOPS
 
 MEMORY_GIB = {"A100": 80, "H100": 80, "H200": 141, "B200": 180, "L40S": 48, "4090": 24}
@@ -65,7 +66,7 @@ def machine_of(text: str) -> Machine:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan(Room):
+class Plan(MemoryFit):
     """What one device holds and how long a run takes.
 
     gathered: bytes of `held.weights` that are whole for the blocks at work. step_s, tokens_per_s,
@@ -115,23 +116,23 @@ def make_plan(
     batch: examples of a step; steps: of the run. micro_batch: None takes a rank's share at once.
     peak_flops: operations a second of one device in the run's dtype; None where it is not known.
     mfu: the share of it that is reached. price: of a device for an hour, in any currency. reserve:
-    the share of memory that is left to what no rehearsal sees: the driver's context, kernels'
+    the share of memory that is left to what no simulated step sees: the driver's context, kernels'
     workspaces, buffers of communication, fragments.
     Raises ValueError for a batch that does not divide over the devices, and for shares outside
     their range.
     """
     require_shares(mfu, reserve, price)
     share, micro_batch = split_of(batch, micro_batch, machine.ranks)
-    room = room_for(estimate, share, micro_batch, int(machine.gib * GIB * (1 - reserve)))
-    flops = estimate.flops_per_example(micro_batch, room.accumulation) * batch
+    fit = memory_fit(estimate, share, micro_batch, int(machine.gib * GIB * (1 - reserve)))
+    flops = estimate.flops_per_example(micro_batch, fit.accumulation) * batch
     seconds = None if peak_flops is None else flops / (machine.ranks * peak_flops * mfu)
     hours = None if seconds is None else seconds * steps / 3600
     return Plan(
         share=share,
         micro_batch=micro_batch,
-        held=room.held,
-        budget=room.budget,
-        largest=room.largest,
+        held=fit.held,
+        budget=fit.budget,
+        largest=fit.largest,
         ranks=machine.ranks,
         shard_group=estimate.group,
         gathered=estimate.gathered,

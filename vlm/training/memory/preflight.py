@@ -1,5 +1,6 @@
-"""Whether a run's micro-batches fit the memory of its devices: asked on paper by `vlm plan`, and by
-every recipe before its first step, so that a run that cannot go says so before it has begun.
+"""Memory preflight: whether a run's micro-batches fit the memory of its devices. `vlm plan` asks it
+of a machine by name, and every recipe of its own before the first step, so that a run that does
+not fit says so before it has begun.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from vlm.data.mixture import MixtureDataset
 from vlm.precision import DTYPES
 from vlm.training.base_settings import BaseSettings
 from vlm.training.memory.estimate import ROWS, Estimate, rows_of_run
-from vlm.training.memory.simulate import Held, Rehearsal
+from vlm.training.memory.simulate import Held, SimulatedStep
 from vlm.training.objectives.base import Objective
 from vlm.training.sharding import Shard
 from vlm.training.stages import Stage
@@ -31,13 +32,13 @@ MOST = 4096
 ROWS_AT_MOST = 32
 """How many rows a run looks at before it begins; each is decoded."""
 FULL = 0.85
-"""The share of a device's memory beyond which a run says that it may not fit: what is foreseen is
-up to a tenth below what is held, see `eval/plan_memory.py`."""
+"""The share of a device's memory beyond which a run says that it may not fit: the estimate is up to
+a tenth below the measured peak, see `eval/plan_memory.py`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Room:
-    """What a micro-batch holds on one device, beside what there is.
+class MemoryFit:
+    """The estimated peak memory of a step on one device, beside what the device has.
 
     share: examples of a step on one device. held: bytes at the fullest moment of a step, at
     `micro_batch` examples a pass. budget: bytes that may be used. largest: the largest micro-batch
@@ -85,15 +86,15 @@ class Room:
         )
 
 
-def room_for(
+def memory_fit(
     estimate: Estimate, share: int, micro_batch: int, budget: int, most: int = MOST
-) -> Room:
+) -> MemoryFit:
     """What a micro-batch of a device's share holds, and the largest, up to `most`, that fits."""
 
     def held(count: int) -> Held:
         return estimate.held(count, -(-share // count))
 
-    return Room(
+    return MemoryFit(
         share=share,
         micro_batch=micro_batch,
         held=held(micro_batch),
@@ -124,7 +125,7 @@ def largest_within(total: Callable[[int], int], budget: int, most: int = MOST) -
     return low
 
 
-def require_room(
+def require_memory(
     model: Any,
     stage: Stage,
     data: MixtureDataset,
@@ -135,11 +136,12 @@ def require_room(
     shard: Shard,
     say: Callable[..., None],
 ) -> None:
-    """Rehearses a run's step beside the memory of this process's device, before the first one.
+    """Compares the estimated peak memory of a run's step with the memory of this process's device,
+    before the first step.
 
     model: its `module`, which stays as it is, and its `processor`. Called on all processes
     together: what the one with the most need and the one with the least memory find decides for
-    all. Where little is left, or the step cannot be rehearsed (some backbones ask for values), a
+    all. Where little is left, or the step cannot be simulated (some backbones ask for values), a
     line says so, and the run goes on.
     Raises ValueError, on every process, where the micro-batch does not fit: it shows the setting,
     what is needed, what there is, and the largest micro-batch that fits or what else may help.
@@ -156,10 +158,10 @@ def require_room(
     try:
         count = min(max(stage.micro_batch, ROWS), ROWS_AT_MOST)
         rows = rows_of_run(data, model.processor, stage.steps * stage.batch, count)
-        rehearsal = Rehearsal(
+        simulated = SimulatedStep(
             model.module, stage, objective, DTYPES[settings.precision], device.type == "cuda"
         )
-        estimate = Estimate(rehearsal, rows, ranks, groups[shard])
+        estimate = Estimate(simulated, rows, ranks, groups[shard])
         needed = estimate.held(stage.micro_batch, accumulation).total
     except Exception as error:  # a backbone's own code, without values, may raise anything
         unknown = " ".join(str(error).split())[:300] or type(error).__name__
@@ -174,13 +176,13 @@ def require_room(
     setting = asked(settings, stage.micro_batch)
     holder = "device" if device.type == "cuda" else "process"
     if needed > there:
-        room = room_for(estimate, share, stage.micro_batch, there, most=stage.micro_batch - 1)
+        fit = memory_fit(estimate, share, stage.micro_batch, there, most=stage.micro_batch - 1)
         helps = remedies(settings, hasattr(model.module, "text"), groups[shard] > 1)
-        raise ValueError(room.refusal(setting, helps, holder))
+        raise ValueError(fit.refusal(setting, helps, holder))
     if needed > FULL * there:
         say(
-            f"{setting}: a step is foreseen to hold {size(needed)} of the {size(there)} that each "
-            f"{holder} has, and may hold more: a smaller --micro-batch leaves more room",
+            f"{setting}: a step's estimated peak memory is {size(needed)}, and may be more; each "
+            f"{holder} has {size(there)}: a smaller --micro-batch takes less",
             highlight=False,
         )
 

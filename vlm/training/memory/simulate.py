@@ -1,9 +1,10 @@
-"""A training step rehearsed on tensors that have shapes and no values: what it would hold when.
+"""A simulated training step with fake tensors: what it would hold in memory, and when.
 
-The objective, the working weights and the optimizer are those of a run, and so is the model's code;
-torch's fake tensors stand for every number that a weight, a pixel or a state would be, so that a
-step of any size runs in seconds and in no memory. Ids, masks and places are real: they decide
-shapes. Every storage is counted from its making to its end, in the backward pass too.
+The objective and the state that learns (`vlm.training.state`) are those of a run, and so is the
+model's code; torch's fake tensors, which have shapes and no values, stand for every weight, pixel
+and activation, so that a step of any size runs in seconds and in no memory. Ids, masks and
+positions are real: they decide shapes. Every storage is counted from its allocation to its release,
+in the backward pass too.
 
 What it cannot see is what kernels take for themselves and give back (workspaces of convolutions
 and matrix products), and what an allocator holds without using it.
@@ -40,11 +41,11 @@ from vlm.compat.torch import (
     without_torch_functions,
 )
 from vlm.kernels.attention import as_on_gpus
-from vlm.kernels.norm_mlp import lean, lean_ways
+from vlm.kernels.norm_mlp import memory_efficient_kernels
 from vlm.training.flops import flop_counter
-from vlm.training.master_weights import WorkingWeights
 from vlm.training.objectives.base import Objective
-from vlm.training.stages import Stage, optimizer_for, prepare
+from vlm.training.stages import Stage
+from vlm.training.state import build_state
 
 aten = torch.ops.aten
 
@@ -52,7 +53,7 @@ KINDS = ("weights", "gradients", "optimizer", "activations", "logits")
 
 
 class Held(NamedTuple):
-    """Bytes by what they are for. weights: frozen ones, fp32 masters and 16-bit working copies.
+    """Bytes by what they are for. weights: frozen ones, fp32 masters and bf16 compute copies.
     activations: all that is neither a part of the model's state nor logits, pixels included.
     logits: float tensors with one number for each id of the vocabulary."""
 
@@ -67,7 +68,7 @@ class Held(NamedTuple):
         return sum(self)
 
 
-class Step(NamedTuple):
+class StepMemory(NamedTuple):
     """One step of one process. peak: what is held when most is. passing: the most that activations
     and logits come to at any time, whatever else is held then. flops: operations, forward and
     backward, recomputation included; None where they were not counted."""
@@ -77,8 +78,8 @@ class Step(NamedTuple):
     flops: int | None
 
 
-class Rehearsal:
-    """Steps of a module, rehearsed on a copy of it without values; the module stays as it is.
+class SimulatedStep:
+    """Steps of a module, simulated on a copy of it with fake tensors; the module stays as it is.
 
     objective: what a run minimises. dtype: what the step computes in, as `fit` is told.
     gpu: whether autocast is that of GPUs, which takes norms and softmaxes to fp32.
@@ -91,21 +92,19 @@ class Rehearsal:
         packed = [name for name, p in module.named_parameters() if not p.is_floating_point()]
         if packed:
             raise ValueError(f"weights packed in few bits cannot be planned, found {packed[:4]}")
-        self.stage, self.dtype, self.gpu = stage, dtype, gpu
+        self.dtype, self.gpu = dtype, gpu
         self.objective = objective.alone()  # wherever a run is, one process simulates by itself
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.ways = lean_ways(module)
+        kernels = memory_efficient_kernels(module)  # tried on its values
         self.module = self._without_values(module)
         with self.fake:
-            prepare(self.module, stage, dtype)
-            self.optimizer = optimizer_for(self.module, stage)
-            self.working = WorkingWeights(self.module, dtype)
-        self.trained = [p for p in self.module.parameters() if p.requires_grad]
+            self.state = build_state(self.module, stage, dtype, kernels=kernels)
+        self.trained = self.state.trained
         self.frozen = [p for p in self.module.parameters() if not p.requires_grad]
         with self._booked(_Ledger(self.fake, set())):
             self._update()  # so that the moments are there, as in every step but the first
 
-    def step(self, micro_batches: Sequence[Sequence[Any]], count: bool = False) -> Step:
+    def run(self, micro_batches: Sequence[Sequence[Any]], count: bool = False) -> StepMemory:
         """What a step over micro-batches of rows holds and costs.
 
         micro_batches: rows as a run's loader makes them, pixels without values allowed. count:
@@ -115,7 +114,7 @@ class Rehearsal:
         collated = [self.objective.collate(self._shapes_of(rows)) for rows in micro_batches]
         batches = [batch for part in collated for batch in part]
         ledger = _Ledger(self.fake, self._vocabulary())
-        for tensor in self._state():
+        for tensor in self._held_between_steps():
             ledger.note(tensor)
         for batch in collated[0]:  # the next ones are in the host's memory
             for tensor in _tensors(batch):
@@ -127,25 +126,25 @@ class Rehearsal:
         counter = flop_counter() if count else None
         try:
             with self._booked(ledger, counter):
-                with self.working.in_use(), lean(self.module, self.ways):
-                    self.objective.backward(self.module, batches, 1, self._autocast)
+                with self.state.computing():
+                    totals = dict.fromkeys(self.objective.totals, 1)
+                    self.objective.backward(self.module, batches, totals, self._autocast)
                 for parameter in self.trained:
                     ledger.mark("gradients", parameter.grad)
                 self._update()
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(
                 f"{type(self.module).__name__} asks for the values of its states ({error.func}), "
-                "so its step cannot be rehearsed without them"
+                "so its step cannot be simulated without them"
             ) from error
         finally:
             for hook in hooks:
                 hook.remove()
-        for tensor in (*self.module.parameters(), *self.module.buffers(), *self.working.copies):
+        for tensor in self._held_between_steps():
             ledger.mark("weights", tensor)
-        for state in self.optimizer.state.values():
-            for tensor in state.values():
-                ledger.mark("optimizer", tensor)
-        return Step(*ledger.peaks(), counter.get_total_flops() if counter else None)
+        for tensor in self._moments():
+            ledger.mark("optimizer", tensor)
+        return StepMemory(*ledger.peaks(), counter.get_total_flops() if counter else None)
 
     def _shapes_of(self, rows: Sequence[Any]) -> list[Any]:
         known: dict[int, Any] = {}  # a sample's rows may come many times
@@ -153,18 +152,16 @@ class Rehearsal:
 
     def _update(self) -> None:
         """The end of a step, as `fit` has it."""
-        for parameter in self.trained:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        nn.utils.clip_grad_norm_(self.trained, self.stage.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.state.fill_absent_gradients()
+        self.state.clip_gradients()
+        self.state.update()
 
-    def _state(self) -> list[Tensor]:
-        """All that is held between steps."""
-        moments = [t for state in self.optimizer.state.values() for t in state.values()]
-        buffers = list(self.module.buffers())
-        return [*self.module.parameters(), *buffers, *self.working.copies, *moments]
+    def _moments(self) -> list[Tensor]:
+        return [t for state in self.state.optimizer.state.values() for t in state.values()]
+
+    def _held_between_steps(self) -> list[Tensor]:
+        own = [*self.module.parameters(), *self.module.buffers()]
+        return [*own, *self.state.copies.copies, *self._moments()]
 
     def _vocabulary(self) -> set[int]:
         """How many ids logits are scores of; empty where the model writes no text."""

@@ -6,7 +6,7 @@ step, and sums the gradients that it leaves over ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -17,24 +17,34 @@ Autocast = Callable[[], AbstractContextManager]
 
 
 class Count(NamedTuple):
-    """What a batch holds: terms of the loss, examples, real text places, computed ones, what the
-    cost of a pass goes by, examples that have a picture, and examples without a term."""
+    """What a batch holds.
 
-    scored: int
+    totals: by name, how many terms of each kind it adds to the loss: what the step's loss is
+        divided by, see `Objective.totals`.
+    samples: examples. tokens: real positions of the text stream; positions: computed ones, padding
+    included. cost: what the time of a pass goes by, such as its FLOP cost. images: how many there
+    are. unscored: examples without a term in the loss.
+    """
+
+    totals: Mapping[str, int]
     samples: int
     tokens: int
     positions: int
-    work: int
-    pictured: int
+    cost: int
+    images: int
     unscored: int
 
 
 class Objective(Protocol):
     """What `fit` asks of an objective.
 
+    totals: names of the totals that the loss is divided by, such as ("tokens",). The trainer sums
+        each over the micro-batches and ranks of a step before the first forward pass, so that the
+        gradient is the same however a step is split.
     every_rank: whether a step needs an example on each rank.
     """
 
+    totals: tuple[str, ...]
     every_rank: bool
 
     def collate(self, rows: Sequence[Any]) -> tuple[Any, ...]:
@@ -44,17 +54,21 @@ class Objective(Protocol):
         """What a batch holds."""
 
     def level(self, module: nn.Module, batches: Sequence[Any]) -> Sequence[Any]:
-        """The batches with blank ones beside them, so that every rank makes the same calls on a
+        """The batches with dummy inputs beside them, so that every rank makes the same calls on a
         sharded module; called on all ranks together."""
 
     def backward(
-        self, module: nn.Module, batches: Sequence[Any], scored: int, autocast: Autocast
+        self,
+        module: nn.Module,
+        batches: Sequence[Any],
+        totals: Mapping[str, int],
+        autocast: Autocast,
     ) -> float:
         """Adds the gradients of this rank's batches; gives its share of the loss.
 
         batches: in the host's memory; each is moved to the module's device for its own passes.
-        scored: terms of the loss of the step, over all ranks. Shares and gradients add up over
-        ranks to those of the whole step.
+        totals: those that the objective names, of the whole step over all ranks. Shares and
+        gradients add up over ranks to those of the whole step.
         """
 
     def trial(self, module: nn.Module, batch: Any, autocast: Autocast) -> None:
@@ -69,6 +83,20 @@ class Objective(Protocol):
 
     def kept_between(self, module: nn.Module, examples: int) -> int:
         """Bytes that further micro-batches of so many examples keep until the step's last one."""
+
+
+def sum_totals(names: Sequence[str], counts: Sequence[Count]) -> dict[str, int]:
+    """The totals of some batches, by name; zeros of none.
+
+    names: an objective's `totals`. Raises ValueError where a count has other ones.
+    """
+    for count in counts:
+        if count.totals.keys() != set(names):
+            raise ValueError(
+                f"expected counts of the objective's totals {sorted(names)}, found "
+                f"{sorted(count.totals)}"
+            )
+    return {name: sum(count.totals[name] for count in counts) for name in names}
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -22,7 +22,7 @@ LARGEST_SCALE = 100.0
 
 
 class Contrast:
-    """Pictures and their captions told apart within the batch of all ranks and micro-batches.
+    """Images and their captions told apart within the batch of all ranks and micro-batches.
 
     kind: "softmax" (CLIP) or "sigmoid" (SigLIP). group: the ranks among whose pairs they are told
     apart, as the losses take it; all at first.
@@ -32,6 +32,7 @@ class Contrast:
     gradients are those of one pass, at the memory of a micro-batch. Source: arXiv 2101.06983.
     """
 
+    totals = ("pairs",)
     every_rank = True
 
     def __init__(self, kind: Literal["softmax", "sigmoid"]) -> None:
@@ -47,12 +48,12 @@ class Contrast:
     def count(self, batch: PairBatch) -> Count:
         pairs = len(batch.names)
         return Count(
-            scored=pairs,
+            totals={"pairs": pairs},
             samples=pairs,
             tokens=int(batch.valid.sum()),
             positions=batch.valid.numel(),
-            work=pairs,  # pictures are most of it, and all of one size
-            pictured=pairs,
+            cost=pairs,  # images are most of it, and all of one size
+            images=pairs,
             unscored=0,
         )
 
@@ -61,16 +62,22 @@ class Contrast:
         passes = passes_of_ranks(len(batches))
         if len(set(passes)) > 1:
             raise StageError(
-                f"ranks have {passes} micro-batches, since rows were left out; a sharded "
+                f"ranks have {passes} micro-batches, since rows were skipped; a sharded "
                 "contrastive run needs as many on each: mend the rows, or take a larger "
                 "--micro-batch"
             )
         return batches
 
     def backward(
-        self, module: Contrastive, batches: Sequence[PairBatch], scored: int, autocast: Autocast
+        self,
+        module: Contrastive,
+        batches: Sequence[PairBatch],
+        totals: Mapping[str, int],
+        autocast: Autocast,
     ) -> float:
-        """Raises StageError naming this rank's rows where the loss refuses their embeddings."""
+        """The loss is a mean over the pairs that the ranks exchange, which are all of the step's.
+
+        Raises StageError naming this rank's rows where the loss refuses their embeddings."""
         before = module.log_scale.detach()
         self.limit = before.clamp(min=math.log(LARGEST_SCALE))
         device = device_of(module)

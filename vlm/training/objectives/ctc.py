@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -18,8 +18,9 @@ from vlm.training.sharding import passes_of_ranks
 
 class Transcribe:
     """What a line says: the sum of the lines' CTC losses over the number of their characters in the
-    whole step. A line whose picture is too narrow for its text counts as unscored."""
+    whole step. A line whose image is too narrow for its text counts as unscored."""
 
+    totals = ("characters",)
     every_rank = False
 
     def collate(self, rows: Sequence[LineRow]) -> tuple[LineBatch, ...]:
@@ -31,26 +32,42 @@ class Transcribe:
         V, _, _, W = batch.pixels.shape
         fits = _fit(batch)
         return Count(
-            scored=int(batch.lengths[fits].sum()),
+            totals={"characters": int(batch.lengths[fits].sum())},
             samples=V,
             tokens=V * W // STRIDE,
             positions=V * W // STRIDE,
-            work=V * W,
-            pictured=V,
+            cost=V * W,
+            images=V,
             unscored=int((~fits).sum()),
         )
 
     def level(self, module: LineReader, batches: Sequence[LineBatch]) -> Sequence[LineBatch]:
         most = max(passes_of_ranks(len(batches)))
-        return [*batches, *[blank_lines(module)] * (most - len(batches))]
+        return [*batches, *[dummy_lines(module)] * (most - len(batches))]
 
     def backward(
-        self, module: LineReader, batches: Sequence[LineBatch], scored: int, autocast: Autocast
+        self,
+        module: LineReader,
+        batches: Sequence[LineBatch],
+        totals: Mapping[str, int],
+        autocast: Autocast,
     ) -> float:
-        return sum(self._backward(module, batch, scored, autocast) for batch in batches)
+        share = 0.0
+        for batch in batches:
+            fits = _fit(batch)
+            batch = batch.to(device_of(module))
+            with autocast():
+                logits = module(batch)
+            losses = ctc_losses(logits, batch.ids, batch.lengths)
+            loss = losses[fits.to(losses.device)].sum() / max(totals["characters"], 1)
+            if loss.requires_grad:
+                loss.backward()
+            share += float(loss.detach())
+            del batch, logits, losses, loss  # before the next batch takes as much
+        return share
 
     def trial(self, module: LineReader, batch: LineBatch, autocast: Autocast) -> None:
-        self._backward(module, batch, 1, autocast)
+        self.backward(module, [batch], {"characters": 1}, autocast)
 
     def after_step(self, module: LineReader) -> None:
         pass
@@ -61,28 +78,16 @@ class Transcribe:
     def kept_between(self, module: nn.Module, examples: int) -> int:
         return 0
 
-    def _backward(
-        self, module: LineReader, batch: LineBatch, scored: int, autocast: Autocast
-    ) -> float:
-        fits = _fit(batch)
-        batch = batch.to(device_of(module))
-        with autocast():
-            logits = module(batch)
-        losses = ctc_losses(logits, batch.ids, batch.lengths)
-        loss = losses[fits.to(losses.device)].sum() / max(scored, 1)
-        if loss.requires_grad:
-            loss.backward()
-        return float(loss.detach())
 
-
-def blank_lines(module: LineReader) -> LineBatch:
-    """A blank line with a text that does not fit it, so that it has no term in the loss."""
+def dummy_lines(module: LineReader) -> LineBatch:
+    """A dummy input: an empty line with a text that does not fit it, so that it has no term in the
+    loss."""
     rows = module.tokenizer.pixel_spec.size_hw[0]
     return LineBatch(
         pixels=torch.zeros(1, 3, rows, STRIDE),
         ids=torch.ones(2, dtype=torch.long),
         lengths=torch.tensor([2]),
-        names=("blank",),
+        names=("dummy",),
     )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from vlm.families.decoder_only.batch import Batch, Row, collate, collate_packed, pack_rows
 from vlm.losses.token import backward_state_losses
-from vlm.training.flop_cost import Work
+from vlm.training.flop_cost import FlopCost
 from vlm.training.objectives.base import Autocast, Count, device_of
 from vlm.training.sharding import level
 
@@ -18,17 +18,18 @@ class NextToken:
     """Cross-entropy of the scored tokens: their sum over the number of them in the whole step.
 
     pack: the most places of a packed row; None pads rows side by side. Raises ValueError below 1.
-    work: what rows and batches cost.
+    cost: the FLOP cost of rows and batches; None counts one for each place.
     """
 
+    totals = ("tokens",)
     every_rank = False
 
-    def __init__(self, pad_id: int, pack: int | None = None, work: Work | None = None) -> None:
+    def __init__(self, pad_id: int, pack: int | None = None, cost: FlopCost | None = None) -> None:
         if pack is not None and pack < 1:
             raise ValueError(f"pack must be at least 1 place, found {pack}")
         self.pad_id = pad_id
         self.pack = pack
-        self.work = work or Work()
+        self.cost = cost or FlopCost()
 
     def collate(self, rows: Sequence[Row]) -> tuple[Batch, ...]:
         """Rows packed end to end; or those of like length together, padded."""
@@ -38,12 +39,12 @@ class NextToken:
 
     def count(self, batch: Batch) -> Count:
         return Count(
-            scored=int(batch.scored.sum()),
+            totals={"tokens": int(batch.scored.sum())},
             samples=len(batch.names),
             tokens=int(batch.valid.sum()),
             positions=batch.valid.numel(),
-            work=self.work.of_batch(batch),
-            pictured=sum(len(group.owner) for group in batch.groups),
+            cost=self.cost.of_batch(batch),
+            images=sum(len(group.owner) for group in batch.groups),
             unscored=len(batch.names) - len(batch.target_rows.unique()),
         )
 
@@ -51,12 +52,25 @@ class NextToken:
         return level(module, batches)
 
     def backward(
-        self, module: nn.Module, batches: Sequence[Batch], scored: int, autocast: Autocast
+        self,
+        module: nn.Module,
+        batches: Sequence[Batch],
+        totals: Mapping[str, int],
+        autocast: Autocast,
     ) -> float:
-        return sum(self._backward(module, batch, scored, autocast) for batch in batches)
+        share = 1 / max(totals["tokens"], 1)
+        loss = 0.0
+        for batch in batches:
+            batch = batch.to(device_of(module))
+            with autocast():
+                states = module.states(batch)
+            losses = backward_state_losses(module.logits, states, batch.targets, share, autocast)
+            loss += float(losses.sum()) * share
+            del batch, states, losses  # before the next batch takes as much
+        return loss
 
     def trial(self, module: nn.Module, batch: Batch, autocast: Autocast) -> None:
-        self._backward(module, batch, 1, autocast)
+        self.backward(module, [batch], {"tokens": 1}, autocast)
 
     def after_step(self, module: nn.Module) -> None:
         pass
@@ -66,14 +80,6 @@ class NextToken:
 
     def kept_between(self, module: nn.Module, examples: int) -> int:
         return 0
-
-    def _backward(self, module: nn.Module, batch: Batch, scored: int, autocast: Autocast) -> float:
-        batch = batch.to(device_of(module))
-        with autocast():
-            states = module.states(batch)
-        share = 1 / max(scored, 1)
-        losses = backward_state_losses(module.logits, states, batch.targets, share, autocast)
-        return float(losses.sum()) * share
 
 
 def _of_like_length(rows: Sequence[Row], spread: float = 1.5) -> list[list[Row]]:

@@ -16,15 +16,15 @@ from tqdm import tqdm
 from vlm.data.augment import LEVELS
 from vlm.data.mixture import Mixture, MixtureDataset, check_weights
 from vlm.data.sources.base import Source
-from vlm.families.contrastive import layout as pairing
 from vlm.families.contrastive.batch import collate_pairs
 from vlm.families.contrastive.model import ContrastiveModel
 from vlm.families.decoder_only.generate import evaluating
 from vlm.metrics.retrieval import retrieval
-from vlm.systems import scratch
+from vlm.systems import compose_contrastive, scratch
 from vlm.training.base_settings import Augmentation, BaseSettings, Usual, require_share
+from vlm.training.fit import fit
 from vlm.training.run_folder import Curves
-from vlm.training.runs.run import Course, MakeObjective, MakeStage
+from vlm.training.runs.run import MakeObjective, MakeStage, TrainingRun
 
 NEW = "new"
 SIZES = tuple(field.name for field in dataclasses.fields(scratch.ScratchConfig))
@@ -45,7 +45,7 @@ RECALL = Curves(
 class Settings(BaseSettings):
     """Settings of a contrastive run: a fresh model, one of pretrained towers, or one to go on from.
 
-    Pictures and captions are told apart within a step's batch, over all processes and
+    Images and captions are told apart within a step's batch, over all processes and
     micro-batches: a smaller micro_batch saves memory and changes nothing that is learned.
     """
 
@@ -57,23 +57,23 @@ class Settings(BaseSettings):
     """A contrastive model to go on from: a run, a folder in our layout, transformers' or
     open_clip's, or a hub id. Its own towers and heads are taken."""
     vision: str = NEW
-    """The picture's tower: "new" (a fresh transformer of the sizes below), "demo", "kind:id" of a
+    """The image's tower: "new" (a fresh transformer of the sizes below), "demo", "kind:id" of a
     pretrained one, or the folder of a model or run, as in stage 1."""
     text: str = NEW
     """The text's tower: "new", "demo" (SmolLM2-135M), or the hub id or folder of a text encoder or
     causal language model. Both towers are new, or neither."""
     lock_image: bool = False
-    """Leave the picture's tower as it is, and train the rest (LiT). Its weights are kept, and
+    """Leave the image's tower as it is, and train the rest (LiT). Its weights are kept, and
     saved, in the precision of the run."""
     lock_text: bool = False
     """Leave the text's tower as it is."""
 
     image_px: int = 64
-    """Side of the picture that a new tower sees."""
+    """Side of the image that a new tower sees."""
     patch_px: int = 8
     """Side of its patches."""
     width: int = 192
-    """Width of a new picture's tower, a multiple of 64."""
+    """Width of a new image's tower, a multiple of 64."""
     depth: int = 6
     """Its layers."""
     text_width: int = 192
@@ -86,7 +86,7 @@ class Settings(BaseSettings):
     """The most tokens of a text, where no model to go on from says so; longer ones are cut and
     counted."""
     pool: Literal["own", "class", "mean", "attention"] = "mean"
-    """How a pretrained picture's tower becomes one vector."""
+    """How a pretrained image's tower becomes one vector."""
     text_pooling: Literal["own", "class", "mean", "last"] = "mean"
     """How a pretrained text's tower becomes one vector."""
 
@@ -97,7 +97,7 @@ class Settings(BaseSettings):
     epochs: Literal["exact", "resampled"] = "exact"
     """exact: every row once before any comes again; resampled: each draw takes any row."""
     image_rate: float = Usual(1e-3)
-    """Peak learning rate of the picture's tower."""
+    """Peak learning rate of the image's tower."""
     text_rate: float = Usual(1e-3)
     """Peak learning rate of the text's tower."""
     head_rate: float = 1e-3
@@ -122,7 +122,7 @@ class Settings(BaseSettings):
         if self.vision == NEW:
             sizes = {name: getattr(self, name) for name in SIZES}
             return scratch.build(scratch.ScratchConfig(**sizes), self.loss, self.seed)
-        return pairing.build(
+        return compose_contrastive.build(
             vision=self.vision,
             text=self.text,
             pool=self.pool,
@@ -172,7 +172,7 @@ class Settings(BaseSettings):
             sizes = [name for name in SIZES if name not in ("length", "embed_width")]
             unread = {"a model of pretrained towers": sizes}
         if self.lock_image:
-            unread["a locked picture's tower"] = ("image_rate",)
+            unread["a locked image's tower"] = ("image_rate",)
         if self.lock_text:
             unread["a locked text's tower"] = ("text_rate",)
         if self.lock_image and self.lock_text:
@@ -181,7 +181,7 @@ class Settings(BaseSettings):
         for way, names in unread.items():
             given = sorted(name for name in names if getattr(self, name) != defaults[name])
             if given:
-                raise ValueError(f"{way} does not read {given}; leave them out")
+                raise ValueError(f"{way} does not read {given}; skip them")
 
 
 def training_data(settings: Settings) -> MixtureDataset:
@@ -197,28 +197,42 @@ def training_data(settings: Settings) -> MixtureDataset:
 
 def run(settings: Settings, make_stage: MakeStage, make_objective: MakeObjective) -> dict[str, Any]:
     """One run from settings to result: trains, evaluates retrieval on held-out rows, saves."""
-    course = Course(settings, RECALL)
+    training_run = TrainingRun(settings, RECALL)
     data = settings.data()
     held_out = settings.open(settings.held_out) if settings.held_out_rows else None
-    course.check(data, held_out, reads_prompts=False)
-    with course.accelerator.main_process_first():
+    training_run.check(data, held_out, reads_prompts=False)
+    with training_run.accelerator.main_process_first():
         model = settings.build()
-    plan = course.stage(make_stage, model.module)
+    plan = training_run.stage(make_stage, model.module)
     there = sum(map(len, data.sources))
     if there < settings.batch:
-        course.say(
+        training_run.say(
             f"a batch of {settings.batch} holds rows more than once, as the data have {there}: the "
-            "loss tells a caption apart from its own picture's other copies"
+            "loss tells a caption apart from its own image's other copies"
         )
-    rows, left_out, cut = course.held_out(model, held_out)
-    evaluate = partial(retrieval_on, model, held_out, rows, course.accelerator) if rows else None
-    progress = course.train(model, plan, data, make_objective(settings, model, plan), evaluate)
+    rows, skipped, cut = training_run.held_out(model, held_out)
+    accelerator = training_run.accelerator
+    evaluate = partial(retrieval_on, model, held_out, rows, accelerator) if rows else None
+    objective = make_objective(settings, model, plan)
+    training_run.preflight(model, plan, data, objective)
+    progress = fit(
+        model,
+        plan,
+        data,
+        training_run.folder,
+        accelerator,
+        objective,
+        training_run.loop(),
+        evaluate=evaluate,
+    )
+    training_run.save(model)
     more: dict[str, Any] = {"scale": model.module.log_scale.exp().item()}
     if evaluate:
-        more |= {"held_out": held_out.name, "held_out_skipped": left_out}
+        more |= {"held_out": held_out.name, "held_out_skipped": skipped}
         more |= {"held_out_cut_tokens": cut}
     figures = evaluate() if evaluate else {}
-    return course.end(progress, figures, more, partial(_report, course, model.processor.length))
+    show = partial(_report, training_run, model.processor.length)
+    return training_run.end(progress, figures, more, show)
 
 
 def retrieval_on(
@@ -228,11 +242,11 @@ def retrieval_on(
     accelerator: Accelerator,
     batch_size: int = 64,
 ) -> dict[str, Any]:
-    """Recall both ways among the pictures and captions of rows: each picture's own caption is the
+    """Recall both ways among the images and captions of rows: each image's own caption is the
     one right text. The same on any number of ranks.
 
     Returns pairs (how many), image_to_text_r1, _r5, _r10 and text_to_image_r1, _r5, _r10 (shares),
-    and each with _95 behind it (low and high end of its 95 % interval).
+    and each with _95 after it (low and high end of its 95 % interval).
     Raises BadRow or BadImage for a row that cannot be read.
     """
     module, device = model.module, accelerator.device
@@ -264,11 +278,11 @@ def retrieval_on(
     return figures
 
 
-def _report(course: Course, length: int, result: dict[str, Any]) -> None:
+def _report(training_run: TrainingRun, length: int, result: dict[str, Any]) -> None:
     """The run's result, for people. length: the most tokens of a text."""
-    say = course.say
-    course.say_left_out(result, str(length))
-    say(f"{course.settings.out}: loss.png, metrics.jsonl, model/", highlight=False)
+    say = training_run.say
+    training_run.say_skipped(result, str(length))
+    say(f"{training_run.settings.out}: loss.png, metrics.jsonl, model/", highlight=False)
     if "pairs" not in result:
         return
     directions = []

@@ -20,17 +20,18 @@ from vlm.data.sources.base import Source
 from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.kernels.packed_attention import require_segments
 from vlm.pixels import open_image
-from vlm.training.flop_cost import work_of
+from vlm.training.fit import fit
+from vlm.training.flop_cost import flop_cost_of
 from vlm.training.objectives.next_token import NextToken
 from vlm.training.run_folder import draw_captions
 from vlm.training.runs.decoder_only_settings import Settings, training_data
 from vlm.training.runs.evaluate import image_gain_on, text_loss_on
 from vlm.training.runs.held_out import held_out_rows
-from vlm.training.runs.run import Course, MakeObjective, MakeStage
+from vlm.training.runs.run import MakeObjective, MakeStage, TrainingRun
 from vlm.training.stages import Stage
 from vlm.weights import cast_parameters
 
-PICTURES = 16
+IMAGES = 16
 
 
 def usable_documents(model: DecoderOnlyModel, source: Source, count: int) -> list[int]:
@@ -49,45 +50,47 @@ def usable_documents(model: DecoderOnlyModel, source: Source, count: int) -> lis
 
 
 def next_token(settings: Settings, model: DecoderOnlyModel, stage: Stage) -> NextToken:
-    """Cross-entropy of the scored tokens, with what rows and batches cost under the stage's
+    """Cross-entropy of the scored tokens, with the FLOP cost of rows and batches under the stage's
     rates."""
-    work = work_of(model.module, stage.rates, views=settings.token_cache is None)
-    return NextToken(model.processor.pad_id, settings.pack, work)
+    cost = flop_cost_of(model.module, stage.rates, views=settings.token_cache is None)
+    return NextToken(model.processor.pad_id, settings.pack, cost)
 
 
 def run(settings: Settings, make_stage: MakeStage, make_objective: MakeObjective) -> dict[str, Any]:
     """One run from settings to result: trains, evaluates, captions, saves."""
-    course = Course(settings)
+    training_run = TrainingRun(settings)
     data = training_data(settings)
     source = settings.source(settings.held_out)
     documents = settings.open(settings.text_held_out) if settings.text_held_out_rows else None
-    course.check(data, source if settings.held_out_rows else None, documents)
-    with course.accelerator.main_process_first():
+    training_run.check(data, source if settings.held_out_rows else None, documents)
+    with training_run.accelerator.main_process_first():
         model = settings.build()
     require_loc_tokens(data, model, settings.bad_rows)
     if settings.pack is not None:
         require_segments(model.module.text)
-    plan = course.stage(make_stage, model.module)
-    rows, _, cut = course.held_out(model, source if settings.held_out_rows else None)
+    plan = training_run.stage(make_stage, model.module)
+    rows, _, cut = training_run.held_out(model, source if settings.held_out_rows else None)
     texts = usable_documents(model, documents, settings.text_held_out_rows) if documents else []
-    evaluate = _Evaluate(model, course.accelerator, source, rows, documents, texts)
+    evaluate = _Evaluate(model, training_run.accelerator, source, rows, documents, texts)
     if texts:  # else nothing is computed before the run knows that it fits
-        if course.settings.precision == "fp32":  # as the run will: 16 bits may be far slower
+        if training_run.settings.precision == "fp32":  # as the run will: 16 bits may be far slower
             cast_parameters(model.module, torch.float32)
-        model.module.to(course.accelerator.device)
+        model.module.to(training_run.accelerator.device)
     before = evaluate.text_loss()
     objective = make_objective(settings, model, plan)
-    progress = course.train(
+    training_run.preflight(model, plan, data, objective)
+    progress = fit(
         model,
         plan,
         data,
-        objective=objective,
+        training_run.folder,
+        training_run.accelerator,
+        objective,
+        training_run.loop(settings.token_cache),
+        balance=objective.cost.of_row if settings.balance else None,
         evaluate=evaluate if rows else None,
-        merge=settings.merge,
-        token_cache=settings.token_cache,
-        balance=objective.work.of_row if settings.balance else None,
-        evaluated=bool(rows or texts),
     )
+    training_run.save(model, merge=settings.merge, evaluated=bool(rows or texts))
     figures = evaluate(full=True) if rows else {}
     if texts:
         figures |= {
@@ -98,11 +101,11 @@ def run(settings: Settings, make_stage: MakeStage, make_objective: MakeObjective
 
     def show(result: dict[str, Any]) -> None:
         if rows:
-            show_some(model, source, rows, course)
-        report(course, result)
+            show_some(model, source, rows, training_run)
+        report(training_run, result)
 
     more = {"held_out": source.name, "held_out_cut_tokens": cut}
-    return course.end(progress, figures, more, show)
+    return training_run.end(progress, figures, more, show)
 
 
 def require_loc_tokens(data: MixtureDataset, model: DecoderOnlyModel, bad_rows: str) -> None:
@@ -165,30 +168,32 @@ class _Evaluate:
         return text_loss_on(self.model, self.documents, self.texts, self.accelerator)
 
 
-def show_some(model: DecoderOnlyModel, source: Source, rows: list[int], course: Course) -> None:
-    """Writes samples.png: some held-out pictures with their true and generated answers, and a few
-    of the pictures themselves, named after their row, to try the model on."""
-    out, say = course.settings.out, course.say
-    examples = [source[row] for row in rows[:: max(1, len(rows) // PICTURES)][:PICTURES]]
-    pictures = [open_image(example.images[0]) for example in examples]
-    with course.accelerator.autocast():
+def show_some(
+    model: DecoderOnlyModel, source: Source, rows: list[int], training_run: TrainingRun
+) -> None:
+    """Writes samples.png: some held-out images with their true and generated answers, and a few
+    of the images themselves, named after their row, to try the model on."""
+    out, say = training_run.settings.out, training_run.say
+    examples = [source[row] for row in rows[:: max(1, len(rows) // IMAGES)][:IMAGES]]
+    images = [open_image(example.images[0]) for example in examples]
+    with training_run.accelerator.autocast():
         written = model.answer_examples(examples, max_new_tokens=32)
     true = [example.answer for example in examples]
-    draw_captions(pictures, true, written, out / "samples.png")
-    (out / "pictures").mkdir(exist_ok=True)
-    paths = [out / "pictures" / f"{number}.png" for number in range(4)]
-    for picture, path in zip(pictures, paths):
-        picture.save(path)
+    draw_captions(images, true, written, out / "samples.png")
+    (out / "images").mkdir(exist_ok=True)
+    paths = [out / "images" / f"{number}.png" for number in range(4)]
+    for image, path in zip(images, paths):
+        image.save(path)
     say()
     for said, wrote in list(zip(true, written))[:6]:
         say(f"  true: {_short(said):34} generated: {_short(wrote)}", highlight=False, markup=False)
     say(f"\nnext: vlm caption {paths[0]} --model {out}", highlight=False)
 
 
-def report(course: Course, result: dict[str, Any]) -> None:
+def report(training_run: TrainingRun, result: dict[str, Any]) -> None:
     """The run's result, for people."""
-    settings, say = course.settings, course.say
-    course.say_left_out(result)
+    settings, say = training_run.settings, training_run.say
+    training_run.say_skipped(result)
     say(f"{settings.out}: loss.png, samples.png, metrics.jsonl, model/", highlight=False)
     if "text_loss" in result:
         loss, before, first = (result[f"text_loss{w}"] for w in ("", "_before", "_first"))

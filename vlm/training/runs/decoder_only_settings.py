@@ -15,10 +15,10 @@ from vlm.data.augment import LEVELS
 from vlm.data.mixture import Mixture, MixtureDataset, check_weights
 from vlm.data.sources import Source
 from vlm.data.sources.documents import TextOnly
-from vlm.families.decoder_only.layout import CAPTION_PROMPT, add_loc_tokens
-from vlm.families.decoder_only.model import DecoderOnlyModel
+from vlm.families.decoder_only.model import CAPTION_PROMPT, DecoderOnlyModel
 from vlm.geometry import LocTokens
 from vlm.lora import Lora, add_lora, lora_of, quantize_4bit
+from vlm.systems.compose import add_loc_tokens
 from vlm.training.base_settings import BaseSettings, Usual, require_share
 from vlm.training.run_folder import RunError
 from vlm.training.stages import FROZEN
@@ -32,21 +32,21 @@ class Settings(BaseSettings):
     """Settings of any decoder-only run."""
 
     text_train: tuple[str, ...] = ()
-    """Training data without pictures: python:train (Python's manual), PATH.txt, PATH.jsonl."""
+    """Training data without images: python:train (Python's manual), PATH.txt, PATH.jsonl."""
     text_share: float = 0.0
     """Share of the mixture that is text_train."""
     modality_warmup: float = 0.0
-    """Share of the steps over which the data with pictures rise evenly from none to their share;
+    """Share of the steps over which the data with images rise evenly from none to their share;
     DeepSeek-VL's second stage begins with text alone."""
     text_held_out: str = "python:val"
-    """Data without pictures to evaluate on, before and after."""
+    """Data without images to evaluate on, before and after."""
     text_held_out_rows: int = 0
     """How many of its rows; 0 evaluates none."""
     max_tokens: int | None = None
     """Longest row, image places included; None takes the model's own: the language model's context,
     or what an earlier run was told."""
     overflow: Literal["drop", "shrink"] = "drop"
-    """Rows that are longer than the context: left out, or their text cut from the end; both are
+    """Rows that are longer than the context: skipped, or their text cut from the end; both are
     counted."""
     pack: int | None = None
     """Most places of a packed row: examples go through the language model end to end, without
@@ -56,13 +56,13 @@ class Settings(BaseSettings):
     """Deal the rows of a step out to processes, and to their micro-batches, by what they cost, so
     that none waits long for another: by operations of the image tokenizer on each view and of the
     language model on each place. Counts of rows stay, and losses and gradients do. The price: every
-    process reads each row of the step, its text and its pictures' headers (before augmentation);
-    sources that draw their pictures would draw each on every process. `balance` among the figures
+    process reads each row of the step, its text and its images' headers (before augmentation);
+    sources that draw their images would draw each on every process. `balance` among the figures
     is the mean work of the processes over the largest; where data_wait rises, take more workers.
     With a token_cache views count nothing. One process has nothing to deal out."""
     token_cache: Path | None = None
-    """A folder where tokens of a frozen image tokenizer are kept, so that a picture is encoded in
-    the first epoch alone, of this run or of any other with the same weights; pictures must not
+    """A folder where tokens of a frozen image tokenizer are kept, so that an image is encoded in
+    the first epoch alone, of this run or of any other with the same weights; images must not
     change, so it goes with --augment none. Nothing that is learned changes."""
     loc_bins: int = 0
     """Bins of the <loc> tokens that boxes are written with, four a box; 0 adds none. 1024 is
@@ -103,7 +103,7 @@ PARTS = ("vision", "image_px", "vision_layer", "text", "text_layers", "adaptor",
 class FromParts(Settings):
     """Settings of a run that composes its model of pretrained parts and a fresh adaptor.
 
-    mask: what a place of the stream sees, see `vlm.families.decoder_only.layout.build`.
+    mask: what a place of the stream sees, see `vlm.systems.compose.build`.
     """
 
     mask: ClassVar[str] = "causal"
@@ -117,7 +117,7 @@ class FromParts(Settings):
     open_clip:ViT-B-32:laion2b_s34b_b79k, or the folder of a model or run, whose own is taken, one
     that recipes/contrastive.py trained for example."""
     image_px: tuple[int, int] | None = None
-    """Rows and columns that pictures are brought to; None keeps the image tokenizer's own."""
+    """Rows and columns that images are brought to; None keeps the image tokenizer's own."""
     vision_layer: int = -1
     """Which of its layers: -1 the final features; -2 is LLaVA's choice for CLIP."""
     text: str = "demo"
@@ -351,7 +351,7 @@ def training_data(settings: Settings) -> MixtureDataset:
         raise ValueError(f"pack must be at least 1 place, found {settings.pack}")
     if settings.token_cache is not None and settings.augment != "none":
         raise ValueError(
-            f"token_cache {settings.token_cache}: expected pictures that stay the same (augment "
+            f"token_cache {settings.token_cache}: expected images that stay the same (augment "
             f"none), found augment {settings.augment}"
         )
     if not 0 <= settings.text_share < 1:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from vlm.families.encoder_decoder import layout as transcriber
 from vlm.families.encoder_decoder import swap_text_tokenizer as swap
-from vlm.families.encoder_decoder.layout import DecoderSizes
 from vlm.families.encoder_decoder.model import EncoderDecoderModel
 from vlm.families.published_files import open_part
+from vlm.systems import compose_encoder_decoder
+from vlm.systems.compose_encoder_decoder import DecoderSizes
 from vlm.tokenizers.columns import ColumnsConfig, ColumnsTokenizer, line_spec
 from vlm.training.runs.reading import NEW, ReadingSettings
 from vlm.vocabulary import character_tokenizer
@@ -68,7 +68,7 @@ class TranscriberSettings(ReadingSettings):
                 mlp_width=4 * self.decoder_width,
                 length=self.length,
             )
-            model = transcriber.build(
+            model = compose_encoder_decoder.build(
                 vision=_new_vision(self.seed) if self.vision == NEW else self.vision,
                 text=sizes if self.decoder == NEW else self.decoder,
                 text_tokenizer=tokenizer,

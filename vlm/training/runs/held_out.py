@@ -33,7 +33,7 @@ def usable_rows(model, source: Source, rows: list[int], bad_rows: str, say) -> U
     """Those of the held-out rows that can be evaluated: readable, short enough, with an image.
 
     model: what `vlm.load` gives. say: prints a text, as rich's `Console.print` does.
-    What is left out or cut is said. Raises BadRow or BadImage for the first unreadable one unless
+    What is skipped or cut is said. Raises BadRow or BadImage for the first unreadable one unless
     `bad_rows` is "skip", and ValueError where fewer than two are left.
     """
     usable, reasons, cut = [], [], 0
@@ -53,7 +53,7 @@ def usable_rows(model, source: Source, rows: list[int], bad_rows: str, say) -> U
             usable.append(row)
             cut += encoded.cut
     if reasons:
-        lines = [f"{len(reasons)} of {len(rows)} held-out rows left out, such as:", *reasons[:3]]
+        lines = [f"{len(reasons)} of {len(rows)} held-out rows skipped, such as:", *reasons[:3]]
         say("\n  ".join(lines), highlight=False, markup=False)
     if cut:
         say(f"{cut} text tokens of the held-out rows cut to fit the context")

@@ -28,7 +28,7 @@ from vlm.data.mixture import split_of
 from vlm.data.sources import BadSource
 from vlm.pixels import BadImage
 from vlm.precision import Choice, choose, cores
-from vlm.training.activation_checkpointing import give_back_large_blocks
+from vlm.training.activation_checkpointing import set_mmap_threshold
 from vlm.training.base_settings import BaseSettings, require_ranges, require_read_rates
 from vlm.training.checkpoints.checkpoint import CheckpointError
 from vlm.training.fit import Interrupted
@@ -43,13 +43,13 @@ ERRORS = (BadRow, BadImage, BadSource, CheckpointError, RunError, StageError, We
           ImportError, OSError, ValueError, RuntimeError)  # fmt: skip
 
 
-def start(settings_class: type[BaseSettings], run: Callable[[Any], Any]) -> None:
-    """A recipe's main: `run` with settings from the command line; one clear line where something
-    is wrong."""
+def start(settings_class: type[BaseSettings], run: Callable[..., Any], *stated: Any) -> None:
+    """A recipe's main: `run` with settings from the command line and with what the recipe states,
+    such as its stage and objective; one clear line where something is wrong."""
     warn_untested()
     try:
         settings = read_settings(settings_class, sys.argv[1:], sys.modules["__main__"].__doc__)
-        run(settings)
+        run(settings, *stated)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(130)
@@ -112,7 +112,7 @@ def read_settings(
     if "--config" in arguments:
         at = arguments.index("--config")
         if at + 1 == len(arguments):
-            raise ValueError("--config: expected a YAML file behind it")
+            raise ValueError("--config: expected a YAML file after it")
         default = _from_yaml(settings_class, Path(arguments[at + 1]))
         arguments = arguments[:at] + arguments[at + 2 :]
     about = f"{about or ''}\n--config FILE.yaml takes settings from a file."
@@ -217,7 +217,7 @@ def accelerator_for(settings: BaseSettings) -> tuple[Accelerator, int, Choice]:
     _require_alike(settings, accelerator)
     share_cores(accelerator, settings.threads)
     if accelerator.device.type == "cpu":
-        give_back_large_blocks()
+        set_mmap_threshold()
     share, _ = split_of(settings.batch, settings.micro_batch, accelerator.num_processes)
     return accelerator, share, choice
 
@@ -236,7 +236,7 @@ def _agreed(settings: BaseSettings, state: PartialState) -> Choice:
 
 
 def sharding_of(settings: BaseSettings, accelerator: Accelerator) -> Shard:
-    """How weights are parted: as the settings say, or as an accelerate configuration that asks for
+    """How weights are sharded: as the settings say, or as an accelerate configuration that asks for
     FSDP does; not at all on one process."""
     if accelerator.num_processes == 1:
         return "no"

@@ -6,21 +6,23 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from vlm.data.mixture import Mixture, MixtureDataset, check_weights
 from vlm.data.sources.base import Source
-from vlm.data.synthetic.lines import characters_of
 from vlm.draw import draw_lines
 from vlm.families.text_reader import TextReader
-from vlm.metrics.text import Comparison, compare_texts
 from vlm.pixels import open_image
 from vlm.training.base_settings import BaseSettings, require_share
+from vlm.training.fit import fit
 from vlm.training.run_folder import Curves
-from vlm.training.runs.run import Course, MakeObjective, MakeStage
+from vlm.training.runs.run import MakeObjective, MakeStage, TrainingRun
+
+if TYPE_CHECKING:
+    from vlm.metrics.text import Comparison
 
 ENDLESS = 1_000_000_000
 WORST = 24
@@ -50,8 +52,8 @@ class ReadingSettings(BaseSettings):
     """What drawn lines say: english (Python's documentation), a text file in the language, or the
     name that the package faker has for it, such as ru_RU or el_GR."""
     fonts: str = "any"
-    """Fonts of drawn lines: any, train, system, families of fontpkg, folders or files, parted by
-    commas. Those that lack letters of the alphabet are left out."""
+    """Fonts of drawn lines: any, train, system, families of fontpkg, folders or files, separated by
+    commas. Those that lack letters of the alphabet are skipped."""
     train: tuple[str, ...] = ()
     """Training data, any number of: lines:COUNT:KEY=VALUE, PATH.tsv, FOLDER, PATH-{0000..0009}.tar,
     PATH.jsonl. None: drawn lines in the language, endlessly many."""
@@ -68,6 +70,8 @@ class ReadingSettings(BaseSettings):
 
         Raises ValueError for an alphabet that is neither a name nor a file.
         """
+        from vlm.data.synthetic.lines import characters_of  # of the extra ocr
+
         return characters_of(self.alphabet)
 
     def drawn(self, count: int, seed: int, split: str) -> str:
@@ -102,28 +106,35 @@ def run(
     make_objective: MakeObjective,
 ) -> dict[str, Any]:
     """One run from settings to result: trains, evaluates on held-out lines, saves."""
-    course = Course(settings, ERRORS)
-    accelerator = course.accelerator
+    import vlm.metrics.text  # noqa: F401 - of the extra ocr: missed here, not after training
+
+    training_run = TrainingRun(settings, ERRORS)
+    accelerator = training_run.accelerator
     data = settings.data()
     held_out = settings.held_out_source() if settings.held_out_rows else None
-    course.check(data, held_out, reads_prompts=settings.reads_prompts)
+    training_run.check(data, held_out, reads_prompts=settings.reads_prompts)
     with accelerator.main_process_first():
         model = settings.build()
-    plan = course.stage(make_stage, model.module)
-    rows, left_out, _ = course.held_out(model, held_out)
+    plan = training_run.stage(make_stage, model.module)
+    rows, skipped, _ = training_run.held_out(model, held_out)
     quarter = rows[::4]
 
     def evaluate() -> dict[str, float]:
         return errors_on(model, held_out, quarter, accelerator).result().figures()
 
-    progress = course.train(
+    objective = make_objective(settings, model, plan)
+    training_run.preflight(model, plan, data, objective)
+    progress = fit(
         model,
         plan,
         data,
-        make_objective(settings, model, plan),
-        evaluate if rows else None,
-        evaluated=bool(rows),
+        training_run.folder,
+        accelerator,
+        objective,
+        training_run.loop(),
+        evaluate=evaluate if rows else None,
     )
+    training_run.save(model, evaluated=bool(rows))
     more: dict[str, Any] = {}
     if rows:
         examples = [held_out[row] for row in rows]
@@ -133,23 +144,25 @@ def run(
                 [example.answer for example in examples],
             )
         more["temperatures"] = dataclasses.asdict(temperatures)
-        course.save(model)
+        training_run.save(model)
     found = errors_on(model, held_out, rows, accelerator) if rows else None
     if found:
-        more |= {"held_out": held_out.name, "held_out_skipped": left_out}
+        more |= {"held_out": held_out.name, "held_out_skipped": skipped}
 
     def show(result: dict[str, Any]) -> None:
         if found:
             _draw_worst(found, held_out, rows, settings.out / "worst_lines.png")
-        _report(course, result, found)
+        _report(training_run, result, found)
 
-    return course.end(progress, found.result().figures() if found else {}, more, show)
+    return training_run.end(progress, found.result().figures() if found else {}, more, show)
 
 
 def errors_on(
     model: TextReader, source: Source, rows: Sequence[int], accelerator: Accelerator
 ) -> Comparison:
     """What the model reads of rows, beside what stands there; the same on any number of ranks."""
+    from vlm.metrics.text import compare_texts
+
     rank, ranks = accelerator.process_index, accelerator.num_processes
     examples = [source[row] for row in rows[rank::ranks]]
     with accelerator.autocast():
@@ -173,10 +186,10 @@ def _draw_worst(found: Comparison, source: Source, rows: Sequence[int], path: Pa
     )
 
 
-def _report(course: Course, result: dict[str, Any], found: Comparison | None) -> None:
+def _report(training_run: TrainingRun, result: dict[str, Any], found: Comparison | None) -> None:
     """The run's result, for people."""
-    out, say = course.settings.out, course.say
-    course.say_left_out(result)
+    out, say = training_run.settings.out, training_run.say
+    training_run.say_skipped(result)
     say(f"{out}: loss.png, worst_lines.png, metrics.jsonl, model/", highlight=False)
     if found is None:
         return

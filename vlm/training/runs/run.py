@@ -1,4 +1,4 @@
-"""What every run does alike from settings to result: how it begins, trains and ends."""
+"""What every run does alike from settings to result: set up, train, evaluate, save."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from vlm.data.check import check_start, say_on
 from vlm.data.mixture import MixtureDataset
 from vlm.data.sources.base import Source
 from vlm.families.base import Model
-from vlm.families.decoder_only.batch import Row
 from vlm.training.activation_checkpointing import checkpoint_activations, kept_parts
 from vlm.training.base_settings import BaseSettings, deciding, recorded
 from vlm.training.checkpoints.checkpoint import Progress
-from vlm.training.fit import Interrupted, Pace, fit
-from vlm.training.memory.preflight import require_room
+from vlm.training.fit import LoopConfig
+from vlm.training.memory.preflight import require_memory
 from vlm.training.objectives.base import Objective
 from vlm.training.run_folder import CAPTIONS, Curves, Run
 from vlm.training.runs.held_out import held_out_rows, usable_rows
@@ -44,11 +43,11 @@ MakeObjective = Callable[[Any, Model, Stage], Objective]
 
 
 class HeldOut(NamedTuple):
-    """Rows to evaluate on. left_out: how many more were asked for; cut: text tokens that do not fit
+    """Rows to evaluate on. skipped: how many more were asked for; cut: text tokens that do not fit
     the model."""
 
     rows: list[int]
-    left_out: int
+    skipped: int
     cut: int
 
 
@@ -60,7 +59,7 @@ def precision_of(run: Path) -> str | None:
         return None
 
 
-class Course:
+class TrainingRun:
     """One run of a recipe, on each of its processes.
 
     accelerator: this process among the others. main: whether it is the one that writes and speaks.
@@ -80,7 +79,7 @@ class Course:
         self.accelerator, self.share, choice = accelerator_for(settings)
         self.settings = settings = dataclasses.replace(settings, precision=choice.name)
         self.shard = sharding_of(settings, self.accelerator)
-        self._gathered, self._evaluates = ExitStack(), True
+        self._gathered = ExitStack()
         self.main = self.accelerator.is_main_process
         self.say = say_on(self.main)
         reason = "as when the run began" if kept else choice.reason
@@ -125,72 +124,50 @@ class Course:
         rows, cut = usable_rows(model, source, asked, self.settings.bad_rows, self.say)
         return HeldOut(rows, len(asked) - len(rows), cut)
 
-    def train(
-        self,
-        model: Any,
-        stage: Stage,
-        data: MixtureDataset,
-        objective: Objective,
-        evaluate: Callable[[], dict[str, Any]] | None = None,
-        merge: bool = True,
-        token_cache: Path | None = None,
-        balance: Callable[[Row], int] | None = None,
-        evaluated: bool = True,
-    ) -> Progress:
-        """Trains the model and saves it, before anything that may fail; raises ValueError, before
-        anything is written, where a step does not fit in memory, as `require_room` says it.
-
-        merge: whether LoRA is merged into the saved weights. evaluated: whether the model is called
-            afterwards, by any process as it likes; the others are those of `fit`.
-        """
-        settings = self.settings
-        require_room(
+    def preflight(
+        self, model: Any, stage: Stage, data: MixtureDataset, objective: Objective
+    ) -> None:
+        """Raises ValueError, before anything is written, where a step does not fit in memory, as
+        `require_memory` says it."""
+        require_memory(
             model,
             stage,
             data,
             objective,
-            settings,
+            self.settings,
             accelerator=self.accelerator,
             shard=self.shard,
             say=self.say,
         )
-        try:
-            progress = fit(
-                model,
-                stage,
-                data,
-                self.folder,
-                self.accelerator,
-                objective=objective,
-                precision=settings.precision,
-                shard=self.shard,
-                token_cache=token_cache,
-                balance=balance,
-                pace=Pace(
-                    workers=settings.workers,
-                    eval_every=settings.eval_every,
-                    save_every=settings.save_every,
-                    keep=settings.keep,
-                ),
-                resume=settings.resume,
-                change=settings.change,
-                evaluate=evaluate,
-            )
-        except Interrupted:
-            self.folder.close()
-            raise
-        self._evaluates = evaluated
-        self.save(model, merge)
-        return progress
 
-    def save(self, model: Any, merge: bool = True) -> None:
-        """Saves the model; all processes wait for the main one, however long it takes."""
+    def loop(self, token_cache: Path | None = None) -> LoopConfig:
+        """How the settings say that `fit` carries the run out."""
+        settings = self.settings
+        return LoopConfig(
+            precision=settings.precision,
+            shard=self.shard,
+            token_cache=token_cache,
+            workers=settings.workers,
+            eval_every=settings.eval_every,
+            save_every=settings.save_every,
+            keep=settings.keep,
+            resume=settings.resume,
+            change=settings.change,
+        )
+
+    def save(self, model: Any, *, merge: bool = True, evaluated: bool = True) -> None:
+        """Saves the model, before anything that may fail; all processes wait for the main one,
+        however long it takes.
+
+        merge: whether LoRA is merged into the saved weights. evaluated: whether the model is called
+            afterwards, by any process as it likes.
+        """
         self._gathered.close()
         with whole_on_first(model.module):
             if self.main:
                 model.save(self.settings.out / "model", merge=merge)
             wait_for_main(self.accelerator)
-        if self._evaluates:
+        if evaluated:
             self._gathered.enter_context(gathered(model.module))
 
     def end(
@@ -218,19 +195,18 @@ class Course:
         self.accelerator.end_training()
         return result
 
-    def say_left_out(self, result: dict[str, Any], room: str = "the context") -> None:
-        """Says what the training left out of its rows. room: what cut texts had to fit."""
+    def say_skipped(self, result: dict[str, Any], limit: str = "the context") -> None:
+        """Says which rows the training skipped, and what it cut. limit: what cut texts had to
+        fit."""
         lines = []
         if result["skipped"]:
             lines.append(f"{result['skipped']} rows skipped, such as:")
             lines += [f"  {line}" for line in result["examples_skipped"][:5]]
         if result["cut_tokens"]:
-            lines.append(f"{result['cut_tokens']} text tokens cut to fit {room}")
+            lines.append(f"{result['cut_tokens']} text tokens cut to fit {limit}")
         if result["unscored"]:
             lines.append(
                 f"rows with nothing to score: {result['unscored']}; no text to write, or a line "
                 "too narrow for it"
             )
-        self.say(
-            "\n".join(lines or ["no training row was left out"]), highlight=False, markup=False
-        )
+        self.say("\n".join(lines or ["no training row was skipped"]), highlight=False, markup=False)

@@ -1,7 +1,7 @@
-"""Other projects' readers, for eval/ocr.py: tesseract and rapidocr. Neither is needed otherwise.
+"""Other projects' readers, to compare with: tesseract and rapidocr. Neither is needed otherwise.
 
 A reader has a `name`, says `about` itself what a result depends on, and reads in one or several
-`ways`, which differ in speed alone. `prepare` brings decoded pictures into the form that it takes,
+`ways`, which differ in speed alone. `prepare` brings decoded images into the form that it takes,
 and is not timed; `read` is. A way that cannot read what was prepared gives None.
 """
 
@@ -23,7 +23,7 @@ from PIL import Image
 
 
 class Said(NamedTuple):
-    """What a reader says of a picture. confidence: in 0 to 1, that the text is right as a whole;
+    """What a reader says of an image. confidence: in 0 to 1, that the text is right as a whole;
     words: of each its text and confidence. None and () where the reader does not say."""
 
     text: str
@@ -45,7 +45,7 @@ class Reader(Protocol):
 
     def about(self) -> dict[str, Any]: ...
 
-    def prepare(self, pictures: Sequence[Image.Image]) -> Any: ...
+    def prepare(self, images: Sequence[Image.Image]) -> Any: ...
 
     def read(self, prepared: Any, way: str) -> list[Said] | None: ...
 
@@ -55,9 +55,9 @@ class Tesseract:
     with PNG files.
 
     cores: how many it may use. language: of -l. page: whole pages (--psm 3), not lines (--psm 7).
-    Ways: a process a picture, one after another, with threads on all cores; the same, but one
+    Ways: a process an image, one after another, with threads on all cores; the same, but one
     process of one thread on each core; and one process of one thread on each core that is given a
-    list of pictures, so that models are loaded once.
+    list of images, so that models are loaded once.
     Raises ValueError where the program or the language's data are not there.
     """
 
@@ -89,18 +89,18 @@ class Tesseract:
             "failed": len(self._failed),
         }
 
-    def prepare(self, pictures: Sequence[Image.Image]) -> list[str]:
-        """A PNG file of each picture; those of the last call are gone."""
+    def prepare(self, images: Sequence[Image.Image]) -> list[str]:
+        """A PNG file of each image; those of the last call are gone."""
         folder = Path(self._folder.name)
         for old in folder.iterdir():
             old.unlink()
-        paths = [str(folder / f"{number}.png") for number in range(len(pictures))]
-        for picture, path in zip(pictures, paths):
-            picture.save(path, compress_level=1)
+        paths = [str(folder / f"{number}.png") for number in range(len(images))]
+        for image, path in zip(images, paths):
+            image.save(path, compress_level=1)
         return paths
 
     def read(self, prepared: list[str], way: str) -> list[Said] | None:
-        """An empty text where tesseract fails, as with pictures that are too small for it."""
+        """An empty text where tesseract fails, as with images that are too small for it."""
         if way == "one by one":
             texts = [self._one(path, self.cores) for path in prepared]
         elif way == "one on each core":
@@ -132,7 +132,7 @@ class Tesseract:
         listed.write_text("\n".join(paths) + "\n")
         done = self._run([str(listed), "stdout", *self._options], threads=1)
         listed.unlink()
-        texts = done.stdout.split("\f")  # between pages, or behind each: versions differ
+        texts = done.stdout.split("\f")  # between pages, or after each: versions differ
         if len(texts) == len(paths) + 1:
             del texts[-1]
         return [text.strip() for text in texts]
@@ -154,9 +154,9 @@ class Tesseract:
 class RapidOcr:
     """The package rapidocr with the models inside it: PP-OCRv6 small, its detector before it.
 
-    cores: how many threads it may use. page: whole pages, whose lines are parted by line breaks in
+    cores: how many threads it may use. page: whole pages, whose lines are on lines of their own in
     its own order; else the texts of a line's boxes are joined from left to right by a space.
-    detects: whether its detector looks for text first; where not, a picture is read as one line.
+    detects: whether its detector looks for text first; where not, an image is read as one line.
     Raises ValueError where the package, or what it computes with, or its models are not there;
     nothing is fetched.
     """
@@ -197,15 +197,15 @@ class RapidOcr:
             "cores": self.cores,
         }
 
-    def prepare(self, pictures: Sequence[Image.Image]) -> list[Image.Image]:
-        return list(pictures)
+    def prepare(self, images: Sequence[Image.Image]) -> list[Image.Image]:
+        return list(images)
 
     def read(self, prepared: Sequence[Image.Image], way: str) -> list[Said]:
-        return [self._one(picture) for picture in prepared]
+        return [self._one(image) for image in prepared]
 
-    def _one(self, picture: Image.Image) -> Said:
+    def _one(self, image: Image.Image) -> Said:
         steps = {} if self.detects else {"use_det": False, "use_cls": False}
-        found = self._engine(picture, **steps)
+        found = self._engine(image, **steps)
         if not found.txts:
             return Said("")
         if self.page or not self.detects:

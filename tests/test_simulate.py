@@ -7,17 +7,18 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests import test_encoder_decoder, tiny, training
+from tests import encoder_decoders, tiny, training
 from vlm.families.line_reader import layout as line_reader
 from vlm.families.line_reader.batch import LineRow
-from vlm.kernels.norm_mlp import lean, lean_ways
 from vlm.training.activation_checkpointing import checkpoint_activations
-from vlm.training.master_weights import WorkingWeights
-from vlm.training.memory.simulate import Rehearsal
+from vlm.training.memory.simulate import SimulatedStep
 from vlm.training.objectives.contrastive import Contrast
 from vlm.training.objectives.ctc import Transcribe
 from vlm.training.objectives.next_token import NextToken
-from vlm.training.stages import FROZEN, Stage, optimizer_for, prepare
+from vlm.training.stages import FROZEN, Stage
+from vlm.training.state import build_state
+
+pytestmark = pytest.mark.slow
 
 ALL = (("*", 1e-3),)
 ADAPTOR = (("adaptor.*", 1e-3), ("*", FROZEN))
@@ -36,9 +37,9 @@ def decoder_only(checkpointed=False, **more):
 
 
 def encoder_decoder():
-    module = test_encoder_decoder.model()
-    processor = test_encoder_decoder.processor(module)
-    rows = test_encoder_decoder.rows(processor, "a line", "another line", "third")
+    module = encoder_decoders.model()
+    processor = encoder_decoders.processor(module)
+    rows = encoder_decoders.rows(processor, "a line", "another line", "third")
     return module, rows, NextToken(processor.pad_id)
 
 
@@ -98,33 +99,27 @@ class Books(TorchDispatchMode):
 def held_in_truth(make, rates, dtype, micro_batches):
     """The most bytes that a real second step holds at a time."""
     module, rows, objective = make()
-    ways = lean_ways(module)
-    prepare(module, stage(rates), dtype)
-    optimizer, working = optimizer_for(module, stage(rates)), WorkingWeights(module, dtype)
-    trained = [p for p in module.parameters() if p.requires_grad]
+    state = build_state(module, stage(rates), dtype)
     parts = [objective.collate(rows) for _ in range(micro_batches)]
     for last in (False, True):
         books = Books()
         if last:
-            moments = [t for state in optimizer.state.values() for t in state.values()]
-            state = [*module.parameters(), *module.buffers(), *working.copies, *moments]
+            moments = [t for kept in state.optimizer.state.values() for t in kept.values()]
+            weights = [*module.parameters(), *module.buffers(), *state.copies.copies]
             batches = [getattr(batch, "groups", (batch,)) for batch in parts[0]]
-            for tensor in [*state, *(group.pixels for groups in batches for group in groups)]:
+            for tensor in [
+                *weights,
+                *moments,
+                *(group.pixels for groups in batches for group in groups),
+            ]:
                 books.note(tensor)
         with torch.autograd.set_multithreading_enabled(False), books:
-            with working.in_use(), lean(module, ways):
-                objective.backward(
-                    module,
-                    [batch for part in parts for batch in part],
-                    1,
-                    lambda: torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
-                )
-            for parameter in trained:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            state.learn(
+                objective,
+                [batch for part in parts for batch in part],
+                dict.fromkeys(objective.totals, 1),
+                lambda: torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+            )
     return books.most
 
 
@@ -137,10 +132,11 @@ def held_in_truth(make, rates, dtype, micro_batches):
         ("line reader", torch.float32, 1),
     ],
 )
-def test_a_rehearsed_step_holds_what_a_real_one_does(case, dtype, micro_batches):
+def test_a_simulated_step_holds_what_a_real_one_does(case, dtype, micro_batches):
     make = CASES[case]
     module, rows, objective = make()
-    step = Rehearsal(module, stage(ALL), objective, dtype, gpu=False).step([rows] * micro_batches)
+    simulated = SimulatedStep(module, stage(ALL), objective, dtype, gpu=False)
+    step = simulated.run([rows] * micro_batches)
     assert step.peak.total == pytest.approx(
         held_in_truth(make, ALL, dtype, micro_batches), rel=0.01
     )
@@ -148,7 +144,7 @@ def test_a_rehearsed_step_holds_what_a_real_one_does(case, dtype, micro_batches)
 
 def test_a_step_of_the_adaptor_alone_holds_what_a_real_one_does():
     module, rows, objective = decoder_only()
-    step = Rehearsal(module, stage(ADAPTOR), objective, torch.bfloat16, gpu=False).step([rows])
+    step = SimulatedStep(module, stage(ADAPTOR), objective, torch.bfloat16, gpu=False).run([rows])
     truth = held_in_truth(decoder_only, ADAPTOR, torch.bfloat16, 1)
     assert step.peak.total == pytest.approx(truth, rel=0.01)
 
@@ -159,7 +155,7 @@ def test_state_is_14_bytes_a_trained_and_2_a_frozen_parameter():
     trained = sum(p.numel() for p in module.adaptor.parameters())
     frozen = sum(p.numel() for p in module.parameters()) - trained
     buffers = sum(b.numel() * b.element_size() for b in module.buffers())
-    held = Rehearsal(module, stage(ADAPTOR), objective, torch.bfloat16, False).step([rows]).peak
+    held = SimulatedStep(module, stage(ADAPTOR), objective, torch.bfloat16, False).run([rows]).peak
     assert held.weights == 6 * trained + 2 * frozen + buffers
     assert held.optimizer == pytest.approx(8 * trained, rel=0.01)
     assert held.gradients <= 4 * trained
@@ -169,7 +165,7 @@ def test_logits_are_counted_apart_and_go_with_the_scored_places():
     module, rows, objective = decoder_only(vocab=8192)
     scored = sum(int(row.scored[1:].sum()) for row in rows)
     passing = (
-        Rehearsal(module, stage(ADAPTOR), objective, torch.float32, False).step([rows]).passing
+        SimulatedStep(module, stage(ADAPTOR), objective, torch.float32, False).run([rows]).passing
     )
     assert 0 < passing.logits <= 2 * 4 * scored * 8192
 
@@ -180,27 +176,30 @@ def test_operations_are_those_that_the_meter_counts_in_a_real_pass():
     module, rows, objective = decoder_only()
     with flop_counter() as counter:
         objective.backward(
-            module, objective.collate(rows), 1, lambda: torch.autocast("cpu", enabled=False)
+            module,
+            objective.collate(rows),
+            {"tokens": 1},
+            lambda: torch.autocast("cpu", enabled=False),
         )
-    rehearsal = Rehearsal(module, stage(ALL), objective, torch.float32, gpu=False)
-    assert rehearsal.step([rows], count=True).flops == counter.get_total_flops()
+    simulated = SimulatedStep(module, stage(ALL), objective, torch.float32, gpu=False)
+    assert simulated.run([rows], count=True).flops == counter.get_total_flops()
 
 
 def test_gpus_keep_more_of_norms_than_cpus():
     held = []
     for gpu in (False, True):
         module, rows, objective = contrastive()
-        rehearsal = Rehearsal(module, stage(ALL), objective, torch.bfloat16, gpu)
-        held.append(rehearsal.step([rows]).passing.activations)
+        simulated = SimulatedStep(module, stage(ALL), objective, torch.bfloat16, gpu)
+        held.append(simulated.run([rows]).passing.activations)
     assert held[0] < held[1]
 
 
-def test_rehearsal_takes_no_memory_for_wide_batches():
-    """Thousands of pictures of rows that lie in memory once; what they hold grows evenly, as soon
+def test_simulation_takes_no_memory_for_wide_batches():
+    """Thousands of images of rows that lie in memory once; what they hold grows evenly, as soon
     as the loss takes its places in parts. On GPUs, where norms take all places at once."""
     module, rows, objective = decoder_only()
-    rehearsal = Rehearsal(module, stage(ADAPTOR), objective, torch.bfloat16, gpu=True)
-    few, many = (rehearsal.step([rows * times]).passing[3:] for times in (40, 200))
+    simulated = SimulatedStep(module, stage(ADAPTOR), objective, torch.bfloat16, gpu=True)
+    few, many = (simulated.run([rows * times]).passing[3:] for times in (40, 200))
     assert sum(many) == pytest.approx(5 * sum(few), rel=0.01)
 
 
@@ -208,10 +207,10 @@ def test_packed_weights_are_refused():
     module, _, objective = decoder_only()
     module.adaptor.packed = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match="packed in few bits cannot be planned"):
-        Rehearsal(module, stage(ALL), objective, torch.bfloat16, gpu=False)
+        SimulatedStep(module, stage(ALL), objective, torch.bfloat16, gpu=False)
 
 
-def test_rows_without_pictures_are_rehearsed_too():
+def test_steps_without_images_are_simulated_too():
     rates = (("text.*", 1e-3), ("*", FROZEN))
 
     def documents():
@@ -220,6 +219,6 @@ def test_rows_without_pictures_are_rehearsed_too():
         return model.module, rows, NextToken(model.processor.pad_id)
 
     module, rows, objective = documents()
-    step = Rehearsal(module, stage(rates), objective, torch.bfloat16, gpu=False).step([rows])
+    step = SimulatedStep(module, stage(rates), objective, torch.bfloat16, gpu=False).run([rows])
     truth = held_in_truth(documents, rates, torch.bfloat16, 1)
     assert step.peak.total == pytest.approx(truth, rel=0.01)

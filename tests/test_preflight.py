@@ -10,24 +10,26 @@ from safetensors.torch import load_file, save_file
 
 from tests import training
 from tests.contrastive_runs import TINY, run
-from tests.test_ranks import run_two
+from tests.runs import run_two
 from vlm.training.activation_checkpointing import checkpoint_activations
-from vlm.training.memory import preflight as room
+from vlm.training.memory import preflight
 from vlm.training.memory.estimate import Estimate, rows_of_run
 from vlm.training.memory.preflight import (
     MOST,
-    Room,
+    MemoryFit,
     free_memory,
     largest_within,
-    require_room,
+    require_memory,
     size,
 )
-from vlm.training.memory.simulate import Held, Rehearsal
+from vlm.training.memory.simulate import Held, SimulatedStep
 from vlm.training.objectives.contrastive import Contrast
 from vlm.training.objectives.ctc import Transcribe
 from vlm.training.objectives.next_token import NextToken
 from vlm.training.runs import contrastive
 from vlm.training.stages import Stage
+
+pytestmark = pytest.mark.slow
 
 STAGE = Stage(name="t", rates=(("*", 1e-3),), steps=2, batch=4, micro_batch=4, warmup_steps=0)
 PLENTY = 2**40
@@ -60,7 +62,7 @@ def test_the_largest_count_is_found_where_cost_bends():
 )
 def test_the_largest_even_micro_batch_divides_the_share(share, largest, even):
     held = Held(1, 1, 1, 1, 1)
-    found = Room(share=share, micro_batch=share, held=held, budget=1, largest=largest)
+    found = MemoryFit(share=share, micro_batch=share, held=held, budget=1, largest=largest)
     assert found.largest_even == even
 
 
@@ -69,11 +71,11 @@ class Given:
 
     def __init__(self, monkeypatch, there):
         self.there = there
-        monkeypatch.setattr(room, "memory_for", lambda device, module: self.there)
+        monkeypatch.setattr(preflight, "memory_for", lambda device, module: self.there)
 
 
 SIZES = dict(TINY, image_px=64, batch=64)
-"""Settings of a recipe whose pictures take more memory than its weights."""
+"""Settings of a recipe whose images take more memory than its weights."""
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +83,9 @@ def needs():
     """Bytes that its step needs, by its micro-batch."""
     settings = contrastive.Settings(**SIZES, out="none", steps=2)
     pairing = settings.build()
-    rows = rows_of_run(settings.data(), pairing.processor, 2 * 64, room.ROWS_AT_MOST)
-    rehearsal = Rehearsal(pairing.module, STAGE, Contrast("sigmoid"), torch.float32, gpu=False)
-    estimate = Estimate(rehearsal, rows)
+    rows = rows_of_run(settings.data(), pairing.processor, 2 * 64, preflight.ROWS_AT_MOST)
+    simulated = SimulatedStep(pairing.module, STAGE, Contrast("sigmoid"), torch.float32, gpu=False)
+    estimate = Estimate(simulated, rows)
     return {count: estimate.held(count, 64 // count).total for count in (1, 8, 64)}
 
 
@@ -118,15 +120,15 @@ def test_a_run_that_nearly_fills_its_memory_says_so(tmp_path, monkeypatch, capsy
     Given(monkeypatch, int(needs[64] * 1.05))
     assert run(tmp_path / "run", **SIZES)["step"] == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert f"a step is foreseen to hold {size(needs[64])} of the" in said
+    assert f"a step's estimated peak memory is {size(needs[64])}, and may be more" in said
 
 
-def test_a_step_that_cannot_be_rehearsed_is_no_reason_to_stop(tmp_path, monkeypatch, capsys):
+def test_a_step_that_cannot_be_simulated_is_no_reason_to_stop(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise RuntimeError("Cannot access data pointer of Tensor")
 
     Given(monkeypatch, 1)
-    monkeypatch.setattr(room, "Rehearsal", refuse)
+    monkeypatch.setattr(preflight, "SimulatedStep", refuse)
     assert run(tmp_path / "run", **TINY)["step"] == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "whether a step fits in memory is not known: Cannot access data pointer" in said
@@ -138,7 +140,7 @@ def lines():
 
 def encoder_decoder():
     model = training.encoder_decoder_model()
-    return model, training.pictures_alone(), NextToken(model.processor.pad_id)
+    return model, training.images_alone(), NextToken(model.processor.pad_id)
 
 
 def decoder_only(pack=None):
@@ -165,7 +167,7 @@ def pairs():
     "make", [decoder_only, checkpointed, packed, encoder_decoder, lines, pairs]
 )
 @pytest.mark.parametrize("shard", ["no", "all"])
-def test_steps_of_every_family_are_foreseen_and_models_stay_as_they_were(monkeypatch, make, shard):
+def test_steps_of_every_family_are_estimated_and_models_stay_as_they_were(monkeypatch, make, shard):
     """Its weights to the bit, and what of it learns and drops out."""
     if shard == "all" and make is checkpointed:
         pytest.skip("blocks are computed again in the same way, sharded or not")
@@ -174,12 +176,12 @@ def test_steps_of_every_family_are_foreseen_and_models_stay_as_they_were(monkeyp
     modes = [(p.requires_grad, p.dtype) for p in model.module.parameters()]
     training_modes = [m.training for m in model.module.modules()]
     ranks = 2 if shard == "all" else 1
-    monkeypatch.setattr(room, "gather_object", lambda found: found * ranks)
+    monkeypatch.setattr(preflight, "gather_object", lambda found: found * ranks)
     said = []
 
     def require(there):
         Given(monkeypatch, there)
-        require_room(
+        require_memory(
             model,
             STAGE,
             training.dataset(rows),
@@ -268,11 +270,11 @@ def test_free_memory_is_not_known_beside_linux(tmp_path):
 def test_processes_of_a_machine_share_what_is_free_beside_their_own_weights(monkeypatch):
     module = torch.nn.Linear(1000, 1000)
     own = sum(4 * p.numel() for p in module.parameters())
-    monkeypatch.setattr(room, "free_memory", lambda: 1000)
+    monkeypatch.setattr(preflight, "free_memory", lambda: 1000)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert room.memory_for(torch.device("cpu"), module) == 250 + own
-    monkeypatch.setattr(room, "free_memory", lambda: None)
-    assert room.memory_for(torch.device("cpu"), module) is None
+    assert preflight.memory_for(torch.device("cpu"), module) == 250 + own
+    monkeypatch.setattr(preflight, "free_memory", lambda: None)
+    assert preflight.memory_for(torch.device("cpu"), module) is None
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
@@ -281,5 +283,5 @@ def test_weights_in_a_mapped_file_are_free_already(monkeypatch, tmp_path):
     module = torch.nn.Linear(64, 64)
     module.load_state_dict(load_file(tmp_path / "linear"), assign=True)
     module.bias = torch.nn.Parameter(torch.zeros(64))
-    monkeypatch.setattr(room, "free_memory", lambda: 1000)
-    assert room.memory_for(torch.device("cpu"), module) == 1000 + 4 * 64
+    monkeypatch.setattr(preflight, "free_memory", lambda: 1000)
+    assert preflight.memory_for(torch.device("cpu"), module) == 1000 + 4 * 64

@@ -1,7 +1,6 @@
-"""Lines as several readers read them, with the time that each takes; for eval/ocr.py.
+"""Lines as several readers read them, with the time that each takes.
 
-Rows are dealt to processes in runs of UNIT, and each reader is given a run at once, so that what a
-batch holds, and with it every text, is the same on any number of processes.
+Rows are shared among processes in batches of UNIT, and each reader is given one at once.
 """
 
 from __future__ import annotations
@@ -9,25 +8,25 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from ocr_peers import Reader, Said
 from PIL import Image
-from tqdm import tqdm
 
 from vlm.config import to_dict
 from vlm.data.example import BadRow, Skipped
 from vlm.data.sources.base import Source
+from vlm.evaluation.ocr_peers import Reader, Said
 from vlm.ocr.results import Reading, Transcript, words_of
 from vlm.pixels import BadImage, open_image
-from vlm.retrieval.embed_rows import from_all, only_picture
+from vlm.ranks import batches_of_rank, gather_in_order, gather_list
+from vlm.retrieval.embed_rows import only_image
 
 UNIT = 128
-"""Lines that are read, and dealt to a process, at once."""
+"""Lines that are read at once."""
 WARM_UP = 8
 """Lines that each reader reads before it is timed."""
 
@@ -37,7 +36,7 @@ class Seen:
     """A line and what was read of it.
 
     data: which of the sources, row: its row there. hand: whether it is handwriting, None where the
-    source does not say; font, and wear (what the picture suffers from), "" likewise. said: by
+    source does not say; font, and wear (what the image suffers from), "" likewise. said: by
     reader.
     """
 
@@ -54,7 +53,7 @@ class Seen:
 class Model:
     """What `vlm.load` gives, as a reader: `read_lines` of models of lines, else `ocr`.
 
-    page: pictures are whole pages; a model of lines then finds their lines.
+    page: images are whole pages; a model of lines then finds their lines.
     Raises ValueError for a model that does not read.
     """
 
@@ -77,8 +76,8 @@ class Model:
             "cores": torch.get_num_threads(),
         }
 
-    def prepare(self, pictures: Sequence[Image.Image]) -> list[Image.Image]:
-        return list(pictures)
+    def prepare(self, images: Sequence[Image.Image]) -> list[Image.Image]:
+        return list(images)
 
     def read(self, prepared: Sequence[Image.Image], way: str) -> list[Said]:
         of_lines = hasattr(self.model, "read_lines")
@@ -95,8 +94,8 @@ def _read(reading: Reading) -> Said:
     return Said(reading.text, sure, tuple((w.text, w.confidence) for w in reading.words))
 
 
-def _transcribed(transcript: Transcript, picture: Image.Image) -> Said:
-    W, H = picture.size
+def _transcribed(transcript: Transcript, image: Image.Image) -> Said:
+    W, H = image.size
     corners = ((0, 0), (W, 0), (W, H), (0, H))
     words = words_of(transcript.tokens, (0, 0, W, H), corners)
     return Said(
@@ -116,7 +115,7 @@ class Timing:
 
 
 def look(source: Source, data: int, row: int, page: bool) -> tuple[Seen, Image.Image]:
-    """A row's line, still to be read, and its picture. Raises BadRow or BadImage."""
+    """A row's line, still to be read, and its image. Raises BadRow or BadImage."""
     example = source[row]
     if not example.answer.strip():
         raise BadRow(f"{example.name}: expected a text, found none")
@@ -128,7 +127,7 @@ def look(source: Source, data: int, row: int, page: bool) -> tuple[Seen, Image.I
         seen.wear = source.wear_of(row)
     if hasattr(source, "hand_of"):
         seen.hand = source.hand_of(row)
-    return seen, open_image(only_picture(example))
+    return seen, open_image(only_image(example))
 
 
 def read_all(
@@ -141,7 +140,7 @@ def read_all(
     bad_rows: str,
     repeats: int,
 ) -> tuple[list[Seen], list[Skipped], dict[str, dict[str, Any]]]:
-    """All lines as read by all readers, on every process; rows left out; and each reader's speed.
+    """All lines as read by all readers, on every process; rows skipped; and each reader's speed.
 
     rows: the number of a source, and of a row in it. page: whether \\n in a text ends a line.
     bad_rows: "raise" for the first row that cannot be read, or "skip". repeats: how often each
@@ -151,12 +150,12 @@ def read_all(
     skipped: list[tuple[int, Skipped]] = []
     clock = {reader.name: {way: Timing() for way in reader.ways} for reader in readers}
     warm = False
-    for unit in _units(len(rows), accelerator):
-        found, pictures = [], []
+    for unit in batches_of_rank(accelerator, len(rows), UNIT, "reading"):
+        found, images = [], []
         for place in unit:
             data, row = rows[place]
             try:
-                line, picture = look(sources[data], data, row, page)
+                line, image = look(sources[data], data, row, page)
             except (BadRow, BadImage) as error:
                 if bad_rows == "raise":
                     raise
@@ -165,29 +164,29 @@ def read_all(
                 skipped.append((place, Skipped(name, reason)))
                 continue
             found.append((place, line))
-            pictures.append(picture)
+            images.append(image)
         if not found:
             continue
         for reader in readers:
             if not warm:
                 for way in reader.ways:
-                    reader.read(reader.prepare(pictures[:WARM_UP]), way)
-            for (_, line), said in zip(found, _timed(reader, pictures, clock, repeats)):
+                    reader.read(reader.prepare(images[:WARM_UP]), way)
+            for (_, line), said in zip(found, _timed(reader, images, clock, repeats)):
                 line.said[reader.name] = said
         warm = True
         seen += found
-    everyone = sorted(from_all(accelerator, seen), key=lambda item: item[0])
-    left_out = sorted(from_all(accelerator, skipped), key=lambda item: item[0])
-    clocks = from_all(accelerator, [clock])
+    everyone = gather_in_order(accelerator, seen)
+    left_out = gather_in_order(accelerator, skipped)
+    clocks = gather_list(accelerator, [clock])
     speeds = _slowest(clocks, readers) if everyone else {}
     return [s for _, s in everyone], [s for _, s in left_out], speeds
 
 
 def _timed(
-    reader: Reader, pictures: list[Image.Image], clock: dict[str, dict[str, Timing]], repeats: int
+    reader: Reader, images: list[Image.Image], clock: dict[str, dict[str, Timing]], repeats: int
 ) -> list[Said]:
-    """What the reader says of a unit's pictures, each way timed as often as is asked for."""
-    prepared, first = reader.prepare(pictures), None
+    """What the reader says of a unit's images, each way timed as often as is asked for."""
+    prepared, first = reader.prepare(images), None
     for way in reader.ways:
         timing, times, said = clock[reader.name][way], [], None
         for _ in range(repeats):
@@ -201,7 +200,7 @@ def _timed(
             continue
         first = first or said
         timing.seconds += statistics.median(times)
-        timing.lines += len(pictures)
+        timing.lines += len(images)
         timing.other += sum(a.text != b.text for a, b in zip(first, said))
     return first
 
@@ -226,12 +225,3 @@ def _slowest(
         best = max(ways, key=lambda way: ways[way]["lines_per_second"])
         speeds[reader.name] = {"way": best, **ways[best], "ways": ways}
     return speeds
-
-
-def _units(count: int, accelerator: Accelerator) -> Iterator[range]:
-    """This process's share of the runs of places, dealt in turn, with a bar on the first."""
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    with tqdm(total=count, desc="reading", disable=rank > 0, leave=False) as bar:
-        for start_at in range(rank * UNIT, count, ranks * UNIT):
-            yield range(start_at, min(start_at + UNIT, count))
-            bar.update(min(ranks * UNIT, count - bar.n))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests import training
-from vlm.training.master_weights import WorkingWeights
+from vlm.training.master_weights import ComputeCopies
 
 
 class Net(nn.Module):
@@ -24,7 +24,7 @@ class Net(nn.Module):
 def test_weights_work_in_bf16_and_stay_themselves_in_fp32():
     net = Net()
     before = {name: (p, p.data_ptr(), p.detach().clone()) for name, p in net.named_parameters()}
-    with WorkingWeights(net, torch.bfloat16).in_use():
+    with ComputeCopies(net, torch.bfloat16).in_use():
         dtypes = {name: p.dtype for name, p in net.named_parameters()}
         net(torch.ones(2, 4, dtype=torch.bfloat16)).backward()
     low = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
@@ -40,7 +40,7 @@ def test_weights_work_in_bf16_and_stay_themselves_in_fp32():
 def test_gradients_of_several_passes_are_added_up_in_fp32():
     """In bf16, 256 + 1 is 256: sixteen small gradients after a large one would be lost."""
     net = nn.Linear(1, 1, bias=False)
-    working = WorkingWeights(net, torch.bfloat16)
+    working = ComputeCopies(net, torch.bfloat16)
     with working.in_use():
         for value in [256.0] + [1.0] * 16:
             net(torch.full((1, 1), value, dtype=torch.bfloat16)).backward()
@@ -53,7 +53,7 @@ def test_gradients_of_several_passes_are_added_up_in_fp32():
 
 def test_copies_follow_the_weights():
     net = nn.Linear(1, 1, bias=False)
-    working = WorkingWeights(net, torch.bfloat16)
+    working = ComputeCopies(net, torch.bfloat16)
     for value in (1.0, 2.0):
         with torch.no_grad():
             net.weight.fill_(value)
@@ -66,7 +66,7 @@ def test_weights_are_themselves_after_an_error_and_leave_no_hook():
     one = torch.ones(1, 1, dtype=torch.bfloat16)
 
     def fail():
-        with WorkingWeights(net, torch.bfloat16).in_use():
+        with ComputeCopies(net, torch.bfloat16).in_use():
             net(one).backward()
             net(one.expand(1, 2))  # too wide
 
@@ -80,9 +80,9 @@ def test_weights_are_themselves_after_an_error_and_leave_no_hook():
 
 def test_fp32_and_frozen_weights_are_not_copied():
     net = Net()
-    assert WorkingWeights(net, torch.float32).weights == []
+    assert ComputeCopies(net, torch.float32).weights == []
     net.map.requires_grad_(False)
-    assert WorkingWeights(net, torch.bfloat16).weights == []
+    assert ComputeCopies(net, torch.bfloat16).weights == []
 
 
 def test_bf16_step_is_the_same_for_every_split_into_micro_batches(tmp_path):

@@ -6,12 +6,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tests import tiny, training
-from vlm.kernels import norm_mlp as lean_module
+from vlm.kernels import norm_mlp
 from vlm.kernels.attention import as_on_gpus
-from vlm.kernels.norm_mlp import PLACES, _in_parts, lean, lean_ways
+from vlm.kernels.norm_mlp import PLACES, _in_parts, memory_efficient_kernels, use_kernels
 from vlm.training.activation_checkpointing import saved_bytes
 
-LEAN = {  # kind -> how many norms and MLPs are known
+KERNELS = {  # kind -> how many norms and MLPs are known
     "llama": (5, 2),
     "qwen2": (5, 2),
     "qwen3": (9, 2),
@@ -40,8 +40,8 @@ def passed(text, vectors):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", LEAN)
-def test_lean_blocks_compute_the_same_and_keep_less(kind, dtype):
+@pytest.mark.parametrize("kind", KERNELS)
+def test_memory_efficient_blocks_compute_the_same_and_keep_less(kind, dtype):
     text = tiny.text_model(kind).to(dtype)
     with torch.no_grad():
         for name, weight in text.named_parameters():
@@ -49,16 +49,16 @@ def test_lean_blocks_compute_the_same_and_keep_less(kind, dtype):
                 weight += torch.linspace(-0.3, 0.3, len(weight)).to(dtype)
     vectors = torch.randn(2, PLACES // 2 + 9, 32, generator=torch.Generator().manual_seed(0))
     states, grads, kept = passed(text, vectors.to(dtype))
-    with lean(text, lean_ways(text)):
-        assert chosen(text) == LEAN[kind]
-        found, lean_grads, lean_kept = passed(text, vectors.to(dtype))
+    with use_kernels(text, memory_efficient_kernels(text)):
+        assert chosen(text) == KERNELS[kind]
+        found, own_grads, own_kept = passed(text, vectors.to(dtype))
     assert chosen(text) == (0, 0)
     assert torch.equal(found, states)
-    for a, b in zip(lean_grads, grads, strict=True):
+    for a, b in zip(own_grads, grads, strict=True):
         scale = float(b.abs().max())
         close = 1e-5 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(a, b, atol=close * scale, rtol=close)
-    assert lean_kept < kept if any(LEAN[kind]) else lean_kept == kept
+    assert own_kept < kept if any(KERNELS[kind]) else own_kept == kept
 
 
 def test_gradients_are_as_near_to_those_of_32_bits():
@@ -67,7 +67,7 @@ def test_gradients_are_as_near_to_those_of_32_bits():
     vectors = torch.randn(2, 40, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact.to(torch.bfloat16)
     rounded = [g.float() for g in passed(exact, vectors)[1]]
-    with lean(exact, lean_ways(exact)):
+    with use_kernels(exact, memory_efficient_kernels(exact)):
         assert min(chosen(exact)) > 0
         found = [g.float() for g in passed(exact, vectors)[1]]
     expected = passed(exact.float(), vectors.float())[1]
@@ -80,22 +80,22 @@ def test_gradients_are_as_near_to_those_of_32_bits():
 
 def test_models_are_whole_again_where_training_fails():
     text = tiny.text_model("llama")
-    with pytest.raises(KeyError), lean(text, lean_ways(text)):
+    with pytest.raises(KeyError), use_kernels(text, memory_efficient_kernels(text)):
         raise KeyError
     assert chosen(text) == (0, 0)
 
 
-def test_runs_are_lean(tmp_path, monkeypatch):
+def test_runs_use_memory_efficient_kernels(tmp_path, monkeypatch):
     """A run learns the same, and its model leaves it as it came."""
     found = []
 
-    def seen(module, ways):
-        found.extend(ways)
-        return lean(module, ways)
+    def seen(module, kernels):
+        found.extend(kernels)
+        return use_kernels(module, kernels)
 
-    monkeypatch.setattr("vlm.training.fit.lean", seen)
-    chosen_model, _, history = training.train(tmp_path / "lean")
-    assert len(found) == sum(LEAN["llama"])
+    monkeypatch.setattr("vlm.training.state.use_kernels", seen)
+    chosen_model, _, history = training.train(tmp_path / "efficient")
+    assert len(set(found)) == sum(KERNELS["llama"])
     assert chosen(chosen_model.module.text) == (0, 0)
     monkeypatch.setattr("vlm.kernels.norm_mlp._kind", lambda part: None)
     _, _, plain = training.train(tmp_path / "plain")
@@ -107,14 +107,13 @@ def test_runs_are_lean(tmp_path, monkeypatch):
 def test_what_a_trial_in_evaluation_or_32_bits_would_not_show_stays():
     """Norms that round elsewhere in 16 bits, dropout of an MLP's own, norms without an epsilon."""
     norms = tiny.text_model("olmo2")
-    assert (
-        sorted(type(norms.get_submodule(n)).__name__ for n in lean_ways(norms)) == ["Olmo2MLP"] * 2
-    )
+    kinds = [type(norms.get_submodule(name)).__name__ for name in memory_efficient_kernels(norms)]
+    assert kinds == ["Olmo2MLP"] * 2
     seed = tiny.text_model("seed_oss", residual_dropout=0.1)
-    assert not any("mlp" in name for name in lean_ways(seed))
-    assert any("norm" in name for name in lean_ways(seed))
+    assert not any("mlp" in name for name in memory_efficient_kernels(seed))
+    assert any("norm" in name for name in memory_efficient_kernels(seed))
     assert not any(part.training for part in seed.modules())
-    assert lean_ways(torch.nn.Sequential(torch.nn.RMSNorm(4))) == {}
+    assert memory_efficient_kernels(torch.nn.Sequential(torch.nn.RMSNorm(4))) == {}
 
 
 def test_lora_in_an_mlp_is_called():
@@ -123,12 +122,13 @@ def test_lora_in_an_mlp_is_called():
     wrapped = get_peft_model(
         text, LoraConfig(target_modules=["gate_proj", "down_proj"], lora_dropout=0.5)
     )
-    ways = {name: way for name, way in lean_ways(wrapped).items() if name.endswith("mlp")}
-    assert len(ways) == 2
+    tried = memory_efficient_kernels(wrapped)
+    kernels = {name: kernel for name, kernel in tried.items() if name.endswith("mlp")}
+    assert len(kernels) == 2
     for name, weight in wrapped.named_parameters():
         if "lora_B" in name:  # zero at first, when LoRA changes nothing
             nn.init.normal_(weight, std=0.1)
-    mlp = wrapped.get_submodule(next(iter(ways)))
+    mlp = wrapped.get_submodule(next(iter(kernels)))
     places = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)
     expected = mlp.train()(places)
@@ -136,7 +136,7 @@ def test_lora_in_an_mlp_is_called():
     gradients = {name: p.grad for name, p in mlp.named_parameters() if p.grad is not None}
     mlp.zero_grad()
     torch.manual_seed(1)
-    with lean(wrapped, ways):
+    with use_kernels(wrapped, kernels):
         found = mlp(places)
         found.sum().backward()
     torch.testing.assert_close(found, expected)
@@ -154,19 +154,19 @@ def kept_in(kept):
 @pytest.mark.parametrize("learns", [False, True], ids=["frozen", "trained"])
 def test_a_plain_projection_behind_the_gate_keeps_nothing_of_its_own(learns, monkeypatch):
     """In parts and whole, in each dtype: the same values, and gradients to rounding."""
-    monkeypatch.setattr(lean_module, "PLACES", 3)
+    monkeypatch.setattr(norm_mlp, "PLACES", 3)
     for dtype, near in ((torch.float64, 1e-12), (torch.bfloat16, 2e-2)):
         mlp = tiny.text_model("llama").model.layers[0].mlp.to(dtype)
         mlp.down_proj.bias = nn.Parameter(torch.linspace(-1, 1, 32).to(dtype))
         mlp.down_proj.requires_grad_(learns)
         places = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
         runs = []
-        for ways in ({}, lean_ways(mlp)):
+        for kernels in ({}, memory_efficient_kernels(mlp)):
             given = places.clone().requires_grad_(True)
             mlp.zero_grad()
             kept = []
             with (
-                lean(mlp, ways),
+                use_kernels(mlp, kernels),
                 torch.autograd.graph.saved_tensors_hooks(kept_in(kept), lambda t: t),
             ):
                 out = mlp(given)
@@ -186,14 +186,14 @@ def test_a_plain_projection_behind_the_gate_keeps_nothing_of_its_own(learns, mon
 def test_a_forward_of_an_instance_stays():
     text = tiny.text_model("llama")
     own = text.model.norm.forward = lambda hidden_states: hidden_states
-    assert "model.norm" not in lean_ways(text)
-    with lean(text, lean_ways(text)):
+    assert "model.norm" not in memory_efficient_kernels(text)
+    with use_kernels(text, memory_efficient_kernels(text)):
         pass
     assert text.model.norm.forward is own
 
 
 def test_parts_are_for_caches_of_cpus_alone():
-    """A step of a GPU is rehearsed whole, as it is made there."""
+    """A step of a GPU is simulated whole, as it is made there."""
     places = torch.zeros(3 * PLACES, 2)
     assert len(list(_in_parts(places))) == 3
     with as_on_gpus():

@@ -1,0 +1,210 @@
+"""Idefics3 and SmolVLM beside transformers' classes: pixels, ids, logits, training, answers."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vlm
+from tests import training
+from tests.reference.images_in_text import close, our_logits, reopened
+from tests.reference.tiny_smolvlm import (
+    KINDS,
+    LONG,
+    PLACES,
+    ROWS,
+    SIZES,
+    TILE,
+    examples,
+    our_batch,
+    their_inputs,
+    with_marks,
+    write_folder,
+)
+from tests.tiny import image as one_image
+from vlm import cli
+from vlm.data.example import Example, Turn
+from vlm.families.decoder_only.batch import IMAGE, collate, collate_packed
+from vlm.losses.token import token_losses
+from vlm.systems import smolvlm
+from vlm.systems.published import first_names, published_name
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp(request.param)
+    write_folder(path, request.param)
+    return path
+
+
+SETTINGS = {
+    "three tiles a side": {},
+    "one tile": {"size": {"longest_edge": TILE}},
+    "a side between tiles": {"size": {"longest_edge": LONG - 12}},
+    "no tiles": {"do_image_splitting": False},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_smolvlm_pixels_and_ids_match_reference(kind, settings, tmp_path):
+    """Images that are not square, small, large, and narrow; of one tile alone."""
+    write_folder(tmp_path, kind, image_processor=SETTINGS[settings])
+    model, (_, processor) = vlm.load(tmp_path, "cpu"), reopened(tmp_path)
+    shapes = set()
+    for size_hw in SIZES.values():
+        image, prompt = one_image(3, size_hw), "what is <image>? a cat"
+        row = model.processor.encode_literal([image], prompt)
+        inputs = processor(images=[[image]], text=[prompt], return_tensors="pt")
+        assert torch.equal(with_marks(row.ids, model), inputs["input_ids"][0])
+        close(torch.stack([view for view, _ in row.views]), inputs["pixel_values"][0], 1e-6)
+        (layout,) = row.layout.images
+        assert [span.length for span in layout.spans] == [PLACES] * len(row.views)
+        assert {span.grid_hw for span in layout.spans} == {(2, 2)}
+        shapes.add(model.processor.pixel_spec.layout(size_hw))
+    assert (shapes == {(1, 1)}) == (settings in ("one tile", "no tiles"))
+
+
+@pytest.mark.parametrize("answers", [False, True])
+@torch.no_grad()
+def test_smolvlm_ids_and_logits_match_reference(folder, answers):
+    """By the folder's chat template, in a batch of unequal length: one image, two, none."""
+    model, (peer, processor) = vlm.load(folder, "cpu"), reopened(folder)
+    batch, inputs = our_batch(model, answers), their_inputs(processor, answers=answers)
+    assert torch.equal(batch.valid, inputs["attention_mask"].bool())
+    assert torch.equal(with_marks(batch.ids, model)[batch.valid], inputs["input_ids"][batch.valid])
+    expected = peer(**inputs).logits
+    close(our_logits(model, batch)[batch.valid], expected[batch.valid])
+    right = our_batch(model, answers, "right")
+    close(our_logits(model, right)[right.valid], expected[batch.valid])
+    for number, row in enumerate(ROWS):
+        alone = peer(**their_inputs(processor, [row], answers)).logits[0]
+        close(our_logits(model, batch)[number][batch.valid[number]], alone)
+
+
+def test_smolvlm_loss_and_gradients_match_reference(folder):
+    """The loss is the mean over answers and their ends, in rows side by side and end to end."""
+    model, (peer, processor) = vlm.load(folder, "cpu"), reopened(folder)
+    batch = our_batch(model, answers=True, padding="right")
+    inputs = their_inputs(processor, answers=True, padding_side="right")
+    labels = with_marks(batch.ids, model).masked_fill(~batch.scored, -100)
+    expected = peer(**inputs, labels=labels).loss
+    loss = token_losses(model.module(batch), batch.targets).mean()
+    close(loss, expected, atol=1e-5)
+    packed = collate_packed([model.processor.encode(example) for example in examples()])
+    close(token_losses(model.module(packed), packed.targets).mean(), expected, atol=1e-5)
+    loss.backward()
+    expected.backward()
+    theirs = {name: p.grad for name, p in peer.named_parameters()}
+    renamed, _ = first_names(theirs, smolvlm.KEY_MAP, (), "peer")
+    ours = {name: p.grad for name, p in model.module.named_parameters()}
+    assert len(renamed) == len(ours)
+    for name, grad in ours.items():
+        assert grad.abs().max() > 0
+        close(grad, renamed[published_name(name, smolvlm.KEY_MAP)], atol=2e-4)
+
+
+def test_smolvlm_training_step_changes_every_part(folder):
+    model = vlm.load(folder, "cpu")
+    batch = our_batch(model, answers=True, padding="right")
+    before = {name: p.detach().clone() for name, p in model.module.named_parameters()}
+    optimizer = torch.optim.AdamW(model.module.parameters(), 1e-2)
+    losses = []
+    for _ in range(3):
+        loss = token_losses(model.module(batch), batch.targets).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert all(not torch.equal(p, before[name]) for name, p in model.module.named_parameters())
+
+
+@pytest.mark.parametrize("pack", [None, 800])
+def test_smolvlm_trains_by_the_same_loop(folder, tmp_path, pack):
+    """All parts learn, in rows side by side and end to end."""
+    model = vlm.load(folder, "cpu")
+    before = {name: p.detach().clone() for name, p in model.module.named_parameters()}
+    stage = replace(
+        training.STAGE, rates=(("*", 1e-2),), steps=2, batch=3, micro_batch=3, warmup_steps=0
+    )
+    training.train(tmp_path, stage, rows=examples(), chosen=model, pack=pack)
+    assert all(not torch.equal(p, before[name]) for name, p in model.module.named_parameters())
+
+
+def test_smolvlm_greedy_ids_match_reference_and_batches(folder):
+    model, (peer, processor) = vlm.load(folder, "cpu"), reopened(folder)
+    together = model.answer_examples(examples(), max_new_tokens=10)
+    inputs = their_inputs(processor)
+    theirs = peer.generate(
+        **inputs, max_new_tokens=10, do_sample=False, eos_token_id=list(model.stop_ids)
+    )
+    theirs = theirs[:, inputs["input_ids"].shape[1] :].tolist()
+    assert together == [model.processor.decode(ids) for ids in theirs]
+    for number, (images, content, _) in enumerate(ROWS):
+        literal = "".join("<image>" if part is None else part for part in content)
+        text = their_text(model, content)
+        (written,) = model.generate([images], [text], max_new_tokens=10)
+        assert list(written.ids) == theirs[number][: len(written.ids)], literal
+    assert len(set(together)) > 1
+
+
+def their_text(model, content):
+    """The prompt of a question without the token that begins it where the tokenizer adds one."""
+    marked = model.processor.render((Turn("user", content),), "row", open_answer=True)
+    text = marked.replace("\ue5c0", "<image>")
+    adds = bool(model.processor.text_tokenizer("")["input_ids"])
+    return text.removeprefix("<|begin_of_text|>") if adds else text
+
+
+def test_smolvlm_prompt_matches_snapshot(folder):
+    processor = vlm.load(folder, "cpu").processor
+    row = processor.encode_prompt(
+        Example("r", (Turn("user", (None, "a <image>?")),), (one_image(1, (40, 60)),))
+    )
+    text, run = "", 0
+    for id in row.ids.tolist():
+        if id == IMAGE:
+            run += 1
+            continue
+        text += f"[{run}]" * (run > 0) + processor.text_tokenizer.decode([id])
+        run = 0
+    fake, begins = "<fake_token_around_image>", processor.text_tokenizer.bos_token
+    assert text == (
+        f"{begins}User:"
+        f"{fake}<row_1_col_1>[4]{fake}<row_1_col_2>[4]{fake}<row_1_col_3>[4]\n"
+        f"{fake}<row_2_col_1>[4]{fake}<row_2_col_2>[4]{fake}<row_2_col_3>[4]\n"
+        f"\n{fake}<global-img>[4]{fake}a <image>?<end_of_utterance>\nAssistant:"
+    )
+
+
+def test_smolvlm_counts_image_tokens_by_the_layout_whatever_the_pixels(folder):
+    """transformers' class drops views that are zero all over, such as those of a black image where
+    nothing is normalised."""
+    model = vlm.load(folder, "cpu")
+    grey = Image.fromarray(np.full((40, 90, 3), 127, np.uint8))
+    batch = collate([model.processor.encode_literal([grey], "<image> what is it?")], 0)
+    (group,) = batch.groups
+    zero = torch.zeros_like(group.pixels)
+    batch = replace(batch, groups=(replace(group, pixels=zero),))
+    assert our_logits(model, batch).isfinite().all()
+    assert int((batch.ids == IMAGE).sum()) == PLACES * len(zero) == 7 * PLACES
+
+
+def test_smolvlm_chat_encodes_an_image_once_and_says_the_same(folder):
+    model = vlm.load(folder, "cpu")
+    question = [{"type": "image", "image": ROWS[0][0][0]}, {"type": "text", "text": "what is it?"}]
+    messages = [{"role": "user", "content": question}]
+    assert model.chat(messages, max_new_tokens=8) == model.answer_examples(
+        examples()[:1], max_new_tokens=8
+    )[0]  # fmt: skip
+
+
+def test_smolvlm_is_listed_and_used_by_commands(folder, tmp_path, capsys):
+    cli.main(["systems"])
+    assert "smolvlm" in capsys.readouterr().out
+    path = tmp_path / "a.png"
+    one_image(1, (20, 40)).save(path)
+    cli.main(["caption", str(path), "--model", str(folder), "--max-new-tokens", "3"])

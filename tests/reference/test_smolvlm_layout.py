@@ -1,0 +1,147 @@
+"""Folders of Idefics3 and SmolVLM beside transformers' classes: opened, written, refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import vlm
+from tests.reference.images_in_text import close, our_logits, reopened
+from tests.reference.tiny_smolvlm import KINDS, our_batch, their_inputs, write_folder
+from vlm.systems import smolvlm
+from vlm.weights import WeightsError, same_bits
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp(request.param)
+    write_folder(path, request.param)
+    return path
+
+
+@pytest.mark.parametrize("through_native", [False, True])
+@torch.no_grad()
+def test_smolvlm_reference_layout_opens_in_transformers(folder, tmp_path, through_native):
+    """Every tensor returns under its bits, every small file as it was, straight or after a save in
+    our own layout."""
+    model = vlm.load(folder, "cpu")
+    if through_native:
+        model.save(tmp_path / "native")
+        model = vlm.load(tmp_path / "native", "cpu")
+    model.save(tmp_path / "out", layout="reference")
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    assert same_bits(before, after)
+    kept = {path.name for path in folder.iterdir()} - {"config.json", "model.safetensors"}
+    assert {"processor_config.json", "tokenizer.json", "chat_template.jinja"} <= kept
+    for name in kept:
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+    (peer, processor), (again, its_processor) = reopened(folder), reopened(tmp_path / "out")
+    inputs = their_inputs(processor)
+    for key, value in their_inputs(its_processor).items():
+        assert torch.equal(value, inputs[key])
+    assert torch.equal(again(**inputs).logits, peer(**inputs).logits)
+
+
+@torch.no_grad()
+def test_smolvlm_native_layout_returns_the_same_model(folder, tmp_path):
+    model = vlm.load(folder, "cpu")
+    model.save(tmp_path)
+    again = vlm.load(tmp_path, "cpu")
+    assert same_bits(again.module.state_dict(), model.module.state_dict())
+    for key in ("stop_ids", "caption_prompt"):
+        assert getattr(again, key) == getattr(model, key)
+    assert again.processor.places_for.views == model.processor.places_for.views
+    assert again.processor.pixel_spec == model.processor.pixel_spec
+    ours, its = (our_batch(m) for m in (model, again))
+    assert torch.equal(ours.ids, its.ids)
+    assert torch.equal(our_logits(model, ours), our_logits(again, its))
+
+
+def published_style(folder, out):
+    """The folder as the authors published it, by transformers 4: the images' processor and the
+    template apart, and a SigLIP configuration that says less and more."""
+    shutil.copytree(folder, out)
+    settings = json.loads((out / "processor_config.json").read_text())
+    (out / "preprocessor_config.json").write_text(json.dumps(settings["image_processor"]))
+    kept = {
+        "image_seq_len": settings["image_seq_len"],
+        "processor_class": settings["processor_class"],
+    }
+    (out / "processor_config.json").write_text(json.dumps(kept))
+    template = (out / "chat_template.jinja").read_text()
+    (out / "chat_template.jinja").unlink()
+    (out / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    values = json.loads((out / "config.json").read_text())
+    values["torch_dtype"] = values.pop("dtype")
+    values["vision_config"] |= {"size": {"longest_edge": 96}, "use_base_siglip": False}
+    del values["vision_config"]["hidden_act"]
+    (out / "config.json").write_text(json.dumps(values))
+    return out
+
+
+@torch.no_grad()
+def test_smolvlm_opens_published_folders_and_those_of_transformers_5(folder, tmp_path):
+    old = vlm.load(published_style(folder, tmp_path / "old"), "cpu")
+    new = vlm.load(folder, "cpu")
+    assert same_bits(old.module.state_dict(), new.module.state_dict())
+    ours, its = our_batch(old), our_batch(new)
+    assert torch.equal(ours.ids, its.ids)
+    close(our_logits(old, ours)[ours.valid], our_logits(new, its)[its.valid], 0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_smolvlm_reference_layout_says_the_dtype_and_the_head_it_holds(tied, tmp_path):
+    write_folder(tmp_path / "in", "smolvlm", tied=tied)
+    vlm.load(tmp_path / "in", "cpu", "bfloat16").save(tmp_path / "out", layout="reference")
+    peer, _ = reopened(tmp_path / "out")
+    assert {p.dtype for p in peer.parameters()} == {torch.bfloat16}
+    assert ("lm_head.weight" in load_file(tmp_path / "out/model.safetensors")) != tied
+    assert peer.config.tie_word_embeddings == tied
+
+
+def test_smolvlm_names_all_wrong_keys_at_once(folder, tmp_path):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    state = load_file(broken / "model.safetensors")
+    del state["model.connector.modality_projection.proj.weight"]
+    state["extra.weight"] = torch.zeros(1)
+    save_file(state, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WeightsError) as error:
+        vlm.load(broken, "cpu")
+    assert "missing (1): ['model.connector.modality_projection.proj.weight']" in str(error.value)
+    assert "unused (1): ['extra.weight']" in str(error.value)
+
+
+REFUSED = {
+    "writes 5 image tokens for a view, the model gives 4": {"image_seq_len": 5},
+    "expected tiles of 32 pixels": {"image_processor": {"max_image_size": {"longest_edge": 40}}},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_smolvlm_raises_where_processor_and_model_differ(folder, tmp_path, message):
+    out = shutil.copytree(folder, tmp_path / "out")
+    path = out / "processor_config.json"
+    values, change = json.loads(path.read_text()), REFUSED[message]
+    values |= change | {
+        "image_processor": values["image_processor"] | change.get("image_processor", {})
+    }
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message):
+        vlm.load(out, "cpu")
+
+
+def test_smolvlm_raises_without_a_template_that_marks_images(folder, tmp_path):
+    out = shutil.copytree(folder, tmp_path / "out")
+    (out / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    with pytest.raises(ValueError, match="a chat template that writes <image> for an image"):
+        vlm.load(out, "cpu")
+
+
+def test_smolvlm_raises_where_the_reference_confuses_positions():
+    for side in (24, 26, 27, 32):
+        smolvlm._require_own_positions(side, "folder")
+    with pytest.raises(ValueError, match="found 25 x 25 patches"):
+        smolvlm._require_own_positions(25, "folder")

@@ -1,0 +1,280 @@
+"""How well a model says where phrases are: accuracy at IoU 0.5 and COCO's average precision.
+
+    vlm eval grounding RUN --data scenes:200:seed=77:task=ground:size=mixed
+    vlm eval grounding RUN --data "coco:instances_val2017.json?root=val2017"
+
+Data are any source whose rows have boxes; each different label of an image is a phrase. A phrase
+is found where its best-scored box overlaps one of its true boxes by half or more. Average precision
+takes all boxes. With `--ask present` only what is on an image is asked for, so that a box for
+something that is not there cannot count against a model: such metrics stand apart from a
+detector's, which `--ask all` asks for (COCO files only).
+
+In --out: result.json, predictions.jsonl (every image) and images.png (some, with their boxes).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+
+from vlm.config import to_dict
+from vlm.data.boxes import check_boxes
+from vlm.data.check import check_start
+from vlm.data.example import Box, Skipped
+from vlm.data.sources import CocoSource
+from vlm.data.sources.base import Source
+from vlm.draw import draw_boxes, draw_page
+from vlm.evaluation import base
+from vlm.families.decoder_only.ground import MAX_NEW_TOKENS, find, require_prompt
+from vlm.metrics.boxes import BoxTable, coco_precision, phrases_found
+from vlm.metrics.share import wilson
+from vlm.pixels import open_image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(base.Settings):
+    """What is evaluated."""
+
+    data: str
+    """A source whose rows have boxes, such as scenes:200:seed=77 or coco:FILE.json?root=FOLDER."""
+    bad_boxes: Literal["stop", "skip"] = "stop"
+    """Boxes of COCO's files that cannot be one: stop, or lose these boxes."""
+    rows: int | None = None
+    """How many rows, drawn by `seed`; None takes all."""
+    seed: int = 0
+    """Which rows."""
+    ask: Literal["present", "all"] = "present"
+    """What is asked of an image: the labels that are on it, or all labels of a COCO file."""
+    prompt: str | None = None
+    """The question, with {phrase} in it; None takes the one that the model was trained on."""
+    constrained: bool = False
+    """Let the model write nothing but whole boxes."""
+    max_new_tokens: int = MAX_NEW_TOKENS
+    """Longest answer; a box takes four tokens."""
+    batch_size: int = 16
+    """Images, and phrases, at once."""
+    out: Path | None = None
+    """Folder for the results; None: `grounding` in the run."""
+    images: int = 16
+    """How many images are drawn."""
+
+
+class GroundingEvaluation(base.Evaluation[Settings]):
+    """How many phrases are found, and the average precision of the boxes."""
+
+    task = "grounding"
+    settings_type = Settings
+    ability = "ground"
+    least: ClassVar = {"batch_size": 1, "max_new_tokens": 1, "images": 0}
+    libraries = ("pycocotools",)
+
+    def check(self) -> None:
+        super().check()
+        settings = self.settings
+        if settings.prompt is not None:
+            try:
+                require_prompt(settings.prompt)
+            except ValueError as error:
+                raise ValueError(f"--prompt: {error}") from error
+        if settings.out is None and not Path(settings.model).is_dir():
+            raise ValueError(f"--out: name a folder for the result, as {settings.model} is none")
+
+    @property
+    def out(self) -> Path:
+        return self.settings.out or Path(self.settings.model) / "grounding"
+
+    @property
+    def batch(self) -> int:
+        return self.settings.batch_size
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return "predictions.jsonl", *["images.png"][: self.settings.images]
+
+    def open(self, say: Callable[..., None]) -> None:
+        settings = self.settings
+        self.sources = [self.open_source("data", settings.data, bad_boxes=settings.bad_boxes)]
+        check_start(self.sources, None, say)
+        source = self.source
+        if settings.ask == "all" and not isinstance(source, CocoSource):
+            raise ValueError(
+                f"--ask all: expected a COCO file, which lists its labels: {source.name}"
+            )
+        rows = list(range(len(source)))
+        if settings.rows is not None:
+            if settings.rows > len(rows):
+                raise ValueError(f"--rows: expected 1 to {len(rows)}, found {settings.rows}")
+            rows = sorted(random.Random(settings.seed).sample(rows, settings.rows))
+        if not source[rows[0]].boxes:
+            raise ValueError(f"{source[rows[0]].name}: expected boxes to find, found none")
+        self.rows = self.items = rows
+
+    def predict(self, model: Any, places: range) -> list[tuple[int, Any]]:
+        settings = self.settings
+        records: list[dict[str, Any]] = []
+        found: list[tuple[int, Any]] = []
+        for place in places:
+            part = images_of(self.source, self.rows[place], place, settings.ask)
+            records += part
+            if not part:
+                name = self.source.row_name(self.rows[place])
+                found.append((place, Skipped(name, "no boxes")))
+        answers = find(
+            model,
+            [record.pop("opened") for record in records],
+            [record["phrases"] for record in records],
+            self.batch,
+            prompt=settings.prompt,
+            constrained=settings.constrained,
+            max_new_tokens=settings.max_new_tokens,
+        )
+        for record, answered in zip(records, answers):
+            record["answers"] = [asdict(answer) for answer in answered]
+            found.append((record["at"], record))
+        return found
+
+    def score(
+        self, model: Any, predictions: list[dict[str, Any]], accelerator: Accelerator
+    ) -> dict[str, Any]:
+        self.require_some(predictions)
+        without = len(self.rows) - len({record["at"] for record in predictions})
+        return {**box_metrics(predictions), "rows_without_boxes": without}
+
+    def details(self, model: Any) -> dict[str, Any]:
+        processor = model.processor
+        return {
+            "prompt": self.settings.prompt or model.ground_prompt,
+            "system": processor.system,
+            "loc": asdict(processor.loc),
+            "preprocessing": to_dict(processor.pixel_spec),
+        }
+
+    def show(self, result: dict[str, Any], console: Console) -> None:
+        values = result["metrics"]
+        table = Table("metric", "value", title=f"{result['model']} on {result['data']}")
+        for key, what in (
+            ("accuracy", "phrases found, IoU ≥ 0.5"),
+            ("accuracy_of_one_true_box", "… of those with one true box"),
+        ):
+            if values[key]:
+                share = "{share:.1%} ({low:.1%} to {high:.1%})".format(**values[key])
+                table.add_row(what, share)
+        asked = "labels on the image" if self.settings.ask == "present" else "all labels"
+        for key in ("AP", "AP50", "AP75"):
+            table.add_row(f"{key} (asked: {asked})", f"{values[key]:.3f}")
+        table.add_row("images", str(values["images"]))
+        phrases, boxes = ("phrases_asked", "phrases_present"), ("predicted_boxes", "true_boxes")
+        table.add_row("phrases asked / present", " / ".join(str(values[key]) for key in phrases))
+        table.add_row("boxes predicted / true", " / ".join(str(values[key]) for key in boxes))
+        table.add_row("answers not read whole", str(values["unreadable_answers"]))
+        for fault, count in values["faults"].items():
+            table.add_row(f"… {fault}", str(count))
+        console.print(table)
+
+    def write(self, predictions: list[dict[str, Any]]) -> None:
+        lines = (json.dumps(record, ensure_ascii=False) for record in predictions)
+        (self.out / "predictions.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        shown = predictions[: self.settings.images]
+        if shown:
+            drawings = [self._draw(record) for record in shown]
+            draw_page(drawings, [record["name"] for record in shown], self.out / "images.png")
+
+    def _draw(self, record: dict[str, Any]) -> Any:
+        """An image with its predicted and true boxes."""
+        predicted = [
+            Box(0, tuple(box["xyxy_px"]), box["label"], box["score"])
+            for answer in record["answers"]
+            for box in answer["boxes"]
+        ]
+        true = [Box(0, tuple(xyxy), label) for label, xyxy in record["true"]]
+        image = open_image(self.source[record["row"]].images[record["image"]])
+        return draw_boxes(image, predicted, true)
+
+
+def images_of(source: Source, row: int, at: int, ask: str) -> list[dict[str, Any]]:
+    """The images of a row that have boxes, with what to ask and what is true.
+
+    at: the row's place among those that are evaluated. ask: "present" or "all".
+    Raises BadRow where a box cannot be one of its image.
+    """
+    example = source[row]
+    images = [open_image(one_image) for one_image in example.images]
+    sizes_hw = [(one_image.height, one_image.width) for one_image in images]
+    boxes = check_boxes(example.boxes, sizes_hw, example.name)
+    crowds = source.crowds(row) if isinstance(source, CocoSource) else ()
+    records = []
+    for image, one_image in enumerate(images):
+        true = [box for box in boxes if box.image == image]
+        if true:
+            present = dict.fromkeys(box.label for box in true)
+            records.append(
+                {
+                    "at": at,
+                    "row": row,
+                    "name": example.name,
+                    "image": image,
+                    "opened": one_image,
+                    "phrases": list(source.labels if ask == "all" else present),
+                    "true": [(box.label, box.xyxy_px) for box in true],
+                    "crowds": [(box.label, box.xyxy_px) for box in crowds],
+                }
+            )
+    return records
+
+
+def box_metrics(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The metrics of all images: accuracy with its 95 % interval, COCO's AP, and counts."""
+    answers = [(i, answer) for i, r in enumerate(records) for answer in r["answers"]]
+    asked = []
+    for i, answer in answers:
+        true = [xyxy for label, xyxy in records[i]["true"] if label == answer["phrase"]]
+        if true:
+            boxes = [box["xyxy_px"] for box in answer["boxes"]]
+            asked.append((boxes, [box["score"] for box in answer["boxes"]], true))
+    found = phrases_found(*zip(*asked))
+    single = [hit for hit, (_, _, true) in zip(found.tolist(), asked) if len(true) == 1]
+    numbers: dict[str, int] = {}
+
+    def table(rows: list[tuple[int, str, tuple, float]], crowd: list[bool] | None) -> BoxTable:
+        return BoxTable(
+            image=np.array([row[0] for row in rows], np.int64),
+            label=np.array([numbers.setdefault(row[1], len(numbers)) for row in rows], np.int64),
+            boxes_xyxy_px=np.array([row[2] for row in rows], np.float64).reshape(-1, 4),
+            score=np.array([row[3] for row in rows], np.float64),
+            crowd=None if crowd is None else np.array(crowd),
+        )
+
+    true = [(i, label, box, 1.0) for i, r in enumerate(records) for label, box in r["true"]]
+    crowds = [(i, label, box, 1.0) for i, r in enumerate(records) for label, box in r["crowds"]]
+    predicted = [
+        (i, box["label"], box["xyxy_px"], box["score"])
+        for i, answer in answers
+        for box in answer["boxes"]
+    ]
+    crowd = [False] * len(true) + [True] * len(crowds)
+    precision = coco_precision(table(true + crowds, crowd), table(predicted, None))
+    faults = Counter(answer["fault"] for _, answer in answers if answer["fault"])
+    return {
+        "accuracy": wilson(int(found.sum()), len(found))._asdict(),
+        "accuracy_of_one_true_box": wilson(sum(single), len(single))._asdict() if single else None,
+        **precision,
+        "images": len(records),
+        "phrases_asked": len(answers),
+        "phrases_present": len(asked),
+        "phrases_with_one_true_box": len(single),
+        "true_boxes": len(true),
+        "crowds": len(crowds),
+        "predicted_boxes": len(predicted),
+        "unreadable_answers": sum(faults.values()),
+        "faults": dict(faults),
+    }

@@ -1,0 +1,149 @@
+"""How images stand in the text stream, as values that a processor makes and a row carries.
+
+An image becomes one or more *spans* of image tokens with text before, between and after them (row
+and column tags, line breaks, marks of start and end). Placement, attention masks, generation and
+`inspect-batch` read these values; none of them computes a layout again, and none counts pixels.
+
+Shapes: T text position, V view, P packed image tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """One unbroken run of image tokens in the stream.
+
+    length: the number of its tokens. grid_hw: rows and columns of the last h * w of them; None
+    where they have no order in space.
+    """
+
+    length: int
+    grid_hw: tuple[int, int] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageLayout:
+    """What one image puts into the text stream.
+
+    pieces: spans and texts, in stream order.
+    encoded: how many tokens the adaptor gives for all views of the image.
+    source: for each token of the spans its number among the encoded ones, which are counted through
+        all views; None: all of them, in their order.
+    Raises ValueError where the spans have another number of tokens than `encoded` or `source`.
+    """
+
+    pieces: tuple[Span | str, ...]
+    encoded: int
+    source: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        expected = self.encoded if self.source is None else len(self.source)
+        if self.length != expected:
+            raise ValueError(
+                f"expected spans of {expected} image tokens in all, found {self.length} in "
+                f"{[span.length for span in self.spans]}"
+            )
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The runs of image tokens, in stream order."""
+        return tuple(piece for piece in self.pieces if isinstance(piece, Span))
+
+    @property
+    def length(self) -> int:
+        """The number of image tokens in the stream; texts are not counted."""
+        return sum(span.length for span in self.spans)
+
+    def marked(self, mark: str) -> str:
+        """The image's text, with `mark` in place of each span.
+
+        >>> span = Span(length=4, grid_hw=(2, 2))
+        >>> ImageLayout(pieces=("<a>", span, "\\n<b>", span), encoded=8).marked("*")
+        '<a>*\\n<b>*'
+        """
+        return "".join(mark if isinstance(piece, Span) else piece for piece in self.pieces)
+
+
+Sees = Literal["causal", "prefix"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamLayout:
+    """How the images of one row stand in its stream, and what each position sees.
+
+    images: in the order of the stream.
+    sees: "causal": each position sees itself and those before it; "prefix": besides, all positions
+        before the first target see each other.
+    """
+
+    images: tuple[ImageLayout, ...] = ()
+    sees: Sees = "causal"
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The runs of image tokens of all images, in stream order."""
+        return tuple(span for image in self.images for span in image.spans)
+
+    def positions(self, length: int) -> Tensor:
+        """The position ids int64[T] of a row of `length` places, one number for each, from 0."""
+        return torch.arange(length)
+
+    def first(self, count: int) -> StreamLayout:
+        """The layout of a row that ends after its first `count` images."""
+        return replace(self, images=self.images[:count])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arrangement:
+    """Which image tokens of a batch stand in the stream, and in what order.
+
+    source: int64[P], for each image place of the stream its number among the tokens that the
+        adaptor gives, counted through all examples, images and views.
+    encoded: how many tokens the adaptor is to give.
+    """
+
+    source: Tensor
+    encoded: int
+
+    def __call__(self, tokens: Tensor, example: Tensor) -> tuple[Tensor, Tensor]:
+        """Encoded tokens float[encoded, D], and the example int64[encoded] of each, as they stand
+        in the stream. Raises ValueError where there is another number of them."""
+        if len(tokens) != self.encoded:
+            raise ValueError(
+                f"expected {self.encoded} image tokens, as the layout says, found {len(tokens)}"
+            )
+        return tokens[self.source], example[self.source]
+
+    def to(self, device: torch.device | str) -> Arrangement:
+        """The arrangement on a device."""
+        return replace(self, source=self.source.to(device))
+
+
+def arrange(layouts: Sequence[StreamLayout]) -> Arrangement | None:
+    """The arrangement of the image tokens of rows; None where all stand in the order in which they
+    are encoded.
+
+    >>> span = Span(length=2, grid_hw=(1, 2))
+    >>> plain = ImageLayout(pieces=(span,), encoded=2)
+    >>> turned = ImageLayout(pieces=(span,), encoded=3, source=(2, 0))
+    >>> arrange([StreamLayout(images=(plain,)), StreamLayout(images=(turned,))]).source.tolist()
+    [0, 1, 4, 2]
+    """
+    images = [image for layout in layouts for image in layout.images]
+    if all(image.source is None for image in images):
+        return None
+    source: list[int] = []
+    start = 0
+    for image in images:
+        own = range(image.encoded) if image.source is None else image.source
+        source += [start + number for number in own]
+        start += image.encoded
+    return Arrangement(source=torch.tensor(source), encoded=start)
