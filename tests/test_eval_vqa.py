@@ -147,6 +147,7 @@ def test_model_that_answers_nothing_is_named(made, tmp_path, monkeypatch, capsys
     assert "to evaluate vqa; found a contrastive one" in error
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_metrics_of_one(made, model, tmp_path):
     """Five questions in batches of two do not divide over the two."""
     main("vqa", arguments(made, tmp_path / "one"))

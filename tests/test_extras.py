@@ -16,6 +16,7 @@ from tests.pages import PARAGRAPH, draw_lines
 from vlm import cli
 from vlm.compat.extras import ABOUT, MissingExtra, needs
 from vlm.data.sources.spec import open_source
+from vlm.evaluation import main
 from vlm.retrieval import nearest
 from vlm.training.run_folder import Run
 
@@ -114,7 +115,7 @@ def test_lines_of_pages_need_the_extra_ocr(lacks, tmp_path, capsys, monkeypatch)
     draw_lines(PARAGRAPH[:1], px=20)[0].save(tmp_path / "a.png")
     reader = vlm.load("line-reader", "cpu", "float32")
     monkeypatch.setattr(vlm, "load", lambda *_, **__: reader, raising=False)
-    lacks("cv2", anew=[name for name in sys.modules if name.startswith("vlm.ocr")])
+    lacks("cv2", anew=("vlm.ocr.pages", "vlm.ocr.line_detection.detect"))
     with pytest.raises(SystemExit):
         cli.main(["ocr", str(tmp_path / "a.png")])
     assert re.fullmatch(f"error: {told('cv2', 'ocr')}\n", capsys.readouterr().err)
@@ -150,6 +151,16 @@ def test_a_run_without_tensorboard_says_so_once_and_logs_the_rest(lacks, tmp_pat
     said = f"curves are in metrics.jsonl alone: {told('tensorboard', 'tensorboard')}\n"
     assert re.fullmatch(said, capsys.readouterr().err)
     assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "metrics", "package"),
+    [("caption", "caption", "sacrebleu"), ("grounding", "boxes", "pycocotools")],
+)
+def test_evaluations_need_the_extra_eval(lacks, task, metrics, package):
+    lacks(package, anew=(f"vlm.evaluation.{task}", f"vlm.metrics.{metrics}"))
+    with pytest.raises(SystemExit, match=told(package, "eval")):
+        main(task, [])
 
 
 def test_a_package_that_is_there_and_broken_fails_with_its_own_error():

@@ -13,7 +13,7 @@ from torch import nn
 
 from tests import training
 from tests.contrastive_runs import SHORT, TINY
-from tests.test_stages_chain import stage_of
+from tests.runs import stage_of
 from vlm.families.contrastive.module import Contrastive
 from vlm.losses.token import token_losses
 from vlm.training.fit import LoopConfig

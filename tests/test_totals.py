@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import training
-from tests.test_fit import launch, lines
+from tests.runs import launch, lines
 from vlm.training.objectives.base import Count, sum_totals
 
 STEPS = {"steps": 2, "warmup_steps": 1}
@@ -28,6 +28,7 @@ def test_counts_of_other_totals_are_refused_with_both_named(found):
         sum_totals(("tokens", "boxes"), [count(**found)])
 
 
+@pytest.mark.slow
 def test_gradients_of_two_totals_are_those_of_one_process(tmp_path):
     """Over two processes, of which one has no image in a step, and over micro-batches."""
     stage = dataclasses.replace(training.STAGE, **STEPS)

@@ -7,9 +7,12 @@ in `vlm.metrics`. Modules are named, not imported, so that looking at the table 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
+
+from vlm.compat.extras import MissingExtra
 
 if TYPE_CHECKING:
     from vlm.evaluation.base import Evaluation
@@ -54,4 +57,8 @@ def main(task: str, arguments: Sequence[str] | None = None) -> None:
     program with one line and exit code 1."""
     from vlm.evaluation.base import start
 
-    start(evaluation_class(task), arguments)
+    try:
+        evaluation = evaluation_class(task)
+    except MissingExtra as error:
+        sys.exit(f"error: {error}")
+    start(evaluation, arguments)

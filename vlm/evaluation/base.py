@@ -26,6 +26,7 @@ from rich.console import Console
 
 import vlm
 from vlm import assets
+from vlm.compat.extras import MissingExtra
 from vlm.config import require_least
 from vlm.data.check import check_start, say_on
 from vlm.data.example import Skipped
@@ -256,7 +257,7 @@ def start(evaluation: type[Evaluation], arguments: Sequence[str] | None = None) 
     )
     try:
         run(evaluation(settings))
-    except (ValueError, OSError, assets.FetchError) as error:
+    except (ValueError, OSError, MissingExtra, assets.FetchError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 
