@@ -18,6 +18,8 @@ import pytest
 import tyro
 
 from vlm import assets, cli
+from vlm.commands.evaluation import with_model_argument
+from vlm.evaluation import TASKS, evaluation_class
 from vlm.systems import capabilities
 from vlm.training.runs.launch import recipe_in
 
@@ -145,7 +147,10 @@ def known_options(words):
     Fails where it runs a file, module or command that is not there.
     """
     scripts = [word for word in words if re.fullmatch(r"(recipes|eval)/\w+\.py", word)]
-    if words[0] == "vlm" and words[1] not in ("launch",):
+    if words[:2] == ["vlm", "eval"] and words[2] in TASKS:
+        settings = with_model_argument(evaluation_class(words[2]).settings_type)
+        return set(OPTION.findall(tyro.extras.get_parser(settings).format_help()))
+    if words[0] == "vlm" and words[1] not in ("launch", "eval"):
         assert words[1] in cli.COMMANDS, words
         more = set().union(*map(options_of_recipe, map(ROOT.joinpath, scripts)))
         return options_of_command(words[1]) | more

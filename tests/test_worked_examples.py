@@ -73,14 +73,16 @@ def add(place: str, code: str, monkeypatch) -> None:
         monkeypatch.setattr(cls, name, names[name], raising=False)
         return
     imports, row = re.fullmatch(r"((?:from [^\n]+\n)*)\n*(.*)", code, re.DOTALL).groups()
-    exec(imports, names)
     if what == "WRITING":
-        (task,) = eval(f"({row})")
+        exec(code, names)
+        new = [task for task in names["WRITING"] if task not in registry.WRITING]
+        assert [*registry.WRITING, *new] == list(names["WRITING"])
         for name, family in registry.FAMILIES.items():
             if set(registry.WRITING) <= set(family.tasks):
-                more = dataclasses.replace(family, tasks=(*family.tasks, task))
+                more = dataclasses.replace(family, tasks=(*family.tasks, *new))
                 monkeypatch.setitem(registry.FAMILIES, name, more)
     else:
+        exec(imports, names)
         for key, value in eval(f"{{{row}}}", names).items():
             monkeypatch.setitem(getattr(module, what), key, value)
 
