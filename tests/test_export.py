@@ -22,7 +22,7 @@ from vlm.weights import read_weights, same_bits
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "run"
     chosen = settings(folder, steps=2, save_every=1, held_out_rows=0, precision="bf16")
-    run(chosen, stage, lambda model: Transcribe())
+    run(chosen, stage, lambda settings, model, stage: Transcribe())
     return folder
 
 
@@ -64,9 +64,11 @@ def test_no_file_is_run_because_a_run_names_it(trained, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
     recipe = copy / "mine.py"
-    recipe.write_text("from vlm.training.runs.reading import LineReaderSettings as Settings\n")
+    recipe.write_text(
+        "from vlm.training.runs.line_reader import LineReaderSettings as Settings\nstage = objective = None\n"
+    )
     values = json.loads((copy / "settings.json").read_text())
-    assert values["recipe"] == "vlm.training.runs.reading:LineReaderSettings"
+    assert values["recipe"] == "vlm.training.runs.line_reader:LineReaderSettings"
     for place in (f"{recipe}:Settings", "recipes/../mine.py:Settings", "os:path"):
         (copy / "settings.json").write_text(json.dumps(values | {"recipe": place}))
         with pytest.raises(RunError, match="name it with --recipe"):
@@ -98,5 +100,5 @@ def test_an_ended_run_without_its_checkpoints_is_not_begun_again(trained, tmp_pa
     before = (copy / "metrics.jsonl").read_text()
     again = settings(copy, steps=2, save_every=1, held_out_rows=0, precision="bf16", resume=True)
     with pytest.raises(RunError, match="the run has ended and its checkpoints are gone"):
-        run(again, stage, lambda model: Transcribe())
+        run(again, stage, lambda settings, model, stage: Transcribe())
     assert (copy / "metrics.jsonl").read_text() == before

@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_lines")]
 
 
 def trained(folder, **changes):
-    return run(settings(folder, **changes), stage, lambda model: Transcribe())
+    return run(settings(folder, **changes), stage, lambda settings, model, stage: Transcribe())
 
 
 def test_a_step_is_the_same_for_every_split_into_micro_batches():
