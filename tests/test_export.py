@@ -65,7 +65,8 @@ def test_no_file_is_run_because_a_run_names_it(trained, tmp_path):
     shutil.copytree(trained, copy)
     recipe = copy / "mine.py"
     recipe.write_text(
-        "from vlm.training.runs.line_reader import LineReaderSettings as Settings\nstage = objective = None\n"
+        "from vlm.training.runs.line_reader import LineReaderSettings as Settings\n"
+        "stage = objective = None\n"
     )
     values = json.loads((copy / "settings.json").read_text())
     assert values["recipe"] == "vlm.training.runs.line_reader:LineReaderSettings"
