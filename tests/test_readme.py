@@ -149,7 +149,7 @@ def known_options(words):
     scripts = [word for word in words if re.fullmatch(r"(recipes|eval)/\w+\.py", word)]
     if words[:2] == ["vlm", "eval"] and words[2] in TASKS:
         settings = with_model_argument(evaluation_class(words[2]).settings_type)
-        return set(OPTION.findall(tyro.extras.get_parser(settings).format_help()))
+        return options_of_class(settings)
     if words[0] == "vlm" and words[1] not in ("launch", "eval"):
         assert words[1] in cli.COMMANDS, words
         more = set().union(*map(options_of_recipe, map(ROOT.joinpath, scripts)))
@@ -166,14 +166,21 @@ def known_options(words):
 
 
 @cache
+def options_of_class(settings):
+    """The options that tyro makes of a class, by its help."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        tyro.cli(settings, args=["--help"])
+    return set(OPTION.findall(out.getvalue()))
+
+
 def options_of_command(name):
-    return set(OPTION.findall(tyro.extras.get_parser(cli.COMMANDS[name]).format_help()))
+    return options_of_class(cli.COMMANDS[name])
 
 
 @cache
 def options_of_recipe(path):
-    parser = tyro.extras.get_parser(recipe_in(path).Settings)
-    return set(OPTION.findall(parser.format_help())) | {"--config"}
+    return options_of_class(recipe_in(path).Settings) | {"--config"}
 
 
 @cache

@@ -11,7 +11,7 @@ from tests import tiny, training
 from tests.contrastive_runs import assert_close
 from tests.runs import launch, lines
 from vlm.families.decoder_only.batch import collate
-from vlm.training.sharding import _blank_views, units_of
+from vlm.training.sharding import _dummy_views, units_of
 
 pytestmark = pytest.mark.slow
 
@@ -173,12 +173,12 @@ def test_every_block_is_gathered_by_itself():
         assert any(part is unit for unit in units)
 
 
-def test_ghosts_change_nothing():
+def test_dummy_inputs_change_nothing():
     """Blank views pass through tokenizer and adaptor; states and gradients stay as they are."""
     module = tiny.decoder_only()
     rows = [tiny.processor(module).encode(example) for example in training.examples()[:3]]
     batch = collate(rows, 0)
-    ghost = dataclasses.replace(batch, ghosts=(_blank_views(module.tokenizer.pixel_spec),))
+    ghost = dataclasses.replace(batch, dummy_groups=(_dummy_views(module.tokenizer.pixel_spec),))
     grads = []
     for given in (batch, ghost):
         module.zero_grad()

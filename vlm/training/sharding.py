@@ -175,9 +175,9 @@ def level(module: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
     passes = max(map(len, everyone))
     views = [max(g[n] if n < len(g) else 0 for g in everyone) for n in range(passes)]
     spec = module.tokenizer.pixel_spec
-    levelled = [*batches, *(_blank_batch(module) for _ in range(passes - len(batches)))]
+    levelled = [*batches, *(_dummy_batch(module) for _ in range(passes - len(batches)))]
     return [
-        replace(batch, ghosts=tuple(_blank_views(spec) for _ in range(count - len(batch.groups))))
+        replace(batch, dummy_groups=tuple(_dummy_views(spec) for _ in range(count - len(batch.groups))))
         for batch, count in zip(levelled, views)
     ]
 
@@ -189,7 +189,7 @@ def passes_of_ranks(own: int) -> list[int]:
     return everyone
 
 
-def _blank_batch(module: nn.Module) -> Batch:
+def _dummy_batch(module: nn.Module) -> Batch:
     """One row of two places, none of them scored."""
     return Batch(
         ids=torch.zeros(1, 2, dtype=torch.long),
@@ -202,7 +202,7 @@ def _blank_batch(module: nn.Module) -> Batch:
     )
 
 
-def _blank_views(spec) -> ViewGroup:
+def _dummy_views(spec) -> ViewGroup:
     pixels = blank_pixels(spec.view_sizes(PROBE_HW)[0])
     return ViewGroup(pixels=pixels, owner=torch.zeros(1, 3, dtype=torch.long))
 

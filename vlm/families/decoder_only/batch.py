@@ -154,7 +154,7 @@ class Batch:
         each has a row of its own.
     arrangement: which image tokens stand in the stream; None where all do, in their order.
     sees: what the positions of every example see, as in `StreamLayout`.
-    ghosts: blank views that go through the image tokenizer and the adaptor and are placed nowhere,
+    dummy_groups: blank views that go through the image tokenizer and the adaptor and are placed nowhere,
         so that sharded processes make the same calls whatever their rows hold.
     """
 
@@ -168,7 +168,7 @@ class Batch:
     bounds: Tensor | None = None
     arrangement: Arrangement | None = None
     sees: Sees = "causal"
-    ghosts: tuple[ViewGroup, ...] = ()
+    dummy_groups: tuple[ViewGroup, ...] = ()
 
     @property
     def example(self) -> Tensor:
@@ -211,7 +211,7 @@ class Batch:
             groups=tuple(group.to(device, pixel_dtype) for group in self.groups),
             bounds=None if self.bounds is None else self.bounds.to(device),
             arrangement=None if self.arrangement is None else self.arrangement.to(device),
-            ghosts=tuple(group.to(device, pixel_dtype) for group in self.ghosts),
+            dummy_groups=tuple(group.to(device, pixel_dtype) for group in self.dummy_groups),
         )
 
 

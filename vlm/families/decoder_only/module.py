@@ -77,8 +77,8 @@ class DecoderOnly(nn.Module):
         for all logits at once (`vlm.losses.token`)."""
         images = self.encode(batch.groups, batch.arrangement)
         vectors = self.embed(batch.ids, images, batch.names, batch.bounds)
-        if batch.ghosts:
-            vectors = vectors + self.encode(batch.ghosts)[0][:0].sum()
+        if batch.dummy_groups:
+            vectors = vectors + self.encode(batch.dummy_groups)[0][:0].sum()
         return self.read(vectors, batch)[:, :-1][batch.scored[:, 1:]]
 
     def encode(

@@ -78,13 +78,13 @@ class EncoderDecoder(nn.Module):
             raise ValueError("encoder-decoders read rows of their own, found one packed row")
         if batch.padding == "left" and not bool(batch.valid.all()):
             raise ValueError("a decoder's rows are padded on the right, found padding on the left")
-        groups, ghosts = batch.groups, batch.ghosts
+        groups, dummy_groups = batch.groups, batch.dummy_groups
         if not batch.scored.any() and not groups:  # nothing is asked of such rows
-            groups, ghosts = ghosts[:1], ghosts[1:]
+            groups, dummy_groups = dummy_groups[:1], dummy_groups[1:]
         require_images(groups, batch.names)
         memory = self.encode(groups)
-        if ghosts:
-            nothing = self.encode(ghosts).tokens[:0].sum()
+        if dummy_groups:
+            nothing = self.encode(dummy_groups).tokens[:0].sum()
             memory = memory._replace(tokens=memory.tokens + nothing)
         hidden = self.read(batch.ids, memory)
         return hidden[:, :-1][batch.scored[:, 1:]]
