@@ -254,7 +254,10 @@ def test_four_bit_weights_without_bitsandbytes_name_the_package(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ImportError, match=r'bitsandbytes .*pip install "vlm\[quantize\]"'):
+    with pytest.raises(
+        ImportError,
+        match=r'bitsandbytes, which is not installed; try: pip install "vlm\[quantize\]"',
+    ):
         quantize_4bit(tiny.text_model())
 
 

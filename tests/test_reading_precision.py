@@ -10,6 +10,7 @@ from tests import encoder_decoders, line_readers
 from tests.line_readers import line
 from tests.tiny import image
 from vlm.families.encoder_decoder.model import EncoderDecoderModel
+from vlm.training.objectives.base import sum_totals
 from vlm.training.objectives.ctc import Transcribe
 from vlm.training.objectives.next_token import NextToken
 from vlm.weights import cast_parameters
@@ -40,10 +41,10 @@ def test_reading_in_bf16_is_close_to_fp32(make):
     torch.manual_seed(0)
     model, objective, rows, images = make()
     batches = objective.collate(rows)
-    scored = sum(objective.count(batch).scored for batch in batches)
+    totals = sum_totals(objective.totals, [objective.count(batch) for batch in batches])
     optimizer = torch.optim.AdamW(model.module.parameters(), 3e-3)
     for _ in range(100):
-        objective.backward(model.module, batches, scored, contextlib.nullcontext)
+        objective.backward(model.module, batches, totals, contextlib.nullcontext)
         optimizer.step()
         optimizer.zero_grad()
     expected = model.read_lines(images)

@@ -26,6 +26,7 @@ from vlm.families.encoder_decoder import swap_text_tokenizer as swap
 from vlm.families.line_reader.model import LineReaderModel
 from vlm.systems import compose_encoder_decoder
 from vlm.systems.compose_encoder_decoder import DecoderSizes
+from vlm.training.objectives.base import sum_totals
 from vlm.training.objectives.ctc import Transcribe
 from vlm.training.objectives.next_token import NextToken
 from vlm.training.runs.encoder_decoder import TranscriberSettings
@@ -53,12 +54,12 @@ def test_a_step_is_the_same_for_every_split_into_micro_batches():
         module, objective = line_readers.parts().module, Transcribe()
         parts = [rows[i : i + size] for i in range(0, 6, size)]
         batches = [batch for part in parts for batch in objective.collate(part)]
-        scored = sum(objective.count(batch).scored for batch in batches)
-        loss = objective.backward(module, batches, scored, contextlib.nullcontext)
+        totals = sum_totals(objective.totals, [objective.count(batch) for batch in batches])
+        loss = objective.backward(module, batches, totals, contextlib.nullcontext)
         grads = torch.cat([p.grad.flatten() for p in module.parameters()])
-        found.append((loss, grads, scored))
-    for loss, grads, scored in found[1:]:
-        assert scored == found[0][2]
+        found.append((loss, grads, totals))
+    for loss, grads, totals in found[1:]:
+        assert totals == found[0][2]
         assert loss == pytest.approx(found[0][0], rel=1e-6)
         torch.testing.assert_close(grads, found[0][1], rtol=1e-4, atol=1e-6)
 
@@ -96,7 +97,7 @@ def test_another_alphabet_keeps_the_strokes_of_the_reader_that_it_starts_from(tm
     started = settings(
         tmp_path / "greek", start=str(tmp_path / "english"), alphabet="greek"
     ).build()
-    english = vlm.load(tmp_path / "english", device="cpu", dtype="float32").parts
+    english = vlm.load(tmp_path / "english", device="cpu", dtype="float32")
     before = settings(tmp_path).characters()
     assert started.processor.characters.startswith(before)  # nothing that it reads is lost
     assert "Ω" in started.processor.characters
@@ -167,7 +168,7 @@ def test_an_encoder_decoder_reader_is_trained_saved_and_given_another_script(tmp
     transcribed(
         tmp_path / "greek",
         start=str(tmp_path / "english"),
-        tokenizer="characters",
+        text_tokenizer="characters",
         alphabet="greek",
         train=(f"lines:1000:seed=1{LINES}:alphabet=greek",),
         held_out=f"lines:4:seed=2{LINES}:alphabet=greek:split=validation",

@@ -126,14 +126,14 @@ def test_run_starts_from_a_models_folder(stage1, tmp_path):
         **SHORT, out=tmp_path / "again", start=str(model), train=(SCENES,), prompt="Say it."
     )
     recipe.run(settings, module.stage, module.objective)
-    assert vlm.load(tmp_path / "again").parts.caption_prompt == "Say it."
+    assert vlm.load(tmp_path / "again").caption_prompt == "Say it."
 
 
 def test_prompt_of_the_previous_stage_is_kept(stage1, tmp_path):
     first = stage1(prompt="What is this?")
     continued("stage2_joint", first, tmp_path / "s2", text_train=(), text_share=0.0,
               modality_warmup=0.0, train=("scenes:9:size=64x96",))  # fmt: skip
-    assert vlm.load(tmp_path / "s2").parts.caption_prompt == "What is this?"
+    assert vlm.load(tmp_path / "s2").caption_prompt == "What is this?"
 
 
 def test_prompt_of_a_models_folder_is_kept(tmp_path):

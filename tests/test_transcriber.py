@@ -77,7 +77,7 @@ def test_model_from_scratch_is_itself_after_saving(vision, tmp_path, adaptor):
     model = build(vision=vision, text=SIZES, text_tokenizer=text_tokenizer(), adaptor=adaptor)
     assert model.processor.start_ids == (259,)
     assert (model.end_ids, model.processor.pad_id, model.processor.max_tokens) == ((258,), 256, 40)
-    systems.save(model, tmp_path, "native")
+    model.save(tmp_path, "native")
     again = systems.load(tmp_path, "cpu", "float32")
     assert again.processor.pixel_spec == model.processor.pixel_spec
     assert again.max_new_tokens == model.max_new_tokens == 39
@@ -86,7 +86,7 @@ def test_model_from_scratch_is_itself_after_saving(vision, tmp_path, adaptor):
     assert torch.equal(model.module(batch), again.module(other))
     assert write(again) == write(model)
     with pytest.raises(ValueError, match="came from no published system"):
-        systems.save(model, tmp_path / "out", "reference")
+        model.save(tmp_path / "out", "reference")
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def test_decoder_begins_from_a_pretrained_encoder_of_texts(vision, tmp_path, hea
     batch = batch_of(model)
     losses = token_losses(model.module(batch), batch.targets)
     assert losses.isfinite().all()
-    systems.save(model, tmp_path / "saved", "native")
+    model.save(tmp_path / "saved", "native")
     again = systems.load(tmp_path / "saved", "cpu", "float32")
     assert torch.equal(again.module(batch), model.module(batch))
 
@@ -161,7 +161,7 @@ def test_pad_that_is_the_end_is_scored_and_ends_writing(vision):
 
 def test_native_folder_of_another_version_or_with_unknown_keys_is_refused(vision, tmp_path):
     model = build(vision=vision, text=SIZES, text_tokenizer=text_tokenizer())
-    systems.save(model, tmp_path, "native")
+    model.save(tmp_path, "native")
     path = tmp_path / "config.json"
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values | {"version": 9}))

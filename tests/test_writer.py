@@ -92,7 +92,9 @@ def test_options_that_reading_does_not_have_are_named(lines):
 
 @pytest.mark.parametrize("name", ["caption", "chat"])
 def test_other_tasks_name_the_families_that_do_them(lines, name):
-    with pytest.raises(AttributeError, match="done by decoder-only and prefix decoder models"):
+    with pytest.raises(
+        AttributeError, match="done by models of the family decoder_only or prefix_decoder"
+    ):
         getattr(load(lines), name)
 
 

@@ -67,6 +67,7 @@ def test_greedy_ids_equal_llavas(peer):
         ids=batch.ids[:, :T],
         valid=batch.valid[:, :T],
         scored=batch.scored[:, :T],
+        positions=batch.positions[:, :T],
         groups=batch.groups,
         names=batch.names,
         padding="left",

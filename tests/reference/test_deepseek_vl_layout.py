@@ -258,7 +258,7 @@ def test_deepseek_vl_ignores_leftover_stop_ids_that_are_plain_text(folder, tmp_p
     tokenizer = vlm.load(folder, "cpu").processor.text_tokenizer
     plain, mark = (tokenizer.convert_tokens_to_ids(t) for t in ("a", MARK))
     path.write_text(json.dumps({"bos_token_id": 0, "eos_token_id": [plain, mark]}))
-    assert vlm.load(out, "cpu").parts.stop_ids == (tokenizer.eos_token_id, mark)
+    assert vlm.load(out, "cpu").stop_ids == (tokenizer.eos_token_id, mark)
 
 
 def test_deepseek_vl_raises_when_the_processor_counts_other_places(folder, tmp_path):

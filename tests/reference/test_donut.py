@@ -11,7 +11,6 @@ from tests.reference.tiny_donut import MBART, SWIN, write_folder
 from tests.reference.tiny_trocr import load
 from tests.tiny import image as one_image
 from tests.tokenizer_laws import check_laws, spec
-from vlm import systems
 from vlm.data.example import caption_example
 from vlm.families.decoder_only.batch import collate
 from vlm.families.encoder_decoder import generate as transcribe
@@ -129,11 +128,11 @@ def test_donut_prompt_takes_places_from_what_is_written(folder):
 def test_donut_saved_as_reference_opens_in_transformers(folder, tmp_path, through):
     model = load(folder)
     if through == "native":
-        systems.save(model, tmp_path / "native", "native")
+        model.save(tmp_path / "native", "native")
         model = load(tmp_path / "native")
         assert model.processor.prompt_starts
         assert model.banned == (3,)
-    systems.save(model, tmp_path / "out", "reference")
+    model.save(tmp_path / "out", "reference")
     reference(tmp_path / "out")
     states = [load_file(path / "model.safetensors") for path in (folder, tmp_path / "out")]
     assert same_bits(*states)

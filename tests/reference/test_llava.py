@@ -148,7 +148,7 @@ def test_llava_greedy_ids_match_reference_and_batches(folder):
     theirs = theirs[:, inputs["input_ids"].shape[1] :].tolist()
     for number, (ids, _) in enumerate(written):
         assert ids == theirs[number][: len(ids)]
-        (alone,) = model.answer_examples([examples(False)[number]], max_new_tokens=10)
+        (alone,) = model.answer_examples([examples(True)[number]], max_new_tokens=10)
         assert alone == model.processor.decode(ids)
     assert len({tuple(ids) for ids, _ in written}) > 1
 

@@ -1,5 +1,7 @@
 """Every published system opened and written back: its class finds each weight that it had."""
 
+from functools import partial
+
 import pytest
 import torch
 import transformers
@@ -10,9 +12,11 @@ from tests.reference import (
     tiny_clip,
     tiny_deepseek_vl,
     tiny_donut,
+    tiny_llava,
     tiny_paligemma,
     tiny_siglip,
     tiny_siglip2,
+    tiny_smolvlm,
     tiny_trocr,
 )
 from vlm.systems import SYSTEMS
@@ -43,6 +47,8 @@ SYSTEM_FOLDERS = {
     "paligemma 1": paligemma("gemma"),
     "paligemma 1 with a head": paligemma("gemma", vision=HEAD),
     "paligemma 2 with a head": paligemma("gemma2", vision=HEAD),
+    **{kind: partial(tiny_llava.write_folder, kind=kind) for kind in tiny_llava.KINDS},
+    **{kind: partial(tiny_smolvlm.write_folder, kind=kind) for kind in tiny_smolvlm.KINDS},
     "deepseek_vl": deepseek_vl("deepseek_vl"),
     "deepseek_vl with a head": deepseek_vl("deepseek_vl", vision=HEAD),
     "deepseek_vl_hybrid with a head": deepseek_vl("deepseek_vl_hybrid", vision=HEAD),

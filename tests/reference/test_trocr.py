@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 
 from tests.reference.tiny_trocr import KINDS, TEXT, load, text_tokenizer, write_folder
 from tests.tiny import image as one_image
-from vlm import systems
 from vlm.data.example import caption_example
 from vlm.families.decoder_only.batch import collate
 from vlm.families.encoder_decoder import generate as transcribe
@@ -137,9 +136,9 @@ def test_trocr_beams_match_reference(folder):
 def test_trocr_saved_as_reference_opens_in_transformers(folder, tmp_path, through):
     model, pixels = load(folder), pixels_of(folder)
     if through == "native":
-        systems.save(model, tmp_path / "native", "native")
+        model.save(tmp_path / "native", "native")
         model = load(tmp_path / "native")
-    systems.save(model, tmp_path / "out", "reference")
+    model.save(tmp_path / "out", "reference")
     ids = torch.tensor([[2, 40, 50]] * 3)
     before, after = (
         reference(path)(pixel_values=pixels, decoder_input_ids=ids).logits
@@ -164,12 +163,12 @@ def test_trocr_lines_keep_their_shape_by_resized_positions(folder, tmp_path):
     logits = theirs(pixel_values=batch.groups[0].pixels, decoder_input_ids=batch.ids, **own).logits
     expected = logits[:, :-1][batch.scored[:, 1:]]
     torch.testing.assert_close(model.module(batch), expected, atol=1e-4, rtol=0)
-    systems.save(model, tmp_path / "native", "native")
+    model.save(tmp_path / "native", "native")
     again = load(tmp_path / "native")
     assert again.processor.pixel_spec.size_hw == (16, 72)
     assert write(again) == write(model)
     with pytest.raises(ValueError, match="no place for preprocessing that was changed"):
-        systems.save(model, tmp_path / "out", "reference")
+        model.save(tmp_path / "out", "reference")
     assert not (tmp_path / "out").exists()
     assert load(folder).processor.pixel_spec.size_hw == (32, 32)
 

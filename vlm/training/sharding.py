@@ -177,7 +177,9 @@ def level(module: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
     spec = module.tokenizer.pixel_spec
     levelled = [*batches, *(_dummy_batch(module) for _ in range(passes - len(batches)))]
     return [
-        replace(batch, dummy_groups=tuple(_dummy_views(spec) for _ in range(count - len(batch.groups))))
+        replace(
+            batch, dummy_groups=tuple(_dummy_views(spec) for _ in range(count - len(batch.groups)))
+        )
         for batch, count in zip(levelled, views)
     ]
 
