@@ -1,6 +1,6 @@
 """Runs that version 0.1.0 wrote with its names of settings: resumed, exported, and what is said of
-options that have new names. `data/earlier_run.tar` holds such a run of recipes/line_reader.py, after
-two of its four steps, its data, and the metrics of all four steps."""
+options that have new names. `data/earlier_run.tar` holds such a run of recipes/line_reader.py,
+after two of its four steps, its data, and the metrics of all four steps."""
 
 import json
 import tarfile

@@ -53,9 +53,10 @@ SYSTEM_FOLDERS = {
     "deepseek_vl with a head": deepseek_vl("deepseek_vl", vision=HEAD),
     "deepseek_vl_hybrid with a head": deepseek_vl("deepseek_vl_hybrid", vision=HEAD),
 }
-UNUSED = {"trocr", "paligemma 1 with a head", "paligemma 2 with a head",
+UNUSED = {"trocr", "llava", "llava_next", "paligemma 1 with a head", "paligemma 2 with a head",
           "deepseek_vl with a head", "deepseek_vl_hybrid with a head"}  # fmt: skip
-"""Folders that hold more than the model uses; of TrOCR every one."""
+"""Folders that hold more than the model uses; of TrOCR every one, and of LLaVA CLIP's last layer
+and norm."""
 
 
 def opened(folder):

@@ -154,8 +154,8 @@ class Batch:
         each has a row of its own.
     arrangement: which image tokens stand in the stream; None where all do, in their order.
     sees: what the positions of every example see, as in `StreamLayout`.
-    dummy_groups: blank views that go through the image tokenizer and the adaptor and are placed nowhere,
-        so that sharded processes make the same calls whatever their rows hold.
+    dummy_groups: blank views that go through the image tokenizer and the adaptor and are placed
+        nowhere, so that sharded processes make the same calls whatever their rows hold.
     """
 
     ids: Tensor
