@@ -141,7 +141,7 @@ def check(settings: Settings, options: list[str]) -> tuple[Counts, float]:
 
 
 def warm_up() -> None:
-    """Imports what a run would, once for all of them, and leaves no thread after."""
+    """Imports what a run would, once for all of them, and leaves no thread behind."""
     import matplotlib
     import torch
     import torch.utils.tensorboard

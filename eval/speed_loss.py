@@ -1,4 +1,4 @@
-"""The loss behind a large vocabulary beside transformers' own: same states, same head, one run.
+"""The loss over a large vocabulary beside transformers' own: same states, same head, one run.
 
     python eval/speed_loss.py
 

@@ -26,7 +26,7 @@ def image_tokens(h=4, w=6, V=3):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_adaptor_output_has_the_shape_promised_before_compute(kind):
-    """T16, T18: a non-square grid gives exactly the token count that the prompt reserves."""
+    """A non-square grid gives exactly the token count that the prompt reserves."""
     adaptor, images = adaptors.build(KINDS[kind]), image_tokens()
     out = adaptor(images)
     assert out.shape == adaptor.shape_for(images.shape)

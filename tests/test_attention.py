@@ -42,7 +42,7 @@ def fused(query, key, value, scale, causal, lengths):
     ],
 )
 def test_whole_products_equal_the_fused_attention(V, H, h, lengths, causal, dtype, close):
-    """T4: runs that lie end to end do not see each other; key heads are shared."""
+    """Runs that lie end to end do not see each other; key heads are shared."""
     given, grad = heads(V, H, h, sum(lengths), dtype=dtype, value_width=8 if h == 3 else None)
     found = attention.whole_products(*given, 0.2, causal=causal, lengths=lengths)
     expected = fused(*given, 0.2, causal, lengths)
@@ -94,7 +94,7 @@ def test_cpus_without_instructions_for_bf16_take_the_fused_attention(found, gain
 
 
 def test_packed_rows_are_read_by_them(monkeypatch):
-    """T4: on such a CPU in bf16; by torch's own elsewhere, to the same values."""
+    """On such a CPU in bf16; by torch's own elsewhere, to the same values."""
     given, _ = heads(1, 4, 2, 21, dtype=torch.bfloat16)
     row = Segments(
         bounds=torch.tensor([0, 5, 21]), lengths=(5, 16), prefix=(0, 0), masks=(None,) * 2

@@ -70,7 +70,7 @@ def test_smallest_images_can_be_changed(size_wh):
 
 
 def test_resumed_run_sees_the_images_of_the_uninterrupted_one(tmp_path):
-    """T13: augmentation depends on the sample's number alone."""
+    """Augmentation depends on the sample's number alone."""
     data = training.dataset()
     data.augment = STRONG
     whole = [np.asarray(data[i].images[0]) for i in range(6) if data[i].images]

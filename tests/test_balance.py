@@ -1,4 +1,4 @@
-"""Rows of a step dealt out by what they cost (T9): all of them, to nobody twice."""
+"""Rows of a step dealt out by what they cost: all of them, to nobody twice."""
 
 import dataclasses
 import random
@@ -85,7 +85,7 @@ def test_micro_batches_of_a_rank_are_alike_and_the_dearest_comes_first():
 
 
 def test_a_run_that_goes_on_deals_as_it_would_have():
-    """T13: a deal depends on its step alone."""
+    """A deal depends on its step alone."""
     for whole, rest in zip(taken(2), taken(2, start_step=1)):
         assert whole[len(whole) // STEPS :] == rest
 
@@ -333,7 +333,7 @@ def one(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["balanced", "sharded"])
 def test_two_processes_with_dealt_rows_follow_one(two, one, run):
-    """T9: the same losses and gradients, whoever reads a row."""
+    """The same losses and gradients, whoever reads a row."""
     for a, b in zip(one, lines(two / run), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)

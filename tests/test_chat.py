@@ -282,7 +282,7 @@ def test_bad_images_and_options_are_named_before_anything_is_computed(tmp_path, 
 
 
 def test_image_mark_in_a_message_stays_text():
-    """T6's like: what spells an image mark is no image."""
+    """What spells an image mark is no image."""
     model = training.model()
     marked = model.chat([{"role": "user", "content": "a <image> b"}], max_new_tokens=5)
     assert marked == model.answer([[]], ["a <image> b"], max_new_tokens=5)[0]

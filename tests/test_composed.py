@@ -20,7 +20,7 @@ def folders(tmp_path):
     [("siglip", "qwen2", -1), ("dinov2", "llama", -1), ("clip", "gemma2", -2)],
 )
 def test_any_pairing_composes_saves_and_reopens(folders, tmp_path, encoder, text, layer):
-    """T16, T18: towers with and without a class token; non-square images; places as promised."""
+    """Towers with and without a class token; non-square images; places as promised."""
     vision, language = folders(encoder, text)
     model = vlm.build(vision=vision, text=language, vision_layer=layer, system="")
     patches = ENCODERS[encoder][3]
@@ -51,7 +51,7 @@ def test_adaptors_are_chosen_by_name_and_seeded(folders, adaptor):
 
 
 def test_other_image_size_is_taken_over_by_positions(folders):
-    """T18: a square encoder takes a wide image by resized positions."""
+    """A square encoder takes a wide image by resized positions."""
     vision, language = folders("siglip", "llama")
     model = vlm.build(vision=vision, text=language, size_hw=(32, 128))
     assert model.processor.places_for((10, 10)).length == (32 // 16) * (128 // 16) // 4

@@ -50,7 +50,6 @@ def test_every_parameter_but_scale_and_bias_gets_a_gradient():
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_padding_changes_no_vector_in_training_mode(text):
-    """T3."""
     module = model(text=text).train()
     for layer in module.modules():
         if isinstance(layer, nn.Dropout):

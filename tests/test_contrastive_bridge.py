@@ -62,7 +62,7 @@ def test_trained_tokenizer_begins_stage_1(scratch, tmp_path, image_px):
 @pytest.mark.parametrize("size_hw", [None, (64, 32)])
 @pytest.mark.parametrize("image", ["mean", "class", "own", "net, mean"])
 def test_timm_tower_crosses_the_bridge(tmp_path, image, size_hw):
-    """T16: patch tokens alone, whatever the pooling read; positions resized."""
+    """Patch tokens alone, whatever the pooling read; positions resized."""
     from tests.contrastive_models import model
     from vlm.families.contrastive.model import ContrastiveModel
 

@@ -137,7 +137,7 @@ def join(parts):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_over_ranks_equals_whole_matrix(by_rank, name):
-    """T11: value and gradients, those of scale and bias included, for equal and unequal batches and
+    """Value and gradients, those of scale and bias included, for equal and unequal batches and
     blocks of any size: gradients summed over ranks are those of one process, with no factor."""
     expected = value_and_gradients(lambda *tensors: plain(name, *tensors), inputs(name))
     for split in range(len(SPLITS[len(by_rank)])):
@@ -151,7 +151,7 @@ def test_loss_over_ranks_equals_whole_matrix(by_rank, name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_texts_alone_get_their_gradient_where_the_rest_is_locked(by_rank, name):
-    """T11: a locked image tower and a fixed scale (LiT)."""
+    """A locked image tower and a fixed scale (LiT)."""
     expected = value_and_gradients(lambda *tensors: plain(name, *tensors), inputs(name))
     parts = [rank[name, "texts alone"] for rank in by_rank]
     assert all(part[1] is None and part[3] is None for part in parts)
@@ -172,7 +172,7 @@ def test_bf16_embeddings_over_ranks_follow_the_whole_matrix(by_rank, name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_largest_tensor_does_not_grow_with_ranks(by_rank, name):
-    """T12, oc#942: a rank holds no tensor larger than its embeddings (16 x 4) or a block (8 x 8),
+    """A rank holds no tensor larger than its embeddings (16 x 4) or a block (8 x 8),
     where its share of the logits has 16 x 16 for each rank."""
     assert {rank[name, "largest"] for rank in by_rank} == {64}
 
@@ -204,7 +204,7 @@ def test_every_rank_says_what_one_has_found(by_rank, name):
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("block", [2, 3, 64])
 def test_gradients_equal_finite_differences(name, block):
-    """T11: of embeddings, scale and bias."""
+    """Of embeddings, scale and bias."""
     tensors = inputs(name, count=5, width=3)
     assert torch.autograd.gradcheck(lambda *t: LOSSES[name](*t, block=block), tensors)
 
@@ -276,7 +276,6 @@ def test_towers_of_two_dtypes_get_gradients_of_their_own(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_saved_bytes_are_flat_in_blocks_and_linear_in_batch(name):
-    """T12."""
     from vlm.training.activation_checkpointing import saved_bytes
 
     def kept(count, block):

@@ -212,5 +212,5 @@ def test_inspected_batch_shows_captions_padding_and_images(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "rows.jsonl:1  12 text tokens; 0 padding; 1 text tokens cut" in out
     assert "<|startoftext|>cat 7 <|endoftext|>[padding × 8]" in out
-    assert out.count("picture: 3 × 16 × 16") == 7
+    assert out.count("image: 3 × 16 × 16") == 7
     assert "skipped rows.jsonl:2: " in out

@@ -28,7 +28,6 @@ def train(out, loss, **options):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_run_is_the_same_for_every_split_into_micro_batches(tmp_path, loss):
-    """T9."""
     whole, _, expected = train(tmp_path / "8", loss)
     for micro_batch in (4, 2):
         split = {"micro_batch": micro_batch}
@@ -67,7 +66,7 @@ def test_cost_of_a_step_goes_by_pairs_not_by_the_length_of_its_texts(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_follow_one_where_a_row_is_skipped(tmp_path):
-    """T9, T11, T19: in micro-batches, 4 pairs on one rank and 3 on the other; 7 held-out rows."""
+    """In micro-batches, 4 pairs on one rank and 3 on the other; 7 held-out rows."""
     data = training.in_order(training.pairs(8, unread=[5]))
     data.on_bad_row = "skip"
     one, progress, expected = train(tmp_path / "one", "sigmoid", data=data)
@@ -93,7 +92,7 @@ def test_rank_without_a_pair_stops_every_rank(tmp_path):
 
 
 def test_killed_run_resumes_to_the_same_batches_and_losses(tmp_path, monkeypatch):
-    """T13: with dropout, in micro-batches."""
+    """With dropout, in micro-batches."""
 
     def attempt(out, **options):
         chosen = training.contrastive_model("sigmoid", "bert, class")

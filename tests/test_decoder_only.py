@@ -46,7 +46,7 @@ def test_scored_logits_equal_the_full_forward_of_the_language_model(kind, paddin
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_padding_on_either_side_changes_no_scored_logit(kind):
-    """T3: each row alone, without padding, equals the same row in a padded batch."""
+    """Each row alone, without padding, equals the same row in a padded batch."""
     model = tiny.decoder_only(kind).train()
     processor = tiny.processor(model)
     rows = rows_of(processor, *mixed_examples())
@@ -58,7 +58,7 @@ def test_padding_on_either_side_changes_no_scored_logit(kind):
 
 @torch.no_grad()
 def test_no_padding_lies_inside_a_row():
-    """T3: image and text of a row are one unbroken run, on either side of the padding."""
+    """Image and text of a row are one unbroken run, on either side of the padding."""
     model = tiny.decoder_only()
     processor = tiny.processor(model)
     for padding in ("right", "left"):
@@ -90,7 +90,7 @@ def test_image_i_binds_to_place_i():
 
 @torch.no_grad()
 def test_views_of_several_sizes_keep_stream_order():
-    """T18: rows whose images differ in size are grouped by size, then placed in row order."""
+    """Rows whose images differ in size are grouped by size, then placed in row order."""
     model = tiny.decoder_only()
     small = tiny.processor(model)
     b = small.encode(tiny.example("b"))
@@ -112,12 +112,12 @@ def test_count_mismatch_names_the_row_and_both_numbers():
         ids=torch.cat([rows[1].ids, torch.tensor([IMAGE])]),
         scored=torch.cat([rows[1].scored, torch.tensor([False])]),
     )
-    with pytest.raises(ValueError, match="one: 7 image places in the text, 6 image tokens"):
+    with pytest.raises(ValueError, match="one: 7 image positions in the text, 6 image tokens"):
         model(collate([rows[0], long], processor.pad_id))
 
 
 def test_frozen_tokenizer_saves_no_activation():
-    """T15: nothing computed before the first trainable parameter is kept for the backward pass."""
+    """Nothing computed before the first trainable parameter is kept for the backward pass."""
     model = tiny.decoder_only()
     model.requires_grad_(False)
     model.adaptor.requires_grad_(True)
@@ -149,7 +149,7 @@ def all_logits(model, batch):
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_later_tokens_change_no_earlier_logit(kind):
-    """T2: causal throughout, image places included: what is said later is not seen before, what is
+    """Causal throughout, image places included: what is said later is not seen before, what is
     said or shown before is seen later."""
     model = tiny.decoder_only(kind)
     batch = collate([tiny.processor(model).encode(tiny.example(answer="a cat sat"))], 256)
@@ -168,7 +168,7 @@ def test_later_tokens_change_no_earlier_logit(kind):
 
 
 def test_one_row_changes_no_logit_of_another():
-    """T4: rows that share a batch, and a forward pass of the image tokenizer, stay apart."""
+    """Rows that share a batch, and a forward pass of the image tokenizer, stay apart."""
     model = tiny.decoder_only()
     processor = tiny.processor(model)
     rows = [processor.encode(tiny.example(f"r{i}", images=(tiny.image(i),))) for i in range(2)]

@@ -56,7 +56,7 @@ def test_empty_file_is_refused(tmp_path):
 
 
 def test_whole_document_and_its_end_are_scored():
-    """T5: all but the first token, which nothing predicts; no chat template is written."""
+    """All but the first token, which nothing predicts; no chat template is written."""
     model = tiny.decoder_only()
     processor = tiny.processor(model)
     row = processor.encode(Example("d", (Turn("text", ("two words",)),)))

@@ -22,7 +22,7 @@ from vlm.training.objectives.next_token import NextToken
 @pytest.mark.parametrize("kind", SHAPES)
 @torch.no_grad()
 def test_loss_equals_cross_entropy_on_the_unshifted_labels(kind):
-    """T1: id t is predicted from the places before it, start id first; computed by hand."""
+    """Id t is predicted from the places before it, start id first; computed by hand."""
     module = model(kind)
     batch = collate(rows(processor(module), "ab", "a longer one"), 256)
     found = token_losses(module(batch), batch.targets)
@@ -43,7 +43,7 @@ def test_loss_equals_cross_entropy_on_the_unshifted_labels(kind):
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_gradients_are_the_same_for_every_split(kind):
-    """T9: texts and images of unequal lengths, whole, in twos, one by one, dealt to two ranks,
+    """Texts and images of unequal lengths, whole, in twos, one by one, dealt to two ranks,
     beside autograd on the plain mean over all scored tokens."""
     module = model(kind)
     normal, broad = processor(module), wide(module, (8, 40))
@@ -69,7 +69,7 @@ def test_gradients_are_the_same_for_every_split(kind):
 @pytest.mark.parametrize("kind", SHAPES)
 @torch.no_grad()
 def test_padding_and_batch_change_no_logit_of_a_row(kind):
-    """T3, T4: right pads, of texts and of memories, change nothing; each row alone is the same."""
+    """Right pads, of texts and of memories, change nothing; each row alone is the same."""
     module = model(kind)
     normal, broad = processor(module), wide(module, (8, 40))
     pairs = [*rows(normal, "ab"), *rows(broad, "a longer one"), *rows(normal, "third")]
@@ -84,7 +84,7 @@ def test_padding_and_batch_change_no_logit_of_a_row(kind):
 
 @torch.no_grad()
 def test_memories_keep_the_order_of_examples_and_views():
-    """T16, T18: groups of several pixel sizes, views of one example after each other."""
+    """Groups of several pixel sizes, views of one example after each other."""
     module = model()
     normal, broad = processor(module), wide(module, (4, 8))
     one, two = normal.encode_image(image(1)), broad.encode_image(image(2))
@@ -170,7 +170,7 @@ def test_pieces_of_ids_join_to_their_text():
 
 def test_row_needs_a_image_and_a_text():
     chosen = processor(model())
-    with pytest.raises(BadRow, match="r: expected a picture of the text, found none"):
+    with pytest.raises(BadRow, match="r: expected an image of the text, found none"):
         chosen.encode(tiny.example("r", ("say",), "it"))
     module = model()
     text_only = dataclasses.replace(rows(chosen, "ab")[0], views=())

@@ -80,7 +80,7 @@ def read(out):
 
 @pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(made, tmp_path, capsys):
-    """T19: six images in batches of two do not divide over the two; every caption and neighbour
+    """Six images in batches of two do not divide over the two; every caption and neighbour
     is the same, and none comes twice."""
     main("caption", arguments(made, tmp_path / "one"))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]

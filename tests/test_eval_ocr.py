@@ -153,7 +153,7 @@ def test_result_says_what_was_asked_and_how(made):
 
 @pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(made, monkeypatch, tmp_path):
-    """T19: six lines in runs of two do not divide over the two."""
+    """Six lines in runs of two do not divide over the two."""
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\n"

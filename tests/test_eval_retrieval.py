@@ -61,7 +61,7 @@ def figures_of(made, images, texts, owner):
 
 @pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(made, tmp_path, capsys):
-    """T19: nine rows in batches of four do not divide over the two, and the four images are one
+    """Nine rows in batches of four do not divide over the two, and the four images are one
     batch, so that the second process has none."""
     one = run(made, tmp_path / "one", "--workers", "1")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]

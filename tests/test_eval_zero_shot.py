@@ -65,7 +65,7 @@ def refusal(made, out, capsys, *more):
 
 @pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(made, tmp_path, capsys):
-    """T19: nine images in batches of four do not divide over the two; the prompts of three
+    """Nine images in batches of four do not divide over the two; the prompts of three
     classes are one batch, so that the second process has none."""
     more = ("--templates", *TEMPLATES)
     one = run(made, tmp_path / "one", *more, "--workers", "1")

@@ -31,7 +31,7 @@ from vlm.weights import same_bits
 @pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [2, 1])
 def test_step_is_the_same_for_every_split_into_micro_batches(tmp_path, micro_batch):
-    """T9: loss, gradient norm and weights, with answers of unequal lengths and text-only rows."""
+    """Loss, gradient norm and weights, with answers of unequal lengths and text-only rows."""
     whole, _, expected = training.train(tmp_path / "whole")
     split = dataclasses.replace(training.STAGE, micro_batch=micro_batch)
     parts, _, found = training.train(tmp_path / "parts", split)
@@ -46,7 +46,7 @@ def test_step_is_the_same_for_every_split_into_micro_batches(tmp_path, micro_bat
 @pytest.mark.slow
 @pytest.mark.parametrize("by_kind", [False, True], ids=["shuffled", "one rank without images"])
 def test_two_processes_follow_one(tmp_path, by_kind):
-    """T9, T10: loss, gradient norm and weights, also where one rank holds text alone throughout."""
+    """Loss, gradient norm and weights, also where one rank holds text alone throughout."""
     data = training.in_order(training.split_by_kind()) if by_kind else None
     one, _, expected = training.train(tmp_path / "one", data=data)
     done = launch(tmp_path / "two", 2, stage={"micro_batch": 2}, split_by_kind=by_kind)
@@ -62,7 +62,7 @@ def test_two_processes_follow_one(tmp_path, by_kind):
 
 @pytest.mark.slow
 def test_two_killed_processes_resume_on_two_and_on_one(tmp_path):
-    """T10, T13: optimizer state saved by two ranks reloads on two ranks, and on one."""
+    """Optimizer state saved by two ranks reloads on two ranks, and on one."""
     _, _, expected = training.train(tmp_path / "whole")
     split = {"micro_batch": 2}
     assert launch(tmp_path / "2", 2, stage=split, kill_at=5, save_every=2).returncode
@@ -79,7 +79,7 @@ def test_two_killed_processes_resume_on_two_and_on_one(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_run_resumes_to_the_same_metrics(tmp_path, workers):
-    """T13: SIGKILL between checkpoints; batches and losses after resuming are the uninterrupted
+    """SIGKILL between checkpoints; batches and losses after resuming are the uninterrupted
     run's, with shuffling and loader workers."""
     _, _, expected = training.train(tmp_path / "whole", save_every=2)
     killed = launch(tmp_path / "cut", kill_at=5, save_every=2, workers=workers)
@@ -104,7 +104,7 @@ def test_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
 
 @pytest.mark.slow
 def test_resume_is_exact_with_dropout(tmp_path):
-    """T13: random numbers of a step depend on the seed, the step and the rank alone."""
+    """Random numbers of a step depend on the seed, the step and the rank alone."""
     _, _, expected = training.train(tmp_path / "whole", dropout=0.3)
     assert launch(tmp_path / "cut", kill_at=5, save_every=2, dropout=0.3).returncode
     _, _, found = training.train(tmp_path / "cut", resume=True, dropout=0.3)
@@ -167,7 +167,7 @@ def test_only_the_adaptor_changes(tmp_path):
 
 
 def test_masters_are_fp32_and_frozen_parts_bf16(tmp_path):
-    """T14: read from the live module after preparing; a rate of 1e-6 still changes weights."""
+    """Read from the live module after preparing; a rate of 1e-6 still changes weights."""
     stage = dataclasses.replace(
         training.STAGE, rates=(("adaptor.*", 1e-6), ("*", FROZEN)), steps=1, warmup_steps=0
     )
@@ -182,7 +182,7 @@ def test_masters_are_fp32_and_frozen_parts_bf16(tmp_path):
 
 
 def test_rates_of_each_pattern_are_read_back_from_the_live_optimizer():
-    """T22: peak and current rate of every parameter, decay on matrices only."""
+    """Peak and current rate of every parameter, decay on matrices only."""
     module = training.model().module
     stage = dataclasses.replace(
         training.STAGE,
@@ -303,7 +303,7 @@ def test_bad_rows_are_skipped_only_when_told_and_counted(tmp_path):
 
 
 def test_counting_operations_changes_no_gradient(tmp_path, monkeypatch):
-    """T13: torch's counter computes by other kernels; what it counts is thrown away."""
+    """Torch's counter computes by other kernels; what it counts is thrown away."""
     from vlm.training.meter import Meter
 
     counted, _, with_counter = training.train(tmp_path / "a", precision="bf16", dropout=0.3)
@@ -449,7 +449,7 @@ def test_disk_that_fills_during_a_run_stops_it_before_writing(tmp_path, monkeypa
 
 
 def test_rows_of_like_length_are_padded_together_and_none_is_lost(tmp_path, monkeypatch):
-    """T9: long documents beside short captions, padded apart or together, give the same losses."""
+    """Long documents beside short captions, padded apart or together, give the same losses."""
     rows = [tiny.example(f"r{i}", answer="w" * (1 + 40 * (i % 3)), images=(tiny.image(i),))
             for i in range(9)]  # fmt: skip
     _, _, apart = training.train(tmp_path / "apart", rows=rows)

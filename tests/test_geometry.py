@@ -1,4 +1,4 @@
-"""Laws of the resize record: forward and back, on images that are not square (trap T18)."""
+"""Laws of the resize record: forward and back, on images that are not square."""
 
 import numpy as np
 import pytest

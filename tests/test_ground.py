@@ -59,7 +59,7 @@ def listed(phrases):
 @pytest.mark.parametrize("constrained", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_answers_equal_those_of_one_phrase_at_a_time(kind, constrained):
-    """Need 13, and the slow twin: each phrase asked alone of its image."""
+    """The slow twin: each phrase asked alone of its image."""
     made = model(kind=kind)
     images, phrases = zip(*questions())
     options = {"constrained": constrained, "max_new_tokens": 8}
@@ -135,7 +135,7 @@ def read(made, written, resize):
 @pytest.mark.parametrize("frame", ["input", "image"])
 @pytest.mark.parametrize("fit", SPECS)
 def test_boxes_come_back_in_the_callers_pixels(fit, frame):
-    """Need 20, T18: images and views that are not square; half a bin is lost at most."""
+    """Images and views that are not square; half a bin is lost at most."""
     made = training.model()
     loc = LocTokens(bins=256, frame=frame)
     add_loc_tokens(made, loc)
@@ -450,7 +450,7 @@ def test_evaluation_names_what_cannot_be(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(tmp_path):
-    """T19: seven batches of rows on two ranks, the last one short; nothing twice, nothing lost."""
+    """Seven batches of rows on two ranks, the last one short; nothing twice, nothing lost."""
     saved_model(tmp_path / "run/model")
     settings = Settings(
         model=str(tmp_path / "run"), data="scenes:20:seed=3:size=mixed", rows=13, seed=5,

@@ -34,14 +34,15 @@ def test_inspected_packed_rows_show_who_shares_them_and_their_borders(tmp_path, 
     alone, shared = out.split("packed row 2 of 2")
     bounds = f"0 {lengths[0]} {lengths[0] + lengths[2]}"
     assert "skipped gone: no image" in alone
-    assert f"1 example end to end, {lengths[1]} places of at most {pack}" in alone
-    assert f"2 examples end to end, {lengths[0] + lengths[2]} places of at most {pack}" in shared
+    assert f"1 example end to end, {lengths[1]} positions of at most {pack}" in alone
+    together = lengths[0] + lengths[2]
+    assert f"2 examples end to end, {together} positions of at most {pack}" in shared
     assert f"borders at {bounds}" in shared
     first, border, last = (
-        shared.index(said) for said in ("[[a cat<|im_end|>]]", f"place {lengths[0]} ├", "[[yes")
+        shared.index(said) for said in ("[[a cat<|im_end|>]]", f"position {lengths[0]} ├", "[[yes")
     )
     assert first < border < last
-    assert "3 examples in 2 packed rows: utilisation 100% of the places computed" in shared
+    assert "3 examples in 2 packed rows: utilisation 100% of the positions computed" in shared
     assert "[padding" not in out
     assert batches[1].bounds.tolist() == [int(bound) for bound in bounds.split()]
 

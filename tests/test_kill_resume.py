@@ -5,7 +5,7 @@ from tests.pages import DEJAVU
 
 
 def test_killed_runs_end_as_the_one_that_was_left_alone(tmp_path):
-    """T13: kills while training and while a checkpoint is written; nothing is lost or differs."""
+    """Kills while training and while a checkpoint is written; nothing is lost or differs."""
     lines = f":fonts={DEJAVU}:kind=clean:longest=6"
     options = [*kill_resume.SMALL, "--steps", "4", "--save-every", "1", "--eval-every", "2"]
     options += ["--held-out-rows", "2", "--workers", "0", "--train", f"lines:99:seed=1{lines}"]

@@ -45,7 +45,7 @@ FIRST = ("embed", "cls_token", "pos_embed", "pre_layrnorm", "patch", "stem")
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_rates_fall_from_layer_to_layer(kind):
-    """T22: of every parameter, read back from the live optimizer; each decided by one pattern."""
+    """Of every parameter, read back from the live optimizer; each decided by one pattern."""
     build, depth, path = LAYERS[kind]
     module = torch.nn.Module()
     module.tower = build()

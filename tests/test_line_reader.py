@@ -28,7 +28,6 @@ from vlm.training.objectives.ctc import Transcribe
 
 @pytest.mark.parametrize("size_hw", [(24, 96), (16, 40), (5, 300), (60, 20)])
 def test_columns_tokenizer_counts_its_tokens_for_any_shape(size_hw):
-    """T16, T18."""
     laws.check_count_is_exact(parts().module.tokenizer, size_hw)
 
 
@@ -97,7 +96,7 @@ def test_greedy_reads_the_path_of_the_likeliest_names():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_beam_total_equals_the_rescored_log_probability(seed):
-    """T20: totals are those of the whole text, and no text that the search kept is likelier."""
+    """Totals are those of the whole text, and no text that the search kept is likelier."""
     logits = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(seed)) * 2
     (wide,) = ctc.beam(logits, 200)
     (greedy,) = ctc.greedy(logits)
@@ -111,7 +110,6 @@ def test_beam_total_equals_the_rescored_log_probability(seed):
 
 
 def test_confidences_lie_in_0_to_1_and_a_temperature_moves_them_to_the_middle():
-    """T20."""
     reader = parts()
     images = [line(seed=i, width=40 + 30 * i).images[0] for i in range(5)]
     for beams in (1, 3):

@@ -20,7 +20,7 @@ from vlm.vocabulary import grow
 @pytest.mark.parametrize("order", ["yxyx", "xyxy"])
 @pytest.mark.parametrize("frame", ["input", "image"])
 def test_boxes_come_back_within_half_a_bin(record, order, frame):
-    """T18: images that are not square, cropped, padded and stretched."""
+    """Images that are not square, cropped, padded and stretched."""
     loc = LocTokens(bins=100, order=order, frame=frame)
     boxes = random_boxes(record.input_hw)
     back = loc.decode(loc.encode(boxes, record), record)
@@ -67,7 +67,7 @@ def with_loc(bins=16):
 
 
 def test_answer_holds_one_id_for_each_loc_token():
-    """T5, T7: the box is written as ids of its own, scored with the end token after it."""
+    """The box is written as ids of its own, scored with the end token after it."""
     parts = with_loc()
     row = parts.processor.encode(boxed())
     written = parts.processor.text_tokenizer.decode(row.ids[row.scored])
@@ -78,7 +78,7 @@ def test_answer_holds_one_id_for_each_loc_token():
 
 
 def test_model_with_loc_tokens_survives_saving(tmp_path):
-    """T7: ids, rows and the codec."""
+    """Ids, rows and the codec."""
     import vlm
 
     vision, text = write_parts(tmp_path, "siglip", "llama")

@@ -86,7 +86,7 @@ def test_fp32_and_frozen_weights_are_not_copied():
 
 
 def test_bf16_step_is_the_same_for_every_split_into_micro_batches(tmp_path):
-    """T9 under working weights, to bf16's rounding of a pass."""
+    """Under compute copies, to bf16's rounding of a pass."""
     _, _, expected = training.train(tmp_path / "whole", precision="bf16")
     split = dataclasses.replace(training.STAGE, micro_batch=1)
     _, _, found = training.train(tmp_path / "parts", split, precision="bf16")

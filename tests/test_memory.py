@@ -85,7 +85,7 @@ def test_a_frozen_text_model_keeps_less_where_checkpointed(kind):
 
 @pytest.mark.parametrize("tower", towers.TOWERS)
 def test_every_lora_b_of_the_tower_learns_beneath_checkpointing(tower):
-    """T15: pixels, and in a frozen base all that enters a block, need no gradient."""
+    """Pixels, and in a frozen base all that enters a block, need no gradient."""
     module = towers.composed(towers.TOWERS[tower]())
     add_lora(module, {"tokenizer": Lora(rank=4)})
     checkpoint_activations(module)
@@ -154,7 +154,6 @@ def test_checkpointing_is_refused_by_name_where_it_cannot_be(parts, message):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rates", [ADAPTOR_ALONE, ADAPTOR_AND_TEXT], ids=["first", "second"])
 def test_a_frozen_tokenizer_keeps_nothing_in_the_first_two_stages(rates, dtype):
-    """T15."""
     module = prepared(paired(), rates, dtype)
     batch = towers.batch_for(module)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -165,7 +164,7 @@ def test_a_frozen_tokenizer_keeps_nothing_in_the_first_two_stages(rates, dtype):
 
 
 def test_a_frozen_high_tower_keeps_nothing_beside_a_trained_low_one():
-    """T15: the third stage of DeepSeek-VL."""
+    """The third stage of DeepSeek-VL."""
     module = prepared(paired(), ALL_BUT_HIGH)
     batch = towers.batch_for(module)
     assert kept_within(module, batch, "tokenizer.high") == 0
@@ -173,7 +172,6 @@ def test_a_frozen_high_tower_keeps_nothing_beside_a_trained_low_one():
 
 
 def test_lora_in_the_last_block_alone_keeps_nothing_below_it():
-    """T15."""
     module = towers.composed(towers.timm_vit())
     add_lora(module, {"tokenizer": Lora(rank=4, targets=("*.blocks.1.*",))})
     prepared(module, (("tokenizer.*lora_*", 1e-3), ("*", FROZEN)))
@@ -183,7 +181,6 @@ def test_lora_in_the_last_block_alone_keeps_nothing_below_it():
 
 
 def test_new_rows_alone_keep_nothing_of_the_image_side():
-    """T15."""
     module = towers.composed(towers.timm_vit())
     train_rows(module.text, [258, 259])
     prepared(module, (("text.*.new", 1e-3), ("*", FROZEN)))

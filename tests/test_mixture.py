@@ -69,7 +69,7 @@ def loader_of(workers: int, start_step: int, seed: int = 11) -> DataLoader:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stream_resumed_at_a_step_equals_the_uninterrupted_one(workers):
-    """T13: shuffled, with workers; the restart knows the step's number and nothing else."""
+    """Shuffled, with workers; the restart knows the step's number and nothing else."""
     whole = names_of(loader_of(0, 0))
     assert names_of(loader_of(workers, 4)) == whole[4 * 2 :]
     assert names_of(loader_of(0, 0, seed=12)) != whole

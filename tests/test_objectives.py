@@ -75,7 +75,7 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("locked", LOCKED)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradients_are_the_same_for_every_split(loss, locked):
-    """T9: of both towers, heads, scale and bias; a locked tower's embeddings need none."""
+    """Of both towers, heads, scale and bias; a locked tower's embeddings need none."""
     module = wide_model(loss, LOCKED[locked])
     expected = plain_step(loss, module, batches([8]))
     learned = {name.split(".")[0] for name in expected[1]}
@@ -173,7 +173,7 @@ def test_unknown_loss_is_refused():
 
 @pytest.mark.parametrize("scalars", [FROZEN, 1e-3])
 def test_scale_and_bias_stay_in_fp32(scalars):
-    """T14: where all else that is frozen computes in bf16."""
+    """Where all else that is frozen computes in bf16."""
     module = training.contrastive_model("sigmoid").module
     rates = (("log_scale", scalars), ("bias", scalars), ("text_head.*", 1e-3), ("*", FROZEN))
     prepare(module, dataclasses.replace(training.CONTRAST, rates=rates), torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Packed rows: examples end to end, none of which sees another (T4)."""
+"""Packed rows: examples end to end, none of which sees another."""
 
 import copy
 import dataclasses
@@ -98,7 +98,7 @@ def assert_same_gradients(found, expected):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_losses_and_gradients_are_those_of_padded_rows_and_of_each_alone(kind):
-    """T4, T9: whatever the budget, all gradients, to fp32's rounding."""
+    """Whatever the budget, all gradients, to fp32's rounding."""
     model = model_of(kind).train()
     rows = rows_for(model)
     alone = gradients(model, [collate([row], 256) for row in rows])
@@ -111,7 +111,7 @@ def test_packed_losses_and_gradients_are_those_of_padded_rows_and_of_each_alone(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_packed_example_sees_another(kind):
-    """T4, both ways: an example's states have no gradient by another's vectors, and another id
+    """Both ways: an example's states have no gradient by another's vectors, and another id
     there changes nothing of them."""
     model = model_of(kind).train()
     batch = collate_packed(rows_for(model)[:3])
@@ -136,7 +136,7 @@ def test_no_packed_example_sees_another(kind):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gpt_oss"])
 @torch.no_grad()
 def test_packed_states_are_those_of_transformers_own_mask(kind):
-    """T4: the slow twin is a mask of all pairs of places, which transformers makes by itself where
+    """The slow twin is a mask of all pairs of places, which transformers makes by itself where
     positions begin again (for gpt-oss it does not)."""
     model = model_of(kind)
     batch = collate_packed(rows_for(model))
@@ -150,7 +150,7 @@ def test_packed_states_are_those_of_transformers_own_mask(kind):
 
 @torch.no_grad()
 def test_positions_begin_again_with_each_packed_example():
-    """T4: rotary positions hardly show where they begin: what the model is given is looked at."""
+    """Rotary positions hardly show where they begin: what the model is given is looked at."""
     model = tiny.decoder_only()
     rows = rows_for(model)
     batch = collate_packed(rows)
@@ -230,7 +230,7 @@ def test_count_mismatch_in_a_packed_row_names_the_example():
     rows = rows_for(model)
     short = dataclasses.replace(rows[0], ids=rows[0].ids[rows[0].ids != IMAGE],
                                 scored=rows[0].scored[rows[0].ids != IMAGE])  # fmt: skip
-    with pytest.raises(ValueError, match="in 1 rows: two: 0 image places in the text, 12 image"):
+    with pytest.raises(ValueError, match="1 rows: two: 0 image positions in the text, 12 image"):
         model(collate_packed([rows[1], short, rows[2]]))
 
 
@@ -286,7 +286,7 @@ def test_attention_that_knows_no_examples_fails_and_shows_nothing(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3_text", "qwen3"])
 def test_prefixes_of_packed_examples_see_themselves_alone(kind):
-    """T2, T4: prompts are read at once, at any distance, and gradients are those of padded rows."""
+    """Prompts are read at once, at any distance, and gradients are those of padded rows."""
     model = tiny.prefix_decoder(kind).train()
     made = tiny.processor(model, prefix=True)
     rows = [made.encode(example) for example in examples()]
@@ -334,7 +334,7 @@ REFUSED = {
     "lfm2": (
         dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              layer_types=["conv", "full_attention"]),
-        r"mixes places by more than attention \(conv\)",
+        r"mixes positions by more than attention \(conv\)",
     ),
 }  # fmt: skip
 
@@ -354,7 +354,7 @@ def test_rows_of_their_own_are_asked_for_where_they_are_needed():
     model = tiny.decoder_only()
     with pytest.raises(ValueError, match="pad the batch on the left"):
         engine.generate(model, collate_packed(rows_for(model)), (), 0)
-    with pytest.raises(ValueError, match="pack must be at least 1 place, found 0"):
+    with pytest.raises(ValueError, match="pack must be at least 1, found 0"):
         NextToken(256, 0)
 
 
@@ -395,7 +395,7 @@ def test_plans_simulate_packed_steps():
 def test_packing_is_a_setting_that_decides_nothing_that_is_learned(tmp_path):
     settings = FromRun(previous="none", out=tmp_path, steps=1, batch=1, pack=0)
     assert "pack" not in deciding(settings)
-    with pytest.raises(ValueError, match="pack must be at least 1 place, found 0"):
+    with pytest.raises(ValueError, match="pack must be at least 1, found 0"):
         training_data(settings)
 
 
@@ -416,7 +416,7 @@ def test_packed_run_learns_as_a_padded_one_does_at_full_utilisation(tmp_path, pr
 
 @pytest.mark.slow
 def test_packed_run_resumes_to_the_same_metrics(tmp_path, monkeypatch):
-    """T13: to the bit; and to rounding where it was padded before, since packing is no part of what
+    """To the bit; and to rounding where it was padded before, since packing is no part of what
     is learned."""
     _, _, expected = training.train(tmp_path / "whole", pack=200)
     for name, before in (("packed", 200), ("padded", None)):

@@ -1,4 +1,4 @@
-"""Lines on pages: each found once, whole, in the caller's pixels (T18: no image is square)."""
+"""Lines on pages: each found once, whole, in the caller's pixels (no image is square)."""
 
 import math
 

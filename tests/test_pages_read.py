@@ -1,4 +1,4 @@
-"""Pages through a reader of lines: what is cut, in which order, and where it lies (T18)."""
+"""Pages through a reader of lines: what is cut, in which order, and where it lies."""
 
 import warnings
 

@@ -62,7 +62,7 @@ def test_texts_are_padded_behind_to_the_longest():
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_texts_of_a_fixed_length_always_have_it(side):
-    """T3's exception: alone, in a batch, and as a pair."""
+    """Alone, in a batch, and as a pair."""
     pairs = processor(text_tokenizer=text_tokenizer(side), pad_to_length=True)
     ids, valid, _ = pairs.texts(["ab"])
     theirs = pairs.text_tokenizer("ab", padding="max_length", max_length=10)

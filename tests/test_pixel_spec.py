@@ -1,4 +1,4 @@
-"""Laws of PixelSpec, on images and targets that are not square (trap T18)."""
+"""Laws of PixelSpec, on images and targets that are not square."""
 
 from dataclasses import replace
 

@@ -56,7 +56,7 @@ def changed(batch, row, place):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_answer_is_causal_and_prompt_is_not(kind):
-    """T2: a changed answer token changes no logit before it; a changed prompt token changes logits
+    """A changed answer token changes no logit before it; a changed prompt token changes logits
     of the prompt before it, and a changed image those of the text before it."""
     model = prefix_decoder(kind)
     batch = collate([processor(model).encode(tiny.example(answer="a cat sat on it"))], 256)
@@ -79,7 +79,7 @@ def test_answer_is_causal_and_prompt_is_not(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_padding_on_either_side_changes_no_logit(kind):
-    """T3, in training mode: each row alone equals the same row in a padded batch; what padding
+    """In training mode: each row alone equals the same row in a padded batch; what padding
     holds does not matter."""
     model = prefix_decoder(kind).train()
     made = processor(model)
@@ -122,7 +122,7 @@ def test_mask_is_the_one_stated(kind):
 @pytest.mark.parametrize("beams", [1, 2])
 @torch.no_grad()
 def test_generated_ids_are_answer(kind, beams):
-    """T2: the log-probability of each written id is that of a training row with the same answer."""
+    """The log-probability of each written id is that of a training row with the same answer."""
     model = prefix_decoder(kind)
     made = processor(model)
     rows = [made.encode_prompt(example.question()) for example in examples()]
@@ -141,7 +141,6 @@ def test_generated_ids_are_answer(kind, beams):
 
 @torch.no_grad()
 def test_batches_write_what_rows_alone_write():
-    """T13."""
     model = prefix_decoder("gemma2")
     made = processor(model)
     rows = [made.encode_prompt(example.question()) for example in examples()]
@@ -251,7 +250,7 @@ def test_model_without_a_prompt_for_reading_says_so():
 
 
 def test_prefix_model_trains_by_the_same_loop(tmp_path):
-    """T9: equal gradients however a step is split."""
+    """Equal gradients however a step is split."""
     states = []
     for micro_batch in (4, 2):
         module = prefix_decoder()

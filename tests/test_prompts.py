@@ -26,7 +26,7 @@ def scored_text(processor, row):
 
 
 def test_exactly_the_answer_and_its_end_token_are_scored(processor):
-    """T5: nothing at image, prompt or padding places; the last label is the end token."""
+    """Nothing at image, prompt or padding places; the last label is the end token."""
     row = processor.encode(tiny.example(content=(None, "what?"), answer="a cat"))
     assert scored_text(processor, row) == "a cat<|im_end|>"
     assert row.ids[-1] == processor.end_id
@@ -37,14 +37,14 @@ def test_exactly_the_answer_and_its_end_token_are_scored(processor):
 
 
 def test_padding_with_the_end_token_keeps_the_real_end_scored(processor):
-    """T5: where the pad id is the end id, pads stay unscored and ends stay scored."""
+    """Where the pad id is the end id, pads stay unscored and ends stay scored."""
     rows = [processor.encode(tiny.example(answer=a)) for a in ("x", "much longer")]
     batch = collate(rows, pad_id=processor.end_id)
     assert [int(row.sum()) for row in batch.scored] == [2, 12]
 
 
 def test_text_that_spells_an_image_mark_stays_text(processor):
-    """T6: labels stay aligned when question and answer hold a literal <image>."""
+    """Labels stay aligned when question and answer hold a literal <image>."""
     plain = processor.encode(tiny.example(content=(None, "is <image> a tag?"), answer="<image>"))
     assert int((plain.ids == IMAGE).sum()) == 6
     assert scored_text(processor, plain) == "<image><|im_end|>"
@@ -52,7 +52,7 @@ def test_text_that_spells_an_image_mark_stays_text(processor):
 
 
 def test_a_text_tokenizer_that_has_an_image_token_keeps_labels_aligned():
-    """T6: also where <image> is a special token of the vocabulary itself."""
+    """Also where <image> is a special token of the vocabulary itself."""
     model = tiny.decoder_only()
     processor = tiny.processor(model, text_tokenizer=tiny.text_tokenizer(special=["<image>"]))
     row = processor.encode(tiny.example(content=(None, "a literal <image>"), answer="yes"))

@@ -42,7 +42,7 @@ def trained(folder, **changes):
 
 
 def test_a_step_is_the_same_for_every_split_into_micro_batches():
-    """T9: lines of unequal lengths, whole, in twos, one by one."""
+    """Lines of unequal lengths, whole, in twos, one by one."""
     rows = [
         line_readers.parts().processor.encode(
             line_readers.line("ab " * (1 + i % 3), width=90 + 40 * (i % 3), seed=i)
@@ -159,7 +159,7 @@ def transcribed(folder, **changes):
 
 
 def test_an_encoder_decoder_reader_is_trained_saved_and_given_another_script(tmp_path):
-    """T8: the ids that a text begins and ends with are the new tokenizer's."""
+    """The ids that a text begins and ends with are the new tokenizer's."""
     trained_once = transcribed(tmp_path / "english")
     assert trained_once["lines"] == 4
     model = vlm.load(tmp_path / "english", device="cpu")
@@ -189,7 +189,7 @@ def test_a_line_readers_columns_are_the_image_tokens_of_an_encoder_decoder(tmp_p
 
 
 def test_lines_keep_their_shape_before_an_encoder_of_squares(tmp_path):
-    """T18: views of one height and several widths, in whole patches."""
+    """Views of one height and several widths, in whole patches."""
     sizes = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2)
     config = ViTConfig(**sizes, image_size=32, patch_size=8)
     ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "vit")
@@ -259,7 +259,7 @@ def test_the_recipe_runs_on_two_processes(tmp_path):
 
 
 def test_two_processes_train_an_encoder_decoder_as_one_does(tmp_path):
-    """T9: recipes/trocr.py's loop by gloo, on lines of unequal lengths; without dropout, which each
+    """The loop of trocr.py by gloo, on lines of unequal lengths; without dropout, which each
     process draws for itself."""
     sizes = DecoderSizes(width=64, depth=1, heads=2, mlp_width=64, length=32, dropout=0.0)
     started = compose_encoder_decoder.build(

@@ -161,7 +161,7 @@ def test_a_collapsed_model_finds_nothing():
 @pytest.mark.parametrize("ranks", [2, 3, 50])
 @pytest.mark.parametrize("make", [pairs, near_ties])
 def test_shares_of_the_images_add_up_to_the_whole(ranks, make):
-    """T19: 37 or 40 images on 2, 3 and 50 processes, the last of which leave some without work."""
+    """37 or 40 images on 2, 3 and 50 processes, the last of which leave some without work."""
     images, texts, owner = make()
     x, y = ranking.unit_rows(images, "images", texts, "texts")
     bounds = [len(images) * r // ranks for r in range(ranks + 1)]
@@ -197,7 +197,7 @@ def share(rank, folder):
 
 @pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(tmp_path):
-    """T19: 37 images on two processes, and six of which one alone has a text."""
+    """37 images on two processes, and six of which one alone has a text."""
     torch.multiprocessing.spawn(share, (str(tmp_path),), nprocs=2)
     one = [retrieval(*make()).figures() for make in SHARED]
     for rank in (0, 1):

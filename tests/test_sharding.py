@@ -1,4 +1,4 @@
-"""Sharded training: the same run as on one process, in parts (T9, T10, T14)."""
+"""Sharded training: the same run as on one process, in parts."""
 
 import dataclasses
 import shutil
@@ -84,18 +84,18 @@ def require_same_losses(out, history, norms=1e-4):
 
 @pytest.mark.parametrize("run", ["whole", "split"])
 def test_two_sharded_processes_follow_one_though_one_of_them_sees_no_image(two, one, run):
-    """T9, T10: every weight learns; a rank of text alone takes part in every call."""
+    """Every weight learns; a rank of text alone takes part in every call."""
     require_same(two / run, *one[1:])
 
 
 def test_a_checkpoint_of_one_process_goes_on_sharded(two, one):
-    """T13: optimizer state of whole weights reloads in parts."""
+    """Optimizer state of whole weights reloads in parts."""
     assert [line["step"] for line in lines(two / "resumed")] == [5, 6]
     require_same(two / "resumed", *one[1:])
 
 
 def test_a_sharded_checkpoint_goes_on_on_one_process(two, one):
-    """T13: optimizer state saved in parts, at a request to stop, reloads whole."""
+    """Optimizer state saved in parts, at a request to stop, reloads whole."""
     assert [line["step"] for line in lines(two / "stopped")] == [1, 2, 3, 4, 5]
     data = training.in_order(training.split_by_kind())
     chosen, _, history = training.train(two / "stopped", WHOLE, data=data, resume=True)
@@ -119,7 +119,7 @@ def test_an_evaluation_may_come_before_the_first_step(two, one):
 
 
 def test_frozen_parts_are_sharded_beside_trained_ones(tmp_path, two):
-    """T14: what learns has fp32 masters, what does not computes in bf16; frozen weights stay."""
+    """What learns has fp32 masters, what does not computes in bf16; frozen weights stay."""
     stage = dataclasses.replace(training.STAGE, rates=PARTLY)
     whole, _, history = training.train(tmp_path, stage, precision="bf16")
     before = training.weights(training.model())
@@ -137,7 +137,7 @@ def test_frozen_parts_are_sharded_beside_trained_ones(tmp_path, two):
 
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
 def test_contrastive_runs_shard_too(tmp_path, two, loss):
-    """T12: the contrast is that of the whole batch."""
+    """The contrast is that of the whole batch."""
     chosen, _, history = training.train(tmp_path, training.CONTRAST, loss=loss)
     require_same(two / loss, training.weights(chosen), history, norms=1e-3)
     assert (two / loss / "held_out0.json").read_text() == (
@@ -178,9 +178,9 @@ def test_dummy_inputs_change_nothing():
     module = tiny.decoder_only()
     rows = [tiny.processor(module).encode(example) for example in training.examples()[:3]]
     batch = collate(rows, 0)
-    ghost = dataclasses.replace(batch, dummy_groups=(_dummy_views(module.tokenizer.pixel_spec),))
+    dummy = dataclasses.replace(batch, dummy_groups=(_dummy_views(module.tokenizer.pixel_spec),))
     grads = []
-    for given in (batch, ghost):
+    for given in (batch, dummy):
         module.zero_grad()
         states = module.states(given)
         states.square().sum().backward()

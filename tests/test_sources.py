@@ -67,7 +67,7 @@ def test_images_are_in_the_order_of_their_marks_over_all_turns(folder):
 
 
 def test_path_string_is_one_image_and_not_its_letters(folder):
-    """LF#5883: a path given as a string was counted letter by letter."""
+    """A path given as a string was counted letter by letter."""
     with pytest.raises(BadRow, match=r"rows.jsonl:1: .*found 2 marks and 1 images"):
         read_row(folder, {"image": "a.png", "conversations": asked("<image><image>")})
 
@@ -78,7 +78,7 @@ def test_image_without_a_mark_is_refused(folder):
 
 
 def test_literal_mark_stays_text_in_parts_and_is_refused_elsewhere(folder):
-    """T6: text that happens to contain the mark must not become an image's place."""
+    """Text that happens to contain the mark must not become an image's place."""
     said = "Write <image> for an image."
     with pytest.raises(BadRow, match="found 1 marks and 0 images; literal marks belong in text"):
         read_row(folder, {"conversations": asked(said)})

@@ -81,7 +81,7 @@ def test_three_stages_train_what_they_say(stage1, tmp_path, encoder, text):
 
 @pytest.mark.parametrize("language", ["lora", "frozen"])
 def test_new_rows_alone_learn_where_the_language_model_does_not(stage1, tmp_path, language):
-    """T7: the rows of old tokens keep their bits; the folder holds one ordinary table."""
+    """The rows of old tokens keep their bits; the folder holds one ordinary table."""
     first = stage1()
     before = weights(first)
     continued(

@@ -29,7 +29,7 @@ def questions():
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "gemma2"])
 def test_greedy_ids_in_a_batch_equal_one_by_one(kind):
-    """Need 13: images, text-only rows and lengths mixed; the same ids, logprobs to rounding."""
+    """Images, text-only rows and lengths mixed; the same ids, logprobs to rounding."""
     model = training.model(kind=kind)
     images, texts = zip(*questions())
     prompts = ["<image>" * len(image_list) + text for image_list, text in questions()]
@@ -70,7 +70,7 @@ def test_generation_stops_at_the_end_token_and_reports_its_logprob():
 
 
 def test_score_equals_the_logprobs_of_what_was_generated():
-    """T20's law for greedy: re-scoring a generation gives its own total."""
+    """Re-scoring a generation gives its own total."""
     model = training.model()
     prompts = ["<image> tell", "text"]
     images = [[tiny.image()], []]
@@ -89,7 +89,7 @@ def test_score_equals_the_logprobs_of_what_was_generated():
 
 @torch.no_grad()
 def test_beam_logprobs_equal_the_rescored_beam():
-    """T20: a beam's log-probabilities are those of its own ids, and confidences lie in [0, 1]."""
+    """A beam's log-probabilities are those of its own ids, and confidences lie in [0, 1]."""
     model = training.model()
     prompts, images = ["<image> tell", "some text"], [[tiny.image()], []]
     written = model.generate(images, prompts, max_new_tokens=6, num_beams=3)
@@ -112,7 +112,7 @@ def next_logits(model, row):
 
 
 def test_beams_as_many_as_the_vocabulary_find_the_most_probable_pair():
-    """T20's other half: the best of all answers of two ids, by brute force, and its total."""
+    """The best of all answers of two ids, by brute force, and its total."""
     model = training.model(kind="qwen2", vocab=260, seed=3)  # a seed at which greedy misses it
     model.stop_ids = (259,)
     images, prompt = [tiny.image(2)], "<image> tell"
@@ -239,7 +239,7 @@ def test_bad_arguments_name_what_was_expected(tmp_path):
     for options, message in (
         ({"seed": 1}, "seed: expected 0 or more, and do_sample=True to draw; found 1"),
         ({"seed": -1, "do_sample": True}, "seed: expected 0 or more.*found -1"),
-        ({"max_length": 9}, "max_length would count the prompt's places too: give max_new_tokens"),
+        ({"max_length": 9}, "max_length would count the prompt's tokens too: give max_new_tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             model.caption([tiny.image()], **options)

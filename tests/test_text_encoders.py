@@ -56,7 +56,6 @@ def test_text_encoder_rebuilds_from_its_configuration(encoder):
 
 @pytest.mark.parametrize("name", [name for name in ENCODERS if name not in SEES_PADS])
 def test_padding_changes_no_text_in_training_mode(name):
-    """T3."""
     encoder = ENCODERS[name]().train()
     for module in encoder.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -72,7 +71,6 @@ def test_padding_changes_no_text_in_training_mode(name):
 
 
 def test_pads_are_attended_where_nothing_is_masked():
-    """T3's exception."""
     encoder = ENCODERS["siglip"]()
     ids, valid = texts()
     other, _ = texts(pad=7)

@@ -255,7 +255,7 @@ def test_gradients_of_chunks_are_added_up_in_fp32(monkeypatch):
 
 
 def test_gradients_are_added_to_those_that_are_there(monkeypatch):
-    """T9: as those of another micro-batch are."""
+    """As those of another micro-batch are."""
     module = MODULES["tied"]()
     batch = batch_for(module)
     expected = {name: 2 * grad for name, grad in plain(module, batch)[1].items()}
@@ -318,7 +318,7 @@ def bytes_needed(places, count, learns, monkeypatch, dtype=torch.float32, D=4, Z
 
 @pytest.mark.parametrize("learns", [True, False])
 def test_bytes_do_not_grow_with_the_number_of_chunks(learns, monkeypatch):
-    """T12: neither those needed at once nor those left over; what many places take besides a
+    """Neither those needed at once nor those left over; what many places take besides a
     chunk's logits (5 x 1000) is their states, gradients and losses."""
     few, left = bytes_needed(5, 10, learns, monkeypatch)
     many, still = bytes_needed(5, 60, learns, monkeypatch)
@@ -378,7 +378,7 @@ def test_training_and_evaluation_go_by_chunks(kind, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_is_the_same_in_chunks(tmp_path, monkeypatch):
-    """T9, through `fit`, in bf16 with all weights learning and with micro-batches of two."""
+    """Through `fit`, in bf16 with all weights learning and with micro-batches of two."""
     losses = []
     stage = dataclasses.replace(training.STAGE, rates=(("*", 1e-3),), micro_batch=2, steps=2)
     for places in (10_000, 5):

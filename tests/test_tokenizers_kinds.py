@@ -65,7 +65,7 @@ def test_load_finds_the_kind_and_hands_its_options_on(tmp_path):
 
 
 def test_nested_tokenizers_keep_the_laws():
-    """Traps T16 and T18: tiles over a timm tower, and a pair of two libraries."""
+    """Tiles over a timm tower, and a pair of two libraries."""
     swin = timm_kind.TimmConfig(
         name="convnext_atto",
         model_args={"dims": [8, 8, 8, 8], "depths": [1, 1, 1, 1]},
@@ -82,7 +82,7 @@ def test_nested_tokenizers_keep_the_laws():
 
 @pytest.mark.parametrize("model_type", ["siglip_vision_model", "sam_vision_model"])
 def test_bfloat16_tokenizer_tells_and_gives_the_same_shape(model_type):
-    """Trap T16: the count is that of the tokenizer as it stands, in its own dtype."""
+    """The count is that of the tokenizer as it stands, in its own dtype."""
     tokenizer = build(tiny(model_type, (96, 64))).to(torch.bfloat16)
     tokens = tokenizer(torch.zeros(1, 3, 96, 64, dtype=torch.bfloat16))
     assert tokens.tokens.dtype == torch.bfloat16

@@ -57,13 +57,12 @@ def tiny(pixel_spec=None, *, layer=-1, norm=True, pooled=False, **more):
     ],
 )
 def test_naflex_tokenizer_keeps_the_laws(options, image_hw):
-    """Traps T16 and T18: counts, parts, rebuilding and gradients, each image in its own shape."""
+    """Counts, parts, rebuilding and gradients, each image in its own shape."""
     check_laws(build(tiny(patches((64, 96)), **options)), image_hw)
 
 
 @pytest.mark.parametrize("size_hw", SHAPES)
 def test_naflex_count_is_the_grid_and_never_above_the_budget(size_hw):
-    """Traps T16 and T18."""
     tokenizer = build(tiny(num_hidden_layers=1))
     (tokens,) = encode(tokenizer, one_image(*size_hw))
     h, w = tokens.grid_hw
@@ -95,7 +94,7 @@ def test_naflex_views_have_the_expected_sides():
 
 @pytest.mark.parametrize("size_hw", SHAPES)
 def test_naflex_resize_record_sends_boxes_where_the_pixels_went_and_back(size_hw):
-    """Trap T18: the whole image becomes the whole view; a white block lies where its box says."""
+    """The whole image becomes the whole view; a white block lies where its box says."""
     record = patches().resize_record(size_hw)
     assert (record.output_hw,) == patches().view_sizes(size_hw)
     corners = [[0, 0, size_hw[1], size_hw[0]]]
@@ -107,7 +106,6 @@ def test_naflex_resize_record_sends_boxes_where_the_pixels_went_and_back(size_hw
 
 
 def test_naflex_resize_record_finds_a_block():
-    """Trap T18."""
     image = Image.new("RGB", (300, 120))
     image.paste((255, 255, 255), (60, 30, 150, 90))
     for backend in ("torchvision", "pil"):
@@ -144,7 +142,7 @@ def test_naflex_views_of_one_size_are_encoded_together_as_alone():
 
 
 def test_naflex_images_take_places_in_a_stream_as_their_own_grids_are_large():
-    """Trap T16: counted before compute, and packed from groups of different lengths."""
+    """Counted before compute, and packed from groups of different lengths."""
     tokenizer = build(tiny(patches((64, 96)))).eval()
     bridge = adaptors.build(
         {"kind": "mlp", "in_width": 16, "depth": 1, "hidden_width": 8, "out_width": 8}
@@ -163,7 +161,7 @@ def test_naflex_images_take_places_in_a_stream_as_their_own_grids_are_large():
 
 
 def test_naflex_tokens_follow_rows_then_columns():
-    """Trap T18: without blocks, changing one patch's pixels changes that patch's token alone."""
+    """Without blocks, changing one patch's pixels changes that patch's token alone."""
     tokenizer = build(tiny(layer=0, norm=False)).eval()
     pixels = torch.zeros(1, 3, 64, 96)
     changed = pixels.clone()
@@ -174,14 +172,13 @@ def test_naflex_tokens_follow_rows_then_columns():
 
 
 def test_naflex_with_another_fit_gives_every_image_one_size():
-    """Trap T18: the tower takes any grid, so a fixed size that is not square is as good."""
+    """The tower takes any grid, so a fixed size that is not square is as good."""
     tokenizer = build(tiny(spec(64, 96), pooled=True))
     check_laws(tokenizer, (50, 30))
     assert tokenizer.tokens_for((50, 30)) == tokenizer.tokens_for((300, 20)) == 24
 
 
 def test_naflex_in_bfloat16_tells_and_gives_the_same_shape():
-    """Trap T16."""
     tokenizer = build(tiny(pooled=True)).to(torch.bfloat16)
     tokens = tokenizer(torch.zeros(2, 3, 96, 64, dtype=torch.bfloat16))
     assert tokens.tokens.dtype == tokens.pooled.dtype == torch.bfloat16

@@ -48,7 +48,7 @@ def tiny(vision_cfg, size_hw=(64, 96), *, layer=-1, prefix="keep", norm=False, p
 @pytest.mark.parametrize("name", TOWERS)
 @pytest.mark.parametrize("pooled", [True, False])
 def test_open_clip_tokenizer_keeps_the_laws_on_non_square_pixels(name, pooled):
-    """Traps T16 and T18: counts, parts, rebuilding and gradients, where rows and columns differ."""
+    """Counts, parts, rebuilding and gradients, where rows and columns differ."""
     vision_cfg, norms = TOWERS[name]
     check_laws(build(tiny(vision_cfg, norm=norms, pooled=pooled)))
 
@@ -56,7 +56,7 @@ def test_open_clip_tokenizer_keeps_the_laws_on_non_square_pixels(name, pooled):
 @pytest.mark.parametrize("name", TOWERS)
 @pytest.mark.parametrize("layer", [-2, 0])
 def test_open_clip_earlier_layers_keep_the_laws(name, layer):
-    """Traps T16 and T18, and what follows the layer is gone."""
+    """What follows the layer is gone."""
     check_laws(build(tiny(TOWERS[name][0], layer=layer, pooled=False)))
 
 
@@ -70,7 +70,6 @@ def test_open_clip_earlier_layers_keep_the_laws(name, layer):
     ],
 )
 def test_open_clip_count_equals_output_at_published_geometries(more, size_hw, length):
-    """Traps T16 and T18."""
     tokenizer = build(tiny(VIT | {"layers": 1} | more, size_hw))
     (tokens,) = encode(tokenizer, image(30, 50))
     assert tokenizer.tokens_for((30, 50)) == tokens.tokens.shape[1] == length
@@ -78,7 +77,6 @@ def test_open_clip_count_equals_output_at_published_geometries(more, size_hw, le
 
 
 def test_open_clip_dropped_prefix_leaves_the_kept_grid():
-    """Trap T16."""
     keep, drop = (build(tiny(VIT, prefix=prefix)) for prefix in ("keep", "drop"))
     drop.load_state_dict(keep.state_dict())
     ((kept,), (dropped,)) = (encode(tokenizer, image(60, 90)) for tokenizer in (keep, drop))
@@ -88,7 +86,7 @@ def test_open_clip_dropped_prefix_leaves_the_kept_grid():
 
 
 def test_open_clip_tower_refuses_other_pixels():
-    """Trap T18: a grid of 6 × 4 has the positions of 4 × 6, in other places."""
+    """A grid of 6 × 4 has the positions of 4 × 6, in other places."""
     with pytest.raises(ValueError, match=r"expected pixels of \(64, 96\), found \(96, 64\)"):
         build(tiny(VIT))(torch.zeros(1, 3, 96, 64))
 
@@ -117,7 +115,7 @@ def test_open_clip_config_refuses_unknown_keys():
 @pytest.mark.parametrize("size_hw", [None, (96, 64)])
 @pytest.mark.parametrize("name", ["class token", "resnet"])
 def test_open_clip_load_reads_a_saved_folder(name, size_hw, tmp_path):
-    """Trap T18: weights made for a square are resized for a non-square image."""
+    """Weights made for a square are resized for a non-square image."""
     vision_cfg = TOWERS[name][0]
     text_cfg = {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 1, "layers": 1}
     model_cfg = {"embed_dim": 24, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
@@ -142,7 +140,6 @@ def test_open_clip_load_reads_a_saved_folder(name, size_hw, tmp_path):
 
 
 def test_open_clip_positions_resize_as_open_clip_resizes_them():
-    """Trap T18."""
     native, wide = build(tiny(VIT, (64, 64))), build(tiny(VIT, (64, 96)))
     source = {"visual.positional_embedding": native.visual.positional_embedding.detach().clone()}
     open_clip.model.resize_pos_embed(source, wide)

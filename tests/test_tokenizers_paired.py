@@ -21,7 +21,7 @@ def pair(high_hw=(64, 96), low_hw=(32, 48), neck="average", low_from="picture", 
 @pytest.mark.parametrize("neck", NECKS)
 @pytest.mark.parametrize("low_from", ["picture", "high"])
 def test_paired_tokenizer_keeps_the_laws_on_non_square_pixels(neck, low_from):
-    """Traps T16 and T18: counts, parts, rebuilding and gradients, where rows and columns differ."""
+    """Counts, parts, rebuilding and gradients, where rows and columns differ."""
     check_laws(pair(neck=neck, low_from=low_from))
 
 
@@ -30,7 +30,6 @@ def test_paired_tokenizer_keeps_the_laws_on_non_square_pixels(neck, low_from):
     [((448, 448), (384, 384), 576), ((256, 512), (96, 224), 84)],
 )
 def test_paired_count_equals_output_at_published_geometries(high_hw, low_hw, length):
-    """Traps T16 and T18."""
     tokenizer = pair(high_hw, low_hw, pooled=True)
     (tokens,) = encode(tokenizer, one_image(30, 50))
     assert tokenizer.tokens_for((30, 50)) == tokens.tokens.shape[1] == length
@@ -48,7 +47,7 @@ def test_paired_tokens_are_high_then_low_features():
 
 @pytest.mark.parametrize("neck", NECKS)
 def test_necks_keep_places_of_a_coarser_grid(neck):
-    """Trap T18: a field that grows along rows, or columns, still does on the new grid."""
+    """A field that grows along rows, or columns, still does on the new grid."""
     rows = torch.arange(8.0)[:, None].expand(8, 4)
     columns = torch.arange(4.0)[None, :].expand(8, 4)
     field = torch.stack([rows, columns], -1).reshape(1, 32, 2)
@@ -60,7 +59,7 @@ def test_necks_keep_places_of_a_coarser_grid(neck):
 
 
 def test_paired_spec_makes_low_pixels_from_the_padded_high_image():
-    """Trap T18: from the image the low tower sees it stretched, from high with its bars."""
+    """From the image the low tower sees it stretched, from high with its bars."""
     high, low = spec(64, 64, fit="pad"), spec(32, 32)
     image = one_image(64, 32).point(lambda value: 255)
     of_image = PairedSpec(high=high, low=low, low_from="picture")(image)[0][1]
@@ -72,7 +71,6 @@ def test_paired_spec_makes_low_pixels_from_the_padded_high_image():
 
 
 def test_paired_tokenizer_raises_when_a_tower_keeps_its_prefix():
-    """Trap T16."""
     high = build(tiny("sam_vision_model", (64, 96)))
     low = build(tiny("clip_vision_model", (32, 48), prefix="keep"))
     tokenizer = PairedTokenizer(high, low, low_from="picture", high_neck=AverageNeck(high.dim))

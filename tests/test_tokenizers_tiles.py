@@ -16,7 +16,7 @@ def tiled(tile_hw=(32, 48), *, max_tiles=6, thumbnail=True, model_type="siglip_v
 @pytest.mark.parametrize("thumbnail", [True, False])
 @pytest.mark.parametrize("image_hw", [(300, 200), (90, 700), (20, 20)])
 def test_tiles_tokenizer_keeps_the_laws_on_non_square_images(image_hw, thumbnail):
-    """Traps T16 and T18: counts, parts, rebuilding and gradients, where rows and columns differ."""
+    """Counts, parts, rebuilding and gradients, where rows and columns differ."""
     check_laws(tiled(thumbnail=thumbnail), image_hw)
 
 
@@ -30,7 +30,7 @@ def test_tiles_tokenizer_keeps_the_laws_on_non_square_images(image_hw, thumbnail
 def test_tiles_count_equals_output_at_published_geometries(
     model_type, tile_px, patch_px, image_hw, length
 ):
-    """Traps T16 and T18: tiles in rows and columns, and a thumbnail."""
+    """Tiles in rows and columns, and a thumbnail."""
     more = {"image_size": tile_px, "patch_size": patch_px, "num_hidden_layers": 1}
     inner = build(tiny(model_type, (tile_px, tile_px), prefix="keep", **more))
     tokenizer = TilesTokenizer(inner, max_tiles=6, thumbnail=True)
@@ -51,17 +51,15 @@ def test_tiles_count_equals_output_at_published_geometries(
     ],
 )
 def test_tile_grid_follows_the_aspect_within_the_maximum(size_hw, max_tiles, expected):
-    """Trap T18."""
     assert tile_grid(size_hw, (384, 384), max_tiles) == expected
 
 
 def test_tile_grid_counts_the_aspect_of_the_tile():
-    """Trap T18: tiles of 2 to 1 cover a square in two rows."""
+    """Tiles of 2 to 1 cover a square in two rows."""
     assert tile_grid((800, 800), (200, 400), 2) == (2, 1)
 
 
 def test_tiles_join_to_the_resized_image_row_by_row():
-    """Trap T18."""
     tiles = TilesSpec(tile=spec(32, 48), max_tiles=6, thumbnail=True)
     image = one_image(64, 144)
     views = tiles(image)

@@ -53,7 +53,7 @@ def tiny(name, *, level=-1, prefix="keep", norm=True, pooled=False):
 @pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("pooled", [True, False])
 def test_timm_tokenizer_keeps_the_laws_on_non_square_pixels(name, pooled):
-    """Traps T16 and T18: counts, parts, rebuilding and gradients, where rows and columns differ."""
+    """Counts, parts, rebuilding and gradients, where rows and columns differ."""
     tokenizer = build(tiny(name, pooled=pooled))
     check_laws(tokenizer)
     (shape,) = tokenizer.shapes_for((48, 80))
@@ -63,7 +63,7 @@ def test_timm_tokenizer_keeps_the_laws_on_non_square_pixels(name, pooled):
 @pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("level", [-1, -2, 0])
 def test_timm_levels_keep_the_laws(name, level):
-    """Traps T16 and T18, and blocks or stages after the level are gone."""
+    """Blocks or stages after the level are gone."""
     check_laws(build(tiny(name, level=level, norm=False)))
 
 
@@ -79,7 +79,7 @@ def test_timm_levels_keep_the_laws(name, level):
     ],
 )
 def test_timm_count_equals_output_at_published_geometries(name, arguments, size_hw, length):
-    """Traps T16 (towers with and without a class token) and T18 (non-square)."""
+    """Towers with and without a class token; non-square images."""
     narrow = SWIN if "swin" in name else VIT | {"depth": 1}
     config = TimmConfig(
         name=name,
@@ -96,7 +96,7 @@ def test_timm_count_equals_output_at_published_geometries(name, arguments, size_
 
 
 def test_timm_dynamic_backbone_takes_any_pixels():
-    """Traps T16 and T18: one tokenizer, three pixel sizes, exact each time."""
+    """One tokenizer, three pixel sizes, exact each time."""
     arguments = VIT | {"dynamic_img_size": True}
     for size_hw, length in [((64, 96), 25), ((96, 64), 25), ((224, 32), 29)]:
         config = TimmConfig(
@@ -118,7 +118,6 @@ def test_timm_dynamic_backbone_takes_any_pixels():
 )
 @pytest.mark.parametrize("norm", [True, False])
 def test_timm_dropped_prefix_leaves_the_kept_grid(name, norm):
-    """Trap T16."""
     keep, drop = (build(tiny(name, norm=norm, prefix=prefix)) for prefix in ("keep", "drop"))
     drop.load_state_dict(keep.state_dict())
     ((kept,), (dropped,)) = (encode(tokenizer, image(60, 90)) for tokenizer in (keep, drop))
@@ -129,7 +128,7 @@ def test_timm_dropped_prefix_leaves_the_kept_grid(name, norm):
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "convnext_atto", "resnet18"])
 def test_timm_map_becomes_rows_then_columns(name):
-    """Trap T18: tokens are the cells of timm's channels-first map, row by row, in either layout."""
+    """Tokens are the cells of timm's channels-first map, row by row, in either layout."""
     tokenizer = build(tiny(name)).eval()
     (pixels,) = tokenizer.pixel_spec(image(50, 90))
     with torch.no_grad():
@@ -175,7 +174,7 @@ def test_timm_final_features_without_patches_raise():
 
 @pytest.mark.parametrize("size_hw", [None, (64, 96)])
 def test_timm_load_reads_a_saved_folder(size_hw, tmp_path):
-    """Trap T18: weights made for 64 × 64 give non-square tokens, equal to timm's own resizing."""
+    """Weights made for 64 × 64 give non-square tokens, equal to timm's own resizing."""
     name, arguments = "vit_tiny_patch16_224", VIT | {"img_size": 64}
     reference = timm.create_model(name, num_classes=0, **arguments).eval()
     reference.pretrained_cfg["input_size"] = (3, 64, 64)

@@ -22,14 +22,13 @@ PREFIX = {
 @pytest.mark.parametrize("model_type", PREFIX)
 @pytest.mark.parametrize("layer_norm", [(-1, True), (-1, False), (-2, False), (1, True)])
 def test_transformers_tokenizer_keeps_the_laws_on_non_square_pixels(model_type, layer_norm):
-    """Traps T16 and T18: counts, parts, rebuilding and gradients, where rows and columns differ."""
+    """Counts, parts, rebuilding and gradients, where rows and columns differ."""
     layer, norm = layer_norm
     check_laws(build(tiny(model_type, (64, 96), layer=layer, norm=norm, prefix="keep")))
 
 
 @pytest.mark.parametrize("model_type", [name for name in PREFIX if name != "sam_vision_model"])
 def test_transformers_tokenizer_keeps_the_laws_with_pooling(model_type):
-    """Traps T16 and T18."""
     check_laws(build(tiny(model_type, (96, 48), pooled=True)))
 
 
@@ -49,7 +48,7 @@ def test_transformers_tokenizer_keeps_the_laws_with_pooling(model_type):
 def test_transformers_count_equals_output_at_published_geometries(
     model_type, image_px, patch_px, size_hw, length
 ):
-    """Traps T16 (towers with and without a class token) and T18 (non-square)."""
+    """Towers with and without a class token; non-square images."""
     more = {"image_size": image_px, "patch_size": patch_px, "num_hidden_layers": 1}
     tokenizer = build(tiny(model_type, size_hw, prefix="keep", **more))
     (tokens,) = encode(tokenizer, image(30, 50))
@@ -59,7 +58,6 @@ def test_transformers_count_equals_output_at_published_geometries(
 
 @pytest.mark.parametrize("model_type", PREFIX)
 def test_transformers_dropped_prefix_leaves_the_kept_grid(model_type):
-    """Trap T16."""
     keep = build(tiny(model_type, (64, 96), prefix="keep"))
     drop = build(tiny(model_type, (64, 96), prefix="drop"))
     drop.load_state_dict(keep.state_dict())
@@ -72,7 +70,7 @@ def test_transformers_dropped_prefix_leaves_the_kept_grid(model_type):
 
 @pytest.mark.parametrize("model_type", PREFIX)
 def test_transformers_tokens_follow_rows_then_columns(model_type):
-    """Trap T18: without blocks, changing one patch's pixels changes that patch's token alone."""
+    """Without blocks, changing one patch's pixels changes that patch's token alone."""
     tokenizer = build(tiny(model_type, (64, 96), layer=0, norm=False)).eval()
     pixels = torch.zeros(1, 3, 64, 96)
     changed = pixels.clone()
@@ -102,7 +100,6 @@ def test_transformers_config_raises_when_the_encoder_cannot(change, words):
 
 
 def test_transformers_positions_of_a_non_square_table_refuse_other_sizes():
-    """Trap T18."""
     tokenizer = build(tiny("vit", (32, 64), image_size=[32, 64]))
     assert tokenizer.tokens_for((10, 10)) == 8
     with pytest.raises(ValueError, match=r"made for \(32, 64\) pixels are not square"):

@@ -110,7 +110,7 @@ def rescored(module, groups, found):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_beam_log_probabilities_are_those_of_the_written_ids(kind):
-    """T20: whatever the search's penalties, a confidence is the model's own."""
+    """Whatever the search's penalties, a confidence is the model's own."""
     module = law.model(kind)
     groups = groups_of(module)
     ends = ends_of(module, groups)

@@ -173,7 +173,7 @@ def test_native_folder_of_another_version_or_with_unknown_keys_is_refused(vision
 
 
 def test_ids_of_a_tokenizer_are_its_own():
-    """T8: bos and eos, or BERT's cls and sep; without a start, the end."""
+    """Bos and eos, or BERT's cls and sep; without a start, the end."""
     tokenizer = text_tokenizer()
     assert ids_of(tokenizer) == (259, 258, 256)
     tokenizer.bos_token = None

@@ -18,7 +18,6 @@ def before_and_after(text, tokenizer, tokens):
 
 
 def test_location_tokens_are_one_id_each_and_survive_decoding():
-    """T7."""
     text, tokenizer = tiny.text_model(), tiny.text_tokenizer()
     ids = vocabulary.grow(text, tokenizer, LOCATIONS)
     assert len(set(ids)) == 1024
@@ -32,7 +31,6 @@ def test_location_tokens_are_one_id_each_and_survive_decoding():
 
 
 def test_location_tokens_survive_saving_of_the_text_tokenizer(tmp_path):
-    """T7."""
     from transformers import AutoTokenizer
 
     text, tokenizer = tiny.text_model(), tiny.text_tokenizer()

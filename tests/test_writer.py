@@ -40,7 +40,6 @@ def load(folder):
 
 
 def test_fitted_temperatures_change_confidences_and_no_text(lines):
-    """T20."""
     model = load(lines)
     before = model.read_lines(IMAGES)
     for read in before:  # 1 leaves the model's own

@@ -1,7 +1,7 @@
 """Adaptors: from image tokens of the tokenizer's width to image tokens of the text model's width.
 
 Each adaptor knows how it changes a view's token count (`shape_for`), so that the prompt can
-reserve exactly that many places before anything is computed.
+reserve exactly that many positions before anything is computed.
 
 Shapes: V view, L image tokens per view, Q learned query, D in or out width, h w patch grid.
 """

@@ -66,7 +66,7 @@ class InspectBatch:
     """Print the first rows that a recipe would train on, and train nothing.
 
     Scored tokens are green (in [[brackets]] without colour), answers that are not scored struck out
-    (in [unscored: ...]), image runs collapsed with their number of places; the system message
+    (in [unscored: ...]), image runs collapsed with their token counts; the system message
     above, masks and boxes below. All other options are the recipe's own settings: with its --pack N
     the rows are packed as one micro-batch, and show who shares a row and where the borders are.
     """
@@ -79,7 +79,7 @@ class InspectBatch:
     """No colours, for files."""
     draw: Path | None = None
     """Draw the images, as the model sees them, into this PNG file; with --pack the packed rows,
-    place by place, over them."""
+    position by position, over them."""
 
     def run(self, rest: list[str]) -> None:
         from rich.console import Console

@@ -206,7 +206,7 @@ def draw_lines(
     """A page of lines of text, each over what it says and what was read of it, as a PNG.
 
     Characters that are wrong are red in what was read and green in the truth; wrong spaces are
-    shown, and a caret stands where something was skipped.
+    shown, and a caret stands where something is missing.
     notes: what is said over each line. width_px: of the widest image.
     """
     from vlm.metrics.text import differences

@@ -54,7 +54,7 @@ def draw_packed(
     for number, row in enumerate(rows):
         count = f"{len(row)} example{'s' * (len(row) > 1)}"
         filled = sum(len(segment.kinds) for segment in row)
-        title = f"packed row {number + 1}: {count}, {filled} of {most} places"
+        title = f"packed row {number + 1}: {count}, {filled} of {most} positions"
         top = LINE_PX + 2 * GAP + number * row_px
         _row(page, row, title, most, width_px / longest, top, image_px)
     page.save(path, "PNG")

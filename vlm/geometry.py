@@ -81,7 +81,7 @@ class Resize:
         """
         if self.output_hw != second.input_hw:
             raise ValueError(
-                f"the second resize takes a picture of {second.input_hw}, the first gives "
+                f"the second resize takes an image of {second.input_hw}, the first gives "
                 f"{self.output_hw}"
             )
         scale_xy = tuple(a * b for a, b in zip(self.scale_xy, second.scale_xy))

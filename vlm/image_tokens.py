@@ -201,7 +201,7 @@ class ImageTokenizer(nn.Module, ABC):
         return tuple(shapes)
 
     def tokens_for(self, size_hw: tuple[int, int]) -> int:
-        """The exact number of tokens of a picture of `size_hw` pixels, all views together."""
+        """The exact number of tokens of an image of `size_hw` pixels, all views together."""
         return sum(shape.length for shape in self.shapes_for(size_hw))
 
     def _meta_shape(self, view_hw: tuple) -> TokenShape:

@@ -114,7 +114,7 @@ def add_lora_of(module: nn.Module, values: Mapping[str, dict[str, Any]], where: 
 
 
 def quantize_4bit(text: nn.Module) -> None:
-    """Gives the language model's linear layers, its head and LoRA's own skipped, 4-bit weights
+    """Gives the language model's linear layers, its head and LoRA's own excepted, 4-bit weights
     (NF4), in place, to put LoRA beside them. They are packed when the model is moved to a device.
     Folders that are saved hold them unpacked, in bf16.
 

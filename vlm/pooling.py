@@ -74,7 +74,7 @@ class ClassPool(_Fixed):
 
 
 class MeanPool(_Fixed):
-    """The mean of a view's patch tokens, padding and prefix tokens skipped; of all valid tokens
+    """The mean of a view's patch tokens, without padding and prefix tokens; of all valid tokens
     where they have no grid."""
 
     def width(self, tokenizer: ImageTokenizer) -> int:

@@ -166,7 +166,7 @@ class SplitHead(SplitRows):
 
 
 def train_rows(text: nn.Module, ids: Sequence[int]) -> None:
-    """Parts the language model's tables in place, so that the rows of `ids` alone can be trained:
+    """Splits the language model's tables in place, so that the rows of `ids` alone can be trained:
     as the parameter `new` of the input table and of the head, one where these are tied. All other
     rows lie in `old`.
 

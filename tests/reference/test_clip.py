@@ -57,7 +57,7 @@ def check_same(folder, theirs, image_list=IMAGES):
 @pytest.mark.filterwarnings("ignore:.*tokens were cut")
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
 def test_clip_vectors_match_reference(tmp_path, act):
-    """T18, of unequal texts in one batch; plain GELU is LAION's."""
+    """Unequal texts in one batch; plain GELU is LAION's."""
     write_folder(tmp_path, act=act)
     check_same(tmp_path, reference_outputs(tmp_path))
 
@@ -77,7 +77,7 @@ def test_clip_with_a_ragged_patch_grid_matches_reference(tmp_path):
 
 
 def test_clip_at_a_published_geometry_matches_reference(tmp_path):
-    """T18, ViT-B/32 at 224 pixels; the text's tower has two layers, and few ids, to be quick."""
+    """ViT-B/32 at 224 pixels; the text's tower has two layers, and few ids, to be quick."""
     size = clip.SIZES["clip-vit-base-patch32"]
     text = size.text | {"num_hidden_layers": 2}
     write_folder(tmp_path, text=text, width=size.width, noise=0.02, **size.vision)

@@ -42,7 +42,7 @@ def folder(request, tmp_path_factory):
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @torch.no_grad()
 def test_deepseek_vl_ids_pixels_and_logits_match_reference(folder, name):
-    """Through the processors of both sides. Traps T6, T16 and T18."""
+    """Through the processors of both sides."""
     model, (peer, processor) = vlm.load(folder, "cpu"), reopened(folder)
     example, messages = conversation(CONVERSATIONS[name])
     row = model.processor.encode_prompt(example)
@@ -61,7 +61,7 @@ def test_deepseek_vl_ids_pixels_and_logits_match_reference(folder, name):
 
 @torch.no_grad()
 def test_deepseek_vl_rows_of_unequal_length_match_reference_one_by_one(folder):
-    """A row without images among rows with one and two, padded on either side. Trap T3."""
+    """A row without images among rows with one and two, padded on either side."""
     model, (peer, processor) = vlm.load(folder, "cpu"), reopened(folder)
     pairs = [conversation(turns) for turns in CONVERSATIONS.values()]
     rows = [model.processor.encode_prompt(ours) for ours, _ in pairs]
@@ -75,7 +75,6 @@ def test_deepseek_vl_rows_of_unequal_length_match_reference_one_by_one(folder):
 
 @torch.no_grad()
 def test_deepseek_vl_greedy_ids_match_reference_and_batches(folder):
-    """Trap T13."""
     model, (peer, processor) = vlm.load(folder, "cpu"), reopened(folder)
     images = [[], [one_image(1, (40, 22))], [one_image(2, (17, 60)), one_image(3)]]
     prompts = ["Assistant:", f"User: {MARK}what?\n\nAssistant:", f"{MARK} and {MARK} are"]
@@ -105,7 +104,7 @@ def test_deepseek_vl_score_matches_reference(folder):
 
 
 def test_deepseek_vl_training_rows_score_every_answer_and_its_end(folder):
-    """The ids are the published conversation's and one EOS more. Traps T5 and T6."""
+    """The ids are the published conversation's and one EOS more."""
     model, processor = vlm.load(folder, "cpu"), AutoProcessor.from_pretrained(folder)
     example, messages = conversation(CONVERSATIONS["three turns"][:4])
     row = model.processor.encode(example)
@@ -151,7 +150,7 @@ HEAD_OF_SIGLIP = 1024 + 4 * (1024**2 + 1024) + 2 * 1024 + 2 * 1024 * 4096 + 4096
     ],
 )
 def test_deepseek_vl_full_sizes_hold_the_published_parameters(size, reference, gigabytes, blocks):
-    """The authors' files, in 16 bits, hold SigLIP's pooling head besides. Trap T16."""
+    """The authors' files, in 16 bits, hold SigLIP's pooling head besides."""
     sizes = deepseek_vl.SIZES[size]
     config = getattr(transformers, f"{reference}Config")(
         text_config={"model_type": "llama"} | sizes.text,
@@ -194,7 +193,6 @@ def test_deepseek_vl_low_and_high_parameters_are_told_apart(tmp_path):
 
 
 def test_sam_hybrid_tokenizer_keeps_the_laws_on_non_square_pixels():
-    """Traps T16 and T18."""
     config = sam_hybrid.SamHybridConfig(
         vision_config=SAM | {"model_type": "sam_vision_model"},
         grid_hw=(2, 3),

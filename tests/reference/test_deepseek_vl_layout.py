@@ -262,11 +262,10 @@ def test_deepseek_vl_ignores_leftover_stop_ids_that_are_plain_text(folder, tmp_p
 
 
 def test_deepseek_vl_raises_when_the_processor_counts_other_places(folder, tmp_path):
-    """Trap T16."""
     out = shutil.copytree(folder, tmp_path / "miscounted")
     path = out / "processor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_image_tokens": 15}))
-    with pytest.raises(ValueError, match="writes 15 places for an image, the model gives 16"):
+    with pytest.raises(ValueError, match="writes 15 image tokens for an image, the model gives 16"):
         vlm.load(out, "cpu")
 
 

@@ -53,7 +53,7 @@ BOXES = [{"height": 64, "width": 48}, {"height": 40, "width": 90}, [48, 64]]
 @pytest.mark.parametrize("size", BOXES)
 @pytest.mark.parametrize("turn", [False, True])
 def test_donut_pixels_match_reference(backend, size, turn):
-    """T18: pages and images of every aspect, turned or not; a list is (width, height)."""
+    """Pages and images of every aspect, turned or not; a list is (width, height)."""
     name = "DonutImageProcessor" + ("Pil" if backend == "pil" else "")
     image_processor = getattr(transformers, name)(size=size, do_align_long_axis=turn)
     spec = from_transformers(image_processor)
@@ -69,7 +69,7 @@ def test_donut_pixels_match_reference(backend, size, turn):
 
 @torch.no_grad()
 def test_donut_logits_match_reference(folder):
-    """T3, T18: through the real processor; the second stage's grid is padded to windows."""
+    """Through the real processor; the second stage's grid is padded to windows."""
     model, theirs = load(folder), reference(folder)
     processor = model.processor
     texts = ["<s_menu>tea</s_menu>", "pie", "<s_sum>3<sep/>4</s_sum>"]
@@ -180,7 +180,7 @@ def test_donut_reads_json_of_ids(folder):
 
 
 def test_donut_preprocessing_follows_the_folder(tmp_path):
-    """T8, T14: what the folder says of mean, turning and size."""
+    """What the folder says of mean, turning and size."""
     write_folder(tmp_path, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_align_long_axis=True)
     spec = load(tmp_path).processor.pixel_spec
     assert (spec.mean, spec.turn, spec.fit) == ((0.5,) * 3, True, "page")
@@ -217,7 +217,7 @@ def test_donut_size_has_the_parameter_count_of_transformers_class():
     ("layer", "grid_hw", "width"), [(-1, (5, 7), 32), (1, (5, 7), 32), (0, (9, 13), 16)]
 )
 def test_donut_swin_keeps_the_laws_on_non_square_pixels(layer, grid_hw, width):
-    """T16, T18: patches and windows that pixels do not fill; stages that are cut off."""
+    """Patches and windows that pixels do not fill; stages that are cut off."""
     config = TransformersConfig(
         vision_config=SWIN | {"model_type": "donut-swin"}, layer=layer, prefix="drop", norm=False,
         pooled=False, pixel_spec=spec(34, 50),

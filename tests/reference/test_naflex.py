@@ -1,6 +1,6 @@
 """Native-resolution tokens and pixels equal those of transformers' Siglip2, which pads and masks a
 whole batch where ours groups images by shape: on tall, wide, square, tiny and large images
-together, at the real patch size and position table (traps T16 and T18)."""
+together, at the real patch size and position table."""
 
 import copy
 

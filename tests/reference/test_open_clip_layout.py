@@ -67,7 +67,7 @@ def folder(request, tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* texts were longer")
 def test_folder_gives_open_clips_embeddings_and_is_written_back(folder, tmp_path):
-    """T18, and T3's exception for SigLIP's texts."""
+    """SigLIP's texts too, all of which have one length."""
     model = vlm.load(folder)
     theirs = open_clip_embeddings(folder)
     check_equal(theirs, (model.embed_images(IMAGES), model.embed_texts(TEXTS)))

@@ -74,7 +74,7 @@ def test_embeddings_equal_through_the_converted_towers(case):
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-SigLIP"])
 def test_embeddings_equal_at_published_sizes(name):
-    """T18. The text towers are cut, to be quick: six layers, a thousand ids."""
+    """The text towers are cut, to be quick: six layers, a thousand ids."""
     cfg = open_clip.get_model_config(name)
     cfg["text_cfg"] |= {"vocab_size": 1000, "layers": 6}
     theirs = their_model(cfg, noise=0.02)
@@ -91,7 +91,7 @@ def test_embeddings_equal_at_published_sizes(name):
 
 @pytest.mark.parametrize("case", CASES)
 def test_weights_round_trip_bit_for_bit(case):
-    """T11's scale and bias are among them: shapes () and (1,)."""
+    """The scale and bias are among them: shapes () and (1,)."""
     cfg = CASES[case]
     state = their_model(cfg).state_dict()
     ours = layout.to_ours(state, cfg)
@@ -151,7 +151,7 @@ def test_weights_that_do_not_fit_are_all_named_at_once():
 )
 @pytest.mark.parametrize("size", [(71, 40), (33, 90), (24, 25)])
 def test_images_that_are_not_square_give_equal_embeddings(case, preprocess, size):
-    """T18, each side with its own preprocessing."""
+    """Each side with its own preprocessing."""
     cfg = CASES[case]
     preprocess = {"size": cfg["vision_cfg"]["image_size"], **preprocess}
     transform = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)

@@ -42,8 +42,7 @@ def folder(request, tmp_path_factory):
 @pytest.mark.parametrize("answers", [False, True])
 @torch.no_grad()
 def test_paligemma_ids_pixels_masks_and_logits_match_reference(folder, answers):
-    """Through the processors of both sides, in a batch of unequal length. Traps T2, T3, T5, T6,
-    T16, T17 and T18."""
+    """Through the processors of both sides, in a batch of unequal length."""
     model, (peer, processor) = vlm.load(folder, "cpu"), reopened(folder)
     batch, inputs = our_batch(model, answers), their_inputs(processor, answers=answers)
     assert torch.equal(batch.valid, inputs["attention_mask"].bool())
@@ -63,7 +62,7 @@ def test_paligemma_ids_pixels_masks_and_logits_match_reference(folder, answers):
 
 @torch.no_grad()
 def test_paligemma_rows_alone_match_the_batch(folder):
-    """Trap T3, beside the reference one by one."""
+    """Beside the reference one by one."""
     model, (peer, processor) = vlm.load(folder, "cpu"), reopened(folder)
     logits = our_logits(model, batch := our_batch(model))
     for number, row in enumerate(ROWS):
@@ -73,7 +72,7 @@ def test_paligemma_rows_alone_match_the_batch(folder):
 
 
 def test_paligemma_loss_and_gradients_match_reference(folder):
-    """The loss is the mean over answers and their ends. Trap T5."""
+    """The loss is the mean over answers and their ends."""
     model, (peer, processor) = vlm.load(folder, "cpu"), reopened(folder)
     batch, inputs = our_batch(model, padding="right"), their_inputs(processor)
     expected = peer(**inputs).loss
@@ -92,7 +91,7 @@ def test_paligemma_loss_and_gradients_match_reference(folder):
 
 @torch.no_grad()
 def test_paligemma_greedy_ids_match_reference_and_batches(folder):
-    """Generated ids are answer. Traps T2 and T13."""
+    """Generated ids are answer."""
     model, (peer, processor) = vlm.load(folder, "cpu"), reopened(folder)
     images, prompts, _ = zip(*ROWS)
     prompts = [f"<image>{prompt}" for prompt in prompts]
@@ -111,7 +110,7 @@ def test_paligemma_greedy_ids_match_reference_and_batches(folder):
 
 @torch.no_grad()
 def test_paligemma_answers_continue_as_when_read_at_once(folder):
-    """The slow twin of generation: every id by a whole pass over prompt and answer. Trap T2."""
+    """The slow twin of generation: every id by a whole pass over prompt and answer."""
     model = vlm.load(folder, "cpu")
     rows = [model.processor.encode_prompt(example) for example in examples(answers=False)]
     batch = collate(rows, model.processor.pad_id, "left")
@@ -178,7 +177,7 @@ def test_paligemma_score_is_the_references(folder):
 
 @torch.no_grad()
 def test_paligemma_scales_text_and_not_images(folder):
-    """Trap T17: text vectors are the table's rows times √width, image tokens are the adaptor's."""
+    """Text vectors are the table's rows times √width, image tokens are the adaptor's."""
     module = vlm.load(folder, "cpu").module
     batch = our_batch(vlm.load(folder, "cpu"))
     tokens, owner = module.encode(batch.groups)
@@ -190,7 +189,7 @@ def test_paligemma_scales_text_and_not_images(folder):
 
 
 def test_paligemma_locations_and_segments_are_one_id_each(folder):
-    """Trap T7: there and back, within text too."""
+    """There and back, within text too."""
     model = vlm.load(folder, "cpu")
     tokenizer = model.processor.text_tokenizer
     tokens = [*model.processor.loc.tokens, *SEG_TOKENS]
@@ -206,8 +205,7 @@ def test_paligemma_locations_and_segments_are_one_id_each(folder):
 
 
 def test_paligemma_boxes_put_y_first(folder):
-    """What is written of a box, and where an answer's boxes lie, in an image that is not square.
-    Trap T18."""
+    """What is written of a box, and where an answer's boxes lie, in an image that is not square."""
     model = vlm.load(folder, "cpu")
     image = one_image(7, (100, 200))
     boxes = (Box(0, (20, 10, 160, 90), "cat"), Box(0, (100, 50, 200, 100), "dog"))

@@ -124,13 +124,12 @@ def test_paligemma_names_all_wrong_keys_at_once(folder, tmp_path):
 
 
 def test_paligemma_raises_when_the_processor_counts_other_places(folder, tmp_path):
-    """Trap T16."""
     out = shutil.copytree(folder, tmp_path / "miscounted")
     path = out / "processor_config.json"
     values = json.loads(path.read_text())
     values["image_processor"]["image_seq_length"] = 15
     path.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="writes 15 places for an image, the model gives 16"):
+    with pytest.raises(ValueError, match="writes 15 image tokens for an image, the model gives 16"):
         vlm.load(out, "cpu")
 
 
@@ -155,7 +154,6 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_paligemma_full_sizes_hold_the_published_parameters(size):
-    """Trap T16 too."""
     kind, billions = PUBLISHED[size]
     sizes = paligemma.SIZES[size]
     config = transformers.PaliGemmaConfig(

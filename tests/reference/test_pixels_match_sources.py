@@ -1,6 +1,6 @@
 """PixelSpecs give the very pixels of transformers, timm and open_clip.
 
-Images are photographs that are not square (trap T18: on square images, side rounding, centring
+Images are photographs that are not square (on square images, side rounding, centring
 and the order of rows and columns cannot go wrong visibly), landscape and portrait, odd-sided,
 larger and smaller than the target. Before normalising the values must be *equal*, not only within
 one grey level; after it they may differ by float32 rounding.

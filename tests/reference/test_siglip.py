@@ -55,7 +55,7 @@ def check_same(folder, theirs, texts=TEXTS, images=IMAGES):
 
 @pytest.mark.filterwarnings("ignore:.*tokens were cut")
 def test_siglip_vectors_match_reference(folder):
-    """T18; T3's exception: texts of unequal length, all at the trained one. 30 / 8 uses 24."""
+    """Texts of unequal length, all at the trained one. 30 / 8 uses 24."""
     check_same(folder, reference_outputs(folder))
 
 
@@ -69,7 +69,7 @@ def test_siglip_at_another_published_geometry_matches_reference(tmp_path):
 
 @pytest.mark.slow
 def test_siglip_at_a_published_geometry_and_width_matches_reference(tmp_path):
-    """T18, B/16 at 224 pixels, 64 places for texts; four layers and two, few ids, to be quick."""
+    """B/16 at 224 pixels, 64 places for texts; four layers and two, few ids, to be quick."""
     size = siglip.SIZES["siglip-base-patch16-224"]
     text = size.text | {"num_hidden_layers": 2}
     vision = size.vision | {"num_hidden_layers": 4}
@@ -84,7 +84,7 @@ def test_siglip_at_a_published_geometry_and_width_matches_reference(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*tokens were cut")
 def test_siglip_texts_always_have_the_trained_length(folder):
-    """T3's exception: alone or in a batch, a text is the same."""
+    """Alone or in a batch, a text is the same."""
     model = vlm.load(folder)
     for texts in (["a"], ["a", "a photo of two dogs and a cat and a tree"]):
         ids, valid, _ = model.processor.texts(texts)
@@ -95,7 +95,7 @@ def test_siglip_texts_always_have_the_trained_length(folder):
 
 
 def test_siglip_attends_its_pads(folder):
-    """T3's exception: what stands at a pad changes the text's vector, and no mask is given."""
+    """What stands at a pad changes the text's vector, and no mask is given."""
     model = vlm.load(folder)
     ids, valid, _ = model.processor.texts(["a cat"])
     other = ids.clone()

@@ -44,7 +44,7 @@ close = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
     ids=["published", "left", "masked", "class_defaults"],
 )
 def test_siglip2_embeddings_match_reference_through_the_real_processor(options, tmp_path):
-    """Traps T3 (pads are attended, unless the tokenizer masks them) and T18: tall, wide, square,
+    """Pads are attended, unless the tokenizer masks them; images are tall, wide, square,
     tiny and large images in one batch of transformers, padded and masked there."""
     reference = saved(tmp_path, **options)
     model = load(tmp_path)

@@ -49,7 +49,6 @@ def ours_and_theirs(name, size_hw, *, layer, norm, pooled):
     ["SiglipVisionModel", "ViTModel", "DeiTModel", "Dinov2Model", "Dinov2WithRegistersModel"],
 )
 def test_transformers_tokens_equal_last_hidden_state(name, size_hw):
-    """Trap T18."""
     ours, theirs = ours_and_theirs(name, size_hw, layer=-1, norm=True, pooled=True)
     close(ours.tokens, theirs.last_hidden_state)
     close(ours.pooled, theirs.pooler_output)
@@ -57,7 +56,6 @@ def test_transformers_tokens_equal_last_hidden_state(name, size_hw):
 
 @pytest.mark.parametrize("size_hw", SIZES)
 def test_clip_tokens_equal_last_hidden_state_before_the_norm(size_hw):
-    """Trap T18."""
     ours, theirs = ours_and_theirs("CLIPVisionModel", size_hw, layer=-1, norm=False, pooled=True)
     close(ours.tokens, theirs.last_hidden_state)
     close(ours.pooled, theirs.pooler_output)
@@ -66,7 +64,7 @@ def test_clip_tokens_equal_last_hidden_state_before_the_norm(size_hw):
 @pytest.mark.parametrize("layer", [-1, -2, -3, -4, 0, 1, 3])
 @pytest.mark.parametrize("name", ["CLIPVisionModel", "SiglipVisionModel", "Dinov2Model"])
 def test_transformers_layers_equal_hidden_states(name, layer):
-    """LLaVA reads CLIP's hidden_states[-2]. Trap T18."""
+    """LLaVA reads CLIP's hidden_states[-2]."""
     ours, theirs = ours_and_theirs(name, (64, 96), layer=layer, norm=False, pooled=False)
     close(ours.tokens, theirs.hidden_states[layer])
 
@@ -181,7 +179,7 @@ SWIN = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "wind
 )
 @pytest.mark.parametrize("pooled", [True, False])
 def test_timm_tokens_equal_forward_features(name, arguments, as_tokens, pooled):
-    """Trap T18: NLC, NHWC and NCHW backbones; pooled is the headless model's output."""
+    """NLC, NHWC and NCHW backbones; pooled is the headless model's output."""
     torch.manual_seed(0)
     reference = timm.create_model(name, num_classes=0, **arguments).eval()
     tokenizer = TimmTokenizer(
@@ -208,7 +206,6 @@ def test_timm_tokens_equal_forward_features(name, arguments, as_tokens, pooled):
 @pytest.mark.parametrize("level", [0, 1, 2, -2])
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "efficientnet_lite0"])
 def test_timm_levels_equal_features_only(name, level):
-    """Trap T18."""
     torch.manual_seed(0)
     arguments = SWIN | {"img_size": (64, 96)} if "swin" in name else {}
     reference = timm.create_model(name, num_classes=0, **arguments).eval()
@@ -257,7 +254,7 @@ OPEN_CLIP = {
 
 @pytest.mark.parametrize("name", OPEN_CLIP)
 def test_open_clip_pooled_equals_encode_image(name):
-    """Trap T18 where the tower can be built non-square."""
+    """Where the tower can be built non-square."""
     torch.manual_seed(0)
     size_hw = (64, 64) if name == "resnet" else (64, 96)
     vision_cfg = OPEN_CLIP[name] | {"image_size": 64 if name == "resnet" else size_hw}

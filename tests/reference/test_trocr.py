@@ -77,7 +77,7 @@ def write(model, new=10, **options):
 
 @torch.no_grad()
 def test_trocr_logits_match_reference(folder):
-    """T18, T3: through the real processor, images that are not square, texts of unequal length;
+    """Through the real processor, images that are not square, texts of unequal length;
     prefix tokens are attended to."""
     model, theirs = load(folder), reference(folder)
     batch = batch_of(model.processor)
@@ -94,7 +94,7 @@ def test_trocr_logits_match_reference(folder):
 
 @torch.no_grad()
 def test_trocr_loss_is_that_of_the_unshifted_labels(folder):
-    """T1: labels are shifted once: the loss is transformers', whose labels it shifts itself."""
+    """Labels are shifted once: the loss is transformers', whose labels it shifts itself."""
     model, theirs = load(folder), reference(folder)
     batch = batch_of(model.processor)
     labels = batch.ids.masked_fill(~batch.scored, -100)[:, 1:]
@@ -119,7 +119,7 @@ def test_trocr_greedy_ids_match_reference(folder):
 
 
 def test_trocr_beams_match_reference(folder):
-    """T20: and the log-probabilities of what they wrote are its own."""
+    """And the log-probabilities of what they wrote are its own."""
     model, theirs = load(folder), reference(folder)
     options = dict(num_beams=3, max_new_tokens=8, length_penalty=2.0, no_repeat_ngram_size=3)
     expected = theirs.generate(pixels_of(folder), **options)[:, 1:].tolist()
@@ -153,7 +153,7 @@ def test_trocr_saved_as_reference_opens_in_transformers(folder, tmp_path, throug
 
 @torch.no_grad()
 def test_trocr_lines_keep_their_shape_by_resized_positions(folder, tmp_path):
-    """T18: square encoders read 16 x 72 pixels, positions as transformers resizes them; what they
+    """Square encoders read 16 x 72 pixels, positions as transformers resizes them; what they
     make is saved in our own layout, and refused in the published one."""
     model = load(folder).with_size((16, 72))
     batch = batch_of(model.processor)
@@ -179,7 +179,7 @@ def test_trocr_lines_keep_their_shape_by_resized_positions(folder, tmp_path):
     indirect=True,
 )
 def test_trocr_lines_of_other_widths_read_alone_as_in_a_batch(folder):
-    """T3, T18: memories of unequal length are padded and masked."""
+    """Memories of unequal length are padded and masked."""
     model = load(folder).with_size((16, 96), fit="height", patch_px=8)
     processor = model.processor
     rows = [processor.encode_image(image) for image in IMAGES]
@@ -206,7 +206,7 @@ def test_trocr_in_bf16_computes_in_it_throughout(folder, tmp_path):
 
 
 def test_trocr_ids_and_habits_come_from_the_folder(tmp_path):
-    """T8: the start id is the folder's, whatever the decoder's class says of itself."""
+    """The start id is the folder's, whatever the decoder's class says of itself."""
     write_folder(tmp_path, num_beams=4, length_penalty=2.0, max_length=12, no_repeat_ngram_size=3)
     model = load(tmp_path)
     assert (model.processor.start_ids, model.end_ids, model.processor.pad_id) == ((2,), (2,), 1)

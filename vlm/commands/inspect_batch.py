@@ -162,19 +162,19 @@ def show_packed(
         console.print()
         console.print(Text(f"packed row {number + 1} of {len(batches)}", style="bold"), end="")
         console.print(
-            f"  {count} end to end, {bounds[-1]} places of at most {pack} "
+            f"  {count} end to end, {bounds[-1]} positions of at most {pack} "
             f"({bounds[-1] / pack:.0%}); borders at {' '.join(map(str, bounds))}",
             highlight=False,
         )
         for row, start, end in zip(part, bounds, bounds[1:]):
-            console.print(Text(f"──┤ place {start} ├{'─' * 40}", style=BORDER))
+            console.print(Text(f"──┤ position {start} ├{'─' * 40}", style=BORDER))
             _show_places(row, batch, 0, slice(start, end), processor, console)
         console.print(Text(f"──┤ end {bounds[-1]} ├{'─' * 40}", style=BORDER))
         _show_pixels(batch, console)
     padded = NextToken(processor.pad_id)
     console.print(
         f"\n{len(kept)} examples in {len(batches)} packed rows: utilisation "
-        f"{_utilisation(objective, batches):.0%} of the places computed; padded side by side it "
+        f"{_utilisation(objective, batches):.0%} of the positions computed; padded side by side it "
         f"would be {_utilisation(padded, padded.collate(kept)):.0%}",
         highlight=False,
     )
@@ -194,7 +194,7 @@ def _show_places(
     ids, scored, valid = (mask[b, own] for mask in (batch.ids, batch.scored, batch.valid))
     console.print(Text(row.name, style="bold"), end="")
     console.print(
-        f"  {len(row.ids)} places: {int((row.ids == IMAGE).sum())} image, "
+        f"  {len(row.ids)} positions: {int((row.ids == IMAGE).sum())} image, "
         f"{int((row.ids != IMAGE).sum())} text, {int(row.scored.sum())} scored; "
         f"{int((~valid).sum())} padding" + (f"; {row.cut} text tokens cut" if row.cut else ""),
         highlight=False,
@@ -240,7 +240,7 @@ def show_pairs(
         )
         console.print(caption_text(batch.ids[b], valid, processor))
         sizes = ", ".join(_shapes(pixels, 0) for pixels, _ in pair.views)
-        console.print(f"picture: {sizes}", highlight=False)
+        console.print(f"image: {sizes}", highlight=False)
     return batch
 
 

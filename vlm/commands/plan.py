@@ -41,7 +41,7 @@ class MakePlan:
     rows: int = 16
     """How many of the run's rows are looked at, drawn from all of its steps."""
     tokens: int | None = None
-    """Text places of each row, in place of its own text."""
+    """Text tokens of each row, instead of its own text."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -155,7 +155,7 @@ class MakePlan:
         )
         console.print(
             f"memory by the heaviest and time by all of some {self.rows} rows of the run; reading "
-            "data, evaluations and checkpoints skipped",
+            "data, evaluations and checkpoints not counted",
             style="dim",
         )
 

@@ -3,7 +3,7 @@
 - Operators without a public function: `linear_prepacked`, `prepack_linear`, `can_prepack`
   (weights in oneDNN's layout, `vlm.kernels.packed_linear`), `softmax_backward`
   (`vlm.kernels.attention`), `silu_backward` (`vlm.kernels.norm_mlp`), `gelu_`
-  (`vlm.kernels.mlp_parts`), `multiply_all_` and `copy_all_` (clipping and working weights), and
+  (`vlm.kernels.mlp_parts`), `multiply_all_` and `copy_all_` (clipping and compute copies), and
   those whose flops and shapes are counted by hand (`CPU_ATTENTION`, `CPU_ATTENTION_BACKWARD`,
   `CTC`, `CTC_BACKWARD`, `SCALAR`, `UNSAFE_INDEX`).
 - Fake tensors, dispatch modes and trees of tensors: `vlm.training.memory.simulate`.

@@ -74,7 +74,7 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """The text alone, places of images and boxes skipped."""
+        """The text alone, without image marks and boxes."""
         return "".join(part for part in self.content if isinstance(part, str))
 
     @property
@@ -89,7 +89,7 @@ class Turn:
 
     @property
     def slots(self) -> int:
-        """The number of image places."""
+        """The number of image marks."""
         return sum(part is None for part in self.content)
 
 
@@ -117,7 +117,7 @@ class Example:
         slots = sum(turn.slots for turn in self.turns)
         if slots != len(self.images):
             raise BadRow(
-                f"{self.name}: the turns have {slots} image places, the row has "
+                f"{self.name}: the turns have {slots} image marks, the row has "
                 f"{len(self.images)} images"
             )
         for turn in self.turns:

@@ -96,8 +96,8 @@ def nearest_rows(
             nearest = torch.where(score > best, torch.tensor(usable)[top], nearest)
             best = torch.maximum(best, score)
     all_best, all_rows = map(torch.stack, zip(*gather_list(accelerator, [(best, nearest)])))
-    after = all_best < all_best.max(0).values
-    chosen = all_rows.masked_fill(after, len(known)).min(0).values.tolist()
+    behind = all_best < all_best.max(0).values
+    chosen = all_rows.masked_fill(behind, len(known)).min(0).values.tolist()
     if -1 in chosen:
         raise ValueError(
             f"--baseline {known.name}: expected rows with an image and an answer, found none"

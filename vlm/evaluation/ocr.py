@@ -89,7 +89,7 @@ class Settings(base.Settings):
 
 
 class OcrEvaluation(base.Evaluation[Settings]):
-    """How right the texts are that a model and other readers read, and how fast they are."""
+    """Error rates and speed of a model and of other readers."""
 
     task = "ocr"
     settings_type = Settings

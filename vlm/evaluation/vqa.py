@@ -74,7 +74,7 @@ class Answered:
 
 
 class VqaEvaluation(base.Evaluation[Settings]):
-    """How right greedy answers are."""
+    """VQA accuracy and ANLS of greedy answers."""
 
     task = "vqa"
     settings_type = Settings

@@ -75,7 +75,7 @@ def require_segments(text: nn.Module) -> None:
     if not takes_attention(text) or not _choosing(text):
         why = "does not take its attention from transformers' registry"
     elif others or has_recurrence(text):
-        why = f"mixes places by more than attention ({', '.join(others) or 'a recurrence'})"
+        why = f"mixes positions by more than attention ({', '.join(others) or 'a recurrence'})"
     else:
         return
     raise ValueError(

@@ -75,7 +75,7 @@ def calibration(confidence: ArrayLike, right: ArrayLike, bins: int = 15) -> Cali
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scaling:
-    """From a raw confidence p to an honest one: sigmoid(logit(p) / temperature + offset).
+    """From a raw confidence p to a calibrated one: sigmoid(logit(p) / temperature + offset).
 
     A temperature above 1 brings confidences nearer to one half, one below 1 away from it. With
     temperature 1 and offset 0 nothing changes.

@@ -194,7 +194,7 @@ def _recalls(
     for i, k in enumerate(ks):
         share = int(hits[:, i].sum()) / queries
         low, high = map(float, low_high[:, i])
-        if low == high:  # samples that are all alike say nothing of how sure it is
+        if low == high:  # samples that are all alike say nothing of its uncertainty
             _, low, high = wilson(share * images, images)
         recalls[k] = Interval(share, low, high)
     return recalls

@@ -1,4 +1,4 @@
-"""A share or another figure that was measured on a sample, with how sure it is."""
+"""A share or another figure that was measured on a sample, with its confidence interval."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Interval(NamedTuple):
 
 
 def wilson(hits: float, count: int, z: float = 1.959964) -> Interval:
-    """The share of hits with Wilson's score interval, by default at 95 %; honest at 0 and 1 too.
+    """The share of hits with Wilson's score interval, by default at 95 %; valid at 0 and 1 too.
 
     Draws are taken as independent, which phrases of one image are not quite. hits need not be
     whole: a share of another count may be stated for as many draws as are independent.

@@ -1,4 +1,4 @@
-"""How right read texts are: character and word error rates, exact lines, and what is confused.
+"""Errors of read texts: character and word error rates, exact lines, and what is confused.
 
 Rates are pooled: the edits of all lines over the characters (code points) or words of all truths,
 so that a long line counts for more than a short one. Both texts are normalised first, by a choice
@@ -73,7 +73,7 @@ class Confusion(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextResult:
-    """How right the texts of some lines are.
+    """The error rates of the texts of some lines.
 
     cer, wer: edits over characters and over words, pooled over lines; where the truths hold none,
     the number of edits, as in jiwer. Intervals are those between the 2.5th and 97.5th percentile
@@ -243,7 +243,7 @@ def compare_texts(
 
 
 def differences(truth: str, read: str) -> list[tuple[str, str]]:
-    """Both texts cut into pairs of equal, exchanged (of equal length), skipped and added pieces,
+    """Both texts cut into pairs of equal, exchanged (of equal length), missing and added pieces,
     in order; the least edits, by jiwer.
 
     >>> differences("a cat", "a coat!")
@@ -363,7 +363,7 @@ def _bootstrap(
     that what is drawn is how often each kind of line comes, which is a multinomial.
 
     Where every sample has the same rate (no edit at all, nothing right, one line), the samples say
-    nothing of how sure it is: the interval is Wilson's over the units, which at no edit reaches to
+    nothing of its uncertainty: the interval is Wilson's over the units, which at no edit reaches to
     about 4 edits. Of differences between readers, below 0 or 0, it is mirrored."""
     if draws < 1:
         raise ValueError(f"draws: expected 1 or more, found {draws}")

@@ -1,4 +1,4 @@
-"""How right answers to questions are: VQA accuracy, and ANLS for answers read off documents.
+"""Accuracy of answers to questions: VQA accuracy, and ANLS for answers read off documents.
 
 Pure functions over pairs (answer, references), a pair for each question, with any number of
 references: those of ten annotators in VQA v2, the spellings that are right in DocVQA, or one.
@@ -116,7 +116,7 @@ def anls(pairs: Sequence[Pair]) -> np.ndarray:
     space between words, do not count.
     Source: Biten et al. 2019 (ST-VQA), equation 1, and Mathew et al. 2021 (DocVQA). At exactly 0.5
     the similarity counts, as in the evaluation code of the Robust Reading Competition; the equation
-    skips it.
+    excludes it.
     Raises ValueError for no pairs, or a question without references, naming it by its place.
     """
     _check(pairs)
@@ -153,7 +153,7 @@ def vqa_metrics(pairs: Sequence[Pair]) -> dict[str, float | list[float] | int]:
     and vqa_accuracy and anls with their 95 % intervals.
 
     Intervals are Wilson's for a share of as many draws as there are questions: wider than need be
-    where answers are partly right, and honest at 0 and 1.
+    where answers are partly right, and valid at 0 and 1.
     """
     measured = {"vqa_accuracy": vqa_accuracies(pairs), "anls": anls(pairs)}
     result: dict[str, float | list[float] | int] = {

@@ -122,7 +122,7 @@ def _search(logprobs: Tensor, beams: int) -> list[int]:
 
 
 def _aligned(text: list[int], logprobs: Tensor) -> Read:
-    """A text's likeliest way on a line (Viterbi): where each character stands, and how sure."""
+    """A text's likeliest way on a line (Viterbi): where characters stand, and confidences."""
     if not text:
         return [], [], []
     states = [BLANK] + [s for id in text for s in (id, BLANK)]

@@ -2,7 +2,7 @@
 
 A confidence is the model's estimate, in 0 to 1, that a piece is right as a whole: a token's that it
 stands there, a word's the product of its tokens', a line's that nothing else stands there either.
-Temperatures, fitted on held-out lines, make them honest.
+Temperatures, fitted on held-out lines, calibrate them.
 
 Texts are in logical order, in which they are said and typed: those of Arabic, Hebrew and other
 scripts that run from right to left are not turned round, neither here nor in what is written to

@@ -228,7 +228,7 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
     except Exception as error:  # the tag lies in a block of its own: the pixels are sound
-        message = f"{name}: its EXIF block cannot be read and is skipped ({error})"
+        message = f"{name}: its EXIF block cannot be read and is ignored ({error})"
         warnings.warn(message, stacklevel=3)
         return image
 

@@ -203,8 +203,8 @@ class PixelSpec:
         """
         if self._turns(size_hw):
             raise ValueError(
-                f"a picture of {size_hw[0]} × {size_hw[1]} pixels is turned to fit "
-                f"{self.size_hw[0]} × {self.size_hw[1]}: its places have no record"
+                f"an image of {size_hw[0]} × {size_hw[1]} pixels is turned to fit "
+                f"{self.size_hw[0]} × {self.size_hw[1]}: its coordinates have no record"
             )
         resized_hw = self._resized_hw(size_hw)
         top, left = self._start(resized_hw)

@@ -156,7 +156,7 @@ def embed_texts(
 
 
 def only_image(example: Example):
-    """The one picture of an example. Raises BadRow where it has none or several."""
+    """The one image of an example. Raises BadRow where it has none or several."""
     if len(example.images) != 1:
         raise BadRow(f"{example.name}: expected one image, found {len(example.images)}")
     return example.images[0]
@@ -193,7 +193,7 @@ class _Collate:
 def _read_image(
     processor: PairProcessor, beside: Callable[[Example], Any] | None, example: Example
 ) -> tuple[Pair, Any]:
-    """The picture of an example as a pair without its text, and what is kept beside it."""
+    """The image of an example as a pair without its text, and what is kept beside it."""
     kept = None if beside is None else beside(example)
     views = processor.views(only_image(example), example.name)
     return Pair(name=example.name, ids=torch.empty(0), views=views), kept

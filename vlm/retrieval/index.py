@@ -170,7 +170,7 @@ class Index:
                 vectors.append(part.vectors)
                 files += [todo[i] for i in part.places]
                 skipped += part.skipped
-        except BaseException:  # an interrupt too: hours of work may lie after
+        except BaseException:  # an interrupt too: hours of work may lie behind
             if out is not None and len(files) > len(kept):
                 whole(complete=False).save(out)
             raise
@@ -281,7 +281,7 @@ class Index:
         return scores, [[self.folder / self.files[i].path for i in row] for row in rows]
 
     def fault(self, path: Path) -> str:
-        """What has become of a picture of the index: "" is nothing, else "missing" or "changed"."""
+        """What has become of an image of the index: "" is nothing, else "missing" or "changed"."""
         relative = path.relative_to(self.folder).as_posix()
         try:
             same = _file(self.folder, path) == self._by_path[relative]

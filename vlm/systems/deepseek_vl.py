@@ -87,7 +87,7 @@ CHAT_TEMPLATE = f"""\
 {{%- endfor -%}}
 {{%- if add_generation_prompt -%}}{{{{ 'Assistant:' }}}}{{%- endif -%}}"""
 """The published conversation, for contents that are plain text. A system message stands in place
-of the fixed one, as in the authors' code; an empty one skips it."""
+of the fixed one, as in the authors' code; an empty one removes it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,8 +239,8 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
     places = processor.places_for(low_spec.size_hw).length
     if places != reader.num_image_tokens:
         raise ValueError(
-            f"{where}: the processor writes {reader.num_image_tokens} places for an image, the "
-            f"model gives {places} image tokens"
+            f"{where}: the processor writes {reader.num_image_tokens} image tokens for an image, "
+            f"the model gives {places}"
         )
     return DecoderOnlyModel(
         module=module.eval(),

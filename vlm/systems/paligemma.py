@@ -227,8 +227,8 @@ def load(folder: Path, values: dict[str, Any]) -> PrefixDecoderModel:
     places = processor.places_for(tokenizer.pixel_spec.size_hw).length
     if places != reader.image_seq_length:
         raise ValueError(
-            f"{where}: the processor writes {reader.image_seq_length} places for an image, the "
-            f"model gives {places} image tokens"
+            f"{where}: the processor writes {reader.image_seq_length} image tokens for an image, "
+            f"the model gives {places}"
         )
     model = PrefixDecoderModel(
         module=module.eval(),

@@ -75,7 +75,7 @@ def _vision_of(
     folder: str, size_hw: tuple[int, int] | None, layer: int, prefix: str, pooled: bool
 ) -> ImageTokenizer:
     """The image tokenizer, weights and all, of a model of any family; what is not asked of it, such
-    as the pooling of a contrastive one, is left after."""
+    as the pooling of a contrastive one, is left behind."""
     trained = systems.load(folder, device="cpu", dtype="stored").module.tokenizer
     values = tokenizers.config_to_dict(trained)
     kind = values["kind"]

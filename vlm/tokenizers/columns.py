@@ -176,7 +176,7 @@ class Near(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, values = self.gate(x).chunk(2, -1)
-        # As a picture of one row, which lies in memory as channels last: several times as fast.
+        # As an image of one row, which lies in memory as channels last: several times as fast.
         values = values.transpose(1, 2)[:, :, None]
         kernel = self.window.weight[:, :, None]
         reach = self.window.padding[0]

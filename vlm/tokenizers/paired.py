@@ -47,7 +47,7 @@ class PairedSpec:
         return tuple(zip(self.high.view_sizes(size_hw), self.low.view_sizes(low_hw), strict=True))
 
     def resize_record(self, size_hw: tuple[int, int]) -> Resize:
-        """Where the pixels of a picture of `size_hw` go in the high tower's view."""
+        """Where the pixels of an image of `size_hw` go in the high tower's view."""
         return self.high.resize_record(size_hw)
 
     def __call__(self, image: Image.Image) -> list[tuple[Tensor, Tensor]]:

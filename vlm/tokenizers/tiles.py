@@ -80,7 +80,7 @@ class TilesSpec:
             )
 
     def layout(self, size_hw: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of tiles of a picture of `size_hw` pixels."""
+        """Rows and columns of tiles of an image of `size_hw` pixels."""
         return tile_grid(size_hw, self.tile.size_hw, self.max_tiles)
 
     def view_sizes(self, size_hw: tuple[int, int]) -> tuple[tuple[int, int], ...]:

@@ -81,7 +81,7 @@ Config = TorchvisionConfig
 class TorchvisionTokenizer(ImageTokenizer):
     """The last feature map of a torchvision network as image tokens, row by row.
 
-    Takes the layers of `network` over and leaves its head after. Vision transformers and MaxViT
+    Takes the layers of `network` over and leaves its head behind. Vision transformers and MaxViT
     are made for one pixel size and refuse others. BatchNorm is left as it is.
 
     network: from `torchvision.models.get_model(name, **model_args)`.

@@ -126,7 +126,7 @@ class TransformersTokenizer(ImageTokenizer):
     Takes `backbone` over: blocks after `layer`, an unasked pooling head, an unasked final norm and
     mask tokens are removed from it, so that training finds no parameter without a gradient.
     Positions are resized to any grid of at least one patch, the encoder's own way; pixels beyond
-    the last whole patch are skipped (384 / 14 uses 378).
+    the last whole patch are unused (384 / 14 uses 378).
 
     backbone: one of the classes in `ENCODERS`, finished. The options are those of
         `TransformersConfig`.

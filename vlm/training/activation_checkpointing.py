@@ -51,7 +51,7 @@ def checkpoint_activations(module: nn.Module, parts: Sequence[str] = ("tokenizer
             if not _enable(owner) or (before and _kept(owner) >= before):
                 raise ValueError(
                     f"{where}: {_kind(owner)} has no blocks whose activations can be computed "
-                    "again, or they are so already; skip it of the parts"
+                    "again, or they are so already; leave it out of the parts"
                 )
 
 
@@ -66,7 +66,7 @@ def kept_parts(module: nn.Module, stage: Stage) -> list[str]:
 
 @contextmanager
 def saved_bytes() -> Iterator[dict[int, int]]:
-    """Counts what autograd keeps for the backward pass within the block, parameters skipped: a
+    """Counts what autograd keeps for the backward pass within the block, parameters excepted: a
     dict from a tensor's storage to its bytes, each storage once."""
     kept: dict[int, int] = {}
     held = []  # a storage that is freed could lend its address to another

@@ -1,4 +1,4 @@
-"""Settings that every recipe has: data, pace, precision, and where the run lies."""
+"""Settings that every recipe has: data, schedule, precision, and the run's folder."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class BaseSettings:
     """Keys of rows that are skipped although they change what a row means, such as: tools
     rejected. Without this they stop the run."""
     shard: Shard = "no"
-    """Part every weight, gradient and optimizer state over all processes ("all"), or over those of
+    """Shard every weight, gradient and optimizer state over all processes ("all"), or over those of
     one machine with a copy on each machine ("node"): for models that do not fit one GPU. An
     accelerate configuration that asks for FSDP turns it on. What is learned stays the same.
     Evaluations hold the whole model, in 16 bits, on every process: where it does not fit, set
@@ -76,7 +76,7 @@ class BaseSettings:
     warmup_ratio: float = 0.05
     """Share of the steps in which the learning rates rise."""
     min_lr_ratio: float = 0.1
-    """The last learning rate as a share of its peak, reached by a cosine; 1 keeps the peak."""
+    """Final learning rate over its peak, reached by a cosine; 1 keeps the peak."""
     weight_decay: float = 0.0
     """On matrices only."""
     clip: float = 1.0
@@ -157,8 +157,8 @@ def require_read_rates(settings: BaseSettings) -> None:
         if not isinstance(rate, Usual):
             option = name.replace("_", "-")
             raise ValueError(
-                f"--{option} {float(rate):g}: nothing learns at this rate, as {why}; skip it, "
-                "or let that part learn"
+                f"--{option} {float(rate):g}: nothing learns at this rate, as {why}; leave "
+                "it out, or let that part learn"
             )
 
 
@@ -169,8 +169,8 @@ FREE = ("out", "resume", "change", "keep", "threads", "workers", "eval_every", "
 
 
 LATER = {"bad_boxes": "stop", "ignore_keys": ()}
-"""Settings that runs of earlier versions do not have, and what they did: skipped where they say
-that, so that such a run goes on."""
+"""Settings that runs of earlier versions do not have, and what they did: left out of the run
+identity where they say that, so that such a run goes on."""
 
 
 def deciding(settings: BaseSettings) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class LoopConfig:
         if self.token_cache is not None and self.shard != "no":
             raise ValueError(
                 f"token_cache {self.token_cache}: sharded processes compute tokens together, so "
-                "that none may read them instead; skip it, or --shard"
+                "that none may read them instead; leave it out, or --shard"
             )
         if self.precision not in DTYPES:
             raise ValueError(f"precision is one of {', '.join(DTYPES)}, found {self.precision!r}")

@@ -8,7 +8,7 @@ from vlm.data.sources.base import Derived
 
 
 class Grounded(Derived):
-    """Another source's images and boxes as questions and boxes; what its rows say is skipped.
+    """Another source's images and boxes as questions and boxes; what its rows say is ignored.
 
     Reading a row without boxes raises BadRow.
     """

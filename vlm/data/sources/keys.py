@@ -93,8 +93,8 @@ class UnreadKeys:
     found: each key with its count, in the order in which they were met by this process.
     stops: whether a key that changes the meaning of its row raises BadSource. It ends a run also
         where bad rows are skipped, since it tells of a format and not of a row.
-    tells: whether a key that was not met before is told on stderr, once: on after what was found at
-        the start has been listed.
+    tells: whether a key that was not met before is told on stderr, once; true after what was found
+        at the start has been listed.
     """
 
     def __init__(self, ignore: Collection[str] = ()) -> None:

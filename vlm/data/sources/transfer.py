@@ -43,7 +43,7 @@ class Prompted(Derived):
 
 class Detect(Derived):
     """Another source's images and boxes, some labels of each image asked for at once; what its
-    rows say is skipped.
+    rows say is ignored.
 
     prompt: `{phrase}` is the place of the labels. seed: of how many labels a row asks for, which,
         and in what order; all that are asked for are on the image.

@@ -58,7 +58,7 @@ class Shape(NamedTuple):
 
 
 class Background(NamedTuple):
-    """What lies after: `kind` of BACKGROUNDS or HELD_BACK, the colours of its corners or extremes,
+    """What lies behind: `kind` of BACKGROUNDS or HELD_BACK, the colours of its corners or extremes,
     a seed."""
 
     kind: str

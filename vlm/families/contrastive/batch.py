@@ -71,7 +71,7 @@ class Texts(NamedTuple):
 
 
 def collate_pairs(pairs: Sequence[Pair]) -> PairBatch:
-    """A batch of pairs, in their order, texts padded after to the longest."""
+    """A batch of pairs, in their order, texts padded at their end to the longest."""
     rows = [(pair.ids, pair.valid, pair.pad_id) for pair in pairs]
     ids, valid = stack_ids(rows)
     return PairBatch(

@@ -28,7 +28,7 @@ class PairProcessor:
         and end tokens) is done. pixel_spec: of the image tokenizer.
     length: the most tokens of a text, those of the tokenizer itself included.
     pad_to_length: whether each text is padded to `length` (SigLIP), on the side that the tokenizer
-        says, or a batch's texts only to its longest, after.
+        says, or a batch's texts only to its longest, at their end.
     lower_case: whether texts are brought to lower case before the tokenizer sees them.
     end_id: an id put after each text, for tokenizers that put none (those of language models).
     Raises ValueError where a text must be padded and the tokenizer has no pad token.
@@ -68,7 +68,7 @@ class PairProcessor:
         return 0 if pad_id is None else pad_id
 
     def encode(self, example: Example) -> Pair:
-        """The image and caption of an example; what was asked before the caption is skipped.
+        """The image and caption of an example; what was asked before the caption is ignored.
 
         Raises BadRow naming the row where it has not exactly one image and one caption of which
         the model reads something; BadImage for an image that cannot be read.

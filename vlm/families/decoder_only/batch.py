@@ -246,9 +246,9 @@ def place(
     wrong = (found != places).nonzero()[:, 0].tolist()
     if wrong or len(found) != len(names):
         rows = "; ".join(
-            f"{names[row]}: {int(places[row])} image places in the text, "
+            f"{names[row]}: {int(places[row])} image positions in the text, "
             f"{int(found[row])} image tokens from its images"
             for row in wrong
         )
-        raise ValueError(f"image places and image tokens differ in {len(wrong)} rows: {rows}")
+        raise ValueError(f"image positions and image tokens differ in {len(wrong)} rows: {rows}")
     return text.masked_scatter(is_image[..., None], tokens.to(text.dtype))

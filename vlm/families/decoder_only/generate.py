@@ -58,7 +58,7 @@ def check_options(options: dict, seed: int | None = None) -> None:
         raise ValueError("num_return_sequences: there is one answer to each prompt; ask again")
     for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         if name in options:
-            raise ValueError(f"{name} would count the prompt's places too: give {instead}")
+            raise ValueError(f"{name} would count the prompt's tokens too: give {instead}")
 
 
 @torch.no_grad()

@@ -441,7 +441,7 @@ class Processor:
         pieces = marked.split(SLOT)
         if len(pieces) != len(images) + 1:
             raise BadRow(
-                f"{name}: the chat template wrote {len(pieces) - 1} image places for "
+                f"{name}: the chat template wrote {len(pieces) - 1} image marks for "
                 f"{len(images)} images"
             )
         spans = [span for image in images for span in image.spans]

@@ -154,7 +154,7 @@ class LineProcessor:
 
     def _row(self, name: str, images: Sequence, start: list[int], text: str) -> Row | Skipped:
         if not images:
-            raise BadRow(f"{name}: expected a picture of the text, found none")
+            raise BadRow(f"{name}: expected an image of the text, found none")
         written = self.text_ids(text, name)
         if own := {*self.start_ids, self.end_id, self.pad_id}.intersection(written):
             marks = self.text_tokenizer.convert_ids_to_tokens(sorted(own))

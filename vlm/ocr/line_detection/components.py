@@ -17,7 +17,7 @@ from vlm.ocr.line_detection.binarize import (
 )
 
 LEAST_PIECE_PX, LEAST_NOISY_PX = 3, 4
-"""The longer side of the smallest dot, and of the smallest on a picture of more than NOISY."""
+"""The longer side of the smallest dot, and of the smallest on an image of more than NOISY."""
 NOISY = 1.0
 STEP = 0.8
 """The spread of shades around a piece that is no letter, as a share of its contrast."""

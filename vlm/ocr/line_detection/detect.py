@@ -1,7 +1,7 @@
 """Where the lines of text are on a page, a scan or a photograph.
 
-Ink becomes pieces (`ink`), pieces that may be letters (`letters`) make lines (`lines`), and of the
-lines in dark ink and in light the true ones are chosen (`judge`). No learned model.
+Ink becomes pieces (`binarize`), pieces that may be letters (`components`) make lines (`grouping`),
+and of the lines in dark ink and in light the true ones are chosen (`filtering`). No learned model.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ _TEXT_MAP: Map = [
     ),
     ("ln_final.", "text.backbone.final_layer_norm.", SAME),
 ]
-"""Behind "text." where the model has `custom_text`."""
+"""After "text." where the model has `custom_text`."""
 
 CLIP_VISION_MAP: Map = [
     ("visual.class_embedding", "tokenizer.backbone.embeddings.class_embedding", SAME),

@@ -64,7 +64,7 @@ class Checkpoints:
 
     folder: where they lie, on a disk that all processes share.
     module, optimizer: whose state is saved, as `prepare` and `optimizer_for` left them.
-    decided: what decides what is learned, see `vlm.training.checkpoints.run_identity`; the first
+    decided: the run identity, see `vlm.training.checkpoints.run_identity`; the first
     process's counts. keep: how many are kept, the newest. say: shows a line to people.
     """
 

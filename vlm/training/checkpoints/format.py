@@ -136,7 +136,7 @@ def write(
 
 def _write_tensors(part: Path, tensors: Mapping[str, Tensor], all: Together) -> None:
     """Writes tensors by torch's own planner and writer. `dcp.save`, which does the same, logs each
-    tensor and gathers by a way of its own, and does not part plain tensors among processes."""
+    tensor and gathers by a way of its own, and does not divide plain tensors among processes."""
     planner, writer = dcp.DefaultSavePlanner(), dcp.FileSystemWriter(part)
     first = all.rank == 0
 

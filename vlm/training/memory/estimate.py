@@ -119,7 +119,7 @@ class Estimate:
 
     @property
     def tokens_per_example(self) -> float:
-        """Real places of the text stream, image places included; of lines, image tokens."""
+        """Tokens of the text stream, image tokens included; of lines, image tokens alone."""
         batches = self.simulated.objective.collate(self.rows)
         counts = [self.simulated.objective.count(batch) for batch in batches]
         return sum(count.tokens for count in counts) / len(self.rows)
@@ -188,14 +188,14 @@ class Estimate:
 
 
 def with_text_places(row: Any, count: int) -> Any:
-    """The row with `count` text places, cut at its end, or with more of what its end holds.
+    """The row with `count` text tokens, cut at its end, or with more of what its end holds.
 
     Raises ValueError for rows of lines, which have no text to read.
     """
     if count < 1:
-        raise ValueError(f"text places must be at least 1, found {count}")
+        raise ValueError(f"text tokens must be at least 1, found {count}")
     if isinstance(row, LineRow):
-        raise ValueError("a line reader's rows have no text places; leave --tokens out")
+        raise ValueError("a line reader's rows have no text tokens; leave --tokens out")
     images = int((row.ids == IMAGE).sum())
     more = images + count - len(row.ids)
     if isinstance(row, Pair):
@@ -204,7 +204,7 @@ def with_text_places(row: Any, count: int) -> Any:
     ids = _stretched(row.ids, more)
     if int((ids == IMAGE).sum()) != images:
         raise ValueError(
-            f"{row.name}: {count} text places would cut its images; its text has "
+            f"{row.name}: {count} text tokens would cut its images; its text has "
             f"{len(row.ids) - images}"
         )
     return dataclasses.replace(row, ids=ids, scored=_stretched(row.scored, more))

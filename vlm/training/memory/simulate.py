@@ -164,7 +164,7 @@ class SimulatedStep:
         return [*own, *self.state.copies.copies, *self._moments()]
 
     def _vocabulary(self) -> set[int]:
-        """How many ids logits are scores of; empty where the model writes no text."""
+        """How many ids logits are scores of; empty where the model does not generate text."""
         head = getattr(self.module, "head", None)
         if isinstance(head, nn.Linear):
             return {head.out_features}

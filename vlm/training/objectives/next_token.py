@@ -17,8 +17,9 @@ from vlm.training.sharding import level
 class NextToken:
     """Cross-entropy of the scored tokens: their sum over the number of them in the whole step.
 
-    pack: the most places of a packed row; None pads rows side by side. Raises ValueError below 1.
-    cost: the FLOP cost of rows and batches; None counts one for each place.
+    pack: the most positions of a packed row, at least 1; None pads rows side by side.
+    cost: the FLOP cost of rows and batches; None counts one for each position.
+    Raises ValueError naming a pack below 1.
     """
 
     totals = ("tokens",)
@@ -26,7 +27,7 @@ class NextToken:
 
     def __init__(self, pad_id: int, pack: int | None = None, cost: FlopCost | None = None) -> None:
         if pack is not None and pack < 1:
-            raise ValueError(f"pack must be at least 1 place, found {pack}")
+            raise ValueError(f"pack must be at least 1, found {pack}")
         self.pad_id = pad_id
         self.pack = pack
         self.cost = cost or FlopCost()

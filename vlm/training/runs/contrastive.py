@@ -181,7 +181,7 @@ class Settings(BaseSettings):
         for way, names in unread.items():
             given = sorted(name for name in names if getattr(self, name) != defaults[name])
             if given:
-                raise ValueError(f"{way} does not read {given}; skip them")
+                raise ValueError(f"{way} does not read {given}; leave them out")
 
 
 def training_data(settings: Settings) -> MixtureDataset:

@@ -43,22 +43,23 @@ class Settings(BaseSettings):
     text_held_out_rows: int = 0
     """How many of its rows; 0 evaluates none."""
     max_tokens: int | None = None
-    """Longest row, image places included; None takes the model's own: the language model's context,
+    """Longest row, image tokens included; None takes the model's own: the language model's context,
     or what an earlier run was told."""
     overflow: Literal["drop", "shrink"] = "drop"
     """Rows that are longer than the context: skipped, or their text cut from the end; both are
     counted."""
     pack: int | None = None
-    """Most places of a packed row: examples go through the language model end to end, without
+    """Most positions of a packed row: examples go through the language model end to end, without
     padding, and none sees another; a longer one goes alone. Losses and gradients stay, rows of
     unequal length take less time. None pads rows of like length side by side."""
     balance: bool = False
-    """Deal the rows of a step out to processes, and to their micro-batches, by what they cost, so
-    that none waits long for another: by operations of the image tokenizer on each view and of the
-    language model on each place. Counts of rows stay, and losses and gradients do. The price: every
-    process reads each row of the step, its text and its images' headers (before augmentation);
+    """Deal the rows of a step out to processes, and to their micro-batches, by FLOP cost, so that
+    none waits long for another: by operations of the image tokenizer on each view and of the
+    language model at each position. Counts of rows stay, and losses and gradients do. The price:
+    every process reads each row of the step, its text and its images' headers (before
+    augmentation);
     sources that draw their images would draw each on every process. `balance` among the figures
-    is the mean work of the processes over the largest; where data_wait rises, take more workers.
+    is the mean cost of the processes over the largest; where data_wait rises, take more workers.
     With a token_cache views count nothing. One process has nothing to deal out."""
     token_cache: Path | None = None
     """A folder where tokens of a frozen image tokenizer are kept, so that an image is encoded in
@@ -103,7 +104,7 @@ PARTS = ("vision", "image_px", "vision_layer", "text", "text_layers", "adaptor",
 class FromParts(Settings):
     """Settings of a run that composes its model of pretrained parts and a fresh adaptor.
 
-    mask: what a place of the stream sees, see `vlm.systems.compose.build`.
+    mask: what a position of the stream sees, see `vlm.systems.compose.build`.
     """
 
     mask: ClassVar[str] = "causal"
@@ -348,7 +349,7 @@ def training_data(settings: Settings) -> MixtureDataset:
     for name in ("modality_warmup", "warmup_ratio"):
         require_share(name, getattr(settings, name))
     if settings.pack is not None and settings.pack < 1:
-        raise ValueError(f"pack must be at least 1 place, found {settings.pack}")
+        raise ValueError(f"pack must be at least 1, found {settings.pack}")
     if settings.token_cache is not None and settings.augment != "none":
         raise ValueError(
             f"token_cache {settings.token_cache}: expected images that stay the same (augment "
