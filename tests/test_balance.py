@@ -8,11 +8,12 @@ import torch
 
 from tests import tiny, towers, training
 from tests.runs import launch, lines
-from vlm.data.example import BadRow, Example, ImageRef, Skipped, Turn
+from vlm.data.example import BadRow, Example, Skipped, Turn
 from vlm.data.mixture import StepSampler
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.image_tokens import pixel_shape
 from vlm.pixels import BadImage
+from vlm.pixels.image_ref import ImageRef
 from vlm.tokenizers.tiles import TilesTokenizer
 from vlm.training.base_settings import deciding
 from vlm.training.flop_cost import FlopCost, flop_cost_of

@@ -14,7 +14,7 @@ import vlm
 from tests import tiny, training
 from vlm import adaptors, tokenizers
 from vlm.config import to_dict
-from vlm.data.example import ImageRef, caption_example
+from vlm.data.example import caption_example
 from vlm.data.sources import ListSource
 from vlm.evaluation import main
 from vlm.evaluation.caption import read_questions
@@ -22,6 +22,7 @@ from vlm.evaluation.nearest_caption import nearest_rows, views_of
 from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.pixels import BadImage
+from vlm.pixels.image_ref import ImageRef
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,13 +14,14 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from vlm.data.example import ImageRef, caption_example
+from vlm.data.example import caption_example
 from vlm.data.sources import ListSource
 from vlm.draw import draw_lines
 from vlm.evaluation import main, ocr_peers, ocr_reading
 from vlm.metrics.calibration import calibration
 from vlm.metrics.text import compare_texts
 from vlm.ocr.results import Line, Reading, Token, Transcript, Word
+from vlm.pixels.image_ref import ImageRef
 
 ROOT = Path(__file__).parents[1]
 

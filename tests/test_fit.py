@@ -15,8 +15,9 @@ from torch import nn
 
 from tests import tiny, training
 from tests.runs import launch, learned, lines
-from vlm.data.example import BadRow, Example, ImageRef, Turn
+from vlm.data.example import BadRow, Example, Turn
 from vlm.pixels import BadImage
+from vlm.pixels.image_ref import ImageRef
 from vlm.training import stages
 from vlm.training.checkpoints import format as checkpoint_format
 from vlm.training.checkpoints.checkpoint import CheckpointError, list_checkpoints

@@ -6,10 +6,11 @@ from tokenizers import Regex, normalizers
 
 from tests import tiny
 from tests.contrastive_models import END, text_tokenizer
-from vlm.data.example import BadRow, Example, ImageRef, Turn, caption_example
+from vlm.data.example import BadRow, Example, Turn, caption_example
 from vlm.families.contrastive.batch import Pair, PairBatch, collate_pairs
 from vlm.families.contrastive.processor import PairProcessor
 from vlm.pixels import BadImage
+from vlm.pixels.image_ref import ImageRef
 
 SPEC = tiny.Patches().pixel_spec
 

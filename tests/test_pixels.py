@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from vlm.data.example import ImageRef
 from vlm.pixels import MAX_PIXELS, BadImage, open_image
+from vlm.pixels.image_ref import ImageRef
 
 RNG = np.random.default_rng(0)
 PHOTO = RNG.integers(0, 256, (23, 41, 3), dtype=np.uint8)

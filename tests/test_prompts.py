@@ -5,9 +5,10 @@ import torch
 from PIL import Image
 
 from tests import tiny
-from vlm.data.example import BadRow, Example, ImageRef, Skipped, Turn
+from vlm.data.example import BadRow, Example, Skipped, Turn
 from vlm.families.decoder_only.batch import IMAGE, collate
 from vlm.pixels import BadImage
+from vlm.pixels.image_ref import ImageRef
 from vlm.training.loading.encoded import Encoded
 
 LLAMA_2_STYLE = (

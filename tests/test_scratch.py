@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tests import tiny
-from vlm.data.example import ImageRef, caption_example
+from vlm.data.example import caption_example
 from vlm.families.contrastive.batch import collate_pairs
+from vlm.pixels.image_ref import ImageRef
 from vlm.systems import scratch
 from vlm.weights import same_bits
 

@@ -10,7 +10,7 @@ import random
 import pytest
 from PIL import Image
 
-from vlm.data.example import BadRow, Box, Example, ImageRef, Turn
+from vlm.data.example import BadRow, Box, Example, Turn
 from vlm.data.sources import (
     BadSource,
     RowFormat,
@@ -18,6 +18,7 @@ from vlm.data.sources import (
     open_source,
 )
 from vlm.pixels import BadImage, image_size, open_image
+from vlm.pixels.image_ref import ImageRef
 
 ANSWER = {"from": "gpt", "value": "a cat"}
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.rows import png, sample, write_tar
-from vlm.data.example import BadRow, ImageRef
+from vlm.data.example import BadRow
 from vlm.data.sources import (
     BadSource,
     RowFormat,
@@ -20,6 +20,7 @@ from vlm.data.sources import (
     shards,
 )
 from vlm.data.sources.tar import TarImages, walk_members
+from vlm.pixels.image_ref import ImageRef
 
 ANSWER = {"from": "gpt", "value": "a cat"}
 

@@ -5,8 +5,9 @@ import pickle
 import pytest
 from PIL import Image
 
-from vlm.data.example import BadRow, ImageRef, Turn
+from vlm.data.example import BadRow, Turn
 from vlm.data.sources import BadSource, TsvSource, open_source
+from vlm.pixels.image_ref import ImageRef
 
 
 @pytest.fixture

@@ -117,8 +117,8 @@ class Ocr:
         """Each page with what is read on it, under a progress bar; warnings stand above it."""
         from tqdm import tqdm
 
-        from vlm.data.example import ImageRef
         from vlm.ocr.documents import open_pages
+        from vlm.pixels.image_ref import ImageRef
 
         asked: deque[Page] = deque()  # pages whose readings are still to come
 

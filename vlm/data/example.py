@@ -8,8 +8,9 @@ loader's workers, through `vlm.pixels.open_image`, which refuses unsafe input.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from vlm.pixels.image_ref import ImageRef
 
 if TYPE_CHECKING:
     pass
@@ -27,19 +28,6 @@ class Skipped:
 
     name: str
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRef:
-    """An image not yet decoded.
-
-    data: encoded bytes (PNG, JPEG, ...), or the path of a file. Models take a decoded image too,
-        for its name's sake.
-    name: where it comes from, for messages, such as "train.tar: 1f600.png".
-    """
-
-    data: bytes | Path
-    name: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from vlm.compat.transformers import sdpa_attention_forward, sdpa_mask
+from vlm.kernels import WHOLE_PRODUCTS
 from vlm.kernels.attention import gains, whole_products
-from vlm.tokenizers.encoders import WHOLE_PRODUCTS
 
 
 def attend(

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from vlm.data.example import ImageRef
 from vlm.ocr.pdf import BadPdf, Pdf, count_pages, is_pdf
 from vlm.pixels import BadImage, image_size, open_image
+from vlm.pixels.image_ref import ImageRef
 
 
 class Page(NamedTuple):

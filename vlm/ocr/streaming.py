@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from vlm.data.example import ImageRef
 from vlm.ocr.results import Reading
 from vlm.pixels import image_size, open_image
+from vlm.pixels.image_ref import ImageRef
 
 T = TypeVar("T")
 

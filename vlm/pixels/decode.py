@@ -21,7 +21,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
 if TYPE_CHECKING:
-    from vlm.data.example import ImageRef
+    from vlm.pixels.image_ref import ImageRef
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Pillow's names of the formats that are tried."""
@@ -60,7 +60,7 @@ def open_image(
     PIL image, the frame it stands at.
     Raises BadImage for anything that is not a whole image of a known format and bounded size.
     """
-    from vlm.data.example import ImageRef
+    from vlm.pixels.image_ref import ImageRef
 
     if isinstance(source, ImageRef):
         with _placed(source):

@@ -1,0 +1,1 @@
+"""Indexes of image and text embeddings, and the search in them."""

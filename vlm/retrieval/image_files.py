@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from vlm.data.example import Example, ImageRef, Skipped, Turn
+from vlm.data.example import Example, Skipped, Turn
 from vlm.data.sources.base import Source
 from vlm.families.contrastive.batch import Pair
 from vlm.families.contrastive.model import ContrastiveModel
@@ -21,6 +21,7 @@ from vlm.families.contrastive.processor import PairProcessor
 from vlm.families.decoder_only.generate import evaluating
 from vlm.image_tokens import ViewGroup, group_views
 from vlm.pixels import BadImage, image_size
+from vlm.pixels.image_ref import ImageRef
 from vlm.retrieval.embed_rows import Reading, only_image, read_batches
 from vlm.retrieval.nearest import unit_vectors
 

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-WHOLE_PRODUCTS = "vlm_whole_products"
-"""Our own attention, `vlm.kernels.encoder_attention`, which differs from "sdpa" in speed alone."""
+from vlm.kernels import WHOLE_PRODUCTS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

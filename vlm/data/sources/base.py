@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from vlm.data.example import BadRow, BadSource, Example, ImageRef
+from vlm.data.example import BadRow, BadSource, Example
+from vlm.pixels.image_ref import ImageRef
 
 if TYPE_CHECKING:
     from vlm.data.sources.keys import UnreadKeys

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from vlm.data.example import BadRow, BadSource, Example, ImageRef
+from vlm.data.example import BadRow, BadSource, Example
 from vlm.data.sources.base import FolderImages, ImageRoot, Source, read_bytes
 from vlm.data.sources.keys import UnreadKeys
 from vlm.data.sources.row import RowFormat, example_from_row
 from vlm.data.sources.tar import TarImages
+from vlm.pixels.image_ref import ImageRef
 
 CHUNK_BYTES = 1 << 24
 _STRING = r'"(?:[^"\\]++|\\.)*+"'  # possessive: never given back, so a long one costs no stack

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vlm.data.boxes import check_box, four_numbers
-from vlm.data.example import BadRow, Box, ImageRef, Turn
+from vlm.data.example import BadRow, Box, Turn
 from vlm.pixels import BadImage, image_size
+from vlm.pixels.image_ref import ImageRef
 
 REF_MARK, BOX_MARK = "<ref-object>", "<bbox>"
 KEYS = ("ref", "bbox", "bbox_type", "image_id")

@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlm.data.example import BadRow, ImageRef, Turn
+from vlm.data.example import BadRow, Turn
+from vlm.pixels.image_ref import ImageRef
 
 QUESTION_KEY, ANSWERS_KEY = "question", "answers"
 

@@ -32,10 +32,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm.data.boxes import check_box
-from vlm.data.example import BadRow, Box, Example, ImageRef, Turn, caption_example
+from vlm.data.example import BadRow, Box, Example, Turn, caption_example
 from vlm.data.sources.keys import HARMLESS, MEDIA, TURN_MEANING, UnreadKeys, is_given
 from vlm.data.sources.objects import BOX_MARK, REF_MARK, place_objects, read_objects
 from vlm.data.sources.questions import ANSWERS_KEY, QUESTION_KEY, question_turns, read_answers
+from vlm.pixels.image_ref import ImageRef
 
 IMAGE_MARK = "<image>"
 IMAGE_KEYS = ("image", "images")

@@ -22,13 +22,14 @@ import numpy as np
 from tqdm import tqdm
 
 from vlm.assets import cache_folder
-from vlm.data.example import BadRow, BadSource, Example, ImageRef, caption_example
+from vlm.data.example import BadRow, BadSource, Example, caption_example
 from vlm.data.sources.base import FIRST, Fault, Source, read_bytes
 from vlm.data.sources.json_rows import load_json
 from vlm.data.sources.keys import MEDIA_EXTENSIONS, UnreadKey, UnreadKeys
 from vlm.data.sources.questions import QUESTION_KEY
 from vlm.data.sources.row import CAPTION_KEYS, TALK_KEYS, RowFormat, example_from_row
 from vlm.data.sources.tar import walk_members
+from vlm.pixels.image_ref import ImageRef
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
 INDEX_FORMAT = 2

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.compat.extras import needs
-from vlm.data.example import BadRow, BadSource, Example, ImageRef
+from vlm.data.example import BadRow, BadSource, Example
 from vlm.data.sources.base import FolderImages, Source
 from vlm.data.sources.keys import HARMLESS, ROW_MEANING, UnreadKeys
 from vlm.data.sources.questions import ANSWERS_KEY, QUESTION_KEY
@@ -25,6 +25,7 @@ from vlm.data.sources.row import (
     RowFormat,
     example_from_row,
 )
+from vlm.pixels.image_ref import ImageRef
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

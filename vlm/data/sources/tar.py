@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlm.data.example import BadRow, BadSource, ImageRef
+from vlm.data.example import BadRow, BadSource
 from vlm.data.sources.base import read_bytes, refuse_address
+from vlm.pixels.image_ref import ImageRef
 
 BLOCK = tarfile.BLOCKSIZE
 _COMPRESSED = {

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from vlm.compat.extras import needs
-from vlm.data.example import BadSource, Example, ImageRef, caption_example
+from vlm.data.example import BadSource, Example, caption_example
 from vlm.data.sources.base import Source
 from vlm.data.synthetic import degrade
 from vlm.data.synthetic.fonts import BadFont, Font, find_fonts, holding
@@ -32,6 +32,7 @@ from vlm.data.synthetic.text import (
     lines_of,
     words_in,
 )
+from vlm.pixels.image_ref import ImageRef
 
 with needs("ocr"):
     import cv2

@@ -16,7 +16,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 
 from vlm.compat.extras import needs
-from vlm.data.example import BadSource, Box, Example, ImageRef, caption_example
+from vlm.data.example import BadSource, Box, Example, caption_example
 from vlm.data.sources.base import Source
 from vlm.data.synthetic import degrade
 from vlm.data.synthetic.fonts import BadFont, find_fonts
@@ -24,6 +24,7 @@ from vlm.data.synthetic.lines import ALPHABETS, ppm
 from vlm.data.synthetic.options import Options, read_options
 from vlm.data.synthetic.press import PageLine, Press, draw_style
 from vlm.data.synthetic.text import BadText, Writer, documentation, lines_of
+from vlm.pixels.image_ref import ImageRef
 
 with needs("ocr"):
     import cv2

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 
-from vlm.data.example import BadSource, Box, Example, ImageRef, Turn, caption_example
+from vlm.data.example import BadSource, Box, Example, Turn, caption_example
 from vlm.data.grounding import ground
 from vlm.data.sources.base import Source
 from vlm.data.synthetic.options import Options, read_options
@@ -22,6 +22,7 @@ from vlm.data.synthetic.scene import (
     exact_box,
 )
 from vlm.data.synthetic.scene_text import ask, caption
+from vlm.pixels.image_ref import ImageRef
 
 TASKS = ("caption", "question", "mixed", "ground")
 

@@ -1,0 +1,1 @@
+"""Contrastive models: images and texts in one space."""

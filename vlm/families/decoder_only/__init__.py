@@ -1,0 +1,1 @@
+"""Decoder-only models: image tokens in the text stream of a language model."""

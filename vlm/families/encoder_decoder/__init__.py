@@ -1,0 +1,1 @@
+"""Encoder-decoder models: image tokens as the memory of a text decoder."""

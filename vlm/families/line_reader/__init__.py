@@ -1,0 +1,1 @@
+"""Line readers: image tokens along a line, a character each (CTC)."""

@@ -1,0 +1,1 @@
+"""Prefix decoders: image and prompt see each other, the answer is causal."""

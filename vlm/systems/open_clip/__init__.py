@@ -1,0 +1,1 @@
+"""open_clip's layout of CLIP and SigLIP: configuration, weight names, text tokenizer."""

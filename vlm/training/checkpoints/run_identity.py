@@ -12,10 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vlm.data.example import BadRow, ImageRef
+from vlm.data.example import BadRow
 from vlm.data.mixture import MixtureDataset
 from vlm.data.sources.base import Source
 from vlm.pixels import BadImage
+from vlm.pixels.image_ref import ImageRef
 from vlm.training.checkpoints.format import CheckpointError
 from vlm.training.renamed import upgraded
 from vlm.training.stages import Stage

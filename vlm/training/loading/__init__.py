@@ -1,0 +1,1 @@
+"""Rows to micro-batches in worker processes."""

@@ -1,0 +1,1 @@
+"""Runs of recipes: settings, parts, training, evaluation, export."""
