@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import vlm
-from tests import tiny, training
+from tests import encoder_decoders, tiny, training
 from tests.contrastive_runs import assert_close
 from tests.runs import launch, lines
 from vlm.families.decoder_only.batch import collate
-from vlm.training.sharding import _dummy_views, units_of
+from vlm.training.sharding import _dummy_batch, _dummy_views, units_of
 
 pytestmark = pytest.mark.slow
 
@@ -188,3 +188,16 @@ def test_dummy_inputs_change_nothing():
     assert torch.equal(grads[0][0], grads[1][0])
     for a, b in zip(grads[0][1], grads[1][1], strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("make", [tiny.decoder_only, encoder_decoders.model])
+def test_dummy_batch_passes_through_every_family_that_writes(make):
+    """A rank with fewer batches than another makes the same calls, and adds nothing."""
+    module = make()
+    batch = dataclasses.replace(
+        _dummy_batch(module), dummy_groups=(_dummy_views(module.tokenizer.pixel_spec),)
+    )
+    states = module.states(batch)
+    assert len(states) == 0
+    states.sum().backward()
+    assert all(not p.grad.any() for p in module.parameters() if p.grad is not None)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.tokenizer_laws import check_laws, encode, image, spec
+from tests.tokenizer_laws import check_laws, encode, one_image, spec
 from vlm import tokenizers
 from vlm.tokenizers.open_clip import OpenClipConfig, build, load, resize_tower
 
@@ -71,7 +71,7 @@ def test_open_clip_earlier_layers_keep_the_laws(name, layer):
 )
 def test_open_clip_count_equals_output_at_published_geometries(more, size_hw, length):
     tokenizer = build(tiny(VIT | {"layers": 1} | more, size_hw))
-    (tokens,) = encode(tokenizer, image(30, 50))
+    (tokens,) = encode(tokenizer, one_image(30, 50))
     assert tokenizer.tokens_for((30, 50)) == tokens.tokens.shape[1] == length
     assert tokens.shape.prefix == 1
 
@@ -79,7 +79,7 @@ def test_open_clip_count_equals_output_at_published_geometries(more, size_hw, le
 def test_open_clip_dropped_prefix_leaves_the_kept_grid():
     keep, drop = (build(tiny(VIT, prefix=prefix)) for prefix in ("keep", "drop"))
     drop.load_state_dict(keep.state_dict())
-    ((kept,), (dropped,)) = (encode(tokenizer, image(60, 90)) for tokenizer in (keep, drop))
+    ((kept,), (dropped,)) = (encode(tokenizer, one_image(60, 90)) for tokenizer in (keep, drop))
     assert (kept.shape.prefix, dropped.shape.prefix) == (1, 0)
     assert torch.equal(kept.tokens[:, 1:], dropped.tokens)
     assert torch.equal(kept.pooled, dropped.pooled)
@@ -129,9 +129,9 @@ def test_open_clip_load_reads_a_saved_folder(name, size_hw, tmp_path):
     tokenizer = load(
         f"local-dir:{tmp_path}", prefix="keep", norm=False, pooled=True, size_hw=size_hw
     )
-    (tokens,) = encode(tokenizer, image(40, 70))
+    (tokens,) = encode(tokenizer, one_image(40, 70))
     if size_hw is None:
-        pixels = tokenizer.pixel_spec(image(40, 70))[0][None]
+        pixels = tokenizer.pixel_spec(one_image(40, 70))[0][None]
         with torch.no_grad():
             torch.testing.assert_close(tokens.pooled, reference.encode_image(pixels))
     assert tokenizer.shapes_for((9, 9))[0].grid_hw == tokens.grid_hw

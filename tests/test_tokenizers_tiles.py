@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from tests.tokenizer_laws import check_laws, encode, spec
-from tests.tokenizer_laws import image as one_image
+from tests.tokenizer_laws import check_laws, encode, one_image, spec
 from tests.transformers_tokenizers import tiny
 from vlm.tokenizers.tiles import TilesSpec, TilesTokenizer, tile_grid
 from vlm.tokenizers.transformers import build

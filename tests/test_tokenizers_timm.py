@@ -2,7 +2,7 @@ import pytest
 import timm
 import torch
 
-from tests.tokenizer_laws import check_laws, encode, image, spec
+from tests.tokenizer_laws import check_laws, encode, one_image, spec
 from vlm import tokenizers
 from vlm.tokenizers.timm import TimmConfig, build, load
 
@@ -91,7 +91,7 @@ def test_timm_count_equals_output_at_published_geometries(name, arguments, size_
         pixel_spec=spec(*size_hw),
     )
     tokenizer = build(config)
-    (tokens,) = encode(tokenizer, image(30, 50))
+    (tokens,) = encode(tokenizer, one_image(30, 50))
     assert tokenizer.tokens_for((30, 50)) == tokens.tokens.shape[1] == length
 
 
@@ -120,7 +120,7 @@ def test_timm_dynamic_backbone_takes_any_pixels():
 def test_timm_dropped_prefix_leaves_the_kept_grid(name, norm):
     keep, drop = (build(tiny(name, norm=norm, prefix=prefix)) for prefix in ("keep", "drop"))
     drop.load_state_dict(keep.state_dict())
-    ((kept,), (dropped,)) = (encode(tokenizer, image(60, 90)) for tokenizer in (keep, drop))
+    ((kept,), (dropped,)) = (encode(tokenizer, one_image(60, 90)) for tokenizer in (keep, drop))
     assert kept.shape.prefix == BACKBONES[name][2]
     assert dropped.shape.prefix == 0
     assert torch.equal(kept.tokens[:, kept.shape.prefix :], dropped.tokens)
@@ -130,7 +130,7 @@ def test_timm_dropped_prefix_leaves_the_kept_grid(name, norm):
 def test_timm_map_becomes_rows_then_columns(name):
     """Tokens are the cells of timm's channels-first map, row by row, in either layout."""
     tokenizer = build(tiny(name)).eval()
-    (pixels,) = tokenizer.pixel_spec(image(50, 90))
+    (pixels,) = tokenizer.pixel_spec(one_image(50, 90))
     with torch.no_grad():
         tokens = tokenizer(pixels[None])
         (cells,) = tokenizer.backbone.forward_intermediates(
@@ -182,8 +182,8 @@ def test_timm_load_reads_a_saved_folder(size_hw, tmp_path):
     tokenizer = load(f"local-dir:{tmp_path}", prefix="keep", pooled=True, size_hw=size_hw)
     if size_hw:
         reference.set_input_size(size_hw)
-    (tokens,) = encode(tokenizer, image(40, 70))
-    pixels = tokenizer.pixel_spec(image(40, 70))[0][None]
+    (tokens,) = encode(tokenizer, one_image(40, 70))
+    pixels = tokenizer.pixel_spec(one_image(40, 70))[0][None]
     with torch.no_grad():
         torch.testing.assert_close(tokens.tokens, reference.forward_features(pixels))
         torch.testing.assert_close(tokens.pooled, reference(pixels))

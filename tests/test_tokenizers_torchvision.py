@@ -8,8 +8,7 @@ import torch
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from tests.tokenizer_laws import check_laws, encode, spec
-from tests.tokenizer_laws import image as one_image
+from tests.tokenizer_laws import check_laws, encode, one_image, spec
 from vlm import tokenizers
 from vlm.pixels import from_torchvision
 from vlm.tokenizers.torchvision import (

@@ -2,7 +2,7 @@ import pytest
 import torch
 import transformers
 
-from tests.tokenizer_laws import check_laws, encode, image
+from tests.tokenizer_laws import check_laws, encode, one_image
 from tests.transformers_tokenizers import SAM, TINY, tiny
 from vlm import tokenizers
 from vlm.tokenizers.transformers import build, load
@@ -51,7 +51,7 @@ def test_transformers_count_equals_output_at_published_geometries(
     """Towers with and without a class token; non-square images."""
     more = {"image_size": image_px, "patch_size": patch_px, "num_hidden_layers": 1}
     tokenizer = build(tiny(model_type, size_hw, prefix="keep", **more))
-    (tokens,) = encode(tokenizer, image(30, 50))
+    (tokens,) = encode(tokenizer, one_image(30, 50))
     assert tokenizer.tokens_for((30, 50)) == tokens.tokens.shape[1] == length
     assert tokens.shape.prefix == PREFIX[model_type]
 
@@ -61,7 +61,7 @@ def test_transformers_dropped_prefix_leaves_the_kept_grid(model_type):
     keep = build(tiny(model_type, (64, 96), prefix="keep"))
     drop = build(tiny(model_type, (64, 96), prefix="drop"))
     drop.load_state_dict(keep.state_dict())
-    ((kept,), (dropped,)) = (encode(tokenizer, image(60, 90)) for tokenizer in (keep, drop))
+    ((kept,), (dropped,)) = (encode(tokenizer, one_image(60, 90)) for tokenizer in (keep, drop))
     assert kept.shape.prefix == PREFIX[model_type]
     assert dropped.shape.prefix == 0
     assert dropped.grid_hw == (4, 6)
@@ -111,10 +111,10 @@ def test_transformers_load_reads_a_saved_folder(model_type, tmp_path):
     reference, processor = saved(model_type, tmp_path)
     pooled = model_type != "sam"
     tokenizer = load(str(tmp_path), prefix="keep", norm=model_type != "clip", pooled=pooled)
-    inputs = processor(image(40, 70), return_tensors="pt")
+    inputs = processor(one_image(40, 70), return_tensors="pt")
     with torch.no_grad():
         output = reference(**inputs)
-    (tokens,) = encode(tokenizer, image(40, 70))
+    (tokens,) = encode(tokenizer, one_image(40, 70))
     expected = output.last_hidden_state
     if model_type == "sam":
         expected = expected.flatten(2).transpose(1, 2)

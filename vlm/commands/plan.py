@@ -51,14 +51,14 @@ class MakePlan:
         from vlm.data.mixture import split_of
         from vlm.training.memory.plan import machine_of, make_plan, require_shares
         from vlm.training.memory.preflight import asked, remedies
-        from vlm.training.runs.launch import read_settings, recipe_in
+        from vlm.training.runs.launch import STATED, read_settings, recipe_in
 
         require_least(self, rows=1, tokens=1)
         require_shares(self.mfu, self.reserve, self.price)
         if self.hybrid and not self.shard:
             raise ValueError("--hybrid says how --shard divides; give both")
         machine = machine_of(self.machine)
-        recipe = recipe_in(self.recipe)
+        recipe = recipe_in(self.recipe, STATED)
         settings = read_settings(recipe.Settings, rest, recipe.__doc__, f"vlm plan {self.recipe}")
         split_of(settings.batch, settings.micro_batch, machine.ranks)
         settings = replace(settings, precision=_precision(machine, settings.precision))

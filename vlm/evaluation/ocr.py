@@ -96,7 +96,7 @@ class OcrEvaluation(base.Evaluation[Settings]):
     ability = "ocr"
     least: ClassVar = {"batch": 1, "repeats": 1, "draws": 1}
     libraries = ("jiwer",)
-    files = ("lines.jsonl", "drawings")
+    files = ("lines.jsonl", "worst.png", "reliability-*.png")
 
     def check(self) -> None:
         super().check()

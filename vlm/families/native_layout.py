@@ -71,7 +71,7 @@ def write_description(description: Any, folder: Path) -> None:
 
 def empty(make: Callable[[], M], folder: Path, lora: dict[str, dict[str, Any]]) -> M:
     """The module that `make` gives, with the LoRA layers that the folder's description has, its
-    weights still to come. Names of one tensor (a tied head) are sharded: tie them again."""
+    weights still to come. Names of one tensor (a tied head) come apart: tie them again."""
     with init_empty_weights(include_buffers=False):
         module = make()
         if lora:

@@ -90,7 +90,7 @@ def compute_in(module: nn.Module, dtype: str, device: str) -> None:
             warnings.warn(
                 f"dtype {dtype!r}: this device multiplies {1 / ratio:.3g} times as fast in float32 "
                 f"({reason}); dtype 'auto' takes that",
-                stacklevel=4,
+                stacklevel=3,
             )
     cast_parameters(module, chosen)
 

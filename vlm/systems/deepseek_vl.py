@@ -226,7 +226,7 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
             architecture(config.vision_config), high and architecture(high), low_spec, high_spec
         )
         module = _compose(tokenizer, text_config)
-    module.text.tie_weights()  # making parameters empty has sharded tied ones
+    module.text.tie_weights()  # making parameters empty unties them
     load_weights(module, state, where, lambda key: published_name(key, KEY_MAPS[model_type]))
     module.text.generation_config = GenerationConfig()
     processor = Processor(

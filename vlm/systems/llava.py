@@ -73,7 +73,7 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
     with init_empty_weights(include_buffers=False):
         tokenizer = _tiles(config, reader, where) if tiled else _tower(config, reader)
         module = _compose(tokenizer, config, "newline_mlp" if tiled else "mlp")
-    module.text.tie_weights()  # making parameters empty has sharded tied ones
+    module.text.tie_weights()  # making parameters empty unties them
     load_weights(module, state, where, lambda key: published_name(key, key_map))
     module.text.generation_config = GenerationConfig()
     text_tokenizer, image_mark = reader.tokenizer, reader.image_token

@@ -208,7 +208,7 @@ def load(folder: Path, values: dict[str, Any]) -> PrefixDecoderModel:
             architecture(config.vision_config), from_transformers(reader.image_processor)
         )
         module = _compose(tokenizer, text_config)
-    module.text.tie_weights()  # making parameters empty has sharded tied ones
+    module.text.tie_weights()  # making parameters empty unties them
     load_weights(module, state, where, lambda key: published_name(key, KEY_MAP))
     module.text.generation_config = GenerationConfig()
     text_tokenizer = reader.tokenizer

@@ -88,7 +88,7 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
     text_config.tie_word_embeddings = config.tie_word_embeddings
     with init_empty_weights(include_buffers=False):
         module = _compose(_image_tokenizer(config, reader, where), config.scale_factor, text_config)
-    module.text.tie_weights()  # making parameters empty has sharded tied ones
+    module.text.tie_weights()  # making parameters empty unties them
     load_weights(module, state, where, lambda key: published_name(key, KEY_MAP))
     module.text.generation_config = GenerationConfig()
     image_mark = getattr(text_tokenizer, "image_token", "<image>")

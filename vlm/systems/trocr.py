@@ -206,7 +206,7 @@ def load(folder: Path, values: dict[str, Any]) -> EncoderDecoderModel:
     text_config.tie_word_embeddings = text_config.tie_word_embeddings and not has_own_head(state)
     with init_empty_weights(include_buffers=False):
         module = compose(vision, text_config, from_transformers(reader.image_processor))
-    module.text.tie_weights()  # making parameters empty has sharded tied ones
+    module.text.tie_weights()  # making parameters empty unties them
     load_weights(module, state, where, lambda key: published_name(key, key_map))
     said = read_said(folder, values, text_decoders.positions_of(text_config))
     processor = LineProcessor(

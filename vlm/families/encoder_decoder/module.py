@@ -44,6 +44,8 @@ class EncoderDecoder(nn.Module):
     """
 
     family = "encoder_decoder"
+    sees = "causal"
+    """What the positions of its rows see, as in `StreamLayout`."""
     through = ("text",)
     """Parts that gradients pass through where they do not learn."""
 

@@ -18,7 +18,7 @@ from vlm.data.sources.base import Source
 from vlm.pixels import BadImage
 from vlm.pixels.image_ref import ImageRef
 from vlm.training.checkpoints.format import CheckpointError
-from vlm.training.renamed import upgraded
+from vlm.training.renamed import new_name, upgraded
 from vlm.training.stages import Stage
 
 SETTINGS, STAGE, MIXTURE, DATA = "settings", "stage", "mixture", "data"
@@ -95,6 +95,7 @@ def differences(
     """
     old = old | {part: upgraded(old[part], new[part].keys()) for part in (SETTINGS, STAGE)}
     known = new[SETTINGS].keys() | old[SETTINGS].keys()
+    change = [new_name(name, known) or name for name in change]
     unknown = sorted(set(change) - known - {STAGE, MIXTURE, DATA})
     if unknown:
         raise CheckpointError(

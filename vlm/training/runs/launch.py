@@ -9,7 +9,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -175,18 +175,19 @@ STATED = ("Settings", "stage", "objective")
 """What a recipe's file defines: what can be set, who learns at which rate, what is minimised."""
 
 
-def recipe_in(path: Path) -> ModuleType:
-    """The recipe in a file, imported without running it."""
+def recipe_in(path: Path, needed: Sequence[str] = STATED[:1]) -> ModuleType:
+    """The recipe in a file, imported without running it. needed: what it must define, of STATED."""
     if not path.is_file():
         raise ValueError(f"{path}: expected a recipe file, such as recipes/stage1_adaptor.py")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
-    missing = [name for name in STATED if not hasattr(module, name)]
+    missing = [name for name in needed if not hasattr(module, name)]
     if missing:
         raise ValueError(
-            f"{path}: a recipe states {', '.join(STATED)}; found no {', '.join(missing)}"
+            f"{path}: expected a recipe that defines {', '.join(needed)}, found no "
+            f"{', '.join(missing)}"
         )
     return module
 
