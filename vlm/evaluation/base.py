@@ -35,6 +35,7 @@ from vlm.data.sources.base import Source
 from vlm.families.registry import FAMILIES, families_that
 from vlm.precision import Precision, dtype_name
 from vlm.ranks import batches_of_rank, gather_in_order
+from vlm.renamed import require_new_names
 from vlm.training.run_folder import versions
 from vlm.training.runs.held_out import held_out_rows
 from vlm.training.runs.launch import share_cores
@@ -252,14 +253,25 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
 def start(evaluation: type[Evaluation], arguments: Sequence[str] | None = None) -> None:
     """One evaluation with options from the command line (None) or from `arguments`; a fault of the
     input ends it with one line and exit code 1."""
-    settings = tyro.cli(
-        evaluation.settings_type, args=arguments, description=description(evaluation)
-    )
     try:
+        settings = read_settings(evaluation.settings_type, arguments, description(evaluation))
         run(evaluation(settings))
     except (ValueError, OSError, MissingExtra, assets.FetchError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def read_settings(
+    settings_type: type[S], arguments: Sequence[str] | None, about: str, prog: str | None = None
+) -> S:
+    """Settings from the command line (None) or from `arguments`. about: for help. prog: the
+    program's name there.
+
+    Raises ValueError for an option of an earlier version, naming the one of today.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    require_new_names(arguments, {field.name for field in dataclasses.fields(settings_type)})
+    return tyro.cli(settings_type, args=arguments, description=about, prog=prog)
 
 
 def description(evaluation: type[Evaluation]) -> str:
