@@ -42,10 +42,12 @@ class Objective(Protocol):
         each over the micro-batches and ranks of a step before the first forward pass, so that the
         gradient is the same however a step is split.
     every_rank: whether a step needs an example on each rank.
+    pack: the most positions of a packed row; None where rows are not packed.
     """
 
     totals: tuple[str, ...]
     every_rank: bool
+    pack: int | None
 
     def collate(self, rows: Sequence[Any]) -> tuple[Any, ...]:
         """The rows of one micro-batch, at least one, as batches."""

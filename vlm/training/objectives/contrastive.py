@@ -34,6 +34,7 @@ class Contrast:
 
     totals = ("pairs",)
     every_rank = True
+    pack = None
 
     def __init__(self, kind: Literal["softmax", "sigmoid"]) -> None:
         if kind not in ("softmax", "sigmoid"):

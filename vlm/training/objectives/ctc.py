@@ -22,6 +22,7 @@ class Transcribe:
 
     totals = ("characters",)
     every_rank = False
+    pack = None
 
     def collate(self, rows: Sequence[LineRow]) -> tuple[LineBatch, ...]:
         """Lines of one width together."""
