@@ -83,6 +83,10 @@ class Objective(Protocol):
     def alone(self) -> Objective:
         """One like it that this process uses without the others, to simulate a step."""
 
+    def classes(self, module: nn.Module) -> int | None:
+        """How many classes the logits of each target score, such as the ids of a vocabulary; None
+        where the loss has no such logits."""
+
     def kept_between(self, module: nn.Module, examples: int) -> int:
         """Bytes that further micro-batches of so many examples keep until the step's last one."""
 

@@ -121,6 +121,9 @@ class Contrast:
         other.group = torch.distributed.GroupMember.NON_GROUP_MEMBER
         return other
 
+    def classes(self, module: Contrastive) -> None:
+        return None
+
     def kept_between(self, module: Contrastive, examples: int) -> int:
         """Of each image and text its own embedding, a joined one, and that one's gradient."""
         return examples * 2 * 3 * 4 * module.dim

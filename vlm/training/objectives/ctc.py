@@ -76,6 +76,9 @@ class Transcribe:
     def alone(self) -> Transcribe:
         return copy.copy(self)
 
+    def classes(self, module: LineReader) -> int:
+        return module.head.out_features
+
     def kept_between(self, module: nn.Module, examples: int) -> int:
         return 0
 
