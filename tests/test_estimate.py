@@ -139,3 +139,21 @@ def test_rows_are_brought_to_a_number_of_text_tokens():
         row.with_text(1)
     with pytest.raises(ValueError, match="at least 1, found 0"):
         row.with_text(0)
+
+
+def test_pairs_and_texts_are_brought_to_a_number_of_tokens_and_lines_refuse_it():
+    pair = training.contrastive_model().processor.encode(training.pairs(1)[0])
+    written = training.encoder_decoder_model().processor.encode(training.images_alone()[4])
+    line = training.line_model().processor.encode(training.text_lines()[0])
+    for count in (2, 40):
+        longer, other = pair.with_text(count), written.with_text(count)
+        assert [longer.length, len(longer.valid)] == [count, count]
+        assert [other.length, len(other.scored)] == [count, count]
+        assert torch.equal(longer.ids[:2], pair.ids[:2])
+        assert torch.equal(other.ids[:2], written.ids[:2])
+    for row in (pair, written):
+        with pytest.raises(ValueError, match="at least 1, found 0"):
+            row.with_text(0)
+    assert line.length == line.views[0][0].shape[-1]
+    with pytest.raises(ValueError, match="no text tokens; leave --tokens out"):
+        line.with_text(4)

@@ -154,6 +154,17 @@ def pack_rows(rows: Sequence[Row], most: int) -> list[list[Row]]:
     return [[rows[number] for number in sorted(part)] for part in parts]
 
 
+def rows_of_like_length(rows: Sequence[Row], spread: float = 1.5) -> list[list[Row]]:
+    """The rows in parts whose longest is at most `spread` times the shortest, each in the rows' own
+    order, so that a short caption is not padded to a long document's length."""
+    parts: list[list[int]] = []
+    for number in sorted(range(len(rows)), key=lambda number: len(rows[number].ids)):
+        if not parts or len(rows[number].ids) > spread * len(rows[parts[-1][0]].ids):
+            parts.append([])
+        parts[-1].append(number)
+    return [[rows[number] for number in sorted(part)] for part in parts]
+
+
 IMAGE = -1
 """Stands in `ids` where an image token is placed."""
 
