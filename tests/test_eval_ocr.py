@@ -23,6 +23,7 @@ from vlm.metrics.calibration import calibration
 from vlm.metrics.text import compare_texts
 from vlm.ocr.results import Line, Reading, Token, Transcript, Word
 from vlm.pixels.image_ref import ImageRef
+from vlm.tokenizers.columns import line_spec
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,14 +51,19 @@ def reading(*texts, confidence=1.0):
     return Reading(tuple(lines), (9, 9))
 
 
+def parts_of(family):
+    """What evaluations ask of a model of a family, besides reading."""
+    module = nn.Linear(1, 1)
+    module.family, module.parts = family, dict
+    return {"module": module, "processor": SimpleNamespace(pixel_spec=line_spec(32))}
+
+
 class FakeReader:
     """Reads what a file says of the images: digests to (text, confidence)."""
 
-    family = "line_reader"
-
     def __init__(self, path):
         self.known = json.loads(Path(path).read_text())
-        self.module = nn.Linear(1, 1)
+        vars(self).update(parts_of("line_reader"))
 
     def read_lines(self, images, batch_size):
         found = []
@@ -238,7 +244,7 @@ def test_pages_are_compared_as_whole_texts_with_their_breaks_as_spaces(made, mon
     def read_lines(images, batch_size):
         raise AssertionError("pages were read as lines")
 
-    model = SimpleNamespace(ocr=ocr, module=nn.Linear(1, 1), read_lines=read_lines)
+    model = SimpleNamespace(ocr=ocr, read_lines=read_lines, **parts_of("line_reader"))
     monkeypatch.setattr("vlm.load", lambda name, **_: model)
     monkeypatch.setattr(ocr_reading, "WARM_UP", 2)
     rows = "image\ttext\n0.png\tHello\\nworld\n1.png\tone\\nlines\n"
@@ -256,7 +262,7 @@ def test_model_without_lines_is_asked_for_the_image(made, monkeypatch):
     readings = [reading(text, confidence=sure) for text, sure in zip(READS, SURE)]
     readings[0] = reading("Hello", "world", confidence=0.9)
     model = SimpleNamespace(
-        ocr=lambda images, batch_size: readings[: len(images)], module=nn.Linear(1, 1)
+        ocr=lambda images, batch_size: readings[: len(images)], **parts_of("prefix_decoder")
     )
     monkeypatch.setattr("vlm.load", lambda name, **_: model)
     result = run(made)
@@ -332,7 +338,9 @@ def test_bad_arguments_are_one_line(made, monkeypatch, capsys):
     monkeypatch.setattr("vlm.load", lambda name, **_: other)
     with pytest.raises(SystemExit):
         main("ocr", arguments(made, made / "out"))
-    assert "expected a model that reads text, found a contrastive one" in capsys.readouterr().err
+    found = capsys.readouterr().err
+    assert "expected a model of the family prefix_decoder (PaliGemma" in found
+    assert "to evaluate ocr; found a contrastive one" in found
 
 
 # Peers

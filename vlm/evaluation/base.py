@@ -291,13 +291,8 @@ def description(evaluation: type[Evaluation]) -> str:
 
 
 def dtype_of(model: Any) -> str:
-    """The dtype that a model's weights are in, of its text part where it has one.
-
-    >>> from types import SimpleNamespace
-    >>> dtype_of(SimpleNamespace(module=torch.nn.Linear(1, 1)))
-    'float32'
-    """
-    part = getattr(model.module, "text", model.module)
+    """The dtype that a model's weights are in, of its text part where it has one."""
+    part = model.module.parts().get("text", model.module)
     return str(next(part.parameters()).dtype).removeprefix("torch.")
 
 

@@ -29,7 +29,6 @@ from rich.console import Console
 from rich.table import Table
 from tyro import conf
 
-import vlm
 from vlm.data.check import check_start
 from vlm.data.sources.base import Source
 from vlm.draw import draw_lines, draw_reliability
@@ -47,7 +46,6 @@ from vlm.metrics.text import (
     words_right,
 )
 from vlm.pixels import open_image
-from vlm.precision import dtype_name
 
 WORST = 20
 """Lines on the page of the worst."""
@@ -123,8 +121,7 @@ class OcrEvaluation(base.Evaluation[Settings]):
         settings, model = self.settings, None
         self.readers = list(self.peers)
         if settings.model is not None:
-            dtype = dtype_name(settings.precision)
-            model = vlm.load(settings.model, device=str(device), dtype=dtype)
+            model = super().load(device)
             self.readers[:0] = [Model(settings.model, model, settings.batch, settings.page)]
         return model
 

@@ -141,6 +141,9 @@ class Settings(BaseSettings):
         locked = {"image": self.lock_image, "text": self.lock_text}
         return {f"{tower}_rate": f"--lock-{tower} locks it" for tower in locked if locked[tower]}
 
+    def memory_remedies(self) -> tuple[str, ...]:
+        return ("shorten texts (--length)",)
+
     def _loaded(self) -> ContrastiveModel:
         import vlm
 
