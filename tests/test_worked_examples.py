@@ -1,4 +1,4 @@
-"""The worked examples of vlm/README.md, carried out as their reader would: files are written where
+"""The worked examples of the READMEs, carried out as their reader would: files are written where
 their blocks say, rows are added to the tables that they name, and the tests among them pass."""
 
 import dataclasses
@@ -16,10 +16,13 @@ from vlm.commands import readme_tables
 from vlm.families import registry
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "vlm" / "README.md").read_text()
+FOLDERS = ("tokenizers", "systems", "families", "commands", "training")
+PAGES = {folder: (ROOT / "vlm" / folder / "README.md").read_text() for folder in FOLDERS}
 BLOCK = re.compile(r"^```python ([^\n]+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SECTION = re.compile(r"^## (Add [^\n]+)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-EXAMPLES = {name: BLOCK.findall(text) for name, text in SECTION.findall(PAGE)}
+EXAMPLES = {
+    name: BLOCK.findall(text) for page in PAGES.values() for name, text in SECTION.findall(page)
+}
 TESTS = {
     name: [path for path, _ in blocks if path.startswith("tests/")]
     for name, blocks in EXAMPLES.items()
@@ -54,7 +57,7 @@ TOUCHED = {
 rows, names or methods it gets there."""
 
 
-def test_page_has_the_examples_each_with_a_test():
+def test_pages_have_the_examples_each_with_a_test():
     assert list(EXAMPLES) == list(TOUCHED)
     assert all(TESTS.values())
 
