@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import os
 import resource
 import statistics
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from vlm.precision import Choice, Precision, choose, machine_line
+from vlm.renamed import require_new_names
 
 STATUS = Path("/proc/self/status")
 Figures = dict[str, Any]
@@ -42,6 +44,19 @@ def parser_for(about: str | None, rounds: bool = True) -> argparse.ArgumentParse
     if rounds:
         parser.add_argument("--rounds", type=int, default=3, help="processes of each variant")
     return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options on the command line; one of an earlier version ends the program with one line
+    that names the one of today."""
+    settings, rest = parser.parse_known_args()
+    try:
+        require_new_names(rest, vars(settings))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return settings
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
@@ -156,8 +171,8 @@ class Table(NamedTuple):
             words = [f"{variant:{self.width}}"]
             words += [f"{figures[key]:{form}}" for key, form in self.columns.values()]
             for head, (key, form) in self.ratios.items():
-                ratio = first[key] / figures[key]
-                words.append(f"{1 / ratio if head in self.inverted else ratio:{form}}x")
+                a, b = first[key], figures[key]
+                words.append(f"{ratio(b, a) if head in self.inverted else ratio(a, b):{form}}x")
             print(" ".join([*self._lead(lead), *words]), flush=True)
 
     def _lead(self, text: str) -> list[str]:
@@ -173,6 +188,11 @@ STEPS = Table(
     ratios={"speed": ("samples_per_s", "6.2f"), "memory": ("peak_mb", "6.2f")},
 )
 """Of training steps: samples/s, peak memory, loss."""
+
+
+def ratio(a: float, b: float) -> float:
+    """a / b; no number where nothing was measured for b."""
+    return a / b if b else math.nan
 
 
 def _width(form: str) -> int:

@@ -37,7 +37,7 @@ from typing import Any
 
 import open_clip
 import torch
-from bench import add_precision, chosen
+from bench import add_precision, chosen, parse, parser_for
 from timm.models import VisionTransformer, register_model
 from torch import Tensor, nn
 
@@ -206,16 +206,14 @@ def embed_peer(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = parser_for(__doc__, rounds=False)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="keep both runs here; default: a folder that goes")
     add_precision(parser)
-    settings = parser.parse_args()
+    settings = parse(parser)
     rows = len(open_source(TRAIN))
     if not 1 <= settings.batch <= rows:
         parser.error(f"--batch must be 1 to {rows}, the rows of {TRAIN}, found {settings.batch}")

@@ -17,6 +17,7 @@ where anything was lost or differs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -144,8 +145,9 @@ def warm_up() -> None:
     """Imports what a run would, once for all of them, and leaves no thread behind."""
     import matplotlib
     import torch
-    import torch.utils.tensorboard
 
+    with contextlib.suppress(ImportError):  # of an extra, which runs go without where it is absent
+        import torch.utils.tensorboard
     matplotlib.use("Agg")
     import matplotlib.pyplot
 

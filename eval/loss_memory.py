@@ -35,7 +35,7 @@ import matplotlib
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from bench import add_precision, child, chosen, measure, parser_for
+from bench import add_precision, child, chosen, measure, parse, parser_for, ratio
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -113,9 +113,10 @@ def against_batch(settings: argparse.Namespace) -> list[dict]:
     for batch, loss, side in tqdm(plan, desc="points", unit="point"):
         point = {"side": side, "loss": loss, "batch": batch}
         if side == "open_clip":
-            needed, room = estimate(points, loss, batch, settings.precision), available_mb()
-            if needed > settings.room * room:
-                reason = f"needs about {needed:.0f} MB, {room:.0f} MB are available"
+            needed = estimate(points, loss, batch, settings.precision)
+            available = available_mb()
+            if needed > settings.memory_fraction * available:
+                reason = f"needs about {needed:.0f} MB, {available:.0f} MB are available"
                 tqdm.write(f"open_clip {loss} at {batch} is skipped: {reason}")
                 points.append({**point, "skipped": reason, "estimated_mb": needed})
                 continue
@@ -146,9 +147,9 @@ def against_ranks(settings: argparse.Namespace) -> list[dict]:
         if side == "open_clip":
             matrices = MATRICES + MATRICES_PER_RANK * ranks
             size = DTYPES[settings.precision].itemsize * settings.local_batch**2
-            needed, room = matrices * size / 2**20, available_mb()
-            if ranks * needed > settings.room * room:
-                reason = f"{ranks} x {needed:.0f} MB are needed, {room:.0f} MB are available"
+            needed, available = matrices * size / 2**20, available_mb()
+            if ranks * needed > settings.memory_fraction * available:
+                reason = f"{ranks} x {needed:.0f} MB are needed, {available:.0f} MB are available"
                 points.append({**point, "skipped": reason, "estimated_mb": needed})
                 continue
         with tempfile.TemporaryDirectory() as folder:
@@ -263,11 +264,14 @@ def main() -> None:
     parser.add_argument("--local-batch", type=int, default=16384, help="pairs on each rank")
     parser.add_argument("--width", type=int, default=512, help="numbers in an embedding")
     parser.add_argument(
-        "--room", type=float, default=0.8, help="share of available memory that a point may need"
+        "--memory-fraction",
+        type=float,
+        default=0.8,
+        help="of available memory, what a point may need",
     )
     add_precision(parser)
     parser.add_argument("--only", nargs=3, help=argparse.SUPPRESS)
-    settings = parser.parse_args()
+    settings = parse(parser)
     if settings.only:
         side, loss, batch = settings.only
         dtype = DTYPES[settings.precision]
@@ -300,7 +304,7 @@ def main() -> None:
             first = series(points, point["side"], point["loss"])[0]
             print(
                 f"{head} {point['peak_mb']:9.0f} "
-                f"{point['peak_mb'] / first['peak_mb']:8.3f}x {point['process_mb']:11.0f}"
+                f"{ratio(point['peak_mb'], first['peak_mb']):8.3f}x {point['process_mb']:11.0f}"
             )
         return
     points = against_batch(settings)

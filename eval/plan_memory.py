@@ -27,6 +27,7 @@ from bench import (
     autocast,
     child,
     chosen,
+    parse,
     parser_for,
     peak_mb,
     reset_peak,
@@ -183,7 +184,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     add_precision(parser)
     parser.add_argument("--only", choices=list(CASES), help=argparse.SUPPRESS)
-    settings = parser.parse_args()
+    settings = parse(parser)
     if settings.only:
         print(json.dumps(measured_mb(settings.only, DTYPES[settings.precision])))
         return

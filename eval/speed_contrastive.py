@@ -33,6 +33,7 @@ from bench import (
     chosen,
     in_turn,
     medians,
+    parse,
     parser_for,
     repeat,
 )
@@ -163,7 +164,7 @@ def main() -> None:
     )
     add_precision(parser)
     parser.add_argument("--only", choices=sum(VARIANTS.values(), ()), help=argparse.SUPPRESS)
-    settings = parser.parse_args()
+    settings = parse(parser)
     if settings.only:
         print(json.dumps(train(settings.only, settings.steps, DTYPES[settings.precision])))
         return

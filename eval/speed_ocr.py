@@ -26,7 +26,7 @@ from functools import partial
 
 import torch
 import transformers
-from bench import Table, add_precision, child, chosen, in_turn, medians, parser_for, repeat
+from bench import Table, add_precision, child, chosen, in_turn, medians, parse, parser_for, repeat
 from torch import Tensor
 
 from vlm.families.encoder_decoder import generate as transcribe
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="batches in each, one more to warm")
     add_precision(parser)
     parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
-    settings = parser.parse_args()
+    settings = parse(parser)
     if settings.only:
         print(json.dumps(measure(settings.only, settings.repeats, DTYPES[settings.precision])))
         return

@@ -28,7 +28,7 @@ import time
 
 import numpy as np
 import torch
-from bench import Table, add_precision, child, chosen, in_turn, measure, medians, parser_for
+from bench import Table, add_precision, child, chosen, in_turn, measure, medians, parse, parser_for
 from torch import Tensor
 from torch.nn import functional
 
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--large", type=int, metavar="N", help="ours alone on N images, N texts")
     add_precision(parser)
     parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
-    settings = parser.parse_args()
+    settings = parse(parser)
     if settings.only:
         print(json.dumps(run(settings.only, settings)))
         return

@@ -39,6 +39,7 @@ from bench import (
     chosen,
     in_turn,
     medians,
+    parse,
     parser_for,
     repeat,
 )
@@ -348,7 +349,7 @@ def main() -> None:
     add_precision(parser)
     names = (*sum(VARIANTS.values(), ()), CACHED, *NANO)
     parser.add_argument("--only", choices=names, help=argparse.SUPPRESS)
-    settings = parser.parse_args()
+    settings = parse(parser)
     if settings.steps < 2:
         parser.error(f"--steps: expected at least 2, found {settings.steps}")
     if settings.only:

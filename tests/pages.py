@@ -61,6 +61,9 @@ class WidthReader:
 
     reads = "lines"
 
+    class module:
+        family = "line_reader"
+
     def __init__(self, confidences=(0.9,)):
         self.confidences, self.batches, self.images = confidences, [], []
 

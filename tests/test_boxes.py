@@ -117,8 +117,8 @@ def table(rows, crowd=None):
 
 def test_perfect_detector_has_precision_one_and_a_silent_one_none():
     true = table([(0, 3, (0, 0, 5, 5), 1), (0, 3, (9, 9, 12, 14), 1), (8, 0, (1, 1, 4, 9), 1)])
-    assert coco_precision(true, true) == pytest.approx({"AP": 1.0, "AP50": 1.0, "AP75": 1.0})
-    assert coco_precision(true, table([])) == {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+    assert coco_precision(true, true) == pytest.approx({"ap": 1.0, "ap50": 1.0, "ap75": 1.0})
+    assert coco_precision(true, table([])) == {"ap": 0.0, "ap50": 0.0, "ap75": 0.0}
 
 
 def test_precision_of_a_hand_made_case():
@@ -128,15 +128,15 @@ def test_precision_of_a_hand_made_case():
     found = table([(0, 0, (0, 0, 10, 6.1), 0.5), (0, 0, (80, 80, 90, 90), 0.9)])
     at_50 = 0.5 * 51 / 101
     assert coco_precision(true, found) == pytest.approx(
-        {"AP": at_50 * 3 / 10, "AP50": at_50, "AP75": 0.0}
+        {"ap": at_50 * 3 / 10, "ap50": at_50, "ap75": 0.0}
     )
 
 
 def test_box_on_a_crowd_is_neither_right_nor_wrong():
     rows = [(0, 0, (0, 0, 10, 10), 1), (0, 0, (20, 0, 90, 90), 1)]
     found = table([(0, 0, (0, 0, 10, 10), 0.5), (0, 0, (30, 30, 40, 40), 0.9)])
-    assert coco_precision(table(rows, [False, True]), found)["AP"] == pytest.approx(1.0)
-    assert coco_precision(table(rows[:1]), found)["AP"] == pytest.approx(0.5)
+    assert coco_precision(table(rows, [False, True]), found)["ap"] == pytest.approx(1.0)
+    assert coco_precision(table(rows[:1]), found)["ap"] == pytest.approx(0.5)
     with pytest.raises(ValueError, match="that is not a crowd, found none"):
         coco_precision(table(rows, [True, True]), found)
 
@@ -144,9 +144,9 @@ def test_box_on_a_crowd_is_neither_right_nor_wrong():
 def test_box_on_a_image_without_that_category_is_wrong():
     true = table([(0, 0, (0, 0, 10, 10), 1), (5, 1, (0, 0, 10, 10), 1)])
     found = table([*[(i, 0, (0, 0, 10, 10), 0.9 - i) for i in (0, 5)], (5, 1, (0, 0, 10, 10), 1)])
-    assert coco_precision(true, found)["AP"] == pytest.approx(1.0)  # it comes last
+    assert coco_precision(true, found)["ap"] == pytest.approx(1.0)  # it comes last
     found.score[1] = 0.95
-    assert coco_precision(true, found)["AP"] == pytest.approx(0.75)
+    assert coco_precision(true, found)["ap"] == pytest.approx(0.75)
 
 
 def library_precision(true, predicted):
@@ -172,7 +172,7 @@ def library_precision(true, predicted):
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
-    return dict(zip(("AP", "AP50", "AP75"), judge.stats[:3].tolist()))
+    return dict(zip(("ap", "ap50", "ap75"), judge.stats[:3].tolist()))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -193,7 +193,7 @@ def test_precision_one_category_at_a_time_equals_the_librarys(seed):
     found = table(guesses)
     ours = coco_precision(true, found)
     assert ours == pytest.approx(library_precision(true, found), abs=1e-12)
-    assert 0.05 < ours["AP"] < 0.95
+    assert 0.05 < ours["ap"] < 0.95
 
 
 def test_tables_that_do_not_fit_are_named():

@@ -9,7 +9,7 @@ from pycocoevalcap.cider.cider import Cider
 from vlm.metrics.caption import (
     bleu_4,
     bleu_4_interval,
-    caption_figures,
+    caption_metrics,
     cider_d,
     exact_matches,
     normalise,
@@ -42,7 +42,7 @@ def test_scores_equal_the_coco_evaluations_on_random_corpora(seed):
     references, candidates = by_image(pairs)
     mean, each = Cider().compute_score(references, candidates)
     np.testing.assert_allclose(cider_d(pairs), each)
-    assert caption_figures(pairs)["cider_d"] == pytest.approx(mean)
+    assert caption_metrics(pairs)["cider"] == pytest.approx(mean)
     theirs = Bleu(4).compute_score(references, candidates, verbose=0)[0][3]
     assert bleu_4(pairs) == pytest.approx(theirs, abs=1e-6)
     assert theirs > 0.01
@@ -74,9 +74,9 @@ def test_bleu_equals_the_hand_computed_score():
 
 def test_equal_captions_score_full_marks_where_images_differ():
     pairs = [(text, [text]) for text in ("a cat sits on it", "some red dogs run home")]
-    figures = caption_figures(pairs)
-    assert figures["cider_d"] == pytest.approx(10)
-    assert figures["bleu_4"] == pytest.approx(1)
+    figures = caption_metrics(pairs)
+    assert figures["cider"] == pytest.approx(10)
+    assert figures["bleu4"] == pytest.approx(1)
     assert figures["exact_match"] == 1
 
 
@@ -107,14 +107,14 @@ def test_order_of_images_changes_nothing():
     """So processes may gather their pairs in any order."""
     pairs = corpus(7)
     turned = pairs[13:] + pairs[:13]
-    for name, figure in caption_figures(pairs).items():
-        assert caption_figures(turned)[name] == pytest.approx(figure, rel=1e-12)
+    for name, figure in caption_metrics(pairs).items():
+        assert caption_metrics(turned)[name] == pytest.approx(figure, rel=1e-12)
 
 
 def test_intervals_hold_the_corpus_figures():
-    figures = caption_figures(corpus(7))
-    for name in ("cider_d", "bleu_4"):
-        low, high = figures[f"{name}_95"]
+    figures = caption_metrics(corpus(7))
+    for name in ("cider", "bleu4"):
+        low, high = figures[f"{name}_ci"]
         assert low < figures[name] < high, name
     alike = [("a cat sat on the red mat", ["the cat sat on the red mat today"])] * 5
     assert bleu_4_interval(alike) == pytest.approx([bleu_4(alike)] * 2)

@@ -82,8 +82,8 @@ def test_a_large_scale_gives_finite_confidence():
 
 
 def test_figures_are_json():
-    figures = json.loads(json.dumps(classification([[0.2, 0.8]], [1], scale=None).figures()))
-    assert figures["top_1"] == 1
+    figures = json.loads(json.dumps(classification([[0.2, 0.8]], [1], scale=None).metrics()))
+    assert figures["accuracy"] == 1
     assert figures["ece"] == pytest.approx(0.2)
     assert (figures["classes"], figures["classes_without_examples"]) == (2, 1)
 

@@ -10,8 +10,10 @@ from PIL import Image
 
 from tests import tiny, training
 from vlm import assets, cli
-from vlm.commands.inspect_batch import box_line, mask_runs, row_text, show_batch
+from vlm.commands import all_commands
 from vlm.data.example import Box
+from vlm.families.decoder_only.inspect import box_line, mask_runs, row_text, show
+from vlm.families.registry import TASKS, families_that
 
 
 def test_import_is_light():
@@ -26,6 +28,14 @@ def test_help_is_light():
     """The command line imports neither torch nor faiss before a command runs."""
     code = "import sys, vlm.cli; assert not {'torch', 'faiss', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_task_has_a_command_and_a_family_that_does_it():
+    for method, command in TASKS.items():
+        assert families_that(method), method
+        assert command.name in cli.commands()
+    names = [command.name for command in all_commands()]
+    assert sorted(names) == sorted(set(names))
 
 
 def test_commands_end_with_one_line_where_input_is_bad(tmp_path, capsys):
@@ -113,7 +123,7 @@ def test_inspected_row_shows_scored_text_runs_and_padding(capsys):
     short = processor.encode(tiny.example("short", (None, "what?"), "a cat"))
     long = processor.encode(tiny.example("long", (None, None, "and these two?"), "dogs"))
     console = Console(no_color=True, force_terminal=False, width=200)
-    batch = show_batch([short, long], processor, console)
+    (batch,) = show([short, long], processor, console)
     out = capsys.readouterr().out
     assert "[image × 6]what?" in out
     assert "[image × 6][image × 6]and these two?" in out

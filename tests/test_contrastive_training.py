@@ -148,5 +148,5 @@ def recalls(model, rows):
     figures = {"pairs": len(rows)}
     for name in ("image_to_text", "text_to_image"):
         for k, recall in getattr(found, name).recall.items():
-            figures |= {f"{name}_r{k}": recall.share, f"{name}_r{k}_95": [recall.low, recall.high]}
+            figures |= {f"{name}_r{k}": recall.share, f"{name}_r{k}_ci": [recall.low, recall.high]}
     return figures

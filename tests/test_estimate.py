@@ -7,7 +7,7 @@ from tests import tiny, training
 from vlm.data.mixture import Mixture, MixtureDataset
 from vlm.data.sources import ListSource
 from vlm.families.decoder_only.batch import IMAGE
-from vlm.training.memory.estimate import Estimate, rows_of_run, with_text_places
+from vlm.training.memory.estimate import Estimate, rows_of_run
 from vlm.training.memory.simulate import Held, SimulatedStep, StepMemory
 from vlm.training.objectives.contrastive import Contrast
 from vlm.training.objectives.next_token import NextToken
@@ -127,15 +127,33 @@ def test_rows_that_cannot_be_used_are_skipped():
         rows_of_run(training.dataset([bad]), processor, 16, 16)
 
 
-def test_rows_are_brought_to_a_number_of_text_places():
+def test_rows_are_brought_to_a_number_of_text_tokens():
     model = training.model()
     row = model.processor.encode(training.examples()[0])
     images = int((row.ids == IMAGE).sum())
     for count in (len(row.ids) - images - 3, 80):
-        found = with_text_places(row, count)
+        found = row.with_text(count)
         assert len(found.ids) == len(found.scored) == images + count
         assert int((found.ids == IMAGE).sum()) == images
     with pytest.raises(ValueError, match="would cut its images"):
-        with_text_places(row, 1)
+        row.with_text(1)
     with pytest.raises(ValueError, match="at least 1, found 0"):
-        with_text_places(row, 0)
+        row.with_text(0)
+
+
+def test_pairs_and_texts_are_brought_to_a_number_of_tokens_and_lines_refuse_it():
+    pair = training.contrastive_model().processor.encode(training.pairs(1)[0])
+    written = training.encoder_decoder_model().processor.encode(training.images_alone()[4])
+    line = training.line_model().processor.encode(training.text_lines()[0])
+    for count in (2, 40):
+        longer, other = pair.with_text(count), written.with_text(count)
+        assert [longer.length, len(longer.valid)] == [count, count]
+        assert [other.length, len(other.scored)] == [count, count]
+        assert torch.equal(longer.ids[:2], pair.ids[:2])
+        assert torch.equal(other.ids[:2], written.ids[:2])
+    for row in (pair, written):
+        with pytest.raises(ValueError, match="at least 1, found 0"):
+            row.with_text(0)
+    assert line.length == line.views[0][0].shape[-1]
+    with pytest.raises(ValueError, match="no text tokens; leave --tokens out"):
+        line.with_text(4)

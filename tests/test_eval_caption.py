@@ -12,6 +12,7 @@ from PIL import Image
 
 import vlm
 from tests import tiny, training
+from tests.results import read_result
 from vlm import adaptors, tokenizers
 from vlm.config import to_dict
 from vlm.data.example import caption_example
@@ -74,7 +75,7 @@ def arguments(made, out):
 
 
 def read(out):
-    result = json.loads((out / "result.json").read_text())
+    result = read_result(out)
     lines = [json.loads(line) for line in (out / "captions.jsonl").read_text().splitlines()]
     return result, lines
 
@@ -97,13 +98,13 @@ def test_two_processes_give_the_figures_of_one(made, tmp_path, capsys):
     assert (one["processes"], two["processes"]) == (1, 2)
     assert lines == lines_2
     assert one["metrics"] == two["metrics"]
-    assert one["baseline"] == two["baseline"]
+    assert one["baselines"] == two["baselines"]
     assert [line["references"] for line in lines] == [
         ["a cat", "a fox"],
         *[[text] for text in CAPTIONS[1:6]],
     ]
     assert one["rows"] == 7
-    assert one["metrics"]["images"] == 6
+    assert one["metrics"]["n"] == 6
     assert "6 images" in capsys.readouterr().out
     assert Image.open(tmp_path / "one/captions.png").width > 300
 
@@ -116,14 +117,14 @@ def test_result_says_what_was_asked_and_how(made, tmp_path):
     assert result["prompt"] == "Name it."
     assert result["decoding"] == {"do_sample": False, "num_beams": 1, "max_new_tokens": 5}
     assert result["preprocessing"]["size_hw"] == [32, 48]
-    assert result["baseline"]["preprocessing"]["size_hw"] == [32, 32]
+    assert result["baselines"]["nearest_neighbour"]["preprocessing"]["size_hw"] == [32, 32]
     assert (result["task"], result["precision"]) == ("caption", "float32")
     assert result["options"]["max_new_tokens"] == 5
     for name in ("torch", "vlm", "sacrebleu", "pycocoevalcap"):
         assert name in result["versions"]
-    for name in ("exact_match", "exact_match_95", "cider_d", "bleu_4"):
+    for name in ("n", "exact_match", "exact_match_ci", "cider", "bleu4_ci"):
         assert name in result["metrics"]
-        assert name in result["baseline"]["metrics"]
+        assert name in result["baselines"]["nearest_neighbour"]["metrics"]
 
 
 def test_captions_equal_those_of_the_public_model(made, tmp_path):

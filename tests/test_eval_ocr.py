@@ -14,6 +14,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
+from tests.results import read_result
 from vlm.data.example import caption_example
 from vlm.data.sources import ListSource
 from vlm.draw import draw_lines
@@ -22,6 +23,7 @@ from vlm.metrics.calibration import calibration
 from vlm.metrics.text import compare_texts
 from vlm.ocr.results import Line, Reading, Token, Transcript, Word
 from vlm.pixels.image_ref import ImageRef
+from vlm.tokenizers.columns import line_spec
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,14 +51,19 @@ def reading(*texts, confidence=1.0):
     return Reading(tuple(lines), (9, 9))
 
 
+def parts_of(family):
+    """What evaluations ask of a model of a family, besides reading."""
+    module = nn.Linear(1, 1)
+    module.family, module.parts = family, dict
+    return {"module": module, "processor": SimpleNamespace(pixel_spec=line_spec(32))}
+
+
 class FakeReader:
     """Reads what a file says of the images: digests to (text, confidence)."""
 
-    family = "line_reader"
-
     def __init__(self, path):
         self.known = json.loads(Path(path).read_text())
-        self.module = nn.Linear(1, 1)
+        vars(self).update(parts_of("line_reader"))
 
     def read_lines(self, images, batch_size):
         found = []
@@ -92,7 +99,7 @@ def arguments(made, out, *more):
 
 def run(made, *more):
     main("ocr", arguments(made, made / "out", *more))
-    return json.loads((made / "out/result.json").read_text())
+    return read_result(made / "out")
 
 
 class Peer:
@@ -117,18 +124,19 @@ class Peer:
 
 def test_figures_are_those_of_the_metrics(made, capsys):
     result = run(made)
-    found = result["readers"]["fake"]
+    metrics, groups = result["metrics"], result["groups"]
     compared = compare_texts(TRUTHS, READS)
-    assert result["metrics"]["fake"] == json.loads(json.dumps(compared.result(draws=50).figures()))
-    assert result["metrics"]["fake"]["exact_match"] == 0.5
-    assert found["ece"]["lines"] == pytest.approx(calibration(SURE, compared.exact).error)
-    assert found["ece"]["words"] > 0
-    assert set(found["by"]) == {"length"}
-    assert list(found["by"]["length"]) == ["1 to 10", "11 to 20", "21 to 40"]
-    assert found["by"]["length"]["11 to 20"]["lines"] == 2
-    assert ["o", "w", 1] not in found["confusions"]
-    assert ["2", "z", 1] in found["confusions"]
-    assert found["speed"]["lines_per_second"] > 0
+    expected = json.loads(json.dumps(compared.result(draws=50).metrics()))
+    assert {key: metrics[key] for key in expected} == expected
+    assert (metrics["n"], metrics["exact_match"]) == (6, 0.5)
+    assert metrics["ece_lines"] == pytest.approx(calibration(SURE, compared.exact).error)
+    assert metrics["ece_words"] > 0
+    assert set(groups) == {"length"}
+    assert list(groups["length"]) == ["1 to 10", "11 to 20", "21 to 40"]
+    assert groups["length"]["11 to 20"]["n"] == 2
+    assert ["o", "w", 1] not in result["confusions"]
+    assert ["2", "z", 1] in result["confusions"]
+    assert result["speed"]["lines_per_second"] > 0
     lines = [json.loads(line) for line in (made / "out/lines.jsonl").read_text().splitlines()]
     assert [line["text"] for line in lines] == list(TRUTHS)
     assert [line["read"]["fake"]["text"] for line in lines] == list(READS)
@@ -141,13 +149,13 @@ def test_figures_are_those_of_the_metrics(made, capsys):
 
 def test_result_says_what_was_asked_and_how(made):
     result = run(made, "--normalise", "lower", "--rows", "3")
-    assert (result["rows"], result["lines"], result["options"]["repeats"]) == (3, 3, 1)
+    assert (result["rows"], result["metrics"]["n"], result["options"]["repeats"]) == (3, 3, 1)
     assert result["data"] == ["rows.tsv"]
     assert result["normalisation"] == {
         "name": "lower", "meaning": "Unicode NFC, lower case, white space joined",
     }  # fmt: skip
-    assert result["readers"]["fake"]["dtype"] == "float32"
-    assert result["readers"]["fake"]["batch"] == 32
+    assert result["reader"]["dtype"] == "float32"
+    assert result["reader"]["batch"] == 32
     for name in ("torch", "vlm", "jiwer"):
         assert name in result["versions"]
 
@@ -179,9 +187,8 @@ def test_two_processes_give_the_figures_of_one(made, monkeypatch, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads((tmp_path / "two/result.json").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
-    for result in (one, two):
-        del result["readers"]["fake"]["speed"]
-    assert one["readers"] == two["readers"]
+    for key in ("metrics", "groups", "confusions"):
+        assert one[key] == two[key]
     lines = [(folder / "lines.jsonl").read_text() for folder in (made / "out", tmp_path / "two")]
     assert lines[0] == lines[1]
 
@@ -197,7 +204,7 @@ def test_lines_are_told_apart_by_font_where_the_source_says(made, monkeypatch):
     source.font_of = lambda row: ("serif", "brush")[row % 2]
     source.hand_of = lambda row: row % 2 == 1
     monkeypatch.setattr("vlm.evaluation.base.open_source", lambda text, **_: source)
-    found = run(made)["readers"]["fake"]["by"]
+    found = run(made)["groups"]
     assert list(found["font"]) == ["brush", "serif"]
     assert list(found["kind"]) == ["handwriting", "printed"]
     assert found["kind"]["handwriting"]["cer"] == compare_texts(
@@ -210,23 +217,20 @@ def test_lines_are_told_apart_by_font_where_the_source_says(made, monkeypatch):
 def test_peer_reads_the_same_lines_and_is_compared(made, monkeypatch, capsys):
     monkeypatch.setitem(ocr_peers.PEERS, "tesseract", Peer)
     result = run(made, "--peer", "tesseract")
-    peer = result["readers"]["tesseract"]
-    assert list(result["readers"]) == ["fake", "tesseract"]
-    assert (
-        result["metrics"]["tesseract"]["cer"]
-        == compare_texts(TRUTHS, ["Hello"] * 6).result().cer.rate
-    )
+    peer = result["baselines"]["tesseract"]
+    assert peer["metrics"]["cer"] == compare_texts(TRUTHS, ["Hello"] * 6).result().cer.rate
+    assert (peer["metrics"]["ece_lines"], peer["reader"]) == (None, {"version": "5"})
     assert (peer["speed"]["way"], list(peer["speed"]["ways"])) == ("one", ["one"])
-    rate, low, high = result["cer_less_than"]["tesseract"]
+    rate, (low, high) = peer["cer_difference"], peer["cer_difference_ci"]
+    assert peer["compared_to"] == "fake"
     assert low <= rate <= high < 0
-    assert rate == pytest.approx(
-        result["metrics"]["fake"]["cer"] - result["metrics"]["tesseract"]["cer"]
-    )
+    assert rate == pytest.approx(result["metrics"]["cer"] - peer["metrics"]["cer"])
     assert "fake less tesseract" in capsys.readouterr().out
     alone = ["--data", str(made / "rows.tsv"), "--out", str(made / "peer"), "--repeats", "2"]
     main("ocr", [*alone, "--peer", "tesseract", "--draws", "5"])
-    result = json.loads((made / "peer/result.json").read_text())
-    assert (result["model"], list(result["readers"])) == (None, ["tesseract"])
+    result = read_result(made / "peer")
+    assert (result["model"], result["metrics"], result["groups"]) == (None, None, {})
+    assert result["baselines"]["tesseract"]["metrics"]["n"] == 6
 
 
 def test_pages_are_compared_as_whole_texts_with_their_breaks_as_spaces(made, monkeypatch):
@@ -240,14 +244,14 @@ def test_pages_are_compared_as_whole_texts_with_their_breaks_as_spaces(made, mon
     def read_lines(images, batch_size):
         raise AssertionError("pages were read as lines")
 
-    model = SimpleNamespace(ocr=ocr, module=nn.Linear(1, 1), read_lines=read_lines)
+    model = SimpleNamespace(ocr=ocr, read_lines=read_lines, **parts_of("line_reader"))
     monkeypatch.setattr("vlm.load", lambda name, **_: model)
     monkeypatch.setattr(ocr_reading, "WARM_UP", 2)
     rows = "image\ttext\n0.png\tHello\\nworld\n1.png\tone\\nlines\n"
     (made / "pages.tsv").write_text(rows)
     result = run(made, "--data", str(made / "pages.tsv"), "--page")
     assert seen == {"layout": "page", "count": 2}
-    figures = result["metrics"]["fake"]
+    figures = result["metrics"]
     assert (figures["exact_match"], figures["words"]) == (0.5, 4)
     assert figures["wer"] == 0.25
     assert not (made / "out/worst.png").exists()
@@ -258,15 +262,14 @@ def test_model_without_lines_is_asked_for_the_image(made, monkeypatch):
     readings = [reading(text, confidence=sure) for text, sure in zip(READS, SURE)]
     readings[0] = reading("Hello", "world", confidence=0.9)
     model = SimpleNamespace(
-        ocr=lambda images, batch_size: readings[: len(images)], module=nn.Linear(1, 1)
+        ocr=lambda images, batch_size: readings[: len(images)], **parts_of("prefix_decoder")
     )
     monkeypatch.setattr("vlm.load", lambda name, **_: model)
     result = run(made)
-    found = result["readers"]["fake"]
-    assert result["metrics"]["fake"]["cer"] == compare_texts(TRUTHS, READS).result().cer.rate
+    assert result["metrics"]["cer"] == compare_texts(TRUTHS, READS).result().cer.rate
     sure = (0.81, *SURE[1:])
     expected = calibration(sure, compare_texts(TRUTHS, READS).exact).error
-    assert found["ece"]["lines"] == pytest.approx(expected)
+    assert result["metrics"]["ece_lines"] == pytest.approx(expected)
 
 
 def test_page_of_worst_lines_shows_them_worst_first(made, monkeypatch):
@@ -313,7 +316,7 @@ def test_rows_left_out_are_counted_and_named(made, capsys):
         main("ocr", arguments(made, made / "out"))
     assert "error: rows.tsv:8: image file 'none.png'" in capsys.readouterr().err
     result = run(made, "--bad-rows", "skip")
-    assert (result["rows"], result["lines"], result["skipped"]) == (8, 6, 2)
+    assert (result["rows"], result["metrics"]["n"], result["skipped"]) == (8, 6, 2)
     assert any("found 1: '0.png'" in line for line in result["examples_skipped"])
 
 
@@ -335,7 +338,9 @@ def test_bad_arguments_are_one_line(made, monkeypatch, capsys):
     monkeypatch.setattr("vlm.load", lambda name, **_: other)
     with pytest.raises(SystemExit):
         main("ocr", arguments(made, made / "out"))
-    assert "expected a model that reads text, found a contrastive one" in capsys.readouterr().err
+    found = capsys.readouterr().err
+    assert "expected a model of the family prefix_decoder (PaliGemma" in found
+    assert "to evaluate ocr; found a contrastive one" in found
 
 
 # Peers

@@ -9,6 +9,7 @@ from PIL import Image
 
 import vlm
 from tests import tiny, training
+from tests.results import read_result
 from vlm.data.sources import open_source
 from vlm.evaluation import main
 from vlm.metrics.vqa import vqa_metrics
@@ -50,7 +51,7 @@ def model(monkeypatch):
 
 
 def read(out):
-    result = json.loads((out / "result.json").read_text())
+    result = read_result(out)
     return result, [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
 
 
@@ -69,7 +70,7 @@ def test_answers_are_those_of_the_public_model_and_scored_by_the_metrics(
     assert [tuple(line["references"]) for line in lines] == references
     metrics = vqa_metrics(list(zip([line["answer"] for line in lines], references)))
     assert result["metrics"] == json.loads(json.dumps(metrics))
-    assert result["metrics"]["questions_with_ten_references"] == 1
+    assert result["metrics"]["n_ten_references"] == 1
     assert (result["task"], result["rows"], result["skipped"]) == ("vqa", 5, 0)
     assert result["prompt"] == "{question}"
     assert "5 questions of rows.jsonl" in capsys.readouterr().out

@@ -13,6 +13,7 @@ import vlm
 from tests import tiny, training
 from tests.folders import public
 from tests.reference import tiny_siglip
+from tests.results import read_result
 from tests.rows import NAMES, classification_folder
 from vlm.evaluation import main, zero_shot
 from vlm.metrics.classification import classification
@@ -51,7 +52,7 @@ def arguments(made, out, *more):
 
 def run(made, out, *more):
     main("zero-shot", arguments(made, out, *more))
-    return json.loads((out / "result.json").read_text())
+    return read_result(out)
 
 
 def refusal(made, out, capsys, *more):
@@ -96,13 +97,15 @@ def test_figures_are_those_of_the_public_models_scores(made, tmp_path, bias):
     templates = [template.replace("{c}", "{}") for template in TEMPLATES]
     scores = given.classify(images, CLASSES, templates).numpy()
     right = np.array([CLASSES.index(kind) for kind in KINDS])
-    expected = classification(scores, right, scale=1.0).figures()
+    expected = classification(scores, right, scale=1.0).metrics()
     for key, value in expected.items():
         assert result["metrics"][key] == pytest.approx(value, abs=1e-5), key
     assert result["classes"] == CLASSES
-    assert result["metrics"]["chance"] == {
-        "top_1": 1 / 3, "top_5": 1.0, "most_frequent_class": 4 / 9,
+    assert result["chance"] == {
+        "accuracy": 1 / 3, "accuracy_top5": 1.0, "accuracy_mean_per_class": 1 / 3,
     }  # fmt: skip
+    most_frequent = result["baselines"]["most_frequent_class"]["metrics"]
+    assert most_frequent == {"accuracy": 4 / 9}
     chosen = scores.argmax(1)
     missed = sum(pair["count"] for pair in result["confusions"])
     assert missed == (chosen != right).sum()
@@ -121,7 +124,7 @@ def test_result_says_what_was_asked_and_how(made, tmp_path, capsys):
     assert result["precision"] == "float32"
     assert result["preprocessing"]["size_hw"]
     assert {"torch", "vlm", "transformers"} <= set(result["versions"])
-    assert set(result["metrics"]["by_class"]) == set(result["classes"])
+    assert set(result["groups"]["class"]) == set(result["classes"])
     assert result["prompts_cut"] == len(result["classes"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "prompts were longer than the context" in shown
@@ -139,15 +142,15 @@ def test_templates_and_classes_may_lie_in_files(made, tmp_path):
     assert result["templates"] == ["a {}", "an {}"]
     assert result["classes"] == ["red fox", "cat", "wild dog", "horse"]
     assert result["metrics"]["classes_without_examples"] == 1
-    assert result["metrics"]["by_class"]["horse"] is None
-    assert result["metrics"]["chance"]["top_1"] == 0.25
+    assert result["groups"]["class"]["horse"] == {"n": 0, "accuracy": None}
+    assert result["chance"]["accuracy"] == 0.25
     images = [made / f"{i}.png" for i in range(9)]
     scores = vlm.load(made / "model", device="cpu").classify(
         images, result["classes"], result["templates"]
     )
     right = np.array([{"fox": 0, "cat": 1, "dog": 2}[kind] for kind in KINDS])
-    expected = classification(scores, right, scale=1.0).figures()
-    assert result["metrics"]["top_1"] == expected["top_1"]
+    expected = classification(scores, right, scale=1.0).metrics()
+    assert result["metrics"]["accuracy"] == expected["accuracy"]
 
 
 def test_clip_benchmark_brings_its_classes_and_templates(made, tmp_path):
@@ -158,7 +161,7 @@ def test_clip_benchmark_brings_its_classes_and_templates(made, tmp_path):
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["classes"] == NAMES
     assert result["templates"] == ["one {}"]
-    assert result["metrics"]["examples"] == 4
+    assert result["metrics"]["n"] == 4
 
 
 def test_classes_of_a_image_folder_are_its_folders(made, tmp_path):
@@ -170,7 +173,7 @@ def test_classes_of_a_image_folder_are_its_folders(made, tmp_path):
     main("zero-shot", arguments)
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["classes"] == ["cat", "dog"]
-    assert result["metrics"]["examples"] == 4
+    assert result["metrics"]["n"] == 4
 
 
 def test_classes_of_equal_names_are_refused_or_merged(made, tmp_path, capsys):
@@ -217,7 +220,7 @@ def test_rows_without_a_class_are_named_or_left_out_and_counted(made, tmp_path, 
     assert [line.split(": ")[0] for line in result["examples_skipped"]] == [
         "bad.jsonl:2", "bad.jsonl:3", "bad.jsonl:5",
     ]  # fmt: skip
-    assert result["metrics"]["examples"] == 2
+    assert result["metrics"]["n"] == 2
     assert "3 of 5 rows skipped" in capsys.readouterr().out
 
 
@@ -293,7 +296,7 @@ def test_classes_of_rows_that_the_model_reads_as_one_are_refused_or_merged(
     assert "several places of the list: {'Cat / cat': [1, 2]}" in error
     result = run(made, tmp_path / "out", *more, "--same-names", "merge")
     assert (result["classes"], result["classes_merged"]) == (["Cat", "dog", "fox"], 1)
-    assert result["metrics"]["examples"] == 4
+    assert result["metrics"]["n"] == 4
 
 
 def test_names_of_which_the_model_reads_nothing_are_refused(made, tmp_path, capsys):

@@ -3,22 +3,20 @@
 import ast
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 import vlm
 from tests import tiny, training
+from tests.results import KEYS, read_result
 from vlm import cli
 from vlm.evaluation import TASKS, evaluation_class
 from vlm.evaluation.base import Evaluation, Settings
 from vlm.ranks import share
 
 SCRIPTS = Path(__file__).parents[1] / "eval"
-COMMON = {
-    "task", "model", "data", "rows", "skipped", "examples_skipped", "metrics", "precision",
-    "device", "processes", "versions", "options", "minutes",
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -64,6 +62,13 @@ def test_command_lists_the_tasks_and_refuses_others(capsys):
     assert error in capsys.readouterr().err
 
 
+def test_page_states_the_keys_of_every_result():
+    page = (SCRIPTS / "README.md").read_text()
+    section = page.partition("### result.json")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`(\w+)`", section)) >= {*KEYS, "n"}
+    assert all(f"| {task} |" in section for task in TASKS)
+
+
 def test_command_evaluates_a_model(tmp_path, monkeypatch):
     opened = []
 
@@ -79,10 +84,9 @@ def test_command_evaluates_a_model(tmp_path, monkeypatch):
         ["eval", "vqa", "runs/tiny", "--data", str(tmp_path / "rows.jsonl"), "--threads", "1",
          "--out", str(tmp_path / "out"), "--precision", "fp32", "--max-new-tokens", "2"]
     )  # fmt: skip
-    result = json.loads((tmp_path / "out/result.json").read_text())
-    assert set(result) >= COMMON
+    result = read_result(tmp_path / "out")
     assert opened == [("runs/tiny", "float32")]
-    assert (result["task"], result["model"], result["data"]) == ("vqa", "runs/tiny", "rows.jsonl")
+    assert (result["task"], result["model"], result["data"]) == ("vqa", "runs/tiny", ["rows.jsonl"])
     assert result["options"]["max_new_tokens"] == 2
     assert result["options"]["out"] == str(tmp_path / "out")
 

@@ -1,14 +1,17 @@
 """Packages of extras: without them the rest opens, and each task says in one line what it lacks."""
 
+import ast
 import re
 import subprocess
 import sys
 import tomllib
 from importlib import import_module
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 
 import vlm
@@ -28,7 +31,6 @@ MODULES = {
     "eval": ("pycocotools", "pycocoevalcap", "sacrebleu"),
     "data": ("datasets",),
     "tensorboard": ("tensorboard",),
-    "serve": ("fastapi", "uvicorn"),
     "quantize": ("bitsandbytes",),
 }
 
@@ -57,6 +59,35 @@ def test_extras_of_pyproject_are_those_that_are_told_and_all_has_them():
     (whole,) = map(Requirement, EXTRAS["all"])
     assert whole.extras == set(ABOUT) - {"quantize"}
     assert "vlm[all]" in EXTRAS["test"]
+
+
+def imported_under(extra_call: ast.With) -> set[str]:
+    """The packages that a `with needs(...)` imports; torch's writer of curves is tensorboard's."""
+    found = set()
+    for node in ast.walk(extra_call):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return {"tensorboard" if n == "torch.utils.tensorboard" else n.split(".")[0] for n in found}
+
+
+def test_each_extra_has_the_packages_that_are_imported_under_its_name():
+    """And pyproject asks for those that hold them, and no others."""
+    found = {extra: set() for extra in MODULES}
+    for path in (ROOT / "vlm").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            calls = [item.context_expr for item in getattr(node, "items", [])]
+            for call in calls if isinstance(node, ast.With) else []:
+                if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "needs":
+                    found[call.args[0].value] |= imported_under(node)
+    assert found == {extra: set(modules) for extra, modules in MODULES.items()}
+    holders = packages_distributions()
+    for extra, modules in MODULES.items():
+        asked = {canonicalize_name(Requirement(text).name) for text in EXTRAS[extra]}
+        assert len(asked) == len(modules), extra
+        for module in modules:
+            assert asked & {*map(canonicalize_name, holders.get(module, [module]))}, module
 
 
 IMPORTS = """

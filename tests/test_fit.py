@@ -456,12 +456,12 @@ def test_rows_of_like_length_are_padded_together_and_none_is_lost(tmp_path, monk
     _, _, apart = training.train(tmp_path / "apart", rows=rows)
     processor = training.model().processor
     encoded = [processor.encode(row) for row in rows]
-    parts = next_token._of_like_length(encoded)
+    parts = next_token.rows_of_like_length(encoded)
     assert sorted(row.name for part in parts for row in part) == [f"r{i}" for i in range(9)]
     assert [[row.name for row in part] for part in parts] == [
         ["r0", "r3", "r6"], ["r1", "r4", "r7"], ["r2", "r5", "r8"],
     ]  # fmt: skip
-    monkeypatch.setattr(next_token, "_of_like_length", lambda rows: [rows] if rows else [])
+    monkeypatch.setattr(next_token, "rows_of_like_length", lambda rows: [rows] if rows else [])
     _, _, together = training.train(tmp_path / "together", rows=rows)
     for a, b in zip(apart, together, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)

@@ -16,6 +16,7 @@ from PIL import Image
 
 import vlm
 from tests import tiny, training
+from tests.results import read_result
 from vlm import adaptors, cli, tokenizers
 from vlm.config import to_dict
 from vlm.data.example import Box, Example, Turn
@@ -385,22 +386,22 @@ def test_evaluation_of_a_model_that_knows_is_perfect(monkeypatch, tmp_path, caps
     source = open_source(data)
     result = evaluate(monkeypatch, tmp_path, data, lambda made: knows(made, source), batch_size=4)
     figures = result["metrics"]
-    assert figures["accuracy"]["share"] == 1.0
-    assert figures["AP"] == pytest.approx(1.0)
+    assert figures["accuracy"] == 1.0
+    assert figures["ap"] == pytest.approx(1.0)
     assert figures["images"] == 11
     assert figures["predicted_boxes"] == figures["true_boxes"] > 11
     assert figures["unreadable_answers"] == 0
     assert "phrases found, IoU ≥ 0.5" in capsys.readouterr().out
     out = tmp_path / "out"
-    assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(result))
+    assert read_result(out) == json.loads(json.dumps(result))
     assert (result["task"], result["options"]["seed"]) == ("grounding", 0)
     for key in ("model", "data", "prompt", "preprocessing", "versions", "loc"):
         assert result[key] is not None
     assert len((out / "predictions.jsonl").read_text().splitlines()) == 11
     assert Image.open(out / "images.png").format == "PNG"
     far = evaluate(monkeypatch, tmp_path, data, lambda made: knows(made, source, noise=-60.0))
-    assert far["metrics"]["accuracy"]["share"] < 0.2
-    assert far["metrics"]["AP"] < 0.2
+    assert far["metrics"]["accuracy"] < 0.2
+    assert far["metrics"]["ap"] < 0.2
 
 
 def test_evaluation_of_a_coco_file_asks_for_all_labels_when_told(monkeypatch, tmp_path):
@@ -421,9 +422,9 @@ def test_evaluation_of_a_coco_file_asks_for_all_labels_when_told(monkeypatch, tm
     data = f"coco:{tmp_path / 'boxes.json'}"
     options = {"max_new_tokens": 8, "constrained": True}
     present = evaluate(monkeypatch, tmp_path, data, **options)["metrics"]
-    assert (present["phrases_asked"], present["phrases_present"]) == (2, 2)
+    assert (present["phrases_asked"], present["n"]) == (2, 2)
     every = evaluate(monkeypatch, tmp_path, data, ask="all", **options)["metrics"]
-    assert (every["phrases_asked"], every["phrases_present"], every["crowds"]) == (6, 2, 1)
+    assert (every["phrases_asked"], every["n"], every["crowds"]) == (6, 2, 1)
     with pytest.raises(ValueError, match="--ask all: expected a COCO file"):
         evaluate(monkeypatch, tmp_path, "scenes:2", ask="all")
 

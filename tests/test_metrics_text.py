@@ -76,7 +76,7 @@ def test_empty_texts_are_defined():
     unread = compare_texts(["ab cd", ""], ["", ""]).result()
     assert (unread.cer.rate, unread.wer.rate, unread.deletions) == (1, 1, 5)
     assert compare_texts(["", "ab"], ["x", ""]).line_cer.tolist() == [1, 1]
-    json.dumps(nothing.figures(), allow_nan=False)
+    json.dumps(nothing.metrics(), allow_nan=False)
 
 
 @pytest.mark.parametrize(

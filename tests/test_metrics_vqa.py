@@ -90,11 +90,11 @@ def test_edits_equal_those_of_rapidfuzz():
 def test_report_holds_means_with_intervals_and_counts():
     pairs = [("yes", votes(yes=1, no=9)), ("hallo", ["hello"]), ("red", ["red"])]
     found = vqa_metrics(pairs)
-    assert (found["questions"], found["questions_with_ten_references"]) == (3, 1)
+    assert (found["n"], found["n_ten_references"]) == (3, 1)
     assert found["vqa_accuracy"] == pytest.approx((0.3 + 0 + 1) / 3)
     assert found["anls"] == pytest.approx((1 + 0.8 + 1) / 3)
     for name in ("vqa_accuracy", "anls"):
-        low, high = found[f"{name}_95"]
+        low, high = found[f"{name}_ci"]
         assert 0 < low < found[name] < high <= 1
 
 

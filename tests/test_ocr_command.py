@@ -141,6 +141,9 @@ def test_a_model_of_whole_images_is_asked_for_its_reading(page, capsys, monkeypa
     class Whole:
         reads = "pages"
 
+        class module:
+            family = "prefix_decoder"
+
         def ocr(self, images, **options):
             asked.append(options)
             line = Line("all of it", 0.5, (), (0, 0, 9, 9), ((0, 0), (9, 0), (9, 9), (0, 9)))

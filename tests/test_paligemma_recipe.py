@@ -173,7 +173,7 @@ def test_new_model_learns_detection_and_is_evaluated(coco, tmp_path):
     settings = Settings(model=str(tmp_path / "run"), data=coco, max_new_tokens=6, images=2)
     result = base.run(GroundingEvaluation(settings))
     assert result["prompt"] == "detect {phrase}"
-    assert 0 <= result["metrics"]["AP"] <= 1
+    assert 0 <= result["metrics"]["ap"] <= 1
     assert result["metrics"]["images"] == 6
     assert (tmp_path / "run/grounding/images.png").is_file()
 

@@ -18,9 +18,9 @@ import pytest
 import tyro
 
 from vlm import assets, cli
+from vlm.commands import readme_tables
 from vlm.commands.evaluation import with_model_argument
 from vlm.evaluation import TASKS, evaluation_class
-from vlm.systems import capabilities
 from vlm.training.runs.launch import recipe_in
 
 ROOT = Path(__file__).parent.parent
@@ -36,9 +36,9 @@ OF_OTHERS = {"--psm"}
 """Options of other programs that the pages name: tesseract's."""
 
 
-def test_readme_has_the_table_of_systems_of_the_registry():
-    assert capabilities.table() in README, (
-        "run `python -m vlm.systems.capabilities README.md` to write the table anew"
+def test_readme_has_the_tables_of_the_registry():
+    assert readme_tables.with_tables(README) == README, (
+        "run `python -m vlm.commands.readme_tables README.md` to write the tables anew"
     )
 
 
@@ -46,24 +46,24 @@ def test_table_refuses_a_system_whose_load_does_not_say_its_model(monkeypatch):
     def load(folder, values) -> int: ...
 
     module = SimpleNamespace(__name__="toy", load=load)
-    monkeypatch.setattr(capabilities, "import_module", lambda name: module)
+    monkeypatch.setattr(readme_tables, "import_module", lambda name: module)
     with pytest.raises(ValueError, match=r"toy\.load: expected the model of a family"):
-        capabilities.family_of("clip")
+        readme_tables.family_of("clip")
 
 
-def test_table_replaces_the_one_that_stands_there():
-    page = "a\n\n| system | what it is | old |\n| --- |\n| x |\n\nb\n"
-    assert capabilities.with_table(page) == f"a\n\n{capabilities.table()}\n\nb\n"
+def test_tables_replace_those_that_stand_there():
+    old = "| system | what it is | old |\n| --- |\n| x |\n\nb\n\n| command | what it does |\n"
+    systems, commands = readme_tables.systems_table(), readme_tables.commands_table()
+    found = readme_tables.with_tables(f"a\n\n{old}\nc\n")
+    assert found == f"a\n\n{systems}\n\nb\n\n{commands}\n\nc\n"
     with pytest.raises(ValueError, match=r"expected one table .* found 0"):
-        capabilities.with_table("a\n")
+        readme_tables.with_tables("a\n")
 
 
-def test_pages_name_every_asset_command_and_folder():
+def test_pages_name_every_asset_and_folder():
     text = (ROOT / "vlm/tokenizers/README.md").read_text()
     for name in assets.ASSETS:
         assert f"`{name}`" in text
-    for name in cli.COMMANDS:
-        assert f"`vlm {name}" in README
     text = (ROOT / "vlm/README.md").read_text()
     for folder in {path.parent.name for path in (ROOT / "vlm").glob("*/__init__.py")}:
         assert f"`{folder}/`" in text
@@ -115,7 +115,7 @@ def test_commands_of_pages_exist_with_their_options(page):
 def test_options_that_pages_name_in_passing_exist():
     every = set().union(OF_OTHERS, *map(options_of_script, (ROOT / "eval").glob("*.py")))
     every = every.union(*map(options_of_recipe, (ROOT / "recipes").glob("*.py")))
-    every = every.union(*map(options_of_command, cli.COMMANDS))
+    every = every.union(*map(options_of_command, cli.commands()))
     for page in PAGES:
         text = without_blocks((ROOT / page).read_text())
         named = {o for code in re.findall(r"`([^`]+)`", text) for o in OPTION.findall(code)}
@@ -151,7 +151,7 @@ def known_options(words):
         settings = with_model_argument(evaluation_class(words[2]).settings_type)
         return options_of_class(settings)
     if words[0] == "vlm" and words[1] not in ("launch", "eval"):
-        assert words[1] in cli.COMMANDS, words
+        assert words[1] in cli.commands(), words
         more = set().union(*map(options_of_recipe, map(ROOT.joinpath, scripts)))
         return options_of_command(words[1]) | more
     if words[:2] == ["python", "-m"] and words[2].split(".")[0] in ("vlm", "tests"):
@@ -175,7 +175,7 @@ def options_of_class(settings):
 
 
 def options_of_command(name):
-    return options_of_class(cli.COMMANDS[name])
+    return options_of_class(cli.commands()[name])
 
 
 @cache

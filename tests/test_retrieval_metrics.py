@@ -148,7 +148,7 @@ def test_wrong_candidates_come_first_of_equal_ones(block):
     assert set(found.image_to_text.rank.tolist()) == {2}
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
     again = retrieval(images, texts[order], owner[order], block=block)
-    assert again.figures() == found.figures()
+    assert again.metrics() == found.metrics()
     assert again.text_to_image.rank.tolist() == found.text_to_image.rank[order].tolist()
 
 
@@ -187,7 +187,7 @@ def share(rank, folder):
         return counts
 
     found = [
-        retrieval(*make(), rank=rank, ranks=2, total=total, block=(8, 50)).figures()
+        retrieval(*make(), rank=rank, ranks=2, total=total, block=(8, 50)).metrics()
         for make in SHARED
     ]
     with open(f"{folder}/{rank}.json", "w") as file:
@@ -199,7 +199,7 @@ def share(rank, folder):
 def test_two_processes_give_the_figures_of_one(tmp_path):
     """37 images on two processes, and six of which one alone has a text."""
     torch.multiprocessing.spawn(share, (str(tmp_path),), nprocs=2)
-    one = [retrieval(*make()).figures() for make in SHARED]
+    one = [retrieval(*make()).metrics() for make in SHARED]
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == json.loads(json.dumps(one))
 
@@ -208,7 +208,7 @@ def test_accelerate_sums_the_counts():
     from accelerate import Accelerator  # which the processes of the test above do without
 
     total = partial(Accelerator(cpu=True).reduce, reduction="sum")
-    assert retrieval(*pairs(), total=total).figures() == retrieval(*pairs()).figures()
+    assert retrieval(*pairs(), total=total).metrics() == retrieval(*pairs()).metrics()
 
 
 @pytest.mark.slow
@@ -216,7 +216,7 @@ def test_intervals_are_those_of_images_drawn_one_by_one():
     """Each image with its texts; the same seed gives the same interval."""
     images, texts, owner = pairs(60, 200, noise=1.5)
     found = retrieval(images, texts, owner, draws=4000, seed=3)
-    assert retrieval(images, texts, owner, draws=4000, seed=3).figures() == found.figures()
+    assert retrieval(images, texts, owner, draws=4000, seed=3).metrics() == found.metrics()
     to_text, to_image, owner = found.image_to_text, found.text_to_image, owner.numpy()
     draw, slow = np.random.default_rng(0), []
     for _ in range(4000):
@@ -270,7 +270,7 @@ def test_scores_are_never_held_whole():
 @pytest.mark.parametrize("setting", ["high", "medium"])
 def test_allowed_lower_precision_is_not_taken(setting, monkeypatch):
     images, texts, owner = pairs(300, 600, 256, noise=3.0)
-    expected = retrieval(images, texts, owner).figures()
+    expected = retrieval(images, texts, owner).metrics()
     backends, used, product = (torch.backends.cuda, torch.backends.mkldnn), set(), torch.mm
 
     def mm(*args, **kwargs):
@@ -283,7 +283,7 @@ def test_allowed_lower_precision_is_not_taken(setting, monkeypatch):
     allowed = [backend.matmul.fp32_precision for backend in backends]
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            assert retrieval(images, texts, owner).figures() == expected
+            assert retrieval(images, texts, owner).metrics() == expected
         assert torch.get_float32_matmul_precision() == setting
         assert [backend.matmul.fp32_precision for backend in backends] == allowed
     finally:
@@ -332,7 +332,7 @@ def test_top_k_takes_the_lower_row_of_equal_ones():
 def test_a_gpu_gives_the_same_bits_as_a_cpu(make):
     images, texts, owner = make()
     found = retrieval(images.cuda(), texts.cuda(), owner.cuda())
-    assert found.figures() == retrieval(images, texts, owner).figures()
+    assert found.metrics() == retrieval(images, texts, owner).metrics()
     for there, here in zip(top_k(images.cuda(), texts.cuda(), 9), top_k(images, texts, 9)):
         assert torch.equal(there.cpu(), here)
 

@@ -7,7 +7,7 @@ from datasets import Dataset
 from PIL import Image
 from rich.console import Console
 
-from tests import tiny
+from tests import tiny, training
 from tests.rows import write_tar
 from vlm.commands.inspect_batch import show_rows
 from vlm.data.check import check_start
@@ -340,11 +340,11 @@ def test_inspected_rows_show_the_system_message_and_unscored_answers(write, caps
         image="a.png",
         system="Be brief.",
     )
-    processor = tiny.processor(tiny.decoder_only())
+    model = training.model()
     console = Console(no_color=True, force_terminal=False, width=300)
-    rows = [processor.encode(open_source(write(row))[0])]
+    rows = [model.processor.encode(open_source(write(row))[0])]
     for pack in (None, 500):
-        show_rows(rows, processor, console, pack)
+        show_rows(rows, model, console, pack)
         out = capsys.readouterr().out
         assert "system message  'Be brief.'" in out
         assert "1 answer not scored" in out

@@ -36,7 +36,7 @@ def test_it_reads_printed_lines_with_calibrated_confidence(reader):
     examples = [source[row] for row in range(40)]
     read = reader.read_lines([open_image(example.images[0]) for example in examples])
     found = compare_texts([e.answer for e in examples], [line.text for line in read])
-    assert found.result().figures()["cer"] < 0.03
+    assert found.result().metrics()["cer"] < 0.03
     assert all(0 <= line.confidence <= 1 for line in read)
     assert sum(line.confidence for line in read) / len(read) > 0.7
 

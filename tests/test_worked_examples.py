@@ -1,4 +1,4 @@
-"""The worked examples of vlm/README.md, carried out as their reader would: files are written where
+"""The worked examples of the READMEs, carried out as their reader would: files are written where
 their blocks say, rows are added to the tables that they name, and the tests among them pass."""
 
 import dataclasses
@@ -6,32 +6,81 @@ import importlib
 import inspect
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from vlm import tokenizers
+from vlm.commands import readme_tables
 from vlm.families import registry
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "vlm" / "README.md").read_text()
+FOLDERS = ("tokenizers", "systems", "families", "commands", "training")
+PAGES = {folder: (ROOT / "vlm" / folder / "README.md").read_text() for folder in FOLDERS}
 BLOCK = re.compile(r"^```python ([^\n]+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SECTION = re.compile(r"^## (Add [^\n]+)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-EXAMPLES = {name: BLOCK.findall(text) for name, text in SECTION.findall(PAGE)}
+EXAMPLES = {
+    name: BLOCK.findall(text) for page in PAGES.values() for name, text in SECTION.findall(page)
+}
 TESTS = {
     name: [path for path, _ in blocks if path.startswith("tests/")]
     for name, blocks in EXAMPLES.items()
 }
 
 
-def test_page_has_the_four_examples_each_with_a_test():
-    assert list(EXAMPLES) == [
-        "Add an image tokenizer",
-        "Add a published system",
-        "Add a family",
-        "Add a task",
-    ]
+REGISTRY = "vlm/families/registry.py"
+FOLDER = [f"vlm/families/tagger/{name}.py"
+          for name in ("batch", "module", "processor", "model", "layout", "inspect")]  # fmt: skip
+TOUCHED = {
+    "Add an image tokenizer": (["vlm/tokenizers/patches.py"], {}),
+    "Add a published system": (["vlm/systems/toy_vl.py"], {REGISTRY: 1}),
+    "Add a family": (
+        [
+            *FOLDER,
+            "vlm/training/objectives/tags.py",
+            "vlm/training/runs/tagger.py",
+            "recipes/tagger.py",
+        ],
+        {REGISTRY: 1},
+    ),
+    "Add a task": (
+        ["vlm/commands/verify.py"],
+        {"vlm/families/decoder_only/model.py": 1, REGISTRY: 2},
+    ),
+    "Add an objective": (
+        ["vlm/training/objectives/smoothed.py"],
+        {"recipes/stage1_adaptor.py": 1},
+    ),
+}
+"""Example -> the files that it adds beside its tests, and those that it changes, each with how many
+rows, names or methods it gets there."""
+
+
+def test_pages_have_the_examples_each_with_a_test():
+    assert list(EXAMPLES) == list(TOUCHED)
     assert all(TESTS.values())
+
+
+@pytest.mark.parametrize("name", TOUCHED)
+def test_an_addition_touches_few_files(name):
+    places = [place for place, _ in EXAMPLES[name] if place not in TESTS[name]]
+    added = [place for place in places if " in " not in place]
+    changed = Counter(place.split(" in ")[1] for place in places if " in " in place)
+    assert (sorted(added), dict(changed)) == (sorted(TOUCHED[name][0]), TOUCHED[name][1])
+
+
+def test_additions_come_into_the_tables_of_readme(added):
+    """By the command alone: nothing in README.md is written by hand."""
+    readme = (ROOT / "README.md").read_text()
+    page = readme_tables.with_tables(readme)
+    head = next(line for line in page.splitlines() if line.startswith("| system |"))
+    cells = {line.split(" |")[0]: line for line in page.splitlines() if line.startswith("| `")}
+    assert "| verify |" in head
+    assert cells["| `toy_vl`"].startswith("| `toy_vl` | Toy-VL: SigLIP, linear, LLaMA | ✓ |")
+    assert cells["| `tagger`"].endswith("| [tagger](recipes/tagger.py) | ✓ |")
+    command = "`vlm verify IMAGE... --statement TEXT --model RUN`"
+    assert f"| {command} | says how probable a statement about each image is |" in page
 
 
 @pytest.fixture
@@ -61,9 +110,17 @@ def added(tmp_path, monkeypatch):
 
 
 def add(place: str, code: str, monkeypatch) -> None:
-    """Adds a row to a table, or a method to a class, as a block says: "TABLE in FILE" or "method of
-    CLASS in FILE"."""
+    """Adds a row to a table, a method to a class, or an objective to a recipe, as a block says:
+    "TABLE in FILE", "method of CLASS in FILE" or "objective in FILE"."""
     what, path = place.split(" in ")
+    if what == "objective":
+        recipe, found = re.subn(
+            r"^from \S+ import \w+ as objective\n", "", (ROOT / path).read_text(), flags=re.M
+        )
+        assert found == 1, f"{path}: expected one objective that is imported, found {found}"
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_text(recipe.replace("\ndef stage(", f"\n{code}\n\ndef stage("))
+        return
     module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
     names = dict(vars(module))
     if what.startswith("method of "):
@@ -72,7 +129,6 @@ def add(place: str, code: str, monkeypatch) -> None:
         cls = getattr(module, what.removeprefix("method of "))
         monkeypatch.setattr(cls, name, names[name], raising=False)
         return
-    imports, row = re.fullmatch(r"((?:from [^\n]+\n)*)\n*(.*)", code, re.DOTALL).groups()
     if what == "WRITING":
         exec(code, names)
         new = [task for task in names["WRITING"] if task not in registry.WRITING]
@@ -82,8 +138,7 @@ def add(place: str, code: str, monkeypatch) -> None:
                 more = dataclasses.replace(family, tasks=(*family.tasks, *new))
                 monkeypatch.setitem(registry.FAMILIES, name, more)
     else:
-        exec(imports, names)
-        for key, value in eval(f"{{{row}}}", names).items():
+        for key, value in eval(f"{{{code}}}", names).items():
             monkeypatch.setitem(getattr(module, what), key, value)
 
 

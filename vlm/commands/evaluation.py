@@ -24,7 +24,7 @@ class Evaluate:
         Raises ValueError for a task that there is not, and for input that cannot be evaluated.
         """
         from vlm.evaluation import TASKS, evaluation_class
-        from vlm.evaluation.base import description, run
+        from vlm.evaluation.base import description, read_settings, run
 
         if not arguments or arguments[0] in ("-h", "--help"):
             print("usage: vlm eval TASK MODEL [options]\n")
@@ -37,11 +37,11 @@ class Evaluate:
             evaluation = evaluation_class(task)
         except ValueError as error:
             raise ValueError(f"vlm eval: {error}") from error
-        settings = tyro.cli(
+        settings = read_settings(
             with_model_argument(evaluation.settings_type),
-            args=rest,
-            prog=f"vlm eval {task}",
-            description=description(evaluation),
+            rest,
+            description(evaluation),
+            f"vlm eval {task}",
         )
         run(evaluation(settings))
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from vlm.commands.model import open_model
 from vlm.config import require_least
 
 if TYPE_CHECKING:
@@ -70,7 +71,6 @@ class Ocr:
 
     def run(self) -> None:
         self._check()
-        import vlm
         from vlm.ocr.documents import check_files
         from vlm.ocr.output import Output
         from vlm.ocr.streaming import keep_sure
@@ -79,7 +79,7 @@ class Ocr:
         skip = self.bad_pages == "skip"
         if left_out and not (skip and files):
             raise ValueError(_together(left_out, len(self.files)))
-        model = vlm.load(self.model, device=self.device, dtype=self.dtype)
+        model = open_model(self.model, "ocr", "reads no text", self.device, self.dtype)
         self._check_model(model)
         count, unsure = 0, 0
         with Output(self.out, self.format) as output:
@@ -169,16 +169,10 @@ class Ocr:
                 raise ValueError(f"--out: several files would be written to {name} in {self.out}")
 
     def _check_model(self, model: Any) -> None:
-        """Raises ValueError for a model that does not read, or not as it is asked to."""
-        reads = getattr(model, "reads", None)
-        if reads is None:
-            raise ValueError(
-                f"{self.model}: a {model.module.family} model reads no text; expected a model of "
-                "the family line_reader, encoder_decoder or prefix_decoder"
-            )
-        if reads == "pages" and self.layout == "line":
+        """Raises ValueError for a model that does not read as it is asked to."""
+        if model.reads == "pages" and self.layout == "line":
             raise ValueError(f"--layout line: {self.model} reads an image as a whole")
-        if reads == "lines" and self.prompt is not None:
+        if model.reads == "lines" and self.prompt is not None:
             raise ValueError(f"--prompt: {self.model} reads lines, and is asked nothing")
 
     def _drawing(self, number: int, pages: int) -> Path:

@@ -80,25 +80,21 @@ class MakePlan:
         else:
             self._show(plan, machine, settings, name, source)
         if not plan.fits:
-            helps = remedies(settings, hasattr(estimate.simulated.module, "text"), self.shard)
+            helps = remedies(settings, estimate.simulated.module, self.shard)
             raise ValueError(plan.refusal(asked(settings, plan.micro_batch), helps))
 
     def _estimate(self, recipe: Any, settings: Any, machine: Machine) -> tuple[Estimate, str]:
         """The estimate of a recipe's steps, and the name of its stage."""
         from vlm.precision import DTYPES
         from vlm.training.activation_checkpointing import checkpoint_activations, kept_parts
-        from vlm.training.memory.estimate import (
-            Estimate,
-            rows_of_run,
-            with_text_places,
-        )
+        from vlm.training.memory.estimate import Estimate, rows_of_run
         from vlm.training.memory.simulate import SimulatedStep
 
         data = settings.data()
         model = settings.build()
         rows = rows_of_run(data, model.processor, settings.steps * settings.batch, self.rows)
         if self.tokens is not None:
-            rows = [with_text_places(row, self.tokens) for row in rows]
+            rows = [row.with_text(self.tokens) for row in rows]
         module = model.module
         stage = recipe.stage(settings, module, settings.micro_batch or 1)
         if settings.checkpoint_activations:

@@ -17,7 +17,6 @@ ABOUT = {
     "eval": "caption metrics and average precision of boxes",
     "data": "data sets of the hub, Parquet files and folders of images",
     "tensorboard": "curves of a run for TensorBoard",
-    "serve": "a model over HTTP",
     "quantize": "weights in 4 bits",
 }
 """Each extra of pyproject, and what it is for; `all` has all but the last, which needs a GPU, and

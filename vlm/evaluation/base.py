@@ -35,10 +35,13 @@ from vlm.data.sources.base import Source
 from vlm.families.registry import FAMILIES, families_that
 from vlm.precision import Precision, dtype_name
 from vlm.ranks import batches_of_rank, gather_in_order
+from vlm.renamed import require_new_names
 from vlm.training.run_folder import versions
 from vlm.training.runs.held_out import held_out_rows
 from vlm.training.runs.launch import share_cores
 
+VERSION = 2
+"""Of result.json. The first had no version, and other keys in `metrics`."""
 EXAMPLES = 20
 """Skipped rows that are named in result.json."""
 
@@ -149,11 +152,15 @@ class Evaluation(ABC, Generic[S]):
         raise NotImplementedError(f"{type(self).__name__} predicts all items at once")
 
     @abstractmethod
-    def score(self, model: Any, predictions: Any, accelerator: Accelerator) -> dict[str, Any]:
-        """The metrics of all predictions with their confidence intervals, for JSON."""
+    def score(
+        self, model: Any, predictions: Any, accelerator: Accelerator
+    ) -> dict[str, Any] | None:
+        """The metrics of all predictions, for JSON: NAME -> number; NAME_ci -> [low, high], its
+        95 % confidence interval; n, how many items were scored. None where no model was."""
 
     def details(self, model: Any) -> dict[str, Any]:
-        """What else result.json says of how it was done: prompts, preprocessing, decoding."""
+        """What else result.json says: chance, baselines and groups, where the task has them, and
+        how it was done, such as prompts, preprocessing and decoding."""
         return {}
 
     @abstractmethod
@@ -203,9 +210,11 @@ class Evaluation(ABC, Generic[S]):
 def run(evaluation: Evaluation) -> dict[str, Any]:
     """One evaluation, from options to the result, which is also written to `evaluation.out`.
 
-    Keys of the result: task, model, data, rows, skipped (with examples_skipped, the first of
-    them), metrics, precision, device, processes, versions, options (all settings as given),
-    minutes, and the task's own `details`. It is the same on every process.
+    Keys of the result: version (of these keys), task, model, data (a list), rows, skipped (with
+    examples_skipped, the first of them), metrics, precision, device, processes, versions, options
+    (all settings as given), minutes, and the task's own `details`, of which chance, baselines and
+    groups are there for every task. eval/README.md states the schema. It is the same on every
+    process.
     """
     started = time.monotonic()
     settings = evaluation.settings
@@ -217,15 +226,18 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
     model = evaluation.load(accelerator.device)
     predictions = evaluation.predict_all(model, accelerator)
     metrics = evaluation.score(model, predictions, accelerator)
-    names = [source.name for source in evaluation.sources]
     result = {
+        "version": VERSION,
         "task": evaluation.task,
         "model": settings.model,
-        "data": names[0] if isinstance(settings.data, str) else names,
+        "data": [source.name for source in evaluation.sources],
         "rows": len(evaluation.rows),
         "skipped": len(evaluation.skipped),
         "examples_skipped": [f"{o.name}: {o.reason}" for o in evaluation.skipped[:EXAMPLES]],
         "metrics": metrics,
+        "chance": {},
+        "baselines": {},
+        "groups": {},
         "precision": None if model is None else dtype_of(model),
         "device": accelerator.device.type,
         "processes": accelerator.num_processes,
@@ -252,14 +264,25 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
 def start(evaluation: type[Evaluation], arguments: Sequence[str] | None = None) -> None:
     """One evaluation with options from the command line (None) or from `arguments`; a fault of the
     input ends it with one line and exit code 1."""
-    settings = tyro.cli(
-        evaluation.settings_type, args=arguments, description=description(evaluation)
-    )
     try:
+        settings = read_settings(evaluation.settings_type, arguments, description(evaluation))
         run(evaluation(settings))
     except (ValueError, OSError, MissingExtra, assets.FetchError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def read_settings(
+    settings_type: type[S], arguments: Sequence[str] | None, about: str, prog: str | None = None
+) -> S:
+    """Settings from the command line (None) or from `arguments`. about: for help. prog: the
+    program's name there.
+
+    Raises ValueError for an option of an earlier version, naming the one of today.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    require_new_names(arguments, {field.name for field in dataclasses.fields(settings_type)})
+    return tyro.cli(settings_type, args=arguments, description=about, prog=prog)
 
 
 def description(evaluation: type[Evaluation]) -> str:
@@ -268,14 +291,24 @@ def description(evaluation: type[Evaluation]) -> str:
 
 
 def dtype_of(model: Any) -> str:
-    """The dtype that a model's weights are in, of its text part where it has one.
-
-    >>> from types import SimpleNamespace
-    >>> dtype_of(SimpleNamespace(module=torch.nn.Linear(1, 1)))
-    'float32'
-    """
-    part = getattr(model.module, "text", model.module)
+    """The dtype that a model's weights are in, of its text part where it has one."""
+    part = model.module.parts().get("text", model.module)
     return str(next(part.parameters()).dtype).removeprefix("torch.")
+
+
+def data_of(result: dict[str, Any]) -> str:
+    """The names of a result's data, for titles."""
+    return ", ".join(result["data"])
+
+
+def percent_with_ci(metrics: dict[str, Any], name: str) -> str:
+    """A metric that is a share, and its interval, for people.
+
+    >>> percent_with_ci({"cer": 0.5, "cer_ci": [0.25, 0.75]}, "cer")
+    '50.0% (25.0% to 75.0%)'
+    """
+    low, high = metrics[f"{name}_ci"]
+    return f"{metrics[name]:.1%} ({low:.1%} to {high:.1%})"
 
 
 def require_writable(out: Path) -> None:

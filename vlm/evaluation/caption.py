@@ -36,13 +36,15 @@ from vlm.evaluation import base
 from vlm.evaluation.nearest_caption import nearest_rows
 from vlm.families.decoder_only.generate import GREEDY
 from vlm.image_tokens import ImageTokenizer
-from vlm.metrics.caption import caption_figures, cider_d, exact_matches
+from vlm.metrics.caption import caption_metrics, cider_d, exact_matches
 from vlm.pixels import BadImage, open_image
 from vlm.systems.pretrained import load_vision
 from vlm.training.run_folder import draw_captions
 
 IMAGES = 16
 """Images on the page of captions."""
+NEAREST = "nearest_neighbour"
+"""The baseline's name in result.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,17 +182,17 @@ class CaptionEvaluation(base.Evaluation[Settings]):
     def score(
         self, model: Any, predictions: list[Captioned], accelerator: Accelerator
     ) -> dict[str, Any]:
-        self.baseline: dict[str, Any] | None = None
+        self.baselines: dict[str, Any] = {}
         if self.vision is not None:
             pairs = [(item.nearest[1], item.references) for item in predictions]
-            self.baseline = {
-                "data": self.baseline_name,
+            self.baselines[NEAREST] = {
+                "data": [self.baseline_name],
                 "vision": self.settings.baseline_vision,
                 "preprocessing": to_dict(self.vision.pixel_spec),
-                "metrics": caption_figures(pairs),
+                "metrics": caption_metrics(pairs),
                 "skipped": len(self.baseline_skipped),
             }
-        return caption_figures([item.pair for item in predictions])
+        return caption_metrics([item.pair for item in predictions])
 
     def details(self, model: Any) -> dict[str, Any]:
         return {
@@ -198,26 +200,26 @@ class CaptionEvaluation(base.Evaluation[Settings]):
             "system": model.processor.system,
             "preprocessing": to_dict(model.processor.pixel_spec),
             "decoding": {**GREEDY, "max_new_tokens": self.settings.max_new_tokens},
-            **({} if self.baseline is None else {"baseline": self.baseline}),
+            "baselines": self.baselines,
         }
 
     def show(self, result: dict[str, Any], console: Console) -> None:
-        columns = {"model": result["metrics"]}
-        if "baseline" in result:
-            columns["nearest neighbour"] = result["baseline"]["metrics"]
-        images = result["metrics"]["images"]
-        table = Table("metric", *columns, title=f"{images} images of {result['data']}")
+        baselines = result["baselines"]
+        columns = {"model": result["metrics"]} | {k: b["metrics"] for k, b in baselines.items()}
+        title = f"{result['metrics']['n']} images of {base.data_of(result)}"
+        table = Table("metric", *columns, title=title)
         for name, what in (
-            ("exact match", "exact_match"), ("CIDEr-D", "cider_d"), ("BLEU-4", "bleu_4"),
+            ("exact match", "exact_match"), ("CIDEr-D", "cider"), ("BLEU-4", "bleu4"),
         ):  # fmt: skip
             cells = []
             for metrics in columns.values():
-                low, high = metrics[f"{what}_95"]
+                low, high = metrics[f"{what}_ci"]
                 cells.append(f"{metrics[what]:.3f} ({low:.3f} to {high:.3f})")
             table.add_row(name, *cells)
         console.print(table)
-        if result.get("baseline", {}).get("skipped"):
-            console.print(f"{result['baseline']['skipped']} rows of the baseline skipped")
+        for baseline in baselines.values():
+            if baseline["skipped"]:
+                console.print(f"{baseline['skipped']} rows of the baseline skipped")
 
     def write(self, predictions: list[Captioned]) -> None:
         pairs = [item.pair for item in predictions]
@@ -225,7 +227,7 @@ class CaptionEvaluation(base.Evaluation[Settings]):
         with (self.out / "captions.jsonl").open("w", encoding="utf-8") as file:
             for item, score, equal in zip(predictions, scores, right):
                 line = {"row": item.name, "references": item.references, "caption": item.caption,
-                        "exact_match": equal, "cider_d": score}  # fmt: skip
+                        "exact_match": equal, "cider": score}  # fmt: skip
                 if item.nearest:
                     line |= {"nearest": item.nearest[0], "nearest_caption": item.nearest[1]}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -37,7 +37,7 @@ from vlm.draw import draw_boxes, draw_page
 from vlm.evaluation import base
 from vlm.families.decoder_only.ground import MAX_NEW_TOKENS, find, require_prompt
 from vlm.metrics.boxes import BoxTable, coco_precision, phrases_found
-from vlm.metrics.share import wilson
+from vlm.metrics.share import wilson, with_ci
 from vlm.pixels import open_image
 
 
@@ -148,6 +148,8 @@ class GroundingEvaluation(base.Evaluation[Settings]):
     ) -> dict[str, Any]:
         self.require_some(predictions)
         without = len(self.rows) - len({record["at"] for record in predictions})
+        faults = (answer["fault"] for record in predictions for answer in record["answers"])
+        self.faults = dict(Counter(fault for fault in faults if fault))
         return {**box_metrics(predictions), "rows_without_boxes": without}
 
     def details(self, model: Any) -> dict[str, Any]:
@@ -157,27 +159,27 @@ class GroundingEvaluation(base.Evaluation[Settings]):
             "system": processor.system,
             "loc": asdict(processor.loc),
             "preprocessing": to_dict(processor.pixel_spec),
+            "faults": self.faults,
         }
 
     def show(self, result: dict[str, Any], console: Console) -> None:
         values = result["metrics"]
-        table = Table("metric", "value", title=f"{result['model']} on {result['data']}")
+        table = Table("metric", "value", title=f"{result['model']} on {base.data_of(result)}")
         for key, what in (
             ("accuracy", "phrases found, IoU ≥ 0.5"),
-            ("accuracy_of_one_true_box", "… of those with one true box"),
+            ("accuracy_one_true_box", "… of those with one true box"),
         ):
-            if values[key]:
-                share = "{share:.1%} ({low:.1%} to {high:.1%})".format(**values[key])
-                table.add_row(what, share)
+            if values[key] is not None:
+                table.add_row(what, base.percent_with_ci(values, key))
         asked = "labels on the image" if self.settings.ask == "present" else "all labels"
-        for key in ("AP", "AP50", "AP75"):
-            table.add_row(f"{key} (asked: {asked})", f"{values[key]:.3f}")
+        for key in ("ap", "ap50", "ap75"):
+            table.add_row(f"{key.upper()} (asked: {asked})", f"{values[key]:.3f}")
         table.add_row("images", str(values["images"]))
-        phrases, boxes = ("phrases_asked", "phrases_present"), ("predicted_boxes", "true_boxes")
+        phrases, boxes = ("phrases_asked", "n"), ("predicted_boxes", "true_boxes")
         table.add_row("phrases asked / present", " / ".join(str(values[key]) for key in phrases))
         table.add_row("boxes predicted / true", " / ".join(str(values[key]) for key in boxes))
         table.add_row("answers not read whole", str(values["unreadable_answers"]))
-        for fault, count in values["faults"].items():
+        for fault, count in result["faults"].items():
             table.add_row(f"… {fault}", str(count))
         console.print(table)
 
@@ -233,7 +235,11 @@ def images_of(source: Source, row: int, at: int, ask: str) -> list[dict[str, Any
 
 
 def box_metrics(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The metrics of all images: accuracy with its 95 % interval, COCO's AP, and counts."""
+    """The metrics of all images: accuracy at IoU 0.5 with its 95 % interval, COCO's average
+    precision, and counts. n: the phrases that are there, whose share of hits accuracy is.
+
+    accuracy_one_true_box, of phrases with one true box, is None where no phrase has one.
+    """
     answers = [(i, answer) for i, r in enumerate(records) for answer in r["answers"]]
     asked = []
     for i, answer in answers:
@@ -263,18 +269,20 @@ def box_metrics(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     ]
     crowd = [False] * len(true) + [True] * len(crowds)
     precision = coco_precision(table(true + crowds, crowd), table(predicted, None))
-    faults = Counter(answer["fault"] for _, answer in answers if answer["fault"])
+    name = "accuracy_one_true_box"
+    one_true_box: dict[str, Any] = {name: None, f"{name}_ci": None}
+    if single:
+        one_true_box = with_ci(name, wilson(sum(single), len(single)))
     return {
-        "accuracy": wilson(int(found.sum()), len(found))._asdict(),
-        "accuracy_of_one_true_box": wilson(sum(single), len(single))._asdict() if single else None,
+        "n": len(asked),
+        **with_ci("accuracy", wilson(int(found.sum()), len(found))),
+        **one_true_box,
         **precision,
         "images": len(records),
         "phrases_asked": len(answers),
-        "phrases_present": len(asked),
-        "phrases_with_one_true_box": len(single),
+        "n_one_true_box": len(single),
         "true_boxes": len(true),
         "crowds": len(crowds),
         "predicted_boxes": len(predicted),
-        "unreadable_answers": sum(faults.values()),
-        "faults": dict(faults),
+        "unreadable_answers": sum(bool(answer["fault"]) for _, answer in answers),
     }

@@ -29,7 +29,6 @@ from rich.console import Console
 from rich.table import Table
 from tyro import conf
 
-import vlm
 from vlm.data.check import check_start
 from vlm.data.sources.base import Source
 from vlm.draw import draw_lines, draw_reliability
@@ -37,6 +36,7 @@ from vlm.evaluation import base
 from vlm.evaluation.ocr_peers import PEERS, Reader
 from vlm.evaluation.ocr_reading import Model, Seen, read_all
 from vlm.metrics.calibration import Calibration, calibration
+from vlm.metrics.share import with_ci
 from vlm.metrics.text import (
     NORMALISATIONS,
     Comparison,
@@ -46,7 +46,6 @@ from vlm.metrics.text import (
     words_right,
 )
 from vlm.pixels import open_image
-from vlm.precision import dtype_name
 
 WORST = 20
 """Lines on the page of the worst."""
@@ -122,8 +121,7 @@ class OcrEvaluation(base.Evaluation[Settings]):
         settings, model = self.settings, None
         self.readers = list(self.peers)
         if settings.model is not None:
-            dtype = dtype_name(settings.precision)
-            model = vlm.load(settings.model, device=str(device), dtype=dtype)
+            model = super().load(device)
             self.readers[:0] = [Model(settings.model, model, settings.batch, settings.page)]
         return model
 
@@ -139,8 +137,9 @@ class OcrEvaluation(base.Evaluation[Settings]):
 
     def score(
         self, model: Any, predictions: list[Seen], accelerator: Accelerator
-    ) -> dict[str, Any]:
-        """By reader."""
+    ) -> dict[str, Any] | None:
+        """The metrics of the model, None where there are peers alone; those of peers are in
+        `details`."""
         settings, lines = self.settings, predictions
         self.names = [reader.name for reader in self.readers]
         truths = [line.truth for line in lines]
@@ -153,43 +152,48 @@ class OcrEvaluation(base.Evaluation[Settings]):
         self.sure = {n: confidence_of(self.compared[n], lines, n, settings) for n in self.names}
         draws = {"draws": settings.draws, "seed": settings.seed}
         groups = groups_of(lines, self.sources)
-        self.lines = len(lines)
-        self.about = {
-            reader.name: {
-                **reader.about(),
-                **by_groups(self.compared[reader.name], groups, draws),
+        self.reports: dict[str, dict[str, Any]] = {}
+        for reader in self.readers:
+            compared, sure = self.compared[reader.name], self.sure[reader.name]
+            ece = {kind: sure[kind].error if kind in sure else None for kind in ("lines", "words")}
+            self.reports[reader.name] = {
+                "metrics": {
+                    **compared.result(**draws).metrics(),
+                    **{f"ece_{kind}": error for kind, error in ece.items()},
+                },
+                **by_groups(compared, groups, draws),
                 "speed": self.speeds[reader.name],
-                "ece": {what: one.error for what, one in self.sure[reader.name].items()},
+                "reader": reader.about(),
             }
-            for reader in self.readers
-        }
         first, *others = self.names
-        self.differences = {
-            name: list(cer_difference(self.compared[first], self.compared[name], **draws))
-            for name in others
-        }
-        return {n: self.compared[n].result(**draws).figures() for n in self.names}
+        for name in others:
+            found = cer_difference(self.compared[first], self.compared[name], **draws)
+            self.reports[name] |= {"compared_to": first, **with_ci("cer_difference", found)}
+        return None if model is None else self.reports[first]["metrics"]
 
     def details(self, model: Any) -> dict[str, Any]:
         normalise = self.settings.normalise
+        peers = dict(self.reports)
+        own = {} if model is None else peers.pop(self.names[0])
         return {
-            "lines": self.lines,
+            **own,
+            "baselines": peers,
             "page": self.settings.page,
             "normalisation": {"name": normalise, "meaning": NORMALISATIONS[normalise].meaning},
             "threads": torch.get_num_threads(),
-            "readers": self.about,
-            "cer_less_than": self.differences,
         }
 
     def show(self, result: dict[str, Any], console: Console) -> None:
-        readers, metrics = result["readers"], result["metrics"]
+        own = {} if result["model"] is None else {result["model"]: result}
+        readers = own | result["baselines"]
+        metrics = [found["metrics"] for found in readers.values()]
         what = "pages" if result["page"] else "lines"
-        title = f"{result['lines']} {what}; {result['normalisation']['meaning']}"
+        title = f"{metrics[0]['n']} {what}; {result['normalisation']['meaning']}"
         table = Table("metric", *readers, title=title)
         for name, key in (("CER", "cer"), ("WER", "wer"), ("exact", "exact_match")):
             cells = []
-            for found in metrics.values():
-                low, high = found[f"{key}_95"]
+            for found in metrics:
+                low, high = found[f"{key}_ci"]
                 cells.append(f"{found[key]:.2%} ({low:.2%} to {high:.2%})")
             table.add_row(name, *cells)
         speeds = [found["speed"] for found in readers.values()]
@@ -197,19 +201,21 @@ class OcrEvaluation(base.Evaluation[Settings]):
             f"{what} a second", *(f"{s['lines_per_second']:.1f} ({s['way']})" for s in speeds)
         )
         for kind in ("lines", "words"):
-            errors = [found["ece"].get(kind) for found in readers.values()]
+            errors = [found[f"ece_{kind}"] for found in metrics]
             if any(error is not None for error in errors):
                 cells = ("" if error is None else f"{error:.3f}" for error in errors)
                 table.add_row(f"ECE of {kind}", *cells)
-        for kind, groups in next(iter(readers.values()))["by"].items():
+        for kind, groups in next(iter(readers.values()))["groups"].items():
             table.add_section()
             for group, found in groups.items():
-                cells = (f"{one['by'][kind][group]['cer']:.2%}" for one in readers.values())
-                table.add_row(f"CER, {group} ({found['lines']})", *cells)
+                cells = (f"{one['groups'][kind][group]['cer']:.2%}" for one in readers.values())
+                table.add_row(f"CER, {group} ({found['n']})", *cells)
         console.print(table)
-        for name, (rate, low, high) in result["cer_less_than"].items():
-            line = f"{next(iter(readers))} less {name}: {rate:+.2%} CER ({low:+.2%} to {high:+.2%})"
-            console.print(line, markup=False)
+        for name, found in readers.items():
+            if "cer_difference" in found:
+                rate, (low, high) = found["cer_difference"], found["cer_difference_ci"]
+                line = f"{found['compared_to']} less {name}: {rate:+.2%} CER "
+                console.print(f"{line}({low:+.2%} to {high:+.2%})", markup=False)
         for name, found in readers.items():
             for way, speed in found["speed"]["ways"].items():
                 line = f"{name}, {way}: {speed['lines_per_second']:.1f} {what} a second"
@@ -288,15 +294,15 @@ def by_groups(
     compared: Comparison, groups: dict[str, list[str]], draws: dict[str, int]
 ) -> dict[str, Any]:
     """The metrics of one reader by groups of lines, and its confusions, for JSON."""
-    by = {
+    found = {
         kind: {
-            group: result.figures()
+            group: result.metrics()
             for group, result in sorted(compared.by_group(values, **draws).items(), key=_place)
         }
         for kind, values in groups.items()
     }
     return {
-        "by": by,
+        "groups": found,
         "confusions": [list(confusion) for confusion in compared.confusions()],
     }
 

@@ -20,6 +20,7 @@ from vlm.config import to_dict
 from vlm.data.example import BadRow, Skipped
 from vlm.data.sources.base import Source
 from vlm.evaluation.ocr_peers import Reader, Said
+from vlm.families.registry import FAMILIES
 from vlm.ocr.results import Reading, Transcript, words_of
 from vlm.pixels import BadImage, open_image
 from vlm.ranks import batches_of_rank, gather_in_order, gather_list
@@ -61,16 +62,12 @@ class Model:
 
     def __init__(self, name: str, model: Any, batch: int, page: bool) -> None:
         self.name, self.model, self.batch, self.page = name, model, batch, page
-        if not hasattr(model, "read_lines") and not hasattr(model, "ocr"):
-            raise ValueError(
-                f"--model {name}: expected a model that reads text, found a "
-                f"{model.module.family} one"
-            )
+        self.of_lines = "read_lines" in FAMILIES[model.module.family].tasks
 
     def about(self) -> dict[str, Any]:
-        spec = getattr(getattr(self.model, "processor", None), "pixel_spec", None)
+        spec = self.model.processor.pixel_spec
         return {
-            "preprocessing": None if spec is None else to_dict(spec),
+            "preprocessing": to_dict(spec),
             "dtype": str(next(self.model.module.parameters()).dtype).removeprefix("torch."),
             "batch": self.batch,
             "cores": torch.get_num_threads(),
@@ -80,11 +77,10 @@ class Model:
         return list(images)
 
     def read(self, prepared: Sequence[Image.Image], way: str) -> list[Said]:
-        of_lines = hasattr(self.model, "read_lines")
-        if of_lines and not self.page:
+        if self.of_lines and not self.page:
             found = self.model.read_lines(prepared, batch_size=self.batch)
             return [_transcribed(one, image) for one, image in zip(found, prepared, strict=True)]
-        options = {"layout": "page"} if of_lines else {}
+        options = {"layout": "page"} if self.of_lines else {}
         found = self.model.ocr(prepared, batch_size=self.batch, **options)
         return [_read(one) for one in found]
 

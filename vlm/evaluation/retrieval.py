@@ -110,15 +110,16 @@ class RetrievalEvaluation(base.Evaluation[Settings]):
             show=accelerator.is_main_process,
         )
         return {
+            "n": len(predictions.texts),
             "images": len(predictions.images),
             "texts": len(predictions.texts),
-            **self.measured.figures(),
-            "chance": chances(predictions),
+            **self.measured.metrics(),
         }
 
     def details(self, model: Any) -> dict[str, Any]:
         processor = model.processor
         return {
+            "chance": chances(self.found),
             "preprocessing": to_dict(processor.pixel_spec),
             "text": {
                 "length": processor.length,
@@ -131,25 +132,22 @@ class RetrievalEvaluation(base.Evaluation[Settings]):
         }
 
     def show(self, result: dict[str, Any], console: Console) -> None:
-        metrics = result["metrics"]
+        metrics, chance = result["metrics"], result["chance"]
         title = f"{metrics['images']} images and {metrics['texts']} texts of "
         table = Table("metric", *(way.replace("_", " ") for way in DIRECTIONS))
-        table.title = title + escape(result["data"])
+        table.title = title + escape(base.data_of(result))
         for k in KS:
-            cells = []
-            for way in DIRECTIONS:
-                low, high = metrics[way][f"recall@{k}_95"]
-                cells.append(f"{metrics[way][f'recall@{k}']:.1%} ({low:.1%} to {high:.1%})")
-            table.add_row(f"recall@{k}", *cells)
-            luck = (f"{metrics['chance'][way][f'recall@{k}']:.1%}" for way in DIRECTIONS)
+            names = [f"{way}_recall_at_{k}" for way in DIRECTIONS]
+            table.add_row(f"recall@{k}", *(base.percent_with_ci(metrics, name) for name in names))
+            luck = (f"{chance[name]:.1%}" for name in names)
             table.add_row("  by chance", *luck, style="dim")
         for name, what, form in (
             ("median rank", "median_rank", "{:g}"),
-            ("mAP", "mean_average_precision", "{:.4f}"),
-            ("queries", "queries", "{}"),
+            ("mAP", "map", "{:.4f}"),
+            ("queries", "n", "{}"),
             ("candidates", "candidates", "{}"),
         ):
-            table.add_row(name, *(form.format(metrics[way][what]) for way in DIRECTIONS))
+            table.add_row(name, *(form.format(metrics[f"{way}_{what}"]) for way in DIRECTIONS))
         console.print(table)
         if result["texts_cut"]:
             console.print(
@@ -174,12 +172,12 @@ def chance(right: Sequence[int], candidates: int, k: int) -> float:
     return float(1 - missed.mean())
 
 
-def chances(found: Found) -> dict[str, dict[str, float]]:
-    """The recalls of candidates in random order, both ways."""
+def chances(found: Found) -> dict[str, float]:
+    """The recalls of candidates in random order, by the names of metrics."""
     of_images = np.bincount(found.image_of_text.numpy())
     return {
-        "image_to_text": {f"recall@{k}": chance(of_images, len(found.texts), k) for k in KS},
-        "text_to_image": {f"recall@{k}": chance([1], len(found.images), k) for k in KS},
+        **{f"image_to_text_recall_at_{k}": chance(of_images, len(found.texts), k) for k in KS},
+        **{f"text_to_image_recall_at_{k}": chance([1], len(found.images), k) for k in KS},
     }
 
 

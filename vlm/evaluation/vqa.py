@@ -145,12 +145,11 @@ class VqaEvaluation(base.Evaluation[Settings]):
 
     def show(self, result: dict[str, Any], console: Console) -> None:
         metrics = result["metrics"]
-        title = f"{metrics['questions']} questions of {result['data']}"
+        title = f"{metrics['n']} questions of {base.data_of(result)}"
         table = Table("metric", "value", title=title)
         for name, key in (("VQA accuracy", "vqa_accuracy"), ("ANLS", "anls")):
-            low, high = metrics[f"{key}_95"]
-            table.add_row(name, f"{metrics[key]:.1%} ({low:.1%} to {high:.1%})")
-        table.add_row("of ten references", str(metrics["questions_with_ten_references"]))
+            table.add_row(name, base.percent_with_ci(metrics, key))
+        table.add_row("of ten references", str(metrics["n_ten_references"]))
         console.print(table)
 
     def write(self, predictions: list[Answered]) -> None:

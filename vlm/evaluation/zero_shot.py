@@ -54,6 +54,8 @@ from vlm.retrieval.embed_rows import (
 
 CONFUSIONS = 20
 """How many pairs of classes are listed as taken for one another."""
+MOST_FREQUENT = "most_frequent_class"
+"""In result.json, what always saying the class that most images have would reach."""
 TEXTS = 256
 """Prompts embedded at once, about: all of a class's go together."""
 
@@ -150,21 +152,23 @@ class ZeroShotEvaluation(base.Evaluation[Settings]):
         examples = np.bincount(right, minlength=len(names))
         self.calibration = measured.calibration
         self.confusions = confusions(scores, right, names)
-        return {
-            **measured.figures(),
-            "chance": {
-                "top_1": 1 / len(names),
-                "top_5": min(1.0, 5 / len(names)),
-                "most_frequent_class": float(examples.max() / examples.sum()),
-            },
-            "by_class": {
-                name: None if np.isnan(share) else float(share)
-                for name, share in zip(names, measured.by_class)
-            },
+        self.chance = {
+            "accuracy": 1 / len(names),
+            "accuracy_top5": min(1.0, 5 / len(names)),
+            "accuracy_mean_per_class": 1 / len(names),
         }
+        self.most_frequent = float(examples.max() / examples.sum())
+        self.by_class = {
+            name: {"n": int(count), "accuracy": float(share) if count else None}
+            for name, count, share in zip(names, examples, measured.by_class)
+        }
+        return measured.metrics()
 
     def details(self, model: ContrastiveModel) -> dict[str, Any]:
         return {
+            "chance": self.chance,
+            "baselines": {MOST_FREQUENT: {"metrics": {"accuracy": self.most_frequent}}},
+            "groups": {"class": self.by_class},
             "label": self.settings.label,
             "classes": self.names,
             "classes_merged": len(self.classes.names) - len(self.names),
@@ -178,16 +182,16 @@ class ZeroShotEvaluation(base.Evaluation[Settings]):
         }
 
     def show(self, result: dict[str, Any], console: Console) -> None:
-        metrics, luck = result["metrics"], result["metrics"]["chance"]
-        data, classes = escape(result["data"]), metrics["classes"]
-        title = f"{metrics['examples']} images of {data} in {classes} classes"
+        metrics, luck = result["metrics"], result["chance"]
+        most_frequent = result["baselines"][MOST_FREQUENT]["metrics"]["accuracy"]
+        data, classes = escape(base.data_of(result)), metrics["classes"]
+        title = f"{metrics['n']} images of {data} in {classes} classes"
         table = Table("metric", "value", "by chance", title=title)
-        for what in ("top_1", "top_5"):
-            low, high = metrics[f"{what}_95"]
-            value = f"{metrics[what]:.1%} ({low:.1%} to {high:.1%})"
-            table.add_row(what.replace("_", "-"), value, f"{luck[what]:.1%}")
-        table.add_row("  always the most frequent class", "", f"{luck['most_frequent_class']:.1%}")
-        table.add_row("mean per class", f"{metrics['mean_per_class']:.1%}", f"{luck['top_1']:.1%}")
+        for name, what in (("top-1 accuracy", "accuracy"), ("top-5 accuracy", "accuracy_top5")):
+            table.add_row(name, base.percent_with_ci(metrics, what), f"{luck[what]:.1%}")
+        table.add_row("  always the most frequent class", "", f"{most_frequent:.1%}")
+        mean = "accuracy_mean_per_class"
+        table.add_row("mean per class", f"{metrics[mean]:.1%}", f"{luck[mean]:.1%}")
         table.add_row("calibration error (ECE)", f"{metrics['ece']:.3f}", "")
         console.print(table)
         if result["confusions"]:

@@ -1,7 +1,8 @@
-"""The one table of what there is: families of model, and published systems of each.
+"""The one table of what there is: families of model, what they do, and published systems of each.
 
-A family is a folder here and a row of FAMILIES; a published system is a file of `vlm/systems` and a
-row of SYSTEMS. Modules are named, not imported, so that looking at the table loads nothing.
+A family is a folder here and a row of FAMILIES; a task is a method of its model and, where the
+command line has it, a row of TASKS; a published system is a file of `vlm/systems` and a row of
+SYSTEMS. Modules are named, not imported, so that looking at the table loads nothing.
 """
 
 from __future__ import annotations
@@ -11,47 +12,116 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 
+def named(place: str) -> Any:
+    """What MODULE:NAME names; imports the module."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+class Command(NamedTuple):
+    """A command of the command line, and its line in README.md.
+
+    name: what stands after `vlm`. options: MODULE:CLASS of its options, whose `run` does it.
+    usage: an example of what stands after the name. said: what it does, in Markdown.
+    """
+
+    name: str
+    options: str
+    usage: str
+    said: str
+
+
+TASKS = {
+    "caption": Command(
+        "caption", "vlm.commands.decoding:Caption", "IMAGE... --model RUN", "captions images"
+    ),
+    "answer": Command(
+        "answer",
+        "vlm.commands.decoding:Answer",
+        "IMAGE... --question TEXT --model RUN",
+        "answers a question about each image, or `--together` one about all",
+    ),
+    "chat": Command(
+        "chat",
+        "vlm.commands.decoding:Chat",
+        "[IMAGE...] --model RUN",
+        "talks about images, each encoded once; answers appear as they are written",
+    ),
+    "ground": Command(
+        "ground",
+        "vlm.commands.decoding:Ground",
+        "IMAGE PHRASE... --model RUN",
+        "finds phrases: boxes with scores, drawn with `--draw OUT.png`",
+    ),
+    "ocr": Command(
+        "ocr",
+        "vlm.commands.ocr:Ocr",
+        "IMAGE_OR_PDF... [--model RUN]",
+        "reads text: plain, JSON, hOCR or ALTO, see [vlm/ocr](vlm/ocr/README.md)",
+    ),
+    "embed_images": Command(
+        "embed",
+        "vlm.commands.embedding:Embed",
+        "IMAGE_OR_FOLDER... --model RUN --out FILE.npz",
+        "vectors of images or texts",
+    ),
+    "classify": Command(
+        "classify",
+        "vlm.commands.embedding:Classify",
+        "IMAGE... --labels TEXT... --model RUN",
+        "says which label fits each image",
+    ),
+}
+"""Method of a model that does what people ask for -> the command that asks for it. The command's
+name is a column of README.md's table of systems."""
+
+WRITING = ("caption", "answer", "chat", "ground", "generate", "score")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
     """A family of model.
 
     said: what messages call it. model: MODULE:CLASS of its public model. layout: the module that
-        opens and writes it in our own layout. tasks: the methods of the model that do what people
-        ask for. layouts: published layouts that any of its models may be saved in.
+        opens and writes it in our own layout. inspect: the module that shows its rows, see
+        `vlm.families.inspect`. tasks: the methods of the model that do what people ask for, those
+        of TASKS and those without a command. layouts: published layouts that any of its models may
+        be saved in.
     """
 
     said: str
     model: str
     layout: str
+    inspect: str
     tasks: tuple[str, ...]
     layouts: tuple[str, ...] = ()
 
     @property
     def model_class(self) -> type:
         """The class of its public model."""
-        module, _, name = self.model.partition(":")
-        return getattr(import_module(module), name)
+        return named(self.model)
 
-
-WRITING = ("caption", "answer", "chat", "ground", "generate", "score")
 
 FAMILIES = {
     "decoder_only": Family(
         said="decoder_only (DeepSeek-VL, what recipes/stage1_adaptor.py trains)",
         model="vlm.families.decoder_only.model:DecoderOnlyModel",
         layout="vlm.families.decoder_only.layout",
+        inspect="vlm.families.decoder_only.inspect",
         tasks=WRITING,
     ),
     "prefix_decoder": Family(
         said="prefix_decoder (PaliGemma, what recipes/paligemma.py trains)",
         model="vlm.families.prefix_decoder.model:PrefixDecoderModel",
         layout="vlm.families.decoder_only.layout",
+        inspect="vlm.families.decoder_only.inspect",
         tasks=(*WRITING, "ocr"),
     ),
     "contrastive": Family(
         said="contrastive (CLIP, SigLIP, what recipes/contrastive.py trains)",
         model="vlm.families.contrastive.model:ContrastiveModel",
         layout="vlm.families.contrastive.layout",
+        inspect="vlm.families.contrastive.inspect",
         tasks=("embed_images", "embed_texts", "classify"),
         layouts=("open_clip",),
     ),
@@ -59,12 +129,14 @@ FAMILIES = {
         said="encoder_decoder (TrOCR, Donut, what recipes/trocr.py trains)",
         model="vlm.families.encoder_decoder.model:EncoderDecoderModel",
         layout="vlm.families.encoder_decoder.layout",
+        inspect="vlm.families.encoder_decoder.inspect",
         tasks=("ocr", "read_lines", "generate", "score"),
     ),
     "line_reader": Family(
         said="line_reader (the one that is shipped, what recipes/line_reader.py trains)",
         model="vlm.families.line_reader.model:LineReaderModel",
         layout="vlm.families.line_reader.layout",
+        inspect="vlm.families.line_reader.inspect",
         tasks=("ocr", "read_lines"),
     ),
 }

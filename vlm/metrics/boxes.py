@@ -91,9 +91,9 @@ class BoxTable:
 
 
 def coco_precision(true: BoxTable, predicted: BoxTable, max_boxes: int = 100) -> dict[str, float]:
-    """COCO's average precision of boxes in all sizes: {"AP", "AP50", "AP75"}, each in 0 to 1.
+    """COCO's average precision of boxes in all sizes: ap, ap50 and ap75, each in 0 to 1.
 
-    AP is the mean over IoU 0.5 to 0.95 and over the categories that have a true box. Of one
+    ap is the mean over IoU 0.5 to 0.95 and over the categories that have a true box. Of one
     image and category the `max_boxes` best-scored boxes count. Boxes on a crowd are neither
     right nor wrong.
     Computed by pycocotools, one category at a time: what it holds in memory is that of the largest
@@ -108,7 +108,7 @@ def coco_precision(true: BoxTable, predicted: BoxTable, max_boxes: int = 100) ->
         raise ValueError("expected a true box that is not a crowd, found none")
     by_label = np.stack([_precision_by_iou(true, predicted, crowd, k, max_boxes) for k in labels])
     precision = by_label.mean(0)
-    return {"AP": precision.mean().item(), "AP50": precision[0].item(), "AP75": precision[5].item()}
+    return {"ap": precision.mean().item(), "ap50": precision[0].item(), "ap75": precision[5].item()}
 
 
 def _precision_by_iou(

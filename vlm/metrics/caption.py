@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlm.compat.extras import needs
-from vlm.metrics.share import bootstrap, wilson
+from vlm.metrics.share import bootstrap, wilson, with_ci
 
 with needs("eval"):  # here, so that captions are not written first
     from pycocoevalcap.cider.cider import Cider
@@ -111,8 +111,6 @@ def bleu_4(pairs: Sequence[Pair]) -> float:
 
 def bleu_4_interval(pairs: Sequence[Pair]) -> tuple[float, float]:
     """The bootstrap 95 % interval of BLEU-4 over images. Raises ValueError as `bleu_4` does."""
-    from sacrebleu.metrics import BLEU
-
     _check(pairs)
     bleu = BLEU(tokenize="none", smooth_method="none", force=True, effective_order=True)
     candidates, references = _joined(pairs)
@@ -131,19 +129,18 @@ def _bleu_of(sums: np.ndarray) -> np.ndarray:
         return np.nan_to_num(np.exp(logs + brevity), nan=0.0)
 
 
-def caption_figures(pairs: Sequence[Pair]) -> dict[str, float | list[float] | int]:
-    """The corpus's figures with their 95 % intervals: images, exact_match (Wilson's), cider_d and
-    bleu_4 (bootstrap over images; CIDEr-D's weights stay those of all images)."""
+def caption_metrics(pairs: Sequence[Pair]) -> dict[str, float | list[float] | int]:
+    """The corpus's metrics with their 95 % intervals (keys in _ci): exact_match (Wilson's),
+    cider (CIDEr-D) and bleu4 (bootstrap over images; CIDEr-D's weights are those of all images). n:
+    how many images."""
     hits = int(exact_matches(pairs).sum())
     cider = cider_d(pairs)
+    cider_ci = bootstrap(cider[:, None], lambda sums: sums[:, 0] / len(pairs))
     return {
-        "images": len(pairs),
-        "exact_match": hits / len(pairs),
-        "exact_match_95": list(wilson(hits, len(pairs))[1:]),
-        "cider_d": float(cider.mean()),
-        "cider_d_95": list(bootstrap(cider[:, None], lambda sums: sums[:, 0] / len(pairs))),
-        "bleu_4": bleu_4(pairs),
-        "bleu_4_95": list(bleu_4_interval(pairs)),
+        "n": len(pairs),
+        **with_ci("exact_match", wilson(hits, len(pairs))),
+        **with_ci("cider", (float(cider.mean()), *cider_ci)),
+        **with_ci("bleu4", (bleu_4(pairs), *bleu_4_interval(pairs))),
     }
 
 

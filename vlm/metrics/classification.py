@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from vlm.metrics.calibration import Calibration, calibration, means
-from vlm.metrics.share import Interval, wilson
+from vlm.metrics.share import Interval, wilson, with_ci
 
 _SLICE = 1 << 22
 """How many scores are held in fp64 at once."""
@@ -44,17 +44,16 @@ class ClassificationResult:
     examples: int
     calibration: Calibration
 
-    def figures(self) -> dict[str, Any]:
-        """What stands in a report, for JSON."""
+    def metrics(self) -> dict[str, Any]:
+        """What stands in a report, for JSON: accuracy (top-1), accuracy_top5 and
+        accuracy_mean_per_class, ece. n: how many examples."""
         return {
-            "examples": self.examples,
+            "n": self.examples,
             "classes": len(self.by_class),
             "classes_without_examples": self.classes_without_examples,
-            "top_1": self.top_1.share,
-            "top_1_95": list(self.top_1[1:]),
-            "top_5": self.top_5.share,
-            "top_5_95": list(self.top_5[1:]),
-            "mean_per_class": self.mean_per_class,
+            **with_ci("accuracy", self.top_1),
+            **with_ci("accuracy_top5", self.top_5),
+            "accuracy_mean_per_class": self.mean_per_class,
             "ece": self.calibration.error,
             "ece_bins": len(self.calibration.count),
         }

@@ -2,7 +2,7 @@
 
 Both directions come from one pass over blocks of scores, of which only counts are kept: how many
 wrong candidates score at least as high as each right one (vlm/metrics/ranking.py). They are exact,
-so that the figures are the same for any block, device and number of processes.
+so that the metrics are the same for any block, device and number of processes.
 
 Ties: a wrong candidate whose score equals that of a right one comes before it. Duplicates of
 another image's text are thus never an advantage, and the order of rows never matters.
@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from vlm.metrics.ranking import count_above, top_k, unit_rows
-from vlm.metrics.share import Interval, wilson
+from vlm.metrics.share import Interval, wilson, with_ci
 
 __all__ = ["Direction", "RetrievalResult", "retrieval", "top_k"]
 
@@ -47,15 +47,17 @@ class Direction:
     median_rank: float
     mean_average_precision: float
 
-    def figures(self) -> dict[str, Any]:
-        """What stands in a report, for JSON; without the single ranks."""
+    def metrics(self) -> dict[str, Any]:
+        """What stands in a report, for JSON; without the single ranks. n: how many queries."""
+        recalls = {}
+        for k, found in self.recall.items():
+            recalls |= with_ci(f"recall_at_{k}", found)
         return {
-            "queries": len(self.query),
+            "n": len(self.query),
             "candidates": self.candidates,
-            **{f"recall@{k}": found.share for k, found in self.recall.items()},
-            **{f"recall@{k}_95": [found.low, found.high] for k, found in self.recall.items()},
+            **recalls,
             "median_rank": self.median_rank,
-            "mean_average_precision": self.mean_average_precision,
+            "map": self.mean_average_precision,
         }
 
 
@@ -67,11 +69,13 @@ class RetrievalResult:
     text_to_image: Direction
     images_without_text: int
 
-    def figures(self) -> dict[str, Any]:
-        """What stands in a report, for JSON."""
+    def metrics(self) -> dict[str, Any]:
+        """What stands in a report, for JSON, such as image_to_text_recall_at_1: the keys of each
+        direction begin with its name."""
+        to_text, to_image = self.image_to_text.metrics(), self.text_to_image.metrics()
         return {
-            "image_to_text": self.image_to_text.figures(),
-            "text_to_image": self.text_to_image.figures(),
+            **{f"image_to_text_{name}": value for name, value in to_text.items()},
+            **{f"text_to_image_{name}": value for name, value in to_image.items()},
             "images_without_text": self.images_without_text,
         }
 

@@ -17,6 +17,18 @@ class Interval(NamedTuple):
     high: float
 
 
+def with_ci(name: str, found: tuple[float, float, float]) -> dict[str, float | list[float]]:
+    """A metric and its 95 % confidence interval by the names that they have in result.json.
+
+    found: the metric, and the low and high end of its interval.
+
+    >>> with_ci("accuracy", Interval(0.5, 0.25, 0.75))
+    {'accuracy': 0.5, 'accuracy_ci': [0.25, 0.75]}
+    """
+    value, low, high = found
+    return {name: value, f"{name}_ci": [low, high]}
+
+
 def wilson(hits: float, count: int, z: float = 1.959964) -> Interval:
     """The share of hits with Wilson's score interval, by default at 95 %; valid at 0 and 1 too.
 

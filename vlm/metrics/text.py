@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm.compat.extras import needs
-from vlm.metrics.share import Interval, wilson
+from vlm.metrics.share import Interval, wilson, with_ci
 
 with needs("ocr"):
     import jiwer
@@ -92,18 +92,15 @@ class TextResult:
     insertions: int
     deletions: int
 
-    def figures(self) -> dict[str, Any]:
-        """What stands in a report, for JSON."""
+    def metrics(self) -> dict[str, Any]:
+        """What stands in a report, for JSON. n: how many lines."""
         return {
-            "lines": self.lines,
+            "n": self.lines,
             "characters": self.characters,
             "words": self.words,
-            "cer": self.cer.rate,
-            "cer_95": list(self.cer[1:]),
-            "wer": self.wer.rate,
-            "wer_95": list(self.wer[1:]),
-            "exact_match": self.exact.share,
-            "exact_match_95": list(self.exact[1:]),
+            **with_ci("cer", self.cer),
+            **with_ci("wer", self.wer),
+            **with_ci("exact_match", self.exact),
             "substitutions": self.substitutions,
             "insertions": self.insertions,
             "deletions": self.deletions,

@@ -12,7 +12,7 @@ from functools import cache
 
 import numpy as np
 
-from vlm.metrics.share import wilson
+from vlm.metrics.share import wilson, with_ci
 
 Pair = tuple[str, Sequence[str]]
 """An answer, and the references of its question."""
@@ -149,20 +149,19 @@ def edits(a: str, b: str) -> int:
 
 
 def vqa_metrics(pairs: Sequence[Pair]) -> dict[str, float | list[float] | int]:
-    """What stands in a report, for JSON: questions, how many of them have ten references or more,
-    and vqa_accuracy and anls with their 95 % intervals.
+    """What stands in a report, for JSON: vqa_accuracy and anls with their 95 % intervals (keys that
+    end in _ci). n: how many questions; n_ten_references: those with ten references or more.
 
     Intervals are Wilson's for a share of as many draws as there are questions: wider than need be
     where answers are partly right, and valid at 0 and 1.
     """
     measured = {"vqa_accuracy": vqa_accuracies(pairs), "anls": anls(pairs)}
     result: dict[str, float | list[float] | int] = {
-        "questions": len(pairs),
-        "questions_with_ten_references": sum(len(r) >= ANNOTATORS for _, r in pairs),
+        "n": len(pairs),
+        "n_ten_references": sum(len(r) >= ANNOTATORS for _, r in pairs),
     }
     for name, values in measured.items():
-        found = wilson(min(float(values.sum()), len(pairs)), len(pairs))
-        result |= {name: found.share, f"{name}_95": [found.low, found.high]}
+        result |= with_ci(name, wilson(min(float(values.sum()), len(pairs)), len(pairs)))
     return result
 
 

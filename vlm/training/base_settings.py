@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from vlm.data.mixture import MixtureDataset
 from vlm.data.sources import Source, open_source
@@ -27,7 +27,12 @@ class Usual(float):
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSettings:
-    """Settings of any run."""
+    """Settings of any run.
+
+    pack: the most positions of a packed row; None in recipes that pack no rows.
+    """
+
+    pack: ClassVar[int | None] = None
 
     out: Path
     """The run's folder: settings, metrics, plots, checkpoints and the model."""
@@ -116,6 +121,11 @@ class BaseSettings:
     def unread_rates(self) -> dict[str, str]:
         """Settings of learning rates that nothing learns at -> why not."""
         return {}
+
+    def memory_remedies(self) -> tuple[str, ...]:
+        """What of the recipe's own options may make a step take less memory, for people, each with
+        the option in brackets."""
+        return ()
 
     def stage(
         self, name: str, rates: tuple[tuple[str, float | None], ...], micro_batch: int

@@ -6,12 +6,13 @@ Shapes: B example, V view, T text position.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vlm.families.rows import require_text, stretched
 from vlm.image_tokens import Pixels, ViewGroup, group_views
 
 
@@ -33,6 +34,18 @@ class Pair:
     cut: int = 0
     valid: Tensor | None = None
     pad_id: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of its text, pads included."""
+        return len(self.ids)
+
+    def with_text(self, count: int) -> Pair:
+        """The pair with `count` text tokens, at least 1, cut at its end, or with more of what its
+        end holds."""
+        require_text(count)
+        valid = None if self.valid is None else stretched(self.valid, count)
+        return replace(self, ids=stretched(self.ids, count), valid=valid)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

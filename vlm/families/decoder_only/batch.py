@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from vlm.data.example import Box
 from vlm.families.decoder_only.image_layout import Arrangement, Sees, StreamLayout, arrange
+from vlm.families.rows import require_text, stretched
 from vlm.image_tokens import Pixels, ViewGroup, group_views
 
 
@@ -45,6 +46,26 @@ class Row:
     cut: int = 0
     unscored: Tensor | None = None
     system: str | None = None
+
+    @property
+    def length(self) -> int:
+        """Positions of its stream."""
+        return len(self.ids)
+
+    def with_text(self, count: int) -> Row:
+        """The row with `count` text tokens, at least 1, cut at its end, or with more of what its
+        end holds; its images stay. Raises ValueError where that would cut them."""
+        require_text(count)
+        images = int((self.ids == IMAGE).sum())
+        ids = stretched(self.ids, images + count)
+        if int((ids == IMAGE).sum()) != images:
+            raise ValueError(
+                f"{self.name}: {count} text tokens would cut its images; its text has "
+                f"{len(self.ids) - images}"
+            )
+        unscored = None if self.unscored is None else stretched(self.unscored, len(ids))
+        scored = stretched(self.scored, len(ids))
+        return replace(self, ids=ids, scored=scored, unscored=unscored)
 
 
 def collate(rows: Sequence[Row], pad_id: int, padding: str = "right") -> Batch:
@@ -130,6 +151,17 @@ def pack_rows(rows: Sequence[Row], most: int) -> list[list[Row]]:
             room.append(most)
         parts[part].append(number)
         room[part] -= length
+    return [[rows[number] for number in sorted(part)] for part in parts]
+
+
+def rows_of_like_length(rows: Sequence[Row], spread: float = 1.5) -> list[list[Row]]:
+    """The rows in parts whose longest is at most `spread` times the shortest, each in the rows' own
+    order, so that a short caption is not padded to a long document's length."""
+    parts: list[list[int]] = []
+    for number in sorted(range(len(rows)), key=lambda number: len(rows[number].ids)):
+        if not parts or len(rows[number].ids) > spread * len(rows[parts[-1][0]].ids):
+            parts.append([])
+        parts[-1].append(number)
     return [[rows[number] for number in sorted(part)] for part in parts]
 
 

@@ -111,7 +111,7 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
         max_tokens=said.max_tokens,
         loc=said.loc,
         image_mark=said.image_mark,
-        prefix=said.family == PrefixDecoder.family,
+        prefix=module.sees == "prefix",
         framed=said.framed,
         template=said.template,
     )

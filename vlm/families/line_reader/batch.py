@@ -52,6 +52,15 @@ class LineRow:
         return ((self.pixels, (0, 0)),)
 
     @property
+    def length(self) -> int:
+        """Columns of its pixels, by which its tokens go."""
+        return self.pixels.shape[-1]
+
+    def with_text(self, count: int) -> LineRow:
+        """Raises ValueError: a line is read by its pixels alone."""
+        raise ValueError("a line reader's rows have no text tokens; leave --tokens out")
+
+    @property
     def fits(self) -> bool:
         """Whether the image has tokens enough for the text; such a line is not learned from."""
         return least_columns(self.ids) <= self.pixels.shape[-1] // STRIDE

@@ -128,10 +128,6 @@ def save(model: ContrastiveModel, folder: Path) -> None:
     Raises ValueError naming what open_clip cannot represent, before anything is written.
     """
     module, reference = model.module, model.reference
-    if module.family != Contrastive.family:
-        raise ValueError(
-            f"layout 'open_clip': expected a {Contrastive.family} model, found {module.family}"
-        )
     kept = reference is not None and reference.model_type == MODEL_TYPE
     if kept:
         values = json.loads(reference.files[CONFIG])

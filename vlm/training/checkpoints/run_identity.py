@@ -17,8 +17,8 @@ from vlm.data.mixture import MixtureDataset
 from vlm.data.sources.base import Source
 from vlm.pixels import BadImage
 from vlm.pixels.image_ref import ImageRef
+from vlm.renamed import new_name, upgraded
 from vlm.training.checkpoints.format import CheckpointError
-from vlm.training.renamed import new_name, upgraded
 from vlm.training.stages import Stage
 
 SETTINGS, STAGE, MIXTURE, DATA = "settings", "stage", "mixture", "data"

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.utils.data import Dataset
 
 from vlm.data.example import BadRow, Example, Skipped
-from vlm.families.decoder_only.batch import Row
-from vlm.families.decoder_only.processor import Processor
+from vlm.families.rows import EncodedRow
 from vlm.pixels import BadImage
 
 
 class Encoded(Dataset):
     """A dataset of examples as rows, images decoded here, in the loader's workers.
 
-    examples: anything indexed that gives Example or Skipped. on_bad_row says what a row does that
-    cannot be read or has no answer: "raise" stops, naming it; "skip" gives Skipped, to be counted.
+    examples: anything indexed that gives Example or Skipped. processor: of any family.
+    on_bad_row says what a row does that cannot be read or has no answer: "raise" stops, naming it;
+        "skip" gives Skipped, to be counted.
     """
 
-    def __init__(self, examples, processor: Processor, on_bad_row: str = "raise") -> None:
+    def __init__(self, examples, processor: Any, on_bad_row: str = "raise") -> None:
         if on_bad_row not in ("raise", "skip"):
             raise ValueError(f"on_bad_row is 'raise' or 'skip', found {on_bad_row!r}")
         self.examples = examples
@@ -27,7 +29,7 @@ class Encoded(Dataset):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> Row | Skipped:
+    def __getitem__(self, index: int) -> EncodedRow | Skipped:
         example: Example | Skipped = self.examples[index]
         if isinstance(example, Skipped):
             return example

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from vlm.compat.torch import stop_workers
 from vlm.data.example import BadRow, Skipped
 from vlm.data.mixture import MixtureDataset, StepSampler
-from vlm.families.decoder_only.batch import Row
+from vlm.families.rows import EncodedRow
 from vlm.pixels import BadImage
 from vlm.training.loading.balance import Costs, Dealt
 from vlm.training.loading.encoded import Encoded
@@ -42,7 +42,7 @@ def micro_batch_loader(
     sampler: StepSampler,
     objective: Objective,
     workers: int,
-    balance: Callable[[Row], int] | None = None,
+    balance: Callable[[EncodedRow], int] | None = None,
 ) -> DataLoader:
     """Gives a `MicroBatch` for each list of rows that the sampler names.
 

@@ -12,7 +12,6 @@ come, and `vlm.training.memory.preflight` says so where little memory is left.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -22,9 +21,7 @@ import torch
 
 from vlm.data.example import BadRow, Skipped
 from vlm.data.mixture import MixtureDataset, permuted
-from vlm.families.contrastive.batch import Pair
-from vlm.families.decoder_only.batch import IMAGE, Row
-from vlm.families.line_reader.batch import LineRow
+from vlm.families.rows import EncodedRow
 from vlm.image_tokens import Pixels
 from vlm.pixels import BadImage
 from vlm.training.loading.encoded import Encoded
@@ -40,7 +37,9 @@ SEARCHED = 1024
 """How many draws are searched for sources that are drawn rarely."""
 
 
-def rows_of_run(data: MixtureDataset, processor: Any, samples: int, count: int = ROWS) -> list[Any]:
+def rows_of_run(
+    data: MixtureDataset, processor: Any, samples: int, count: int = ROWS
+) -> list[EncodedRow]:
     """Rows of a run, encoded: `count` of them, and up to as many more where sources gave fewer than
     `EACH`; from all of its steps, since the first may have other sources than the rest, and the
     same each time. Those that cannot be used are skipped.
@@ -84,7 +83,7 @@ class Estimate:
     """
 
     def __init__(
-        self, simulated: SimulatedStep, rows: Sequence[Any], ranks: int = 1, group: int = 1
+        self, simulated: SimulatedStep, rows: Sequence[EncodedRow], ranks: int = 1, group: int = 1
     ) -> None:
         self.simulated, self.rows, self.ranks, self.group = simulated, list(rows), ranks, group
         self._known: dict[tuple[int, int], Held] = {}
@@ -97,7 +96,7 @@ class Estimate:
             self._known[key] = max(found, key=lambda held: held.total)
         return self._known[key]
 
-    def _held(self, rows: list[Any], micro_batch: int, accumulation: int) -> Held:
+    def _held(self, rows: list[EncodedRow], micro_batch: int, accumulation: int) -> Held:
         """rows: of a micro-batch, or of one of its packs."""
         several = accumulation > 1 or len(rows) < micro_batch
         passes = 2 if several else 1  # further ones hold what the second does
@@ -131,13 +130,13 @@ class Estimate:
         rows = [self.rows[number * count :][:count] or self.rows for number in range(passes)]
         return self.simulated.run(rows, count=True).flops / sum(map(len, rows))
 
-    def _heaviest(self, count: int) -> list[list[Any]]:
+    def _heaviest(self, count: int) -> list[list[EncodedRow]]:
         """Rows for `count` examples that may hold most: the longest, and those with most pixels
         (where rows are packed, most for each place), unless these are alike."""
-        pack = getattr(self.simulated.objective, "pack", None)
-        sizes = {id(row): (_length(row), _pixels(row)) for row in self.rows}
+        pack = self.simulated.objective.pack
+        sizes = {id(row): (row.length, _pixels(row)) for row in self.rows}
 
-        def first(key: Any) -> list[Any]:
+        def first(key: Any) -> list[EncodedRow]:
             order = sorted(self.rows, key=lambda row: key(*sizes[id(row)]), reverse=True)
             again = order * -(-count // len(order))
             return again[:count] if pack is None else _one_pack(again, count, pack)
@@ -187,49 +186,18 @@ class Estimate:
         return rest, max(units, default=0)
 
 
-def with_text_places(row: Any, count: int) -> Any:
-    """The row with `count` text tokens, cut at its end, or with more of what its end holds.
-
-    Raises ValueError for rows of lines, which have no text to read.
-    """
-    if count < 1:
-        raise ValueError(f"text tokens must be at least 1, found {count}")
-    if isinstance(row, LineRow):
-        raise ValueError("a line reader's rows have no text tokens; leave --tokens out")
-    images = int((row.ids == IMAGE).sum())
-    more = images + count - len(row.ids)
-    if isinstance(row, Pair):
-        valid = None if row.valid is None else _stretched(row.valid, more)
-        return dataclasses.replace(row, ids=_stretched(row.ids, more), valid=valid)
-    ids = _stretched(row.ids, more)
-    if int((ids == IMAGE).sum()) != images:
-        raise ValueError(
-            f"{row.name}: {count} text tokens would cut its images; its text has "
-            f"{len(row.ids) - images}"
-        )
-    return dataclasses.replace(row, ids=ids, scored=_stretched(row.scored, more))
-
-
-def _stretched(values: torch.Tensor, more: int) -> torch.Tensor:
-    return values[:more] if more < 0 else torch.cat([values, values[-1:].expand(more)])
-
-
-def _one_pack(rows: Sequence[Row], count: int, most: int) -> list[Row]:
+def _one_pack(rows: Sequence[EncodedRow], count: int, most: int) -> list[EncodedRow]:
     """Of `rows`, in their order, what one pack of at most `most` places takes, up to `count`; the
     first alone where it is longer."""
-    taken, free = list(rows[:1]), most - len(rows[0].ids)
+    taken, free = list(rows[:1]), most - rows[0].length
     for row in rows[1:]:
-        if len(row.ids) <= free and len(taken) < count:
+        if row.length <= free and len(taken) < count:
             taken.append(row)
-            free -= len(row.ids)
+            free -= row.length
     return taken
 
 
-def _length(row: Row | Pair | LineRow) -> int:
-    return row.pixels.shape[-1] if isinstance(row, LineRow) else len(row.ids)
-
-
-def _pixels(row: Row | Pair | LineRow) -> int:
+def _pixels(row: EncodedRow) -> int:
     return sum(_numbers(pixels) for pixels, _ in row.views)
 
 

@@ -177,7 +177,7 @@ def require_memory(
     holder = "device" if device.type == "cuda" else "process"
     if needed > there:
         fit = memory_fit(estimate, share, stage.micro_batch, there, most=stage.micro_batch - 1)
-        helps = remedies(settings, hasattr(model.module, "text"), groups[shard] > 1)
+        helps = remedies(settings, model.module, groups[shard] > 1)
         raise ValueError(fit.refusal(setting, helps, holder))
     if needed > FULL * there:
         say(
@@ -191,26 +191,20 @@ def asked(settings: BaseSettings, micro_batch: int) -> str:
     """The options that ask for a run's micro-batch."""
     alone = settings.micro_batch is None
     option = f"--batch {settings.batch}" if alone else f"--micro-batch {micro_batch}"
-    pack = getattr(settings, "pack", None)
-    return option if pack is None else f"{option} --pack {pack}"
+    return option if settings.pack is None else f"{option} --pack {settings.pack}"
 
 
-def remedies(settings: BaseSettings, blocks: bool, sharded: bool) -> str:
-    """What may help a run of which not even one example fits, of what its settings leave open.
-    blocks: whether the model has blocks whose activations can be computed again."""
-    language = getattr(settings, "language", None)
+def remedies(settings: BaseSettings, module: nn.Module, sharded: bool) -> str:
+    """What may help a run of which not even one example fits, of what its settings leave open."""
     ways = {
-        "train less (--language lora)": language == "full",
         "compute in 16 bits (--precision bf16)": settings.precision == "fp32",
-        "compute activations again (--checkpoint-activations)": blocks
+        "compute activations again (--checkpoint-activations)": "text" in module.parts()
         and not settings.checkpoint_activations,
-        "shorten rows (--max-tokens)": hasattr(settings, "max_tokens"),
-        "shorten texts (--length)": hasattr(settings, "length"),
         "shard over several devices (--shard all)": not sharded,
         "take a smaller model": True,
     }
     open_ways = [way for way, helps in ways.items() if helps]
-    return f"What may help: {', '.join(open_ways)}"
+    return f"What may help: {', '.join((*settings.memory_remedies(), *open_ways))}"
 
 
 def size(count: int) -> str:

@@ -55,7 +55,7 @@ KINDS = ("weights", "gradients", "optimizer", "activations", "logits")
 class Held(NamedTuple):
     """Bytes by what they are for. weights: frozen ones, fp32 masters and bf16 compute copies.
     activations: all that is neither a part of the model's state nor logits, pixels included.
-    logits: float tensors with one number for each id of the vocabulary."""
+    logits: float tensors with one number for each class that the loss tells apart."""
 
     weights: int
     gradients: int
@@ -101,7 +101,7 @@ class SimulatedStep:
             self.state = build_state(self.module, stage, dtype, kernels=kernels)
         self.trained = self.state.trained
         self.frozen = [p for p in self.module.parameters() if not p.requires_grad]
-        with self._booked(_Ledger(self.fake, set())):
+        with self._booked(_Ledger(self.fake, None)):
             self._update()  # so that the moments are there, as in every step but the first
 
     def run(self, micro_batches: Sequence[Sequence[Any]], count: bool = False) -> StepMemory:
@@ -113,7 +113,7 @@ class SimulatedStep:
         """
         collated = [self.objective.collate(self._shapes_of(rows)) for rows in micro_batches]
         batches = [batch for part in collated for batch in part]
-        ledger = _Ledger(self.fake, self._vocabulary())
+        ledger = _Ledger(self.fake, self.objective.classes(self.module))
         for tensor in self._held_between_steps():
             ledger.note(tensor)
         for batch in collated[0]:  # the next ones are in the host's memory
@@ -163,16 +163,6 @@ class SimulatedStep:
         own = [*self.module.parameters(), *self.module.buffers()]
         return [*own, *self.state.copies.copies, *self._moments()]
 
-    def _vocabulary(self) -> set[int]:
-        """How many ids logits are scores of; empty where the model does not generate text."""
-        head = getattr(self.module, "head", None)
-        if isinstance(head, nn.Linear):
-            return {head.out_features}
-        text = getattr(self.module, "text", None)
-        config = getattr(text, "config", None)
-        writes = "text" in self.module.through
-        return {config.get_text_config().vocab_size} if writes else set()
-
     def _without_values(self, module: nn.Module) -> nn.Module:
         """A copy whose floating-point parameters and buffers have shapes alone, all on the CPU; one
         that has several names stays one."""
@@ -212,9 +202,9 @@ class _Ledger(TorchDispatchMode):
     """Books every storage in and out. Ops on real integers are really computed; an op that needs
     both kinds sees the shapes of the real ones."""
 
-    def __init__(self, fake: FakeTensorMode, vocabulary: set[int]) -> None:
+    def __init__(self, fake: FakeTensorMode, classes: int | None) -> None:
         super().__init__()
-        self.fake, self.vocabulary = fake, vocabulary
+        self.fake, self.classes = fake, classes
         self.kinds: dict[int, str] = {}
         self.changes: list[tuple[int, int]] = []
         self.keys: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -227,7 +217,7 @@ class _Ledger(TorchDispatchMode):
         self.keys[storage] = key
         self.changes.append((key, size))
         weakref.finalize(storage, self.changes.append, (key, -size)).atexit = False
-        if tensor.is_floating_point() and tensor.dim() > 1 and tensor.shape[-1] in self.vocabulary:
+        if tensor.is_floating_point() and tensor.dim() > 1 and tensor.shape[-1] == self.classes:
             self.kinds[key] = "logits"
 
     def mark(self, kind: str, tensor: Any) -> None:

@@ -42,10 +42,12 @@ class Objective(Protocol):
         each over the micro-batches and ranks of a step before the first forward pass, so that the
         gradient is the same however a step is split.
     every_rank: whether a step needs an example on each rank.
+    pack: the most positions of a packed row; None where rows are not packed.
     """
 
     totals: tuple[str, ...]
     every_rank: bool
+    pack: int | None
 
     def collate(self, rows: Sequence[Any]) -> tuple[Any, ...]:
         """The rows of one micro-batch, at least one, as batches."""
@@ -80,6 +82,10 @@ class Objective(Protocol):
 
     def alone(self) -> Objective:
         """One like it that this process uses without the others, to simulate a step."""
+
+    def classes(self, module: nn.Module) -> int | None:
+        """How many classes the logits of each target score, such as the ids of a vocabulary; None
+        where the loss has no such logits."""
 
     def kept_between(self, module: nn.Module, examples: int) -> int:
         """Bytes that further micro-batches of so many examples keep until the step's last one."""

@@ -34,6 +34,7 @@ class Contrast:
 
     totals = ("pairs",)
     every_rank = True
+    pack = None
 
     def __init__(self, kind: Literal["softmax", "sigmoid"]) -> None:
         if kind not in ("softmax", "sigmoid"):
@@ -119,6 +120,9 @@ class Contrast:
         other = copy.copy(self)
         other.group = torch.distributed.GroupMember.NON_GROUP_MEMBER
         return other
+
+    def classes(self, module: Contrastive) -> None:
+        return None
 
     def kept_between(self, module: Contrastive, examples: int) -> int:
         """Of each image and text its own embedding, a joined one, and that one's gradient."""

@@ -22,6 +22,7 @@ class Transcribe:
 
     totals = ("characters",)
     every_rank = False
+    pack = None
 
     def collate(self, rows: Sequence[LineRow]) -> tuple[LineBatch, ...]:
         """Lines of one width together."""
@@ -74,6 +75,9 @@ class Transcribe:
 
     def alone(self) -> Transcribe:
         return copy.copy(self)
+
+    def classes(self, module: LineReader) -> int:
+        return module.head.out_features
 
     def kept_between(self, module: nn.Module, examples: int) -> int:
         return 0

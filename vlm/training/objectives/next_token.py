@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from vlm.families.decoder_only.batch import Batch, Row, collate, collate_packed, pack_rows
+from vlm.families.decoder_only.batch import (
+    Batch,
+    Row,
+    collate,
+    collate_packed,
+    pack_rows,
+    rows_of_like_length,
+)
 from vlm.losses.token import backward_state_losses
 from vlm.training.flop_cost import FlopCost
 from vlm.training.objectives.base import Autocast, Count, device_of
@@ -36,7 +43,7 @@ class NextToken:
         """Rows packed end to end; or those of like length together, padded."""
         if self.pack is not None:
             return tuple(collate_packed(part) for part in pack_rows(rows, self.pack))
-        return tuple(collate(part, self.pad_id) for part in _of_like_length(rows))
+        return tuple(collate(part, self.pad_id) for part in rows_of_like_length(rows))
 
     def count(self, batch: Batch) -> Count:
         return Count(
@@ -79,16 +86,8 @@ class NextToken:
     def alone(self) -> NextToken:
         return copy.copy(self)
 
+    def classes(self, module: nn.Module) -> int:
+        return module.text.config.get_text_config().vocab_size
+
     def kept_between(self, module: nn.Module, examples: int) -> int:
         return 0
-
-
-def _of_like_length(rows: Sequence[Row], spread: float = 1.5) -> list[list[Row]]:
-    """The rows in parts whose longest is at most `spread` times the shortest, each in the rows' own
-    order, so that a short caption is not padded to a long document's length."""
-    parts: list[list[int]] = []
-    for number in sorted(range(len(rows)), key=lambda number: len(rows[number].ids)):
-        if not parts or len(rows[number].ids) > spread * len(rows[parts[-1][0]].ids):
-            parts.append([])
-        parts[-1].append(number)
-    return [[rows[number] for number in sorted(part)] for part in parts]

@@ -20,6 +20,7 @@ from vlm.families.contrastive.batch import collate_pairs
 from vlm.families.contrastive.model import ContrastiveModel
 from vlm.families.decoder_only.generate import evaluating
 from vlm.metrics.retrieval import retrieval
+from vlm.metrics.share import with_ci
 from vlm.systems import compose_contrastive, scratch
 from vlm.training.base_settings import Augmentation, BaseSettings, Usual, require_share
 from vlm.training.fit import fit
@@ -140,6 +141,9 @@ class Settings(BaseSettings):
         locked = {"image": self.lock_image, "text": self.lock_text}
         return {f"{tower}_rate": f"--lock-{tower} locks it" for tower in locked if locked[tower]}
 
+    def memory_remedies(self) -> tuple[str, ...]:
+        return ("shorten texts (--length)",)
+
     def _loaded(self) -> ContrastiveModel:
         import vlm
 
@@ -246,7 +250,7 @@ def retrieval_on(
     one right text. The same on any number of ranks.
 
     Returns pairs (how many), image_to_text_r1, _r5, _r10 and text_to_image_r1, _r5, _r10 (shares),
-    and each with _95 after it (low and high end of its 95 % interval).
+    and each with _ci after it (low and high end of its 95 % interval).
     Raises BadRow or BadImage for a row that cannot be read.
     """
     module, device = model.module, accelerator.device
@@ -270,12 +274,11 @@ def retrieval_on(
         ranks=ranks,
         total=total,
     )
-    figures: dict[str, Any] = {"pairs": len(rows)}
+    metrics: dict[str, Any] = {"pairs": len(rows)}
     for name in ("image_to_text", "text_to_image"):
         for k, recall in getattr(found, name).recall.items():
-            figures[f"{name}_r{k}"] = recall.share
-            figures[f"{name}_r{k}_95"] = [recall.low, recall.high]
-    return figures
+            metrics |= with_ci(f"{name}_r{k}", recall)
+    return metrics
 
 
 def _report(training_run: TrainingRun, length: int, result: dict[str, Any]) -> None:
@@ -287,7 +290,7 @@ def _report(training_run: TrainingRun, length: int, result: dict[str, Any]) -> N
         return
     directions = []
     for name in ("image_to_text", "text_to_image"):
-        low, high = result[f"{name}_r1_95"]
+        low, high = result[f"{name}_r1_ci"]
         share = result[f"{name}_r1"]
         directions.append(f"{name.replace('_', ' ')} {share:.1%} ({low:.1%} to {high:.1%})")
     say(

@@ -83,6 +83,9 @@ class Settings(BaseSettings):
     def data(self) -> MixtureDataset:
         return training_data(self)
 
+    def memory_remedies(self) -> tuple[str, ...]:
+        return ("shorten rows (--max-tokens)",)
+
     def add_tokens(self, model: DecoderOnlyModel, learned: bool) -> None:
         """Gives the model the <loc> tokens that the settings ask for. learned: whether the whole
         language model learns; else only the rows of these tokens do, as `text.*.new`."""
@@ -232,6 +235,10 @@ class FromRun(Settings):
             if (folder / "config.json").is_file():
                 return json.loads((folder / "config.json").read_text())
         return None
+
+    def memory_remedies(self) -> tuple[str, ...]:
+        lora = ("train less (--language lora)",) if self.language == "full" else ()
+        return (*lora, *super().memory_remedies())
 
     def unread_rates(self) -> dict[str, str]:
         modes = {"vision": self.vision, "adaptor": self.adaptor}

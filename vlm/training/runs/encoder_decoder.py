@@ -85,6 +85,9 @@ class TranscriberSettings(ReadingSettings):
             patch_px = spec.size_hw[1] // tokenizer.shapes_for(spec.size_hw)[0].grid_hw[1]
         return model.with_size(self.line_px, fit="height", patch_px=patch_px)
 
+    def memory_remedies(self) -> tuple[str, ...]:
+        return ("shorten texts (--length)",)
+
     def _loaded(self) -> EncoderDecoderModel:
         import vlm
 

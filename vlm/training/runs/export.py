@@ -15,10 +15,10 @@ from torch import nn
 
 from vlm import config
 from vlm.precision import DTYPES
+from vlm.renamed import upgraded
 from vlm.training.base_settings import RECIPES, BaseSettings
 from vlm.training.checkpoints.checkpoint import is_of, newest_whole
 from vlm.training.checkpoints.format import CheckpointError, read, read_about, stored
-from vlm.training.renamed import upgraded
 from vlm.training.run_folder import RunError
 from vlm.training.runs.launch import recipe_in
 from vlm.training.runs.run import PRECISION_REASON

@@ -28,11 +28,11 @@ from vlm.data.mixture import split_of
 from vlm.data.sources import BadSource
 from vlm.pixels import BadImage
 from vlm.precision import Choice, choose, cores
+from vlm.renamed import new_name, require_new_names
 from vlm.training.activation_checkpointing import set_mmap_threshold
 from vlm.training.base_settings import BaseSettings, require_ranges, require_read_rates
 from vlm.training.checkpoints.checkpoint import CheckpointError
 from vlm.training.fit import Interrupted
-from vlm.training.renamed import new_name, require_new_names
 from vlm.training.run_folder import RunError
 from vlm.training.sharding import Shard
 from vlm.training.stages import StageError

@@ -120,7 +120,7 @@ def run(
     quarter = rows[::4]
 
     def evaluate() -> dict[str, float]:
-        return errors_on(model, held_out, quarter, accelerator).result().figures()
+        return metrics_of(errors_on(model, held_out, quarter, accelerator))
 
     objective = make_objective(settings, model, plan)
     training_run.preflight(model, plan, data, objective)
@@ -154,7 +154,13 @@ def run(
             _draw_worst(found, held_out, rows, settings.out / "worst_lines.png")
         _report(training_run, result, found)
 
-    return training_run.end(progress, found.result().figures() if found else {}, more, show)
+    return training_run.end(progress, metrics_of(found) if found else {}, more, show)
+
+
+def metrics_of(compared: Comparison) -> dict[str, Any]:
+    """What a run's result says of read lines; `lines` is how many they are."""
+    metrics = compared.result().metrics()
+    return {"lines": metrics.pop("n"), **metrics}
 
 
 def errors_on(
@@ -197,7 +203,7 @@ def _report(training_run: TrainingRun, result: dict[str, Any], found: Comparison
     say(f"most often misread: {pairs or 'nothing'}", highlight=False, markup=False)
     say(
         f"{result['held_out']}, {result['lines']} lines: CER {result['cer']:.2%} "
-        f"({result['cer_95'][0]:.2%} to {result['cer_95'][1]:.2%}), WER {result['wer']:.2%}, "
+        f"({result['cer_ci'][0]:.2%} to {result['cer_ci'][1]:.2%}), WER {result['wer']:.2%}, "
         f"lines without a fault {result['exact_match']:.1%}",
         style="bold",
         highlight=False,

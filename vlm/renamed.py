@@ -1,5 +1,5 @@
-"""Settings whose names have changed: what earlier versions wrote is read under today's names, and
-what people still type is refused with the new name.
+"""Settings and options whose names have changed: what earlier versions wrote is read under today's
+names, and what people still type is refused with the new name.
 
 settings.json and checkpoints carry no version of their own for this: a name that is not known today
 and stands in this table is one of an earlier version.
@@ -11,10 +11,16 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 RENAMED = {
+    # recipes
     "warmup": ("warmup_ratio", "warmup_steps"),
     "floor": ("min_lr_ratio",),
     "language": ("lines_text",),
     "tokenizer": ("text_tokenizer",),
+    # evaluations
+    "pictures": ("images",),
+    # benchmarks
+    "places": ("positions",),
+    "room": ("memory_fraction",),
 }
 """Name of a setting in earlier versions -> what it may be called now, by what has it."""
 
@@ -37,7 +43,10 @@ def upgraded(values: Mapping[str, Any], known: Collection[str]) -> dict[str, Any
 
 
 def require_new_names(arguments: Sequence[str], known: Collection[str]) -> None:
-    """Raises ValueError for an option of an earlier version, naming the one of today."""
+    """Raises ValueError for an option of an earlier version, naming the one of today.
+
+    arguments: the command line. known: names of today's options, with _ for -.
+    """
     for word in arguments:
         if word.startswith("--"):
             option = word[2:].partition("=")[0]
