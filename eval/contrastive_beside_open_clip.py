@@ -17,7 +17,7 @@ brought to whole epochs for both.
 
 What differs: each has its own initial weights, preprocessing and augmentation; open_clip leaves out
 each epoch's rows beyond the last whole batch, ours takes all rows in turn; its text's tower
-computes all places of every caption, ours those of the batch's longest.
+computes all positions of every caption, ours those of the batch's longest.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from torch import nn
 from tests import tiny, training
 from vlm.kernels import norm_mlp
 from vlm.kernels.attention import as_on_gpus
-from vlm.kernels.norm_mlp import PLACES, _in_parts, memory_efficient_kernels, use_kernels
+from vlm.kernels.norm_mlp import POSITIONS, _in_parts, memory_efficient_kernels, use_kernels
 from vlm.training.activation_checkpointing import saved_bytes
 
 KERNELS = {  # kind -> how many norms and MLPs are known
@@ -47,7 +47,7 @@ def test_memory_efficient_blocks_compute_the_same_and_keep_less(kind, dtype):
         for name, weight in text.named_parameters():
             if "norm" in name:
                 weight += torch.linspace(-0.3, 0.3, len(weight)).to(dtype)
-    vectors = torch.randn(2, PLACES // 2 + 9, 32, generator=torch.Generator().manual_seed(0))
+    vectors = torch.randn(2, POSITIONS // 2 + 9, 32, generator=torch.Generator().manual_seed(0))
     states, grads, kept = passed(text, vectors.to(dtype))
     with use_kernels(text, memory_efficient_kernels(text)):
         assert chosen(text) == KERNELS[kind]
@@ -154,7 +154,7 @@ def kept_in(kept):
 @pytest.mark.parametrize("learns", [False, True], ids=["frozen", "trained"])
 def test_a_plain_projection_behind_the_gate_keeps_nothing_of_its_own(learns, monkeypatch):
     """In parts and whole, in each dtype: the same values, and gradients to rounding."""
-    monkeypatch.setattr(norm_mlp, "PLACES", 3)
+    monkeypatch.setattr(norm_mlp, "POSITIONS", 3)
     for dtype, near in ((torch.float64, 1e-12), (torch.bfloat16, 2e-2)):
         mlp = tiny.text_model("llama").model.layers[0].mlp.to(dtype)
         mlp.down_proj.bias = nn.Parameter(torch.linspace(-1, 1, 32).to(dtype))
@@ -194,7 +194,7 @@ def test_a_forward_of_an_instance_stays():
 
 def test_parts_are_for_caches_of_cpus_alone():
     """A step of a GPU is simulated whole, as it is made there."""
-    places = torch.zeros(3 * PLACES, 2)
+    places = torch.zeros(3 * POSITIONS, 2)
     assert len(list(_in_parts(places))) == 3
     with as_on_gpus():
         assert len(list(_in_parts(places))) == 1

@@ -70,10 +70,10 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Box], true: Sequence[Box] = (
     for box in [*boxes, *(box for box in true if box.label not in known)]:
         score = " true" if box.score is None else f" {box.score:.2f}"
         tag = shorten(box.label + score, size[0] - 6, font_of(text_px))
-        place = _free_place(tag, text_px, _scaled(box, scale, size), size, taken)
-        ink.rectangle(place, fill=colours[box.label])
-        ink.text((place[0] + 3, place[1] + 1), tag, fill="white", font=font_of(text_px))
-        taken.append(place)
+        spot = _free_spot(tag, text_px, _scaled(box, scale, size), size, taken)
+        ink.rectangle(spot, fill=colours[box.label])
+        ink.text((spot[0] + 3, spot[1] + 1), tag, fill="white", font=font_of(text_px))
+        taken.append(spot)
     return canvas
 
 
@@ -141,8 +141,8 @@ def draw_hits(
         _cell(page, ink, query, (gap, top), cell_px)
         note = shorten(note, cell_px, small)
         ink.text((gap, top + cell_px + 3), note, fill="#666666", font=small)
-        for place, hit in enumerate(row, 1):
-            left = 2 * gap + place * step_x
+        for rank, hit in enumerate(row, 1):
+            left = 2 * gap + rank * step_x
             _cell(page, ink, hit.thing, (left, top), cell_px)
             frame = (left - 2, top - 2, left + cell_px + 1, top + cell_px + 1)
             colour = GREEN if hit.right else GREY
@@ -352,7 +352,7 @@ def _dashed(ink: ImageDraw.ImageDraw, box: Sequence[float], colour: str, width: 
             ink.rectangle((x, start, min(x + width - 1, x1), end), fill=colour)
 
 
-def _free_place(
+def _free_spot(
     text: str, px: int, box: Sequence[float], size: tuple[int, int], taken: Sequence[Sequence]
 ) -> tuple[float, float, float, float]:
     """Where a text can stand at a box, on the canvas and where no other stands, if there is such a
@@ -362,8 +362,8 @@ def _free_place(
     tops = [box[1] - height, box[1], box[3] + 1, box[3] - height]
     tops += [box[1] + n * height for n in range(1, 8)]
     ys = [max(0, min(top, size[1] - height)) for top in tops]
-    places = [(x, y, x + width, y + height) for y in ys]
-    return next((p for p in places if not any(_meet(p, other) for other in taken)), places[0])
+    spots = [(x, y, x + width, y + height) for y in ys]
+    return next((p for p in spots if not any(_meet(p, other) for other in taken)), spots[0])
 
 
 def _meet(first: Sequence[float], second: Sequence[float]) -> bool:

@@ -1,6 +1,6 @@
-"""Packed rows to be looked at: whose each place is, and where the borders between examples are.
+"""Packed rows to be looked at: whose each position is, and where the borders between examples are.
 
-A row is a band of places from left to right, with each example's images under its own.
+A row is a band of positions from left to right, with each example's images under its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from vlm.draw import GREEN, GREY, INK, TEXT_PX, font_of, shorten
 
 FILLS = {"image": "#4aa8c0", "prompt": "#c9c9c9", "scored": GREEN}
-"""Of each kind of place, as `vlm.commands.inspect_batch` names them."""
+"""Of each kind of position, as `vlm.commands.inspect_batch` names them."""
 WORDS = {"image": "image", "prompt": "text that is read", "scored": "text that is learned"}
 LEGEND = "a border: nothing after it sees what is before it"
 GAP, LINE_PX, OVER_PX, BAND_PX = 14, TEXT_PX + 6, 7, 34
@@ -24,7 +24,7 @@ GAP, LINE_PX, OVER_PX, BAND_PX = 14, TEXT_PX + 6, 7, 34
 class Segment(NamedTuple):
     """One example of a packed row.
 
-    kinds: of each of its places, one of FILLS. images: what the model sees of it.
+    kinds: of each of its positions, one of FILLS. images: what the model sees of it.
     """
 
     name: str
@@ -41,9 +41,9 @@ def draw_packed(
 ) -> None:
     """A page of packed rows, as a PNG.
 
-    most: the places that a row may have; a longer one is an example by itself. width_px: of the
+    most: the positions that a row may have; a longer one is an example by itself. width_px: of the
     longest band. image_px: the most height of an image; an example's images are together no
-    wider than its places.
+    wider than its positions.
     """
     if not rows:
         raise ValueError("expected a packed row to draw, found none")
@@ -79,8 +79,8 @@ def _row(
     top: int,
     image_px: int,
 ) -> None:
-    """One band: title, names, places, the borders with their numbers, images. scale: pixels of a
-    place."""
+    """One band: title, names, positions, the borders with their numbers, images. scale: pixels of a
+    position."""
     ink, small = ImageDraw.Draw(page), font_of(TEXT_PX - 3)
     names, band = top + LINE_PX, top + 2 * LINE_PX + OVER_PX
     foot = band + BAND_PX + OVER_PX

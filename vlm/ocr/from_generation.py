@@ -1,6 +1,6 @@
 """Text that a model wrote freely, as lines and words with confidences.
 
-Such a model says no places: a line's box is its whole image, and words have none.
+Such a model says no positions: a line's box is its whole image, and words have none.
 """
 
 from __future__ import annotations

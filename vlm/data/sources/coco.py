@@ -178,11 +178,11 @@ class CocoSource(Source):
             kinds[specks] = NO_AREA
         faults = []
         for kind, words in FAULTS.items():
-            places = np.flatnonzero(kinds == kind)
-            first = tuple(_where(annotations[i]) for i in places[:FIRST])
-            if len(places):
+            found = np.flatnonzero(kinds == kind)
+            first = tuple(_where(annotations[i]) for i in found[:FIRST])
+            if len(found):
                 harmful = kind != SPECK and bad_boxes != "skip"
-                faults.append(Fault(f"boxes {words}", len(places), first, harmful))
+                faults.append(Fault(f"boxes {words}", len(found), first, harmful))
         harmful = [fault for fault in faults if fault.harmful]
         if harmful and bad_boxes == "stop":
             count = sum(fault.count for fault in harmful)
@@ -266,7 +266,7 @@ def _without_outline(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_id(records: list[dict[str, Any]], key: str, file: str) -> dict[int, int]:
-    """Each record's id -> its place in the list."""
+    """Each record's id -> its index in the list."""
     at: dict[int, int] = {}
     for number, record in enumerate(records):
         id = record["id"]
@@ -309,7 +309,7 @@ def _columns(
     category_at: dict[int, int],
     file: str,
 ) -> np.ndarray:
-    """Each annotation's image and category as places in their lists, and 1 where it is a crowd:
+    """Each annotation's image and category as indices in their lists, and 1 where it is a crowd:
     int64[3, N]. Raises BadSource naming the annotation where there is none such."""
     columns = []
     for annotation in annotations:

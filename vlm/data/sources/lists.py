@@ -95,7 +95,7 @@ class TsvSource(Source):
             raise BadRow(
                 f"{name}: expected a text in the column {self._columns[self._text]}, found none"
             )
-        more = {column: fields[place] for column, place in self._more if fields[place]}
+        more = {column: fields[index] for column, index in self._more if fields[index]}
         image = self._images.find(fields[self._image], name)
         if not more:
             return caption_example(name, image, text, self._form.prompt)
@@ -104,18 +104,18 @@ class TsvSource(Source):
         return example_from_row(row, name, form, self._images.find, (image,), self.unread)
 
     def _note_columns(self) -> list[tuple[str, int]]:
-        """The columns beside image and text that say more of a row, with their places; those
+        """The columns beside image and text that say more of a row, with their indices; those
         that are skipped are counted, each by all rows, shown by the first."""
         says_more = {*ROW_MEANING, *EXTRA_KEYS, *TALK_KEYS} - self._form.ignore
         more, rest = [], []
-        for place, column in enumerate(self._columns):
-            if place not in (self._image, self._text) and column not in HARMLESS:
-                (more if column in says_more else rest).append((column, place))
+        for index, column in enumerate(self._columns):
+            if index not in (self._image, self._text) and column not in HARMLESS:
+                (more if column in says_more else rest).append((column, index))
         start, end = int(self._starts[0]), int(self._ends[0])
         with contextlib.suppress(BadRow, UnicodeDecodeError):  # which reading the row says
             fields = _fields(read_bytes(self._path, start, end - start, self.row_name(0)))
-            for column, place in rest:
-                value = fields[place] if place < len(fields) else None
+            for column, index in rest:
+                value = fields[index] if index < len(fields) else None
                 self.unread.note(column, value, self.row_name(0), count=len(self))
         return more
 
@@ -129,7 +129,7 @@ class TsvSource(Source):
             ) from error
 
     def _column(self, names: tuple[str, ...]) -> int:
-        """The place of the first of these columns that there is."""
+        """The index of the first of these columns that there is."""
         found = [name for name in names if name in self._columns]
         if not found:
             raise BadSource(

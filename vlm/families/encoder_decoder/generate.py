@@ -103,12 +103,12 @@ def greedy_from(
     done = torch.zeros(len(starts), dtype=torch.bool, device=device)  # of these
     stepper = stepper_of(module, memory)
     ids = given[:, 0]
-    for place in range(longest + max_new_tokens):
-        hidden = stepper.step(ids, place)
-        chosen = given[active, min(place + 1, longest - 1)]
-        if place + 1 >= shortest:
+    for position in range(longest + max_new_tokens):
+        hidden = stepper.step(ids, position)
+        chosen = given[active, min(position + 1, longest - 1)]
+        if position + 1 >= shortest:
             best, logprob = _choose(stepper.logits(hidden), forbidden)
-            writes = (place + 1 >= lengths[active]) & ~done
+            writes = (position + 1 >= lengths[active]) & ~done
             chosen = torch.where(writes, best, chosen)
             rows = active[writes]
             written[rows, counts[rows]] = best[writes]
@@ -210,8 +210,8 @@ def _generate(
     valid = memory.valid
     first = first_position(module.text)
     if first:  # transformers would count from 0
-        places = torch.arange(first, first + ids.shape[1], device=ids.device)
-        options["position_ids"] = places.expand_as(ids)
+        positions = torch.arange(first, first + ids.shape[1], device=ids.device)
+        options["position_ids"] = positions.expand_as(ids)
     out = module.text.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),  # a start id may be the pad id

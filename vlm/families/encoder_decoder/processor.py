@@ -20,7 +20,7 @@ class LineProcessor:
     """Images and the texts in them in, rows of ids and pixels out.
 
     A row is the decoder's stream: start ids, the text's ids, the end id. Exactly the text and the
-    end are scored, by their places: a pad id that is also the end id does no harm.
+    end are scored, by their positions: a pad id that is also the end id does no harm.
     text_tokenizer: a fast transformers tokenizer; its own first and last tokens are not added.
     pixel_spec: the image tokenizer's own preprocessing.
     start_ids: what each row begins with. end_id: what it ends with. pad_id: at padding.

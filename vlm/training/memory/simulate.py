@@ -291,7 +291,7 @@ class _Ledger(TorchDispatchMode):
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
 
     def _indices(self, given: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Real masks as the places where they hold, of which the number is known."""
+        """Real masks as the positions where they hold, of which the number is known."""
         found: list[Tensor | None] = []
         with unset_fake_temporarily():
             for index in given:
