@@ -140,13 +140,13 @@ def test_bad_box_stops_at_opening_or_is_lost_alone(write, bbox, message):
     assert source[1].boxes
 
 
-def test_boxes_judged_at_once_are_those_that_are_judged_one_by_one(write):
+def test_boxes_checked_at_once_are_those_that_are_checked_one_by_one(write):
     """The arithmetic on all boxes agrees with `check_box`, whatever the box."""
     rng = np.random.default_rng(0)
     starts = rng.choice([-30, -2, -1, -0.5, 0, 0.2, 5, 39, 59.5, 60, 61], (3000, 2))
     sides = rng.choice([-1, 0, 0.25, 0.5, 1, 1.5, 20, 60, 61.5, 200], (3000, 2))
     boxes = np.concatenate([starts, sides], 1)
-    corners, kinds = coco._judge(boxes, np.tile([40, 60], (3000, 1)))
+    corners, kinds = coco._check_boxes(boxes, np.tile([40, 60], (3000, 1)))
     for (x, y, w, h), corner, kind in zip(boxes.tolist(), corners.tolist(), kinds):
         try:
             expected = list(check_box((x, y, x + w, y + h), "box", (40, 60)))

@@ -1,4 +1,4 @@
-"""vlm ocr: files and options are judged before a model is opened; results go where told."""
+"""vlm ocr: files and options are checked before a model is opened; results go where told."""
 
 import json
 import xml.etree.ElementTree as ET
@@ -255,7 +255,9 @@ def test_damaged_pages_stop_the_reading_behind_what_is_written(reader, page, tmp
             cli.main(["ocr", *map(str, files), "--format", "json", "--out", str(out)])
         err = capsys.readouterr().err
         assert bad in err
-        assert "(what was read before it is written; --bad-pages skip leaves such pages out)" in err
+        assert (
+            "(what was read before it is written; --bad-pages skip passes over such pages)" in err
+        )
         found = [values["image"] for values in json.loads(out.read_text())]
         assert found == [str(page), *([f"{pdf}[1]"] if pdf in files else [])]
 

@@ -1,4 +1,4 @@
-"""Lean norms and MLPs beside transformers' own, their slow twins."""
+"""Memory-efficient norms and MLPs beside transformers' own, their slow twins."""
 
 import pytest
 import torch

@@ -79,7 +79,7 @@ class Classify(UsesTowers):
             open_image(path)
         model = self.load()
         scores = model.classify(self.images, self.labels, self.templates, self.batch_size)
-        # A sigmoid model judges each label by itself, a softmax model shares 1 among them.
+        # A sigmoid model scores each label by itself, a softmax model shares 1 among them.
         softmax = model.module.bias is None
         shares = scores.softmax(1) if softmax else scores.sigmoid()
         for path, row in zip(self.images, shares):

@@ -33,17 +33,17 @@ fast in torch's small parts."""
 QUERIES = 128
 """Queries of a block where a position sees only earlier ones, so that few scores are made in
 vain."""
-_left_out: ContextVar[bool] = ContextVar("left_out", default=False)
+_disabled: ContextVar[bool] = ContextVar("disabled", default=False)
 
 
 @contextmanager
 def as_on_gpus() -> Iterator[None]:
     """Within, what runs on a CPU goes the way that it goes on a GPU."""
-    token = _left_out.set(True)
+    token = _disabled.set(True)
     try:
         yield
     finally:
-        _left_out.reset(token)
+        _disabled.reset(token)
 
 
 def gains(query: Tensor, longest: int, *, causal: bool = False) -> bool:
@@ -59,7 +59,7 @@ def gains(query: Tensor, longest: int, *, causal: bool = False) -> bool:
 
 def on_cpu(tensor: Tensor) -> bool:
     """Whether a tensor is worked on as on a CPU: it lies there, and not within `as_on_gpus`."""
-    return tensor.device.type == "cpu" and not _left_out.get()
+    return tensor.device.type == "cpu" and not _disabled.get()
 
 
 @cache

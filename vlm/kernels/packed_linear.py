@@ -134,7 +134,7 @@ def _is_faster(layers: Sequence[nn.Linear], rows: int) -> bool:
             start = time.perf_counter()
             way()
             found.append(time.perf_counter() - start)
-    plain, packed = (min(found[1:]) for found in seconds)  # each once to warm
+    plain, packed = (min(found[1:]) for found in seconds)  # each once to warm up
     if plain > MARGIN * packed:
         return True
     _laid_out.pop(layers[0], None)

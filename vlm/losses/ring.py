@@ -33,7 +33,7 @@ class Ring:
         return len(self.sizes) == 1 and self.sizes[0] <= self.block
 
     def buffer(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Room for any rank's shard, float[largest B, U]."""
+        """Memory for any rank's shard, float[largest B, U]."""
         return like.new_empty(max(self.sizes), like.shape[1], dtype=dtype)
 
     def total(self, value: Tensor) -> Tensor:

@@ -198,10 +198,10 @@ def _count_block(
     for lines in tests:
         part = scores[: len(lines.pairs)] if lines.dim else scores
         marks = flags[: len(part)]  # fp32, which is compared and summed far faster than bool
-        sure = _runs(torch.gt(part, lines.high, out=marks), lines.dim).sum(lines.dim + 1)
+        certain = _runs(torch.gt(part, lines.high, out=marks), lines.dim).sum(lines.dim + 1)
         unsettled.append(_runs(torch.ge(part, lines.low, out=marks), lines.dim).sum(lines.dim + 1))
-        unsettled[-1] -= sure
-        above.append(sure.sum(lines.dim))
+        unsettled[-1] -= certain
+        above.append(certain.sum(lines.dim))
     left = float(torch.stack([part.sum() for part in unsettled]).sum())
     if left > scores.numel() / 64:  # many scores are nearly equal: cheaper in one product
         scores = x.double() @ y.double().T

@@ -30,7 +30,7 @@ from vlm.retrieval.embed_rows import Reading
 from vlm.retrieval.fingerprint import Fingerprint, fingerprint_of
 from vlm.retrieval.image_files import embed_images, find_images, require_headers
 from vlm.retrieval.nearest import Clusters
-from vlm.weights import need_room
+from vlm.weights import require_disk_space
 
 FORMAT, VERSION = "vlm index", 3
 FILE = "index.json"
@@ -151,7 +151,7 @@ class Index:
             lost = [Path(row.name) for row in skipped]
             require_headers(lost + [folder / file.path for file in todo])
         if out is not None and todo:
-            need_room(Path(out), _bytes(present.values(), fingerprint.dim))
+            require_disk_space(Path(out), _bytes(present.values(), fingerprint.dim))
         files = [old.files[i] for i in kept]
         vectors: list[np.ndarray] = []
 
@@ -227,7 +227,7 @@ class Index:
         """
         path = Path(path)
         check_destination(path)
-        need_room(path, _bytes(self.files, self.fingerprint.dim))
+        require_disk_space(path, _bytes(self.files, self.fingerprint.dim))
         path.mkdir(parents=True, exist_ok=True)
         description = Description(
             fingerprint=self.fingerprint,

@@ -120,7 +120,7 @@ class BaseSettings:
     def stage(
         self, name: str, rates: tuple[tuple[str, float | None], ...], micro_batch: int
     ) -> Stage:
-        """The stage of these rates, at the pace that the settings state."""
+        """The stage of these rates, with the schedule of the settings."""
         return Stage(
             name=name,
             rates=rates,

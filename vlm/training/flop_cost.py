@@ -75,8 +75,8 @@ def flop_cost_of(
     Raises StageError where the rates do not fit the module.
     Source: arXiv 2001.08361 (Kaplan et al., "Scaling Laws"), section 2.1.
     """
-    decided = assign_rates(module, rates)
-    learned = {id(p) for n, p in module.named_parameters() if decided[n][1] is not FROZEN}
+    chosen = assign_rates(module, rates)
+    learned = {id(p) for n, p in module.named_parameters() if chosen[n][1] is not FROZEN}
     text, config = module.text, module.text.config.get_text_config()
     head = list(text.get_output_embeddings().parameters())
     beside = {id(p) for p in (*head, *text.get_input_embeddings().parameters())}

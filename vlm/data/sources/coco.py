@@ -99,7 +99,7 @@ class CocoSource(Source):
         found = read_labels(records["categories"], used, self.name)
         self.labels = found.labels
         boxes_xywh_px = _boxes(annotations)
-        corners, kinds = _judge(boxes_xywh_px, self._sizes[owner])
+        corners, kinds = _check_boxes(boxes_xywh_px, self._sizes[owner])
         kinds[(kinds == GOOD) & (found.number[category] < 0)] = NO_LABEL
         self.faults = self._box_faults(annotations, kinds, found, bad_boxes)
 
@@ -114,12 +114,12 @@ class CocoSource(Source):
         self._rows = np.flatnonzero(shown)
         self.without_boxes = int((~shown).sum())
         self.crowd_count = int(crowd[good].sum())
-        self.faults += self._left_out(
+        self.faults += self._skipped(
             [_where(annotations[i]) for i in np.flatnonzero(good & (crowd == 1))[:FIRST]]
         )
         self.require_rows()
 
-    def _left_out(self, crowds: list[str]) -> tuple[Fault, ...]:
+    def _skipped(self, crowds: list[str]) -> tuple[Fault, ...]:
         """Images and annotations that are in no row although nothing is wrong with them.
         crowds: the first of those annotations in words."""
         empty = np.flatnonzero(np.isin(np.arange(len(self._ids)), self._rows, invert=True))
@@ -194,7 +194,7 @@ class CocoSource(Source):
         return (*faults, *found.faults)
 
 
-def _judge(boxes_xywh_px: np.ndarray, sizes_hw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _check_boxes(boxes_xywh_px: np.ndarray, sizes_hw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Boxes float64[N, 4] as corners cut at the border of their images int64[N, 2], and what is
     wrong with each, int8[N]; as `vlm.data.boxes.check_box` has it."""
     x, y, width, height = boxes_xywh_px.T

@@ -1,4 +1,4 @@
-"""Rows in a list separated by tabs: images and their texts, a pair a line, under a header.
+"""Rows of a TSV file (tab-separated values): images and their texts, a pair a line, under a header.
 
     image	text
     lines/0001.png	He said "no" & left.
@@ -87,7 +87,7 @@ class TsvSource(Source):
             ) from error
         if len(fields) != len(self._columns):
             raise BadRow(
-                f"{name}: expected {len(self._columns)} fields separated by tabs "
+                f"{name}: expected {len(self._columns)} tab-separated fields "
                 f"({', '.join(self._columns)}), found {len(fields)}: {'⇥'.join(fields)[:80]!r}"
             )
         text = fields[self._text]
@@ -133,7 +133,7 @@ class TsvSource(Source):
         found = [name for name in names if name in self._columns]
         if not found:
             raise BadSource(
-                f"{self.name}: expected a first line of columns separated by tabs, one of them "
+                f"{self.name}: expected a first line of tab-separated columns, one of them "
                 f"{' or '.join(names)}, found {self._columns}; name others with ?image= and "
                 "?caption= after the file"
             )

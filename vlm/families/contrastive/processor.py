@@ -57,7 +57,7 @@ class PairProcessor:
         (self._own,) = self._encode([""], None)
         if len(self._own) >= length:
             raise ValueError(
-                f"length {length} leaves no room beside {len(self._own)} tokens of every text"
+                f"length {length} leaves no token beside {len(self._own)} tokens of every text"
             )
 
     @property

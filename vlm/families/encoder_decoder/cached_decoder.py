@@ -1,7 +1,7 @@
 """Decoders that read one id of each row at a time, and remember what they have read.
 
 The decoders of TrOCR and mBART are stepped through layer by layer: image keys and values are
-projected once, the keys and values of what was written lie in buffers that grow by blocks, and no
+projected once, the keys and values of earlier tokens lie in buffers that grow by blocks, and no
 more is computed than the next id needs. Other decoders take their own step, with transformers'
 cache.
 
@@ -135,7 +135,7 @@ class _Layer:
             self._heads(packed([layer], IMAGE_ROWS)(memory)).contiguous()
             for layer in (image.k_proj, image.v_proj)
         ]
-        self.written = [self._room(memory, rows) for _ in range(2)]
+        self.cache = [self._empty(memory, rows) for _ in range(2)]
 
     def step(self, x_BD: Tensor, position: int, mask: Tensor | None) -> Tensor:
         """What the layer makes of the states at `position`. mask: float[B, 1, 1, L] on the
@@ -148,7 +148,7 @@ class _Layer:
 
     def keep(self, rows: Tensor) -> None:
         self.memory = [held.index_select(0, rows) for held in self.memory]
-        self.written = [held.index_select(0, rows) for held in self.written]
+        self.cache = [held.index_select(0, rows) for held in self.cache]
 
     def _block(self, x_BD: Tensor, norm: nn.Module, change: Callable[[Tensor], Tensor]) -> Tensor:
         """One residual block, its norm before (mBART) or after (TrOCR)."""
@@ -157,13 +157,13 @@ class _Layer:
         return norm(x_BD + change(x_BD))
 
     def _read_text(self, x_BD: Tensor, position: int) -> Tensor:
-        if position >= self.written[0].shape[2]:
-            more = self._room(x_BD, len(x_BD))
-            self.written = [torch.cat([held, more], 2) for held in self.written]
+        if position >= self.cache[0].shape[2]:
+            more = self._empty(x_BD, len(x_BD))
+            self.cache = [torch.cat([held, more], 2) for held in self.cache]
         query, *new = self.query_key_value(x_BD)[:, None].chunk(3, dim=-1)
-        for held, fresh in zip(self.written, new):
+        for held, fresh in zip(self.cache, new):
             held[:, :, position] = self._heads(fresh)[:, :, 0]
-        keys, values = (held[:, :, : position + 1] for held in self.written)
+        keys, values = (held[:, :, : position + 1] for held in self.cache)
         return self.text_out(self._attend(query, keys, values, None))
 
     def _read_memory(self, x_BD: Tensor, mask: Tensor | None) -> Tensor:
@@ -187,6 +187,6 @@ class _Layer:
         B, T, D = x_BTD.shape
         return x_BTD.view(B, T, self.heads, D // self.heads).transpose(1, 2)
 
-    def _room(self, like: Tensor, rows: int) -> Tensor:
+    def _empty(self, like: Tensor, rows: int) -> Tensor:
         """An empty buffer for `BLOCK` positions more."""
         return like.new_zeros(rows, self.heads, BLOCK, self.memory[0].shape[-1])

@@ -75,8 +75,8 @@ class EncoderDecoder(nn.Module):
         return self.logits(self.states(batch))
 
     def states(self, batch: Batch) -> Tensor:
-        """The final states float[N, D] that `forward` makes logits of, for losses that have no room
-        for all logits at once (`vlm.losses.token`). Raises ValueError as `forward` does."""
+        """The final states float[N, D] that `forward` makes logits of, for losses that have no
+        memory for all logits at once (`vlm.losses.token`). Raises ValueError as `forward` does."""
         if batch.bounds is not None:
             raise ValueError("encoder-decoders read rows of their own, found one packed row")
         if batch.padding == "left" and not bool(batch.valid.all()):

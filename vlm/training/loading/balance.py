@@ -26,8 +26,8 @@ def deal(costs: Sequence[int], parts: int) -> list[list[int]]:
     """The numbers 0 to len(costs) - 1 in parts of equal count whose largest cost is small.
 
     costs: at least 0, of which `parts` divides the number. Every part has its numbers in order.
-    The dearest first, each to the cheapest part that has room (longest processing time first); of
-    equals the first, so that all who deal the same costs deal alike.
+    The dearest first, each to the cheapest part that is not full (longest processing time first);
+    of equals the first, so that all who deal the same costs deal alike.
     Source: Graham, "Bounds on Multiprocessing Timing Anomalies", 1969, there without counts.
 
     >>> deal([9, 1, 1, 5, 5, 3], 2)
