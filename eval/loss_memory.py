@@ -113,9 +113,9 @@ def against_batch(settings: argparse.Namespace) -> list[dict]:
     for batch, loss, side in tqdm(plan, desc="points", unit="point"):
         point = {"side": side, "loss": loss, "batch": batch}
         if side == "open_clip":
-            needed, available = estimate(points, loss, batch, settings.precision), available_mb()
-            if needed > settings.memory_share * available:
-                reason = f"needs about {needed:.0f} MB, {available:.0f} MB are available"
+            needed, room = estimate(points, loss, batch, settings.precision), available_mb()
+            if needed > settings.room * room:
+                reason = f"needs about {needed:.0f} MB, {room:.0f} MB are available"
                 tqdm.write(f"open_clip {loss} at {batch} is skipped: {reason}")
                 points.append({**point, "skipped": reason, "estimated_mb": needed})
                 continue
@@ -146,9 +146,9 @@ def against_ranks(settings: argparse.Namespace) -> list[dict]:
         if side == "open_clip":
             matrices = MATRICES + MATRICES_PER_RANK * ranks
             size = DTYPES[settings.precision].itemsize * settings.local_batch**2
-            needed, available = matrices * size / 2**20, available_mb()
-            if ranks * needed > settings.memory_share * available:
-                reason = f"{ranks} x {needed:.0f} MB are needed, {available:.0f} MB are available"
+            needed, room = matrices * size / 2**20, available_mb()
+            if ranks * needed > settings.room * room:
+                reason = f"{ranks} x {needed:.0f} MB are needed, {room:.0f} MB are available"
                 points.append({**point, "skipped": reason, "estimated_mb": needed})
                 continue
         with tempfile.TemporaryDirectory() as folder:
@@ -263,10 +263,7 @@ def main() -> None:
     parser.add_argument("--local-batch", type=int, default=16384, help="pairs on each rank")
     parser.add_argument("--width", type=int, default=512, help="numbers in an embedding")
     parser.add_argument(
-        "--memory-share",
-        type=float,
-        default=0.8,
-        help="share of available memory that a point may need",
+        "--room", type=float, default=0.8, help="share of available memory that a point may need"
     )
     add_precision(parser)
     parser.add_argument("--only", nargs=3, help=argparse.SUPPRESS)

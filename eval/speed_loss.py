@@ -2,17 +2,16 @@
 
     python eval/speed_loss.py
 
-Positions are rows of final states, of which a part is scored; the head has PaliGemma's 257,216 ids
-and random weights. Three ways go from there to the gradient of the states and, where it learns, of
-the head: transformers' (as its Llava and PaliGemma classes do: logits at every position, cast to
-fp32, cross-entropy of shifted labels), our plain one (logits at scored positions only) and ours in
-chunks.
+Places are rows of final states, of which a part is scored; the head has PaliGemma's 257,216 ids and
+random weights. Three ways go from there to the gradient of the states and, where it learns, of the
+head: transformers' (as its Llava and PaliGemma classes do: logits at every place, cast to fp32,
+cross-entropy of shifted labels), our plain one (logits at scored places only) and ours in chunks.
 
-First all three give loss and gradients in fp32 at a few positions, which must agree to 1e-5. Then
-each runs in the same precision in a process of its own, in turn, for several rounds. Reported are
-the medians of seconds, of the processor's seconds (which other work on the machine changes less)
-and of the peak memory of a pass forward and backward above that of states and head, and the ratios,
-which alone carry over to other machines of the kind.
+First all three give loss and gradients in fp32 at a few places, which must agree to 1e-5. Then each
+runs in the same precision in a process of its own, in turn, for several rounds. Reported are the
+medians of seconds, of the processor's seconds (which other work on the machine changes less) and of
+the peak memory of a pass forward and backward above that of states and head, and the ratios, which
+alone carry over to other machines of the kind.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ TOLERANCE = 1e-5
 
 
 def inputs(
-    settings: argparse.Namespace, head: str, dtype: torch.dtype, positions: int
+    settings: argparse.Namespace, head: str, dtype: torch.dtype, places: int
 ) -> tuple[nn.Linear, Tensor, Tensor, Tensor]:
     """The head, states float[B, T, D], ids int64[B, T], and which are scored, bool[B, T]: the end
     of each row, unequal from row to row, as answers are."""
@@ -61,7 +60,7 @@ def inputs(
     layer = nn.Linear(settings.width, settings.vocab, bias=False, dtype=dtype)
     nn.init.normal_(layer.weight, std=2 * settings.width**-0.5)
     layer.requires_grad_(head == "trainable")
-    T = positions // ROWS
+    T = places // ROWS
     states = torch.randn(ROWS, T, settings.width).to(dtype).requires_grad_()
     ids = torch.randint(0, settings.vocab, (ROWS, T))
     shares = torch.linspace(0.5, 1.5, ROWS) * settings.scored
@@ -115,7 +114,7 @@ def compare(settings: argparse.Namespace) -> float:
 
 def figures(variant: str, head: str, settings: argparse.Namespace) -> dict[str, float]:
     """Median seconds and peak MB of a pass above what is there before it."""
-    layer, states, *rest = inputs(settings, head, DTYPES[settings.precision], settings.positions)
+    layer, states, *rest = inputs(settings, head, DTYPES[settings.precision], settings.places)
     run = passes(variant, layer, states, *rest)
     found = []
     for _ in range(settings.steps + 1):
@@ -133,7 +132,7 @@ def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("--width", type=int, default=576, help="numbers in a state")
     parser.add_argument("--vocab", type=int, default=257_216, help="ids, PaliGemma's by default")
-    parser.add_argument("--positions", type=int, default=2048, help="positions in a batch")
+    parser.add_argument("--places", type=int, default=2048, help="places in a batch")
     parser.add_argument("--scored", type=float, default=0.25, help="share of them that is scored")
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=HEADS)
     parser.add_argument("--steps", type=int, default=1, help="passes in each; one more goes before")
@@ -147,7 +146,7 @@ def main() -> None:
     if compare(settings) > TOLERANCE:
         sys.exit("losses or gradients differ: speeds would mean nothing")
     print(
-        f"{settings.precision}, {settings.positions} positions, {settings.scored:.0%} scored, "
+        f"{settings.precision}, {settings.places} places, {settings.scored:.0%} scored, "
         f"width {settings.width}, {settings.vocab} ids; time and memory: ours / variant, lower is "
         "better"
     )

@@ -168,11 +168,11 @@ def library_precision(true, predicted):
     results = np.c_[predicted.image, sized[1], predicted.score, predicted.label]
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
-        evaluator = COCOeval(truth, truth.loadRes(results), "bbox")
-        evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
-    return dict(zip(("AP", "AP50", "AP75"), evaluator.stats[:3].tolist()))
+        judge = COCOeval(truth, truth.loadRes(results), "bbox")
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    return dict(zip(("AP", "AP50", "AP75"), judge.stats[:3].tolist()))
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -236,11 +236,11 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
         max_tokens=context_of(module.text),
         image_mark=reader.image_token,
     )
-    image_tokens = processor.places_for(low_spec.size_hw).length
-    if image_tokens != reader.num_image_tokens:
+    places = processor.places_for(low_spec.size_hw).length
+    if places != reader.num_image_tokens:
         raise ValueError(
             f"{where}: the processor writes {reader.num_image_tokens} image tokens for an image, "
-            f"the model gives {image_tokens}"
+            f"the model gives {places}"
         )
     return DecoderOnlyModel(
         module=module.eval(),

@@ -224,11 +224,11 @@ def load(folder: Path, values: dict[str, Any]) -> PrefixDecoderModel:
         prefix=True,
         framed=True,
     )
-    image_tokens = processor.places_for(tokenizer.pixel_spec.size_hw).length
-    if image_tokens != reader.image_seq_length:
+    places = processor.places_for(tokenizer.pixel_spec.size_hw).length
+    if places != reader.image_seq_length:
         raise ValueError(
             f"{where}: the processor writes {reader.image_seq_length} image tokens for an image, "
-            f"the model gives {image_tokens}"
+            f"the model gives {places}"
         )
     model = PrefixDecoderModel(
         module=module.eval(),
