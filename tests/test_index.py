@@ -239,7 +239,7 @@ def test_stopped_build_keeps_what_it_has_and_goes_on(model, folder, tmp_path, mo
         Index.build(folder, model, source="x", reading=Reading(batch=0))
 
 
-def test_bad_images_are_named_or_left_out_and_counted(model, folder, tmp_path):
+def test_bad_images_are_named_or_skipped_and_counted(model, folder, tmp_path):
     for name in ("x.png", "y.jpg"):
         (folder / name).write_text("no image")
     with pytest.raises(BadImage, match=r"2 bad images: .*x\.png: expected .*y\.jpg: expected"):
@@ -267,7 +267,7 @@ def test_bad_images_are_named_or_left_out_and_counted(model, folder, tmp_path):
         Index.build(tmp_path / "nowhere", model, source="x")
 
 
-def test_links_that_lead_nowhere_are_named_or_left_out(model, folder, tmp_path):
+def test_links_that_lead_nowhere_are_named_or_skipped(model, folder, tmp_path):
     links = [folder / "sub" / "x.png", folder / "y.png"]
     for link, target in zip(links, ("gone.png", "y.png")):  # to nothing, and to itself
         link.symlink_to(target)

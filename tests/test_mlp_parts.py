@@ -32,7 +32,7 @@ class Residual(MLP):
 @pytest.mark.parametrize("shape", [(1, 6), (3, 7, 6), (2, 8, 6)])
 @torch.no_grad()
 def test_parts_give_the_values_of_the_whole(shape, approximate, monkeypatch):
-    """Whether or not places fill the parts, and without a change of what goes in."""
+    """Whether or not positions fill the parts, and without a change of what goes in."""
     monkeypatch.setattr(mlp_parts, "POSITIONS", 4)
     torch.manual_seed(0)
     mlp, x = MLP(nn.GELU(approximate=approximate)), torch.randn(shape)

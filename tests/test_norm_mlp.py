@@ -129,15 +129,15 @@ def test_lora_in_an_mlp_is_called():
         if "lora_B" in name:  # zero at first, when LoRA changes nothing
             nn.init.normal_(weight, std=0.1)
     mlp = wrapped.get_submodule(next(iter(kernels)))
-    places = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    positions = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)
-    expected = mlp.train()(places)
+    expected = mlp.train()(positions)
     expected.sum().backward()
     gradients = {name: p.grad for name, p in mlp.named_parameters() if p.grad is not None}
     mlp.zero_grad()
     torch.manual_seed(1)
     with use_kernels(wrapped, kernels):
-        found = mlp(places)
+        found = mlp(positions)
         found.sum().backward()
     torch.testing.assert_close(found, expected)
     assert any("lora_B" in name for name in gradients)
@@ -159,10 +159,10 @@ def test_a_plain_projection_behind_the_gate_keeps_nothing_of_its_own(learns, mon
         mlp = tiny.text_model("llama").model.layers[0].mlp.to(dtype)
         mlp.down_proj.bias = nn.Parameter(torch.linspace(-1, 1, 32).to(dtype))
         mlp.down_proj.requires_grad_(learns)
-        places = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+        positions = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
         runs = []
         for kernels in ({}, memory_efficient_kernels(mlp)):
-            given = places.clone().requires_grad_(True)
+            given = positions.clone().requires_grad_(True)
             mlp.zero_grad()
             kept = []
             with (
@@ -194,7 +194,7 @@ def test_a_forward_of_an_instance_stays():
 
 def test_parts_are_for_caches_of_cpus_alone():
     """A step of a GPU is simulated whole, as it is made there."""
-    places = torch.zeros(3 * POSITIONS, 2)
-    assert len(list(_in_parts(places))) == 3
+    positions = torch.zeros(3 * POSITIONS, 2)
+    assert len(list(_in_parts(positions))) == 3
     with as_on_gpus():
-        assert len(list(_in_parts(places))) == 1
+        assert len(list(_in_parts(positions))) == 1

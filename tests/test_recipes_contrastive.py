@@ -179,7 +179,7 @@ def test_bad_row_is_named(tmp_path, kind, where):
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-def test_left_out_rows_and_cut_texts_are_counted_and_said(tmp_path, capsys):
+def test_skipped_rows_and_cut_texts_are_counted_and_said(tmp_path, capsys):
     long = {"caption": "a cat and a dog and a tree and a bird and a house"}
     path = write_rows(tmp_path, row3=BAD["empty caption"][0], row5=BAD["no image"][0], row6=long)
     result = run(

@@ -171,7 +171,7 @@ def test_lines_keep_to_their_alphabet_and_their_fonts(alphabet):
         assert 1 <= len(line.text) <= text.LONGEST
 
 
-def test_fonts_that_lack_letters_are_left_out():
+def test_fonts_that_lack_letters_are_skipped():
     source = Lines(3, fonts=f"{LATIN_ONLY},{DEJAVU}", characters=ALPHABETS["greek"])
     assert {font.family for font in source.fonts} == {"dejavu-sans"}
     with pytest.raises(BadFont, match=r"holds 'AB.*lack.*cmr10"):

@@ -25,7 +25,7 @@ COLOURS = (
 LEAST_PX = 480
 """A drawing's longer side at least: smaller images are enlarged, so that labels can be read."""
 TEXT_PX = 14
-"""Height of letters in a drawing whose longer side is LEAST_PX; larger ones have larger letters."""
+"""Height of text in a drawing whose longer side is LEAST_PX; larger ones have larger text."""
 LEGEND = "full lines: predicted, with scores; dashed lines: true"
 HITS_LEGEND = "left: the query; beside it: its best hits, with their scores"
 GREEN, RED, GREY, BLACK = "#1f9d4a", "#d02020", "#cccccc", "#222222"
@@ -385,7 +385,7 @@ def shorten(text: str, width_px: float, font: ImageFont.FreeTypeFont) -> str:
 
 @cache
 def font_of(px: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib carries: it has many scripts' letters."""
+    """DejaVu Sans, which matplotlib carries: it has the characters of many scripts."""
     from matplotlib import get_data_path
 
     return ImageFont.truetype(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf", px)

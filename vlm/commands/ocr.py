@@ -159,7 +159,7 @@ class Ocr:
         if self.out is None:
             return
         if not self.out.absolute().parent.is_dir():
-            raise ValueError(f"--out: expected a place in a folder, found {self.out}")
+            raise ValueError(f"--out: expected a path in a folder, found {self.out}")
         if self.out.is_dir():
             names = Counter(path.stem for path in self.files)
             name, times = names.most_common(1)[0]

@@ -35,7 +35,7 @@ MARGIN = 1.1
 """How many times as fast a layout must be in fp32, for it takes memory as well."""
 
 _laid_out: WeakKeyDictionary[nn.Module, dict[tuple, Tensor]] = WeakKeyDictionary()
-"""First layer -> which weights (their places and versions) -> these weights, laid out."""
+"""First layer -> which weights (their addresses and versions) -> these weights, laid out."""
 
 
 def packed(layers: Sequence[nn.Module], rows: int) -> Product:

@@ -105,14 +105,14 @@ def _search(logprobs: Tensor, beams: int) -> list[int]:
             pair = grown.setdefault(prefix, [-math.inf, -math.inf])  # noqa: B023
             pair[ending] = _plus(pair[ending], value)
 
-        for prefix, (blank, letter) in kept.items():
-            both = _plus(blank, letter)
+        for prefix, (blank, nonblank) in kept.items():
+            both = _plus(blank, nonblank)
             add(prefix, 0, both + blanks[step])
             for id, score in zip(ids, scores):
                 if id == BLANK:
                     continue
                 if prefix and prefix[-1] == id:
-                    add(prefix, 1, letter + score)
+                    add(prefix, 1, nonblank + score)
                     add((*prefix, id), 1, blank + score)
                 else:
                     add((*prefix, id), 1, both + score)

@@ -187,11 +187,11 @@ def recorded(settings: BaseSettings) -> dict[str, Any]:
     of our own recipes recipes/NAME.py:CLASS, or MODULE:CLASS inside this package."""
     cls = type(settings)
     if cls.__module__.partition(".")[0] == "vlm":
-        place = cls.__module__
+        module = cls.__module__
     else:
         file = Path(getattr(sys.modules[cls.__module__], "__file__", None) or "").resolve()
-        place = f"recipes/{file.name}" if file.parent == RECIPES else str(file)
-    return {"recipe": f"{place}:{cls.__qualname__}", **dataclasses.asdict(settings)}
+        module = f"recipes/{file.name}" if file.parent == RECIPES else str(file)
+    return {"recipe": f"{module}:{cls.__qualname__}", **dataclasses.asdict(settings)}
 
 
 def require_share(name: str, value: float) -> None:

@@ -1,7 +1,7 @@
 """Which lines are text, and which of two that lie on each other.
 
 Dark and light text are looked for alike, so the gaps between dark characters come as light lines
-too; what lies around a line tells which of the two a place holds.
+too; what lies around a line tells which of the two it is.
 """
 
 from __future__ import annotations
