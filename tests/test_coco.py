@@ -54,7 +54,7 @@ def test_each_category_is_asked_for_once_and_answered_with_all_its_boxes(write):
     ]
 
 
-def test_crowds_are_skipped_of_rows_and_kept_for_evaluation(write):
+def test_crowds_are_skipped_in_rows_and_kept_for_evaluation(write):
     source = CocoSource(write(records()))
     assert source.crowds(0) == (Box(0, (0.0, 0.0, 60.0, 12.0), "teddy bear"),)
     assert source.crowds(1) == ()

@@ -89,10 +89,10 @@ def embed_pairs(
         reason = f"{skipped[0].name}: {skipped[0].reason}"
         raise ValueError(f"{source.name}: none of {len(rows)} rows can be used, such as {reason}")
     kept = images.kept.cpu()
-    image_of_text = torch.tensor([image_of_index[p] for p in captions.index.tolist()])
+    image_of_text = torch.tensor([image_of_index[p] for p in captions.row_index.tolist()])
     left = kept[image_of_text]
     new_number = kept.cumsum(0) - 1
-    index = captions.index[left].tolist()
+    index = captions.row_index[left].tolist()
     nth = [0] * len(index)
     for i in range(1, len(index)):
         nth[i] = nth[i - 1] + 1 if index[i] == index[i - 1] else 0
@@ -123,13 +123,13 @@ class _Captioned(NamedTuple):
 class _Captions(NamedTuple):
     """The captions of all rows, in their order.
 
-    vectors: float32[M, U]. index: int64[M], of each caption's row in the rows.
+    vectors: float32[M, U]. row_index: int64[M], of each caption's row in the rows.
     image: of each row that has captions, by its index, which image it shows.
     cut, cut_tokens: how many captions were longer than the context, and by how much together.
     """
 
     vectors: Tensor
-    index: Tensor
+    row_index: Tensor
     image: dict[int, bytes]
     cut: int
     cut_tokens: int
@@ -174,7 +174,7 @@ def _embed_captions(
     cut = gather_list(accelerator, cut)
     return _Captions(
         vectors=reduce_sum(accelerator, all_vectors),
-        index=index,
+        row_index=index,
         image={index: image for index, image, _ in found},
         cut=sum(texts for texts, _ in cut),
         cut_tokens=sum(tokens for _, tokens in cut),
