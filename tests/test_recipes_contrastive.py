@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 import transformers
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 import vlm
@@ -15,6 +14,7 @@ from tests.contrastive_runs import (
     assert_close,
     assert_follows,
     run,
+    run_from_scratch,
     write_bert,
     write_decoder,
     write_rows,
@@ -81,10 +81,7 @@ def test_data_settings_that_do_not_fit_are_named(settings, message):
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
-    """A run from scratch: its folder and what it gave."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    out = tmp_path_factory.mktemp("scratch") / "run"
-    return out, run(out, **TINY)
+    return run_from_scratch(tmp_path_factory.mktemp("scratch") / "run")
 
 
 def test_run_draws_its_loss_and_states_its_recalls(scratch):
