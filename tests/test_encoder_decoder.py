@@ -22,7 +22,7 @@ from vlm.training.objectives.next_token import NextToken
 @pytest.mark.parametrize("kind", SHAPES)
 @torch.no_grad()
 def test_loss_equals_cross_entropy_on_the_unshifted_labels(kind):
-    """Id t is predicted from the places before it, start id first; computed by hand."""
+    """Id t is predicted from the positions before it, start id first; computed by hand."""
     module = model(kind)
     batch = collate(rows(processor(module), "ab", "a longer one"), 256)
     found = token_losses(module(batch), batch.targets)
@@ -32,9 +32,9 @@ def test_loss_equals_cross_entropy_on_the_unshifted_labels(kind):
         labels = [*tiny.text_tokenizer()(text)["input_ids"], 258]
         assert batch.ids[row, batch.valid[row]].tolist() == [257, *labels]
         own = memory.rows(torch.tensor([row]))
-        for place, label in enumerate(labels):
+        for position, label in enumerate(labels):
             logits = module.text(
-                input_ids=torch.tensor([[257, *labels[:place]]]),
+                input_ids=torch.tensor([[257, *labels[:position]]]),
                 encoder_hidden_states=own.tokens, use_cache=False,
             ).logits[0, -1]  # fmt: skip
             expected.append(F.cross_entropy(logits, torch.tensor(label)))
@@ -121,7 +121,7 @@ def test_every_part_gets_a_gradient_through_a_padded_memory():
 
 
 def test_end_is_scored_where_pad_and_end_ids_coincide():
-    """Places are told apart by where they stand, never by their id."""
+    """Positions are told apart by where they stand, never by their id."""
     module = model()
     same = processor(module, pad_id=258)
     batch = collate(rows(same, "ab", "longer"), same.pad_id)

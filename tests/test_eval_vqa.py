@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +7,7 @@ from PIL import Image
 import vlm
 from tests import tiny, training
 from tests.results import read_result
+from tests.runs import on_two_processes
 from vlm.data.sources import open_source
 from vlm.evaluation import main
 from vlm.metrics.vqa import vqa_metrics
@@ -158,15 +156,7 @@ def test_two_processes_give_the_metrics_of_one(made, model, tmp_path):
         "import vlm\nfrom tests import training\nfrom vlm.evaluation import main\n"
         "vlm.load = lambda *_, **__: training.model()\nmain('vqa')\n"
     )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    command += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--main_process_port", "0", str(script)]
-    done = subprocess.run(
-        [*command, *arguments(made, tmp_path / "two")],
-        capture_output=True, text=True, timeout=120, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(script, *arguments(made, tmp_path / "two"))
     (one, lines), (two, lines_2) = read(tmp_path / "one"), read(tmp_path / "two")
     assert (one["processes"], two["processes"]) == (1, 2)
     assert one["metrics"] == two["metrics"]

@@ -3,9 +3,6 @@ evaluation."""
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,7 @@ from PIL import Image
 import vlm
 from tests import tiny, training
 from tests.results import read_result
+from tests.runs import on_two_processes
 from vlm import adaptors, cli, tokenizers
 from vlm.config import to_dict
 from vlm.data.example import Box, Example, Turn
@@ -460,18 +458,11 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
     one = run(settings)
     out = tmp_path / "run/grounding"
     lines = (out / "predictions.jsonl").read_text()
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--main_process_port", "0", "eval/grounding.py", "--model", settings.model,
-        "--data", settings.data, "--rows", "13", "--seed", "5", "--batch-size", "2",
-        "--max-new-tokens", "8", "--constrained", "--images", "0",
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    on_two_processes(
+        "eval/grounding.py", "--model", settings.model, "--data", settings.data, "--rows", "13",
+        "--seed", "5", "--batch-size", "2", "--max-new-tokens", "8", "--constrained",
+        "--images", "0",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
     two = json.loads((out / "result.json").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["metrics"] == json.loads(json.dumps(one["metrics"]))

@@ -191,7 +191,7 @@ class ImageTokenizer(nn.Module, ABC):
         """The shape of each view of an image of `size_hw` pixels, before any compute.
 
         Exact by construction: the tokenizer's own code runs on the meta device, where tensors
-        have shapes and no values. Remembered for each pixel size.
+        have shapes and no data. Remembered for each pixel size.
         """
         shapes = []
         for view_hw in self.pixel_spec.view_sizes(size_hw):

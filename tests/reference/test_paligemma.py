@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import vlm
-from tests.reference.images_in_text import close, our_logits, reopened
+from tests.reference import images_in_text as law
+from tests.reference.images_in_text import close, our_logits, reopened, with_marks
 from tests.reference.tiny_paligemma import (
     PLACES,
     ROWS,
@@ -16,7 +17,6 @@ from tests.reference.tiny_paligemma import (
     examples,
     our_batch,
     their_inputs,
-    with_marks,
     write_folder,
 )
 from tests.tiny import image as one_image
@@ -31,12 +31,7 @@ from vlm.systems import paligemma
 from vlm.systems.paligemma import PROMPTS, SEG_TOKENS
 from vlm.systems.published import first_names, published_name
 
-
-@pytest.fixture(scope="module", params=TEXTS)
-def folder(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp(request.param)
-    write_folder(path, request.param)
-    return path
+folder = law.folders(TEXTS, write_folder)
 
 
 @pytest.mark.parametrize("answers", [False, True])

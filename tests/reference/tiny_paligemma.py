@@ -3,9 +3,8 @@
 import torch
 import transformers
 
+from tests.reference.images_in_text import batch_of, examples_of
 from tests.tiny import image as one_image
-from vlm.data.example import Example, Turn
-from vlm.families.decoder_only.batch import IMAGE, collate
 
 SIDE_PX, PLACES = 32, 16
 SIGLIP = dict(model_type="siglip_vision_model", hidden_size=16, intermediate_size=24,
@@ -67,14 +66,9 @@ ROWS = [
 
 
 def examples(answers=True):
-    return [
-        Example(
-            f"r{i}",
-            (Turn("user", (None, prompt)), *([Turn("assistant", (answer,))] * answers)),
-            (image,),
-        )
-        for i, (image, prompt, answer) in enumerate(ROWS)
-    ]
+    return examples_of(
+        [([image], (None, prompt), answer) for image, prompt, answer in ROWS], answers
+    )
 
 
 def their_inputs(processor, rows=ROWS, answers=True):
@@ -88,13 +82,5 @@ def their_inputs(processor, rows=ROWS, answers=True):
     )
 
 
-def with_marks(ids, model):
-    """Our ids with the reference's image id at image places."""
-    mark = model.processor.text_tokenizer.convert_tokens_to_ids("<image>")
-    return torch.where(ids == IMAGE, mark, ids)
-
-
 def our_batch(model, answers=True, padding="left"):
-    encode = model.processor.encode if answers else model.processor.encode_prompt
-    rows = [encode(example) for example in examples(answers)]
-    return collate(rows, model.processor.pad_id, padding)
+    return batch_of(model, examples(answers), answers, padding)

@@ -75,7 +75,7 @@ def takes_attention(model: nn.Module) -> bool:
 
 
 def has_recurrence(model: PreTrainedModel) -> bool:
-    """Whether a language model has states that go from place to place beside attention."""
+    """Whether a language model has states that go from position to position beside attention."""
     return model._is_stateful
 
 

@@ -111,7 +111,7 @@ def _own_dtype(module):
 
 
 def _device(name: str) -> str:
-    """The device that `name` asks for, "auto" decided. Raises ValueError where there is none."""
+    """The device that `name` asks for, "auto" resolved. Raises ValueError where there is none."""
     import torch
 
     if name == "auto":

@@ -130,7 +130,7 @@ class BaseSettings:
     def stage(
         self, name: str, rates: tuple[tuple[str, float | None], ...], micro_batch: int
     ) -> Stage:
-        """The stage of these rates, at the pace that the settings state."""
+        """The stage of these rates, with the schedule of the settings."""
         return Stage(
             name=name,
             rates=rates,
@@ -197,11 +197,11 @@ def recorded(settings: BaseSettings) -> dict[str, Any]:
     of our own recipes recipes/NAME.py:CLASS, or MODULE:CLASS inside this package."""
     cls = type(settings)
     if cls.__module__.partition(".")[0] == "vlm":
-        place = cls.__module__
+        module = cls.__module__
     else:
         file = Path(getattr(sys.modules[cls.__module__], "__file__", None) or "").resolve()
-        place = f"recipes/{file.name}" if file.parent == RECIPES else str(file)
-    return {"recipe": f"{place}:{cls.__qualname__}", **dataclasses.asdict(settings)}
+        module = f"recipes/{file.name}" if file.parent == RECIPES else str(file)
+    return {"recipe": f"{module}:{cls.__qualname__}", **dataclasses.asdict(settings)}
 
 
 def require_share(name: str, value: float) -> None:

@@ -10,7 +10,7 @@ from vlm.families.base import require_batch_size, require_list
 from vlm.families.decoder_only.generate import check_options
 from vlm.families.decoder_only.model import DecoderOnlyModel, question_about
 from vlm.families.prefix_decoder.module import PrefixDecoder
-from vlm.ocr.from_generation import read_written
+from vlm.ocr.from_generation import reading_of
 from vlm.ocr.results import Reading
 from vlm.ocr.streaming import batches, check_images, open_each
 
@@ -80,4 +80,4 @@ class PrefixDecoderModel(DecoderOnlyModel):
             for written, size_hw in zip(
                 self._generate(rows, len(rows), batch_size, drawn, **options), sizes_hw
             ):
-                yield read_written(written, tokenizer, size_hw)
+                yield reading_of(written, tokenizer, size_hw)

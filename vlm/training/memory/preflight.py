@@ -240,16 +240,16 @@ def memory_for(device: torch.device, module: nn.Module) -> int | None:
 def _in_mapped_file() -> Callable[[torch.Tensor], bool]:
     """Whether a tensor's values lie in a file that is mapped into this process (Linux)."""
     maps = Path("/proc/self/maps")
-    places = []
+    ranges = []
     for line in maps.read_text().splitlines() if maps.is_file() else []:
         span, _, _, _, inode, *_ = line.split(maxsplit=5)
         if inode != "0":
-            places.append(tuple(int(end, 16) for end in span.split("-")))
-    starts = [start for start, _ in places]
+            ranges.append(tuple(int(end, 16) for end in span.split("-")))
+    starts = [start for start, _ in ranges]
 
     def inside(tensor: torch.Tensor) -> bool:
         number = bisect_right(starts, tensor.data_ptr()) - 1
-        return number >= 0 and tensor.data_ptr() < places[number][1]
+        return number >= 0 and tensor.data_ptr() < ranges[number][1]
 
     return inside
 

@@ -52,7 +52,7 @@ class Settings(BaseSettings):
 
     out: Path = Path("runs/contrastive")
     loss: Literal["sigmoid", "softmax"] = "sigmoid"
-    """sigmoid (SigLIP) judges each pair by itself; softmax (CLIP) picks each one's partner."""
+    """sigmoid (SigLIP) scores each pair by itself; softmax (CLIP) picks each one's partner."""
 
     start: str | None = None
     """A contrastive model to go on from: a run, a folder in our layout, transformers' or

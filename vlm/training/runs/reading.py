@@ -53,7 +53,7 @@ class ReadingSettings(BaseSettings):
     name that the package faker has for it, such as ru_RU or el_GR."""
     fonts: str = "any"
     """Fonts of drawn lines: any, train, system, families of fontpkg, folders or files, separated by
-    commas. Those that lack letters of the alphabet are skipped."""
+    commas. Those that lack characters of the alphabet are skipped."""
     train: tuple[str, ...] = ()
     """Training data, any number of: lines:COUNT:KEY=VALUE, PATH.tsv, FOLDER, PATH-{0000..0009}.tar,
     PATH.jsonl. None: drawn lines in the language, endlessly many."""
@@ -85,7 +85,7 @@ class ReadingSettings(BaseSettings):
         require_share("warmup_ratio", self.warmup_ratio)
         if self.augment != "none":
             raise ValueError(
-                f"augment {self.augment!r}: expected none, as windows would cut letters off a "
+                f"augment {self.augment!r}: expected none, as windows would cut characters off a "
                 "line; drawn lines are worn already"
             )
         specs = self.train or (self.drawn(ENDLESS, self.seed + 1, "train"),)

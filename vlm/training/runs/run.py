@@ -113,7 +113,7 @@ class TrainingRun:
         check = partial(check_start, say=self.say, reads_prompts=reads_prompts)
         check(data.sources, self.settings.bad_rows)
         evaluated_on = [source for source in evaluated if source is not None]
-        check(evaluated_on, None)  # `held_out` judges the rows that are evaluated
+        check(evaluated_on, None)  # `held_out` checks the rows that are evaluated
 
     def held_out(self, model: Any, source: Source | None) -> HeldOut:
         """The rows of a source that the settings evaluate, without those that cannot be, which are

@@ -130,7 +130,7 @@ def test_characters_outside_the_alphabet_stop_the_run_and_are_named(tmp_path):
 def test_bad_alphabets_and_starts_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"alphabet 'klingon': expected english, latin"):
         settings(tmp_path, alphabet="klingon").characters()
-    with pytest.raises(ValueError, match=r"augment .light.: .* cut letters off a line"):
+    with pytest.raises(ValueError, match=r"augment .light.: .* cut characters off a line"):
         settings(tmp_path, augment="light").data()
     (tmp_path / "own.txt").write_text("ab\ncé")
     assert settings(tmp_path, alphabet=str(tmp_path / "own.txt")).characters() == " abcé"
