@@ -27,7 +27,7 @@ class Row:
     """One example, ready to be batched.
 
     name: the example's own name.
-    ids: int64[T], IMAGE at image places; scored: bool[T], True at targets of the loss.
+    ids: int64[T], IMAGE at image positions; scored: bool[T], True at targets of the loss.
     views: pixels of each view, without a view axis, with its (image, view) numbers.
     layout: how the images stand in the stream, and what each position sees.
     boxes: the example's boxes, in the pixels of its original images.
@@ -66,7 +66,7 @@ def collate(rows: Sequence[Row], pad_id: int, padding: str = "right") -> Batch:
         valid[b, start:stop] = True
         positions[b, start:stop] = row.layout.positions(len(row.ids))
         scored[b, start:stop] = row.scored
-        scored[b, start] = False  # nothing stands before the first place to predict it
+        scored[b, start] = False  # nothing stands before the first position to predict it
     return Batch(
         ids=ids,
         valid=valid,
@@ -83,7 +83,7 @@ def collate(rows: Sequence[Row], pad_id: int, padding: str = "right") -> Batch:
 def collate_packed(rows: Sequence[Row]) -> Batch:
     """A batch of rows, at least one, as one packed row: end to end in their order, no padding.
 
-    The first place of each is no target, since nothing of its own stands before it.
+    The first position of each is no target, since nothing of its own stands before it.
     """
     lengths = torch.tensor([len(row.ids) for row in rows])
     bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
@@ -115,7 +115,7 @@ def _sees(rows: Sequence[Row]) -> Sees:
 
 
 def pack_rows(rows: Sequence[Row], most: int) -> list[list[Row]]:
-    """The rows in few parts of at most `most` places each, every part in the rows' own order. A
+    """The rows in few parts of at most `most` positions each, every part in the rows' own order. A
     longer row is a part of its own: none is skipped or cut.
 
     First fit decreasing: the longest row first, each into the first part that has room for it.
@@ -141,11 +141,11 @@ IMAGE = -1
 class Batch:
     """Examples as padded rows, or end to end in one packed row, with the views of their images.
 
-    ids: int64[B, T], text ids, IMAGE at image places, any valid id at padding.
+    ids: int64[B, T], text ids, IMAGE at image positions, any valid id at padding.
     valid: bool[B, T], False at padding, which is all on one side.
     scored: bool[B, T], True where the id is a target of the loss; never at IMAGE, padding or the
-        first place of an example.
-    positions: int64[B, T], the position id of each place within its example; 0 at padding.
+        first position of an example.
+    positions: int64[B, T], the position id of each position within its example; 0 at padding.
     groups: the views of all images, grouped by pixel size; empty for text alone. Their owners are
         numbers of examples.
     names: each example's own name, for messages and records.
@@ -172,7 +172,7 @@ class Batch:
 
     @property
     def example(self) -> Tensor:
-        """The number of each place's example among `names`, int64[B, T]."""
+        """The number of each position's example among `names`, int64[B, T]."""
         numbers = torch.arange(len(self.names), device=self.ids.device)
         if self.bounds is None:
             return numbers[:, None].expand(self.ids.shape)
@@ -181,7 +181,7 @@ class Batch:
 
     @property
     def prefix(self) -> Tensor:
-        """The places that see each other, bool[B, T]: none under "causal"; under "prefix" those
+        """The positions that see each other, bool[B, T]: none under "causal"; under "prefix" those
         before an example's first target, image and prompt."""
         if self.sees == "causal":
             return torch.zeros_like(self.valid)
@@ -223,14 +223,14 @@ def place(
     names: Sequence[str],
     bounds: Tensor | None = None,
 ) -> Tensor:
-    """The stream of vectors: image tokens at their places, text vectors elsewhere.
+    """The stream of vectors: image tokens at image positions, text vectors elsewhere.
 
-    text: float[B, T, D]; what it holds at image places is ignored.
-    is_image: bool[B, T], True at image places.
+    text: float[B, T, D]; what it holds at image positions is ignored.
+    is_image: bool[B, T], True at image positions.
     tokens: float[P, D], in stream order; example: int64[P], the example of each.
     names: each example's name, for messages. bounds: of a packed row, as in `Batch`.
-    Raises ValueError where an example has more or fewer places than tokens, naming every such one
-    and both numbers.
+    Raises ValueError where an example has more or fewer image positions than tokens, naming every
+    such one and both numbers.
 
     >>> text = torch.zeros(1, 3, 1)
     >>> is_image = torch.tensor([[False, True, True]])
@@ -240,13 +240,13 @@ def place(
     """
     found = torch.bincount(example, minlength=len(names))
     if bounds is None:
-        places = is_image.sum(1)
+        expected = is_image.sum(1)
     else:
-        places = F.pad(is_image[0].cumsum(0), (1, 0))[bounds].diff()
-    wrong = (found != places).nonzero()[:, 0].tolist()
+        expected = F.pad(is_image[0].cumsum(0), (1, 0))[bounds].diff()
+    wrong = (found != expected).nonzero()[:, 0].tolist()
     if wrong or len(found) != len(names):
         rows = "; ".join(
-            f"{names[row]}: {int(places[row])} image positions in the text, "
+            f"{names[row]}: {int(expected[row])} image positions in the text, "
             f"{int(found[row])} image tokens from its images"
             for row in wrong
         )

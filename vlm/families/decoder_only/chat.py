@@ -59,9 +59,9 @@ class Chat:
         self.model = model
         self.reset()
         messages = list(messages or ())
-        for place, (turn, images) in enumerate(read_messages(messages)):
+        for number, (turn, images) in enumerate(read_messages(messages)):
             self._turns.append(turn)
-            self._seen += self._look(images, f"messages[{place}]")
+            self._seen += self._look(images, f"messages[{number}]")
         if self._turns and self._turns[-1].role == "user":
             raise ValueError("messages: a conversation to go on with ends with the assistant's, "
                              "found the user's; ask that")  # fmt: skip
@@ -95,10 +95,10 @@ class Chat:
         the image; BadRow naming both numbers where the conversation fills the context.
         """
         message = {"role": "user", "content": content}
-        place = len(self._turns)
+        number = len(self._turns)
         last = self._turns[-1].role if self._turns else None
-        turn, images = _read_message(message, place, last)
-        name = f"messages[{place}]"
+        turn, images = _read_message(message, number, last)
+        name = f"messages[{number}]"
         turns = [*self._turns, turn]
         seen = [*self._seen, *self._look(images, name)]
         processor = self.model.processor
@@ -179,7 +179,7 @@ class Chat:
         return written
 
     def _look(self, images: Sequence, name: str) -> list[_Seen]:
-        """The images' pixels and places; nothing is encoded yet."""
+        """The images' pixels and layouts; nothing is encoded yet."""
         processor = self.model.processor
         mark = processor.image_mark
         rows = [processor.encode_literal([one], mark, name=name) for one in images]
@@ -204,14 +204,14 @@ def read_messages(messages: Sequence[dict]) -> list[tuple[Turn, list]]:
     if isinstance(messages, (str, dict)) or not isinstance(messages, Sequence):
         raise ValueError(f"messages: expected a list of messages, found {_kind(messages)}")
     turns: list[tuple[Turn, list]] = []
-    for place, message in enumerate(messages):
-        turns.append(_read_message(message, place, turns[-1][0].role if turns else None))
+    for number, message in enumerate(messages):
+        turns.append(_read_message(message, number, turns[-1][0].role if turns else None))
     return turns
 
 
-def _read_message(message: dict, place: int, last: str | None) -> tuple[Turn, list]:
+def _read_message(message: dict, number: int, last: str | None) -> tuple[Turn, list]:
     """A message after one of role `last` (None: the first)."""
-    name = f"messages[{place}]"
+    name = f"messages[{number}]"
     if not isinstance(message, dict) or not {"role", "content"} <= set(message):
         found = sorted(map(str, message)) if isinstance(message, dict) else _kind(message)
         raise ValueError(f"{name}: expected the keys role and content, found {found}")

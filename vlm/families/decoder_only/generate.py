@@ -5,7 +5,7 @@ every row's next token stands at the end; greedy ids in a batch equal those of a
 `generate` sees no prompt ids, only vectors: `repetition_penalty` and `no_repeat_ngram_size` look at
 what was written alone, and lengths (`length_penalty`, `min_new_tokens`) count it alone.
 
-Shapes: B example, T text position, N scored place, D decoder width, Z vocabulary.
+Shapes: B example, T text position, N scored position, D decoder width, Z vocabulary.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def image_gain(module: DecoderOnly, batch: Batch) -> tuple[Tensor, Tensor]:
     """How much the right image helps: (right, wrong), nats per row, fp32[B].
 
     right: each row's loss with its own images. wrong: with those of another row of the batch that
-    takes as many places; NaN where no other row does, or the row has no image.
+    takes as many positions; NaN where no other row does, or the row has no image.
     Each image is encoded once.
     """
     encoded = module.encode(batch.groups, batch.arrangement)

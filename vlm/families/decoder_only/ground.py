@@ -277,7 +277,7 @@ def _check(model: Model, prompt: str, batch_size: int) -> None:
 
 
 def require_prompt(prompt: str) -> None:
-    """Raises ValueError for a prompt that has no place for a phrase, or others beside it."""
+    """Raises ValueError for a prompt without {phrase}, or with other braces."""
     try:
         asks = prompt.format(phrase="\ue000") != prompt.format(phrase="")
     except (KeyError, IndexError, AttributeError, ValueError):

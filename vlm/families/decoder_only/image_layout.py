@@ -93,7 +93,7 @@ class StreamLayout:
         return tuple(span for image in self.images for span in image.spans)
 
     def positions(self, length: int) -> Tensor:
-        """The position ids int64[T] of a row of `length` places, one number for each, from 0."""
+        """The position ids int64[T] of a row of `length` positions, one number for each, from 0."""
         return torch.arange(length)
 
     def first(self, count: int) -> StreamLayout:
@@ -105,7 +105,7 @@ class StreamLayout:
 class Arrangement:
     """Which image tokens of a batch stand in the stream, and in what order.
 
-    source: int64[P], for each image place of the stream its number among the tokens that the
+    source: int64[P], for each image position of the stream its number among the tokens that the
         adaptor gives, counted through all examples, images and views.
     encoded: how many tokens the adaptor is to give.
     """

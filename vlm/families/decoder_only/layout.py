@@ -17,7 +17,7 @@ from vlm.data.grounding import GROUND_PROMPT
 from vlm.families import native_layout
 from vlm.families.decoder_only import view_order
 from vlm.families.decoder_only.model import ANSWER_PROMPT, DecoderOnlyModel
-from vlm.families.decoder_only.module import DecoderOnly, Places
+from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
 from vlm.families.decoder_only.processor import MARK, Processor, Template
 from vlm.families.decoder_only.view_order import InTurn
 from vlm.families.prefix_decoder.module import PrefixDecoder
@@ -27,7 +27,7 @@ from vlm.weights import load_weights, read_weights
 
 SOURCE = "our own"
 MASKS = {"causal": DecoderOnly, "prefix": PrefixDecoder}
-"""What a place of the stream sees -> the family whose mask it is."""
+"""What a position of the stream sees -> the family whose mask it is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +74,7 @@ def save(model: DecoderOnlyModel, folder: Path, merge: bool = True) -> None:
         loc=model.processor.loc,
         image_mark=model.processor.image_mark,
         framed=model.processor.framed,
-        views=view_order.config_of(model.processor.places_for.views),
+        views=view_order.config_of(model.processor.layout_for.views),
         template=model.processor.template,
     )
     native_layout.write(model, description, folder, merge)
@@ -106,7 +106,7 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
     processor = Processor(
         native_layout.read_text_tokenizer(folder),
         module.tokenizer.pixel_spec,
-        Places(module.tokenizer, module.adaptor, view_order.build(said.views)),
+        ImageLayouts(module.tokenizer, module.adaptor, view_order.build(said.views)),
         system=said.system,
         max_tokens=said.max_tokens,
         loc=said.loc,

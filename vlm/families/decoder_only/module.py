@@ -3,7 +3,7 @@
 LLaVA, DeepSeek-VL, Idefics and Qwen-VL are of this family. The parts arrive finished; stages,
 learning rates, devices and sharding are unknown here.
 
-Shapes: B example, T text position, V view, P packed image tokens, N scored place, D decoder
+Shapes: B example, T text position, V view, P packed image tokens, N scored position, D decoder
 width, Z vocabulary.
 """
 
@@ -21,8 +21,8 @@ from vlm.image_tokens import ImageTokenizer, ViewGroup, meta_twin, pack
 from vlm.kernels.packed_attention import read_segments
 
 
-class Places:
-    """Lays out images in the stream before any compute.
+class ImageLayouts:
+    """The layout of any image in the stream, before any compute.
 
     Holds shapes and no weights, so that a loader's workers carry it lightly.
     views: how the views of an image follow each other.
@@ -69,7 +69,7 @@ class DecoderOnly(nn.Module):
         return {"tokenizer": self.tokenizer, "adaptor": self.adaptor, "text": self.text}
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits float[N, Z] at the scored places only, row by row, each from the place before."""
+        """Logits float[N, Z] at the scored positions only, row by row, each from the one before."""
         return self.logits(self.states(batch))
 
     def states(self, batch: Batch) -> Tensor:
@@ -105,7 +105,7 @@ class DecoderOnly(nn.Module):
     ) -> Tensor:
         """The stream float[B, T, D] that the language model reads; arguments as in `Batch`.
 
-        Raises ValueError where image places and image tokens of an example differ in number.
+        Raises ValueError where image positions and image tokens of an example differ in number.
         """
         is_image = ids == IMAGE
         vectors = self.text.get_input_embeddings()(ids.masked_fill(is_image, 0))
@@ -125,7 +125,7 @@ class DecoderOnly(nn.Module):
     def read(self, vectors: Tensor, batch: Batch) -> Tensor:
         """The language model's final states float[B, T, D].
 
-        Right padding needs no mask: under causal attention no real place sees a later one.
+        Right padding needs no mask: under causal attention no real position sees a later one.
         Raises ValueError for a packed row where the language model cannot keep examples apart, and
         for rows that are to be read as a prefix.
         """

@@ -1,4 +1,4 @@
-"""From a conversation with images to ids, image places and the mask of scored tokens.
+"""From a conversation with images to ids, image positions and the mask of scored tokens.
 
 The language model's own chat template writes the prompt. Images and answers are marked while the
 template runs by private-use characters, which are taken out before the text becomes ids: what the
@@ -52,7 +52,7 @@ class Processor:
 
     text_tokenizer: a fast transformers tokenizer with a chat template.
     pixel_spec: the image tokenizer's own preprocessing.
-    places_for: the layout of an image of (rows, columns) pixels in the stream.
+    layout_for: the layout of an image of (rows, columns) pixels in the stream.
     system: the system message put before every conversation that has none; None leaves that to
         the template, "" asks for an empty one (none where the template takes no system message).
     max_tokens: the longest row; None means no limit. overflow says what happens to longer rows:
@@ -71,7 +71,7 @@ class Processor:
         self,
         text_tokenizer,
         pixel_spec,
-        places_for: Callable[[tuple[int, int]], ImageLayout],
+        layout_for: Callable[[tuple[int, int]], ImageLayout],
         *,
         system: str | None = None,
         max_tokens: int | None = None,
@@ -95,7 +95,7 @@ class Processor:
             )
         self.text_tokenizer = text_tokenizer
         self.pixel_spec = pixel_spec
-        self.places_for = places_for
+        self.layout_for = layout_for
         self.system = system
         self.max_tokens = max_tokens
         self.overflow = overflow
@@ -126,7 +126,7 @@ class Processor:
 
     @property
     def pad_id(self) -> int:
-        """The id at padding, which no loss and no real place ever sees."""
+        """The id at padding, which no loss and no real position ever sees."""
         pad = self.text_tokenizer.pad_token_id
         return self.end_id if pad is None else pad
 
@@ -194,7 +194,7 @@ class Processor:
 
     def prompt_ids(self, turns: Sequence[Turn], images: Sequence[ImageLayout], name: str) -> Tensor:
         """The ids int64[T] of a conversation whose images were seen before, up to the opening
-        of the assistant's turn; IMAGE at image places.
+        of the assistant's turn; IMAGE at image positions.
 
         images: the layout of each image, in the order of the turns.
         Raises BadRow naming both numbers where it is longer than `max_tokens`.
@@ -206,7 +206,7 @@ class Processor:
     def encode_literal(
         self, images: Sequence, prompt: str, answer: str | None = None, name: str = "prompt"
     ) -> Row:
-        """A row from a literal prompt in which each `image_mark` is an image's place.
+        """A row from a literal prompt in which each `image_mark` stands for an image.
 
         Special tokens are added as the text tokenizer adds them by itself, or where prompts are
         `framed` the chat template. Where there is an answer, it and the end token are scored.
@@ -223,7 +223,7 @@ class Processor:
         for number, image in enumerate(images):
             seen, size_hw = self._see(image, number, name)
             views += seen
-            layouts.append(self.places_for(size_hw))
+            layouts.append(self.layout_for(size_hw))
         if self.framed:
             marked = self.render((_user(prompt, self.image_mark),), name, open_answer=True)
         else:
@@ -289,7 +289,7 @@ class Processor:
         for number, reference in enumerate(example.images):
             seen, size_hw = see(reference, number, example.name)
             views += seen
-            layouts.append(self.places_for(size_hw))
+            layouts.append(self.layout_for(size_hw))
             sizes.append(size_hw)
         return views, layouts, self._write_boxes(example, sizes)
 
@@ -412,7 +412,7 @@ class Processor:
         return ids[:last], scored[:last], unscored[:last]
 
     def _end_after(self, ids: list[int], last: int, name: str) -> int:
-        """The place of the end token after an answer whose last token stands at `last`."""
+        """The position of the end token after an answer whose last token stands at `last`."""
         for t in range(last + 1, len(ids)):
             if ids[t] in self._special:
                 return t
@@ -526,6 +526,6 @@ def _apart(marked: str) -> tuple[str, ...]:
 
 
 def _user(prompt: str, image_mark: str) -> Turn:
-    """A literal prompt as the user's message, each mark an image's place."""
+    """A literal prompt as the user's message, each mark standing for an image."""
     first, *others = prompt.split(image_mark)
     return Turn("user", (first, *(part for text in others for part in (None, text))))
