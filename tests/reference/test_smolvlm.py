@@ -153,7 +153,7 @@ def test_smolvlm_greedy_ids_match_reference_and_batches(folder):
 
 def their_text(model, content):
     """The prompt of a question without the token that begins it where the tokenizer adds one."""
-    marked = model.processor.render((Turn("user", content),), "row", open_answer=True)
+    marked = model.processor.chat_template.render((Turn("user", content),), "row", open_answer=True)
     text = marked.replace("\ue5c0", "<image>")
     adds = bool(model.processor.text_tokenizer("")["input_ids"])
     return text.removeprefix("<|begin_of_text|>") if adds else text

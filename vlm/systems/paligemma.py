@@ -34,9 +34,10 @@ from transformers import (
 )
 
 from vlm import adaptors
+from vlm.families.decoder_only.chat_template import SLOT
 from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import ImageLayouts
-from vlm.families.decoder_only.processor import SLOT, Processor
+from vlm.families.decoder_only.processor import Processor
 from vlm.families.prefix_decoder.model import PrefixDecoderModel
 from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.families.published_files import open_part, read_reference

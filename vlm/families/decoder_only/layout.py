@@ -16,9 +16,10 @@ from vlm import adaptors, tokenizers
 from vlm.data.grounding import GROUND_PROMPT
 from vlm.families import native_layout
 from vlm.families.decoder_only import view_order
+from vlm.families.decoder_only.chat_template import Template
 from vlm.families.decoder_only.model import ANSWER_PROMPT, DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
-from vlm.families.decoder_only.processor import MARK, Processor, Template
+from vlm.families.decoder_only.processor import MARK, Processor
 from vlm.families.decoder_only.view_order import InTurn
 from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.families.registry import model_of
