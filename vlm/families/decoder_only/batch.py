@@ -18,7 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlm.data.example import Box
-from vlm.families.decoder_only.image_layout import Arrangement, Sees, StreamLayout, arrange
+from vlm.families.decoder_only.image_layout import (
+    Arrangement,
+    PositionNumbers,
+    Sees,
+    StreamLayout,
+    arrange,
+)
 from vlm.image_tokens import Pixels, ViewGroup, group_views
 
 
@@ -46,6 +52,11 @@ class Row:
     unscored: Tensor | None = None
     system: str | None = None
 
+    @property
+    def positions(self) -> Tensor:
+        """Its position ids, as its layout has them: int64[T] or int64[3, T]."""
+        return self.layout.positions(self.ids == IMAGE)
+
 
 def collate(rows: Sequence[Row], pad_id: int, padding: str = "right") -> Batch:
     """A batch of rows, in their order, padded on one side ("right" or "left").
@@ -58,13 +69,16 @@ def collate(rows: Sequence[Row], pad_id: int, padding: str = "right") -> Batch:
     ids = torch.full((len(rows), T), pad_id)
     valid = torch.zeros(len(rows), T, dtype=torch.bool)
     scored = torch.zeros(len(rows), T, dtype=torch.bool)
+    common = _common(rows)
     positions = torch.zeros(len(rows), T, dtype=torch.long)
+    if common.position_numbers == 3:
+        positions = positions.repeat(3, 1, 1)
     for b, row in enumerate(rows):
         start = 0 if padding == "right" else T - len(row.ids)
         stop = start + len(row.ids)
         ids[b, start:stop] = row.ids
         valid[b, start:stop] = True
-        positions[b, start:stop] = row.layout.positions(len(row.ids))
+        positions[..., b, start:stop] = row.positions
         scored[b, start:stop] = row.scored
         scored[b, start] = False  # nothing stands before the first position to predict it
     return Batch(
@@ -76,7 +90,7 @@ def collate(rows: Sequence[Row], pad_id: int, padding: str = "right") -> Batch:
         names=tuple(row.name for row in rows),
         padding=padding,
         arrangement=arrange([row.layout for row in rows]),
-        sees=_sees(rows),
+        sees=common.sees,
     )
 
 
@@ -85,6 +99,7 @@ def collate_packed(rows: Sequence[Row]) -> Batch:
 
     The first position of each is no target, since nothing of its own stands before it.
     """
+    common = _common(rows)
     lengths = torch.tensor([len(row.ids) for row in rows])
     bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     scored = torch.cat([row.scored for row in rows])
@@ -93,25 +108,31 @@ def collate_packed(rows: Sequence[Row]) -> Batch:
         ids=torch.cat([row.ids for row in rows])[None],
         valid=torch.ones(1, len(scored), dtype=torch.bool),
         scored=scored[None],
-        positions=torch.cat([row.layout.positions(len(row.ids)) for row in rows])[None],
+        positions=torch.cat([row.positions for row in rows], dim=-1).unsqueeze(-2),
         groups=group_views(rows),
         names=tuple(row.name for row in rows),
         bounds=bounds.int(),
         arrangement=arrange([row.layout for row in rows]),
-        sees=_sees(rows),
+        sees=common.sees,
     )
 
 
-def _sees(rows: Sequence[Row]) -> Sees:
-    """What the positions of all rows see. Raises ValueError naming a row that differs."""
-    sees = rows[0].layout.sees if rows else "causal"
+def _common(rows: Sequence[Row]) -> StreamLayout:
+    """A layout that sees what the positions of all rows see, and has their position numbers. Raises
+    ValueError naming a row that differs."""
+    common = rows[0].layout if rows else StreamLayout()
     for row in rows:
-        if row.layout.sees != sees:
+        if row.layout.sees != common.sees:
             raise ValueError(
-                f"{row.name}: expected a {sees} row, as {rows[0].name} is, found a "
+                f"{row.name}: expected a {common.sees} row, as {rows[0].name} is, found a "
                 f"{row.layout.sees} one"
             )
-    return sees
+        if row.layout.position_numbers != common.position_numbers:
+            raise ValueError(
+                f"{row.name}: expected {common.position_numbers} numbers in a position id, as "
+                f"{rows[0].name} has, found {row.layout.position_numbers}"
+            )
+    return common
 
 
 def pack_rows(rows: Sequence[Row], most: int) -> list[list[Row]]:
@@ -145,7 +166,8 @@ class Batch:
     valid: bool[B, T], False at padding, which is all on one side.
     scored: bool[B, T], True where the id is a target of the loss; never at IMAGE, padding or the
         first position of an example.
-    positions: int64[B, T], the position id of each position within its example; 0 at padding.
+    positions: int64[B, T], or int64[3, B, T] where position ids have three numbers: the position
+        id of each position within its example, as its layout has it; 0 at padding.
     groups: the views of all images, grouped by pixel size; empty for text alone. Their owners are
         numbers of examples.
     names: each example's own name, for messages and records.
@@ -169,6 +191,11 @@ class Batch:
     arrangement: Arrangement | None = None
     sees: Sees = "causal"
     dummy_groups: tuple[ViewGroup, ...] = ()
+
+    @property
+    def position_numbers(self) -> PositionNumbers:
+        """How many numbers a position id has."""
+        return 1 if self.positions.dim() == 2 else 3
 
     @property
     def example(self) -> Tensor:

@@ -17,6 +17,7 @@ from vlm.data.grounding import GROUND_PROMPT
 from vlm.families import native_layout
 from vlm.families.decoder_only import view_order
 from vlm.families.decoder_only.chat_template import Template
+from vlm.families.decoder_only.image_layout import PositionNumbers
 from vlm.families.decoder_only.model import ANSWER_PROMPT, DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
 from vlm.families.decoder_only.processor import MARK, Processor
@@ -37,7 +38,8 @@ class Folder(native_layout.Folder):
 
     adaptor: a configuration with its `kind`. stop_ids: ids that end an answer. loc: how boxes are
     written; None: not at all. views: how the views of an image follow each other, a configuration
-    with its `kind`. template: how the chat template is used. The rest is the prompts'.
+    with its `kind`. template: how the chat template is used. position_numbers: as in
+    `StreamLayout`. The rest is the prompts'.
     """
 
     adaptor: dict[str, Any]
@@ -54,6 +56,7 @@ class Folder(native_layout.Folder):
     framed: bool = False
     views: dict[str, Any] = field(default_factory=lambda: view_order.config_of(InTurn()))
     template: Template = field(default_factory=Template)
+    position_numbers: PositionNumbers = 1
 
 
 def save(model: DecoderOnlyModel, folder: Path, merge: bool = True) -> None:
@@ -77,6 +80,7 @@ def save(model: DecoderOnlyModel, folder: Path, merge: bool = True) -> None:
         framed=model.processor.framed,
         views=view_order.config_of(model.processor.layout_for.views),
         template=model.processor.template,
+        position_numbers=model.processor.position_numbers,
     )
     native_layout.write(model, description, folder, merge)
 
@@ -115,6 +119,7 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
         prefix=said.family == PrefixDecoder.family,
         framed=said.framed,
         template=said.template,
+        position_numbers=said.position_numbers,
     )
     return model_of(
         module=module.eval(),

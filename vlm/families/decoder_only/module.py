@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from vlm.compat.transformers import has_multimodal_rotary
 from vlm.families.decoder_only.batch import IMAGE, Batch, place
 from vlm.families.decoder_only.image_layout import Arrangement, ImageLayout, Sees
 from vlm.families.decoder_only.view_order import InTurn, ViewOrder
@@ -114,28 +115,36 @@ class DecoderOnly(nn.Module):
             return place(vectors, is_image, *nothing, names, bounds)
         return place(vectors, is_image, *images, names, bounds)
 
-    def require_sees(self, batch: Batch) -> None:
-        """Raises ValueError naming the row where rows are made for another family's mask."""
+    def require_layout(self, batch: Batch) -> None:
+        """Raises ValueError naming the row where rows are made for another family's mask, or for a
+        language model whose position ids have more numbers."""
         if batch.sees != self.sees:
             raise ValueError(
                 f"{batch.names[0]}: expected a {self.sees} row, as {self.family} reads, found a "
                 f"{batch.sees} one"
             )
+        if batch.position_numbers == 3 and not has_multimodal_rotary(self.text):
+            raise ValueError(
+                f"{batch.names[0]}: expected one number in a position id, as "
+                f"{type(self.text).__name__} takes, found 3"
+            )
 
     def read(self, vectors: Tensor, batch: Batch) -> Tensor:
         """The language model's final states float[B, T, D].
 
-        Right padding needs no mask: under causal attention no real position sees a later one.
+        Right padding needs no mask: under causal attention no real position sees a later one; and
+        position ids of one number are then those that the language model counts by itself.
         Raises ValueError for a packed row where the language model cannot keep examples apart, and
-        for rows that are to be read as a prefix.
+        as `require_layout` does.
         """
-        self.require_sees(batch)
+        self.require_layout(batch)
         if batch.bounds is not None:
             return read_segments(self.text, vectors, batch.positions, batch.bounds)
-        if batch.padding == "right":
-            where = {}
-        else:
-            where = {"attention_mask": batch.valid, "position_ids": batch.positions}
+        where = {}
+        if batch.padding == "left":
+            where["attention_mask"] = batch.valid
+        if batch.padding == "left" or batch.position_numbers == 3:
+            where["position_ids"] = batch.positions
         out = self.text.get_decoder()(inputs_embeds=vectors, use_cache=False, **where)
         return out.last_hidden_state
 

@@ -24,7 +24,7 @@ from vlm.families.decoder_only.chat_template import (
     Template,
     user_turn,
 )
-from vlm.families.decoder_only.image_layout import ImageLayout, StreamLayout
+from vlm.families.decoder_only.image_layout import ImageLayout, PositionNumbers, StreamLayout
 from vlm.families.decoder_only.marked_text import MarkedText
 from vlm.geometry import LocTokens
 from vlm.image_tokens import map_pixels, meta_pixels
@@ -53,6 +53,7 @@ class Processor:
     template: how the chat template is used.
     framed: whether a literal prompt is a user's message, which the chat template frames (as
         PaliGemma's own processor does with its text); else it is read as it stands.
+    position_numbers: of the language model's position ids, as in `StreamLayout`.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Processor:
         prefix: bool = False,
         framed: bool = False,
         template: Template | None = None,
+        position_numbers: PositionNumbers = 1,
     ) -> None:
         if overflow not in ("drop", "shrink"):
             raise ValueError(f"overflow is 'drop' or 'shrink', found {overflow!r}")
@@ -87,6 +89,7 @@ class Processor:
         self.image_mark = image_mark
         self.prefix = prefix
         self.framed = framed
+        self.position_numbers = position_numbers
         self.end_id = int(self._ids(PROBE, [], "chat template")[0][-1])
 
     @property
@@ -164,26 +167,18 @@ class Processor:
         Raises BadRow naming both numbers where it is longer than `max_tokens`.
         """
         views, images, turns = self._look(example, self._see)
-        ids, scored, _ = self._ids(turns, images, example.name, open_answer=True)
-        self._require_room(example.name, len(ids))
-        return Row(
-            name=example.name,
-            ids=ids,
-            scored=scored,
-            views=tuple(views),
-            layout=self._layout(images),
-        )
+        return replace(self.prompt_row(turns, images, example.name), views=tuple(views))
 
-    def prompt_ids(self, turns: Sequence[Turn], images: Sequence[ImageLayout], name: str) -> Tensor:
-        """The ids int64[T] of a conversation whose images were seen before, up to the opening
-        of the assistant's turn; IMAGE at image positions.
+    def prompt_row(self, turns: Sequence[Turn], images: Sequence[ImageLayout], name: str) -> Row:
+        """A row to generate from, without pixels: a conversation whose images were seen before, up
+        to the opening of the assistant's turn.
 
         images: the layout of each image, in the order of the turns.
         Raises BadRow naming both numbers where it is longer than `max_tokens`.
         """
-        ids, *_ = self._ids(turns, images, name, open_answer=True)
+        ids, scored, _ = self._ids(turns, images, name, open_answer=True)
         self._require_room(name, len(ids))
-        return ids
+        return Row(name=name, ids=ids, scored=scored, views=(), layout=self._layout(images))
 
     def encode_literal(
         self, images: Sequence, prompt: str, answer: str | None = None, name: str = "prompt"
@@ -223,7 +218,11 @@ class Processor:
         return Row(name=name, ids=ids, scored=scored, views=tuple(views), layout=layout)
 
     def _layout(self, images: Sequence[ImageLayout]) -> StreamLayout:
-        return StreamLayout(images=tuple(images), sees="prefix" if self.prefix else "causal")
+        return StreamLayout(
+            images=tuple(images),
+            sees="prefix" if self.prefix else "causal",
+            position_numbers=self.position_numbers,
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated ids, special tokens skipped."""

@@ -42,7 +42,7 @@ class PrefixDecoder(DecoderOnly):
     def read(self, vectors: Tensor, batch: Batch) -> Tensor:
         """The language model's final states float[B, T, D]; `batch.prefix` is read at once. Raises
         ValueError as `DecoderOnly.read` does for packed rows, and for causal rows."""
-        self.require_sees(batch)
+        self.require_layout(batch)
         if batch.bounds is not None:
             prefix = batch.example[batch.prefix].bincount(minlength=len(batch.names))
             return read_segments(self.text, vectors, batch.positions, batch.bounds, prefix)
