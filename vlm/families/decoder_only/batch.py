@@ -129,7 +129,7 @@ def _common(rows: Sequence[Row]) -> StreamLayout:
             )
         if row.layout.position_numbers != common.position_numbers:
             raise ValueError(
-                f"{row.name}: expected {common.position_numbers} numbers in a position id, as "
+                f"{row.name}: expected position_numbers={common.position_numbers}, as "
                 f"{rows[0].name} has, found {row.layout.position_numbers}"
             )
     return common
