@@ -7,8 +7,8 @@
   the rule of a model (`vlm.kernels.encoder_attention`, `vlm.kernels.packed_attention`).
 - `attention_of`, `set_attention`, `takes_attention`, `has_recurrence`: the attention that a
   configuration names, and what a model's class says of its own; packed rows, prefix masks.
-- `has_multimodal_rotary`, `counting_on`: position ids of three numbers, and how `generate` counts
-  position ids on (`vlm.families.decoder_only`).
+- `has_multimodal_rotary`, `prompt_position_ids`: position ids of three numbers, and how `generate`
+  counts position ids on (`vlm.families.decoder_only`).
 - `Conv1D`: the linear layer of GPT-2 and its like (`vlm.lora`).
 - `SiLUActivation`: the activation of gated MLPs (`vlm.kernels.norm_mlp`).
 - `BaseStreamer`: whom `generate` hands ids as they are written
@@ -46,9 +46,9 @@ __all__ = [
     "GradientCheckpointingLayer",
     "SiLUActivation",
     "attention_of",
-    "counting_on",
     "has_multimodal_rotary",
     "has_recurrence",
+    "prompt_position_ids",
     "random_weights",
     "resizing_backends",
     "sam_neck",
@@ -94,7 +94,7 @@ def has_multimodal_rotary(model: PreTrainedModel) -> bool:
 
 
 @contextmanager
-def counting_on(model: PreTrainedModel, positions: Tensor) -> Iterator[dict[str, Tensor]]:
+def prompt_position_ids(model: PreTrainedModel, positions: Tensor) -> Iterator[dict[str, Tensor]]:
     """Within, what `model.generate` is to be given besides a prompt's vectors, so that what it
     writes has position ids from the largest number of each row + 1 on.
 

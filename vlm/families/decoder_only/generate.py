@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from vlm.compat.transformers import BaseStreamer, counting_on
+from vlm.compat.transformers import BaseStreamer, prompt_position_ids
 from vlm.families.decoder_only.batch import Batch
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.losses.token import state_losses, sum_by_row
@@ -82,7 +82,7 @@ def write(
     """
     check_options(options)
     module.require_layout(batch)
-    with counting_on(module.text, batch.positions) as where:
+    with prompt_position_ids(module.text, batch.positions) as where:
         out = module.text.generate(
             inputs_embeds=vectors,
             attention_mask=batch.valid.long(),
