@@ -14,6 +14,8 @@ from vlm.families.decoder_only.batch import IMAGE, Row, collate, collate_packed
 from vlm.families.decoder_only.image_layout import ImageLayout, Span, StreamLayout
 from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly
+from vlm.geometry import LocTokens
+from vlm.systems.compose import add_loc_tokens
 
 IMAGE_ID = 299
 
@@ -227,23 +229,25 @@ def test_every_task_gives_the_language_model_the_positions_of_the_layout():
     module = qwen2_vl()
     processor = tiny.processor(module, position_numbers=3)
     model = DecoderOnlyModel(module=module, processor=processor, stop_ids=(processor.end_id,))
+    add_loc_tokens(model, LocTokens(bins=16))
     given = []
     module.text.register_forward_pre_hook(
         lambda _, args, options: given.append(options["position_ids"]), with_kwargs=True
     )
     image, question = tiny.image(), "what?"
-    prompt = processor.encode_prompt(tiny.example(content=(None, question)).question())
+    asked = model.ground_prompt.format(phrase=question)
     content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    two = {"max_new_tokens": 2, "min_new_tokens": 2}
     tasks = (
-        lambda: model.answer([image], [question], max_new_tokens=2, min_new_tokens=2),
-        lambda: model.chat(
-            [{"role": "user", "content": content}], max_new_tokens=2, min_new_tokens=2
-        ),
+        (question, lambda: model.answer([image], [question], **two)),
+        (question, lambda: model.chat([{"role": "user", "content": content}], **two)),
+        (asked, lambda: model.ground([image], [question], **two)),
     )
-    for task in tasks:
+    for text, task in tasks:
         given.clear()
         task()
         first, second = given
+        prompt = processor.encode_prompt(tiny.example(content=(None, text)).question())
         assert torch.equal(first[:, 0], prompt.positions)
         assert first.amax() == len(prompt.ids) - 3 - 1
         assert second.flatten().tolist() == [len(prompt.ids) - 3] * 3
