@@ -10,7 +10,7 @@ from tests.reference.images_in_text import batch_of, examples_of
 from tests.tiny import image
 
 KINDS = ("idefics3", "smolvlm")
-TILE, LONG, PLACES = 32, 96, 4
+TILE, LONG, IMAGE_TOKENS = 32, 96, 4
 VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
               image_size=TILE, patch_size=8, layer_norm_eps=1e-3)  # fmt: skip
 TEXT = dict(model_type="llama", hidden_size=24, intermediate_size=40, num_hidden_layers=2,
@@ -92,12 +92,12 @@ def processor_of(kind, tokenizer, **settings):
     if kind == "idefics3":
         images = transformers.Idefics3ImageProcessor(**values)
         return transformers.Idefics3Processor(
-            images, tokenizer, image_seq_len=PLACES, chat_template=template
+            images, tokenizer, image_seq_len=IMAGE_TOKENS, chat_template=template
         )
     images = transformers.SmolVLMImageProcessor(**values)
     videos = transformers.SmolVLMVideoProcessor(**values)
     return transformers.SmolVLMProcessor(
-        images, tokenizer, videos, image_seq_len=PLACES, chat_template=template
+        images, tokenizer, videos, image_seq_len=IMAGE_TOKENS, chat_template=template
     )
 
 

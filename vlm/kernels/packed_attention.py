@@ -94,9 +94,9 @@ def read_segments(
 ) -> Tensor:
     """A language model's final states float[1, T, D] of a packed row.
 
-    vectors: float[1, T, D]. positions: int64[1, T], from 0 in each example. bounds: int32[S + 1],
-    as in `vlm.families.decoder_only.batch.Batch`. prefix: int64[S], how many first positions of
-    each example see each other; None where none does.
+    vectors: float[1, T, D]. positions: int64[1, T] or int64[3, 1, T], from 0 in each example.
+    bounds: int32[S + 1], as in `vlm.families.decoder_only.batch.Batch`. prefix: int64[S], how many
+    first positions of each example see each other; None where none does.
     Raises ValueError as `require_segments` does, and for a prefix with flash attention.
     """
     require_segments(text)
