@@ -72,6 +72,7 @@ PROMPTS = {
 detected box is written as four <loc> tokens, a space and its phrase; a segment as these four, 16
 <seg> tokens, and the same. Source: arXiv 2407.07726, section 3.2.5; big_vision,
 `configs/proj/paligemma/README.md`."""
+CAPTION_PROMPT = PROMPTS["caption"]
 
 LOC = LocTokens(bins=1024, order="yxyx", frame="input")
 SEG_TOKENS = tuple(f"<seg{number:03d}>" for number in range(128))
@@ -243,7 +244,7 @@ def load(folder: Path, values: dict[str, Any]) -> PrefixDecoderModel:
 
 def ask_as_published(model: DecoderOnlyModel) -> None:
     """Gives a model the published prompts and form of answers, in place."""
-    model.caption_prompt = PROMPTS["caption"]
+    model.caption_prompt = CAPTION_PROMPT
     model.answer_prompt = PROMPTS["answer"]
     model.ground_prompt, model.labelled_boxes = PROMPTS["detect"], True
     model.ocr_prompt = PROMPTS["ocr"]

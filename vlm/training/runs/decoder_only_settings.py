@@ -18,6 +18,7 @@ from vlm.data.sources.documents import TextOnly
 from vlm.families.decoder_only.model import CAPTION_PROMPT, DecoderOnlyModel
 from vlm.geometry import LocTokens
 from vlm.lora import Lora, add_lora, lora_of, quantize_4bit
+from vlm.systems import published_caption_prompt
 from vlm.systems.compose import add_loc_tokens
 from vlm.training.base_settings import BaseSettings, Usual, require_share
 from vlm.training.run_folder import RunError
@@ -152,6 +153,7 @@ class FromParts(Settings):
         else:
             self.require_no_parts()
             model = load_stored(self.start, self)
+            model.caption_prompt = self.prompt
         self.add_tokens(model, learned=False)
         return model
 
@@ -200,7 +202,7 @@ class FromRun(Settings):
     """The previous stage's run folder; or a model's folder or hub id that no run here made."""
     prompt: str | None = None
     """The user's text after an image where rows hold a caption alone; None keeps the previous
-    stage's."""
+    model's, that of a published system included."""
 
     vision: Mode = "frozen"
     """What of the image tokenizer learns."""
@@ -227,7 +229,17 @@ class FromRun(Settings):
     def caption_prompt(self) -> str:
         if self.prompt is not None:
             return self.prompt
-        return (self._before() or {}).get("caption_prompt", CAPTION_PROMPT)
+        before = self._before() or {}
+        if "caption_prompt" in before:
+            return before["caption_prompt"]
+        if self._is_missing_default():  # as `require_stage` says before the model is built
+            return CAPTION_PROMPT
+        return published_caption_prompt(self.previous)
+
+    def _is_missing_default(self) -> bool:
+        """Whether `previous` is the usual place of an earlier run, and none is there."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return self.previous == defaults["previous"] and not Path(self.previous).exists()
 
     def _before(self) -> dict[str, Any] | None:
         """What the previous model's config.json says; None where it is on the hub."""
@@ -254,6 +266,8 @@ class FromRun(Settings):
         self.require_stage()
         self.require_used()
         model = load_stored(self.previous, self)
+        if self.prompt is not None:
+            model.caption_prompt = self.prompt
         self.add_tokens(model, learned=self.language == "full")
         if self.base_4bit:
             if self.language != "lora":
@@ -300,8 +314,7 @@ class FromRun(Settings):
     def require_stage(self) -> None:
         """Raises RunError where `previous` is a run of a stage that this one does not follow, or
         the usual place of one and empty."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        if self.previous == defaults["previous"] and not Path(self.previous).exists():
+        if self._is_missing_default():
             raise RunError(
                 f"{self.previous}: no such run; expected one of "
                 f"{' or '.join(map(repr, self.follows))} there, or another named by --previous"
@@ -318,11 +331,10 @@ class FromRun(Settings):
 
 
 def load_stored(source: str, settings: Settings) -> DecoderOnlyModel:
-    """The model in a folder or under a hub id, its weights as they were saved."""
+    """The model in a folder or under a hub id, its weights and prompts as they were saved."""
     import vlm
 
     model = vlm.load(source, device="cpu", dtype="stored")
-    model.caption_prompt = settings.caption_prompt
     model.processor.overflow = settings.overflow
     if settings.max_tokens is not None:
         model.processor.max_tokens = settings.max_tokens
