@@ -11,7 +11,7 @@ from tests import tiny
 from tests.encoder_decoders import SHAPES, model, processor, rows, wide
 from tests.tiny import image
 from vlm import adaptors
-from vlm.data.example import BadRow, Skipped
+from vlm.data.example import BadRow, Example, Skipped, Turn
 from vlm.families.decoder_only.batch import collate
 from vlm.families.encoder_decoder.module import EncoderDecoder
 from vlm.losses.token import token_losses
@@ -178,6 +178,36 @@ def test_row_needs_a_image_and_a_text():
         module(collate([text_only], 256))
     with pytest.raises(ValueError, match="padded on the right"):
         module(collate(rows(chosen, "ab", "longer"), 256, "left"))
+
+
+ASKED, WRITTEN = Turn("user", (None, "q1")), Turn("assistant", ("a1",))
+AGAIN, UNSCORED = Turn("user", ("q2",)), Turn("assistant", ("a1",), scored=False)
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        (
+            (ASKED, WRITTEN, Turn("user", ("q2",)), Turn("assistant", ("a2",))),
+            "one text .* found 2",
+        ),
+        ((ASKED, UNSCORED, Turn("user", ("q2",)), WRITTEN), "at most one question.* found 2"),
+        ((ASKED, UNSCORED), "one text to write, found 0, and 1 that are not scored"),
+        ((ASKED,), "one text to write, found 0$"),
+    ],
+)
+def test_row_of_an_encoder_decoder_is_one_question_and_one_text(turns, message):
+    with pytest.raises(BadRow, match=f"^r: expected {message}"):
+        processor(model()).encode(Example("r", turns, (image(),)))
+
+
+def test_system_message_is_no_part_of_a_prompt():
+    chosen = processor(model())
+    told = Example("r", (Turn("system", ("Be brief.",)), ASKED, WRITTEN), (image(),))
+    row, plain = chosen.encode(told), chosen.encode(Example("r", (ASKED, WRITTEN), (image(),)))
+    assert row.ids.tolist() == plain.ids.tolist()
+    assert row.scored.tolist() == plain.scored.tolist()
+    assert row.ids.tolist() == [257, *b"q1a1", 258]
 
 
 def test_parts_that_do_not_fit_are_refused():

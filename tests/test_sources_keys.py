@@ -244,6 +244,15 @@ def test_model_that_reads_no_prompts_says_that_rows_have_some(write):
     )
 
 
+def test_model_that_reads_no_system_message_says_that_rows_have_some(write):
+    asked = talk(("system", "Be brief.", {}), ("human", "<image>?", {}), ("gpt", "a", {}))
+    source = open_source(write({**asked, "image": "a.png"}, {"image": "a.png", "caption": "x"}))
+    assert said([source], reads_system=False)[0] == (
+        "rows.jsonl: 1 of 2 rows checked have a system message, which this model does not read; "
+        "the rest is"
+    )
+
+
 def said(sources, **options):
     lines = []
     check_start(sources, "raise", lambda text, **_: lines.append(text), **options)

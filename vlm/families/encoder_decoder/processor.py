@@ -64,15 +64,25 @@ class LineProcessor:
     def encode(self, example: Example) -> Row | Skipped:
         """A training row: the image, and the example's answer as the text to write.
 
-        What the user's turn says is a literal prompt, which is not scored.
-        Raises BadRow or BadImage naming the row where there is no image, it cannot be read, or
-        the text has characters that the vocabulary lacks, or spells one of the tokenizer's own
-        marks, which would end it early. Gives Skipped where the row is longer than `max_tokens`
-        and must not be cut.
+        What the user's turn says is a literal prompt, which is not scored; a system message is not
+        read.
+        Raises BadRow or BadImage naming the row where there is not one learned answer, more than
+        one question, or no image; where an image cannot be read, or the text has characters that
+        the vocabulary lacks, or spells one of the tokenizer's own marks, which would end it early.
+        Gives Skipped where the row is longer than `max_tokens` and must not be cut.
         """
-        if not any(turn.role == "assistant" for turn in example.turns):
-            raise BadRow(f"{example.name}: expected a text to write, found none")
-        prompt = "".join(turn.text for turn in example.turns if turn.role != "assistant")
+        answers = sum(turn.is_learned for turn in example.turns)
+        if answers != 1:
+            unscored = sum(turn.role == "assistant" for turn in example.turns) - answers
+            found = f"{answers}, and {unscored} that are not scored" if unscored else str(answers)
+            raise BadRow(f"{example.name}: expected one text to write, found {found}")
+        questions = [turn.text for turn in example.turns if turn.role == "user"]
+        if len(questions) > 1:
+            raise BadRow(
+                f"{example.name}: expected at most one question, which the text is written after, "
+                f"found {len(questions)}; give each a row of its own"
+            )
+        prompt = "".join(questions)
         start = self.prompt_ids(prompt or None, example.name)
         return self._row(example.name, example.images, start, example.answer)
 

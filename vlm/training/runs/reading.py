@@ -41,7 +41,8 @@ NEW = "new"
 class ReadingSettings(BaseSettings):
     """Settings of any run that teaches reading. A subclass says what is built.
 
-    reads_prompts: whether what is built reads what stands before a text.
+    reads_prompts: whether what is built reads what stands before a text; none reads a system
+    message.
     """
 
     reads_prompts: ClassVar[bool] = True
@@ -112,7 +113,8 @@ def run(
     accelerator = training_run.accelerator
     data = settings.data()
     held_out = settings.held_out_source() if settings.held_out_rows else None
-    training_run.check(data, held_out, reads_prompts=settings.reads_prompts)
+    reads_prompts = settings.reads_prompts
+    training_run.check(data, held_out, reads_prompts=reads_prompts, reads_system=False)
     with accelerator.main_process_first():
         model = settings.build()
     plan = training_run.stage(make_stage, model.module)
