@@ -6,6 +6,7 @@ from PIL import Image
 
 import vlm
 from tests import tiny, training
+from tests.reference import tiny_paligemma
 from tests.results import read_result
 from tests.runs import on_two_processes
 from vlm.data.sources import open_source
@@ -93,6 +94,47 @@ def test_questions_are_put_into_the_prompt(made, model, tmp_path):
     model.answer_prompt = "answer en {question}"
     main("vqa", arguments(made, tmp_path, "--rows", "1"))
     assert read(tmp_path)[1][0]["question"] == "answer en how many"
+
+
+def conversation(made):
+    """Two questions about an image, after a system message, in a file."""
+    said = [("system", "Be brief."), ("user", "<image>where"), ("assistant", "here"),
+            ("user", "who"), ("assistant", "a cat")]  # fmt: skip
+    messages = [{"role": role, "content": text} for role, text in said]
+    return write(made / "talk.jsonl", [{"image": "0.png", "messages": messages}])
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_last_question_of_a_conversation_is_put_into_the_prompt(made, model, tmp_path, given):
+    """What comes before it is read as it stands, as in a chat."""
+    prompt = "answer en {question}"
+    options = ["--data", str(conversation(made)), *(["--prompt", prompt] if given else [])]
+    if not given:
+        model.answer_prompt = prompt
+    main("vqa", arguments(made, tmp_path, *options))
+    _, [line] = read(tmp_path)
+    assert (line["question"], line["references"]) == ("answer en who", ["a cat"])
+    image = {"type": "image", "image": made / "0.png"}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [image, {"type": "text", "text": "where"}]},
+        {"role": "assistant", "content": "here"},
+        {"role": "user", "content": "answer en who"},
+    ]
+    assert line["answer"] == model.chat(messages, max_new_tokens=4).strip()
+
+
+def test_conversation_is_refused_by_name_where_the_model_reads_none(
+    made, tmp_path, monkeypatch, capsys
+):
+    tiny_paligemma.write_folder(tmp_path / "model", "gemma")
+    published = vlm.load(tmp_path / "model", "cpu")
+    monkeypatch.setattr(vlm, "load", lambda *_, **__: published)
+    with pytest.raises(SystemExit):
+        main("vqa", arguments(made, tmp_path / "out", "--data", str(conversation(made))))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: talk.jsonl:1: the chat template refuses this conversation")
+    assert "expected one user's prompt" in error
 
 
 def test_rows_that_cannot_be_asked_are_named_or_skipped_and_counted(made, model, tmp_path, capsys):
