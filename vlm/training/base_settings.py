@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -121,6 +122,17 @@ class BaseSettings:
     def unread_rates(self) -> dict[str, str]:
         """Settings of learning rates that nothing learns at -> why not."""
         return {}
+
+    def given(self, names: Iterable[str]) -> list[str]:
+        """Those of the settings `names` that are not at their defaults."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return [name for name in names if getattr(self, name) != defaults[name]]
+
+    def require_not_given(self, way: str, names: Iterable[str]) -> None:
+        """Raises ValueError naming those of the settings `names` that were given. way: what does
+        not read them, for people, such as "start 'runs/a'"."""
+        if given := self.given(names):
+            raise ValueError(f"{way} does not read {given}; leave them out")
 
     def memory_remedies(self) -> tuple[str, ...]:
         """What of the recipe's own options may make a step take less memory, for people, each with

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -159,13 +158,7 @@ class FromParts(Settings):
 
     def require_no_parts(self) -> None:
         """Raises ValueError naming the settings of parts, which `start` brings itself."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        given = [name for name in PARTS if getattr(self, name) != defaults[name]]
-        if given:
-            raise ValueError(
-                f"start {self.start!r} brings its own parts; expected no settings of parts beside "
-                f"it, found {given}"
-            )
+        self.require_not_given(f"start {self.start!r}", PARTS)
 
     def compose(self) -> DecoderOnlyModel:
         """The model of pretrained parts and a fresh adaptor."""
@@ -238,8 +231,7 @@ class FromRun(Settings):
 
     def _is_missing_default(self) -> bool:
         """Whether `previous` is the usual place of an earlier run, and none is there."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        return self.previous == defaults["previous"] and not Path(self.previous).exists()
+        return not self.given(("previous",)) and not Path(self.previous).exists()
 
     def _before(self) -> dict[str, Any] | None:
         """What the previous model's config.json says; None where it is on the hub."""
@@ -302,9 +294,7 @@ class FromRun(Settings):
         if "lora" in (self.vision, self.adaptor, self.language):
             return
         names = ("lora_rank", "lora_alpha", "lora_dropout", "base_4bit", "merge")
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        given = [name for name in names if getattr(self, name) != defaults[name]]
-        if given:
+        if given := self.given(names):
             raise ValueError(
                 f"{given} are settings of LoRA, and no component has it; expected one of vision, "
                 f"adaptor, language to be lora, found {self.vision}, {self.adaptor}, "
