@@ -19,6 +19,7 @@ from vlm.training.stages import Stage
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 Augmentation = Literal["none", "light", "strong"]
+MemoryCheck = Literal["stop", "warn", "off"]
 
 
 class Usual(float):
@@ -72,6 +73,10 @@ class BaseSettings:
     checkpoint_activations: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more
     time, the same gradients."""
+    memory_check: MemoryCheck | None = None
+    """What the memory preflight does where a step's estimated peak memory is more than there is:
+    stop the run before its first step, warn and go on, or off, which estimates nothing. None stops
+    on CPUs and warns on other devices, where estimates were not compared with measurements."""
 
     steps: int
     """Optimizer steps."""
@@ -186,7 +191,8 @@ def require_read_rates(settings: BaseSettings) -> None:
 
 FREE = ("out", "resume", "change", "keep", "threads", "workers", "eval_every", "save_every",
         "micro_batch", "pack", "balance", "token_cache", "shard", "held_out", "held_out_rows",
-        "text_held_out", "text_held_out_rows", "checkpoint_activations", "merge")  # fmt: skip
+        "text_held_out", "text_held_out_rows", "checkpoint_activations", "memory_check",
+        "merge")  # fmt: skip
 """Settings that may change when a run is resumed: they decide nothing that is learned."""
 
 
