@@ -7,14 +7,17 @@ from transformers import GenerationConfig
 
 from vlm import adaptors
 from vlm.adaptors import adaptor_config
-from vlm.families.decoder_only.layout import MASKS
 from vlm.families.decoder_only.model import CAPTION_PROMPT, DecoderOnlyModel
-from vlm.families.decoder_only.module import ImageLayouts
+from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
 from vlm.families.decoder_only.processor import Processor
+from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.families.registry import model_of
 from vlm.geometry import LocTokens
 from vlm.systems.pretrained import DEMO, load_text, load_text_tokenizer, load_vision
 from vlm.vocabulary import grow
+
+MASKS = {"causal": DecoderOnly, "prefix": PrefixDecoder}
+"""What a position of the stream sees -> the module whose mask it is."""
 
 
 def build(

@@ -150,6 +150,8 @@ class PairedTokenizer(ImageTokenizer):
     `pooled` is the low tower's where it has one, for contrastive use; else None.
     """
 
+    high_resolution, low_resolution = "high", "low"
+
     def __init__(
         self,
         high: ImageTokenizer,

@@ -22,14 +22,11 @@ from vlm.families.decoder_only.model import ANSWER_PROMPT, DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
 from vlm.families.decoder_only.processor import MARK, Processor
 from vlm.families.decoder_only.view_order import InTurn
-from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.families.registry import model_of
 from vlm.geometry import LocTokens
 from vlm.weights import load_weights, read_weights
 
 SOURCE = "our own"
-MASKS = {"causal": DecoderOnly, "prefix": PrefixDecoder}
-"""What a position of the stream sees -> the family whose mask it is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,15 +87,15 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
 
     Raises ValueError naming the file and what does not fit.
     """
+    return load_as(DecoderOnly, folder, values)
+
+
+def load_as(module_class: type[DecoderOnly], folder: Path, values: dict[str, Any]) -> Any:
+    """What `load` gives, as the public model of the family whose module's class this is."""
     said = native_layout.read_description(Folder, folder, values)
-    families = {family.family: family for family in MASKS.values()}
-    if said.family not in families:
-        raise ValueError(
-            f"{folder / 'config.json'}: family {said.family!r} is not one of {', '.join(families)}"
-        )
 
     def make() -> DecoderOnly:
-        return families[said.family](
+        return module_class(
             tokenizers.build(said.tokenizer),
             adaptors.build(said.adaptor),
             AutoModelForCausalLM.from_config(AutoConfig.for_model(**said.text)),

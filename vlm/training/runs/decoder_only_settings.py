@@ -273,8 +273,9 @@ class FromRun(Settings):
 
         Raises ValueError where a component has layers of another rank, scale or dropout.
         """
-        low = "tokenizer.low" if hasattr(module.tokenizer, "high") else "tokenizer"
-        modes = {low: self.vision, "adaptor": self.adaptor, "text": self.language}
+        low = module.tokenizer.low_resolution
+        vision = "tokenizer" if low is None else f"tokenizer.{low}"
+        modes = {vision: self.vision, "adaptor": self.adaptor, "text": self.language}
         value = Lora(rank=self.lora_rank, alpha=self.lora_alpha, dropout=self.lora_dropout)
         there = lora_of(module)
         asked = {"rank": value.rank, "alpha": value.alpha, "dropout": value.dropout}
@@ -350,7 +351,8 @@ def tuned(
 def high_resolution_frozen(module: nn.Module) -> tuple[tuple[str, None], ...]:
     """The pattern that freezes the high-resolution tower of a paired image tokenizer; none where
     there is no such tower."""
-    return (("tokenizer.high*", FROZEN),) if hasattr(module.tokenizer, "high") else ()
+    high = module.tokenizer.high_resolution
+    return () if high is None else ((f"tokenizer.{high}*", FROZEN),)
 
 
 def training_data(settings: Settings) -> MixtureDataset:
