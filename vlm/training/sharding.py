@@ -199,7 +199,7 @@ def _dummy_batch(module: nn.Module) -> Batch:
         scored=torch.zeros(1, 2, dtype=torch.bool),
         positions=torch.arange(2)[None],
         groups=(),
-        names=("blank",),
+        names=("dummy",),
         sees=module.sees,
     )
 

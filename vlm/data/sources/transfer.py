@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from string import Formatter
 
+from vlm.data.dice import Dice
 from vlm.data.example import BadRow, BadSource, Example, Turn
 from vlm.data.sources.base import Derived, Source
-from vlm.data.synthetic.scene import Dice
 
 SEPARATOR = " ; "
 """Stands between the things that are asked for at once, and between the boxes of an answer."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 
+from vlm.data.dice import Dice
 from vlm.data.example import BadSource, Box, Example, Turn, caption_example
 from vlm.data.grounding import ground
 from vlm.data.sources.base import Source
@@ -15,7 +16,6 @@ from vlm.data.synthetic.options import Options, read_options
 from vlm.data.synthetic.scene import (
     BACKGROUNDS,
     HELD_BACK,
-    Dice,
     Scene,
     compose,
     draw,

@@ -208,7 +208,7 @@ class Batch:
         each has a row of its own.
     arrangement: which image tokens stand in the stream; None where all do, in their order.
     sees: what the positions of every example see, as in `StreamLayout`.
-    dummy_groups: blank views that go through the image tokenizer and the adaptor and are placed
+    dummy_groups: dummy views that go through the image tokenizer and the adaptor and are placed
         nowhere, so that sharded processes make the same calls whatever their rows hold.
     """
 
