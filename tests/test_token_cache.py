@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import tiny, training
+from vlm.tokenizers.paired import AverageNeck, PairedTokenizer
 from vlm.training.checkpoints.checkpoint import Checkpoints
 from vlm.training.loading.token_cache import cached_tokens, fingerprint
 
@@ -82,6 +83,34 @@ def test_a_tokenizer_that_learns_is_refused(tmp_path):
         cached_tokens(tokenizer().train(), tmp_path),
     ):
         pass
+
+
+def test_a_tokenizer_without_a_configuration_is_refused(tmp_path):
+    """A neck of the caller's own: its weights do not say what it computes."""
+
+    class Doubled(AverageNeck):
+        def forward(self, tokens, grid_hw):
+            return 2 * super().forward(tokens, grid_hw)
+
+    high, low = tokenizer(), tokenizer()
+    paired = PairedTokenizer(high, low, low_from="picture", high_neck=Doubled(high.dim)).eval()
+    with (
+        pytest.raises(ValueError, match=r"tokens of PairedTokenizer cannot be kept: .* Doubled"),
+        cached_tokens(paired, tmp_path / "tokens"),
+    ):
+        pass
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_tokenizer_is_afterwards_what_it_was_before(tmp_path):
+    """One cache within another: the outer one goes on when the inner one has ended."""
+    chosen = tokenizer()
+    with cached_tokens(chosen, tmp_path / "outer") as outer:
+        with cached_tokens(chosen, tmp_path / "inner") as inner:
+            chosen(PIXELS)
+        chosen(PIXELS)
+    assert (inner.kept, outer.kept, outer.read) == (3, 3, 3)
+    assert "forward" not in vars(chosen)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
