@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from vlm.data.example import Box, Example, Turn
 from vlm.data.grounding import GROUND_PROMPT
-from vlm.families.base import Model, require_batch_size
+from vlm.families.base import Model, require_batch_size, require_list
 from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import Batch, Row, collate
 from vlm.families.decoder_only.chat import Chat, read_messages
@@ -136,6 +136,7 @@ class DecoderOnlyModel(Model):
     ) -> torch.Tensor:
         """Log-probability of each answer, end token included, after its literal prompt: fp32[N],
         nats."""
+        require_list(answers, "answers")
         if len(answers) != len(prompts):
             raise ValueError(f"there are {len(prompts)} prompts and {len(answers)} answers")
         rows = (
