@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,52 @@ def test_settings_that_bound_a_cpu_to_avx2_are_honoured():
         [sys.executable, "-c", code], env=os.environ | bound, capture_output=True, text=True
     )
     assert run.stdout.split() == ["fp32", "AVX2", "False"], run.stderr
+
+
+AMX = ("amx_bf16", "avx512_bf16", "avx512_f", "avx2")
+"""Of `torch.cpu.get_capabilities`, those of a CPU with matrix tiles."""
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "left"),
+    [
+        ("ONEDNN_MAX_CPU_ISA", "ALL", AMX),
+        ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_AMX", AMX),
+        ("ONEDNN_MAX_CPU_ISA", "AVX10_1_512_AMX", AMX),
+        ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16", AMX[1:]),
+        ("ONEDNN_MAX_CPU_ISA", "avx10_1_512", AMX[1:]),
+        ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16", AMX[1:]),
+        ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI", AMX[2:]),
+        ("ONEDNN_MAX_CPU_ISA", "avx512_core", AMX[2:]),
+        ("ONEDNN_MAX_CPU_ISA", "AVX2_VNNI_2", AMX[3:]),
+        ("ONEDNN_MAX_CPU_ISA", "AVX2_VNNI", AMX[3:]),
+        ("ONEDNN_MAX_CPU_ISA", "AVX2", AMX[3:]),
+        ("ONEDNN_MAX_CPU_ISA", "AVX", ()),
+        ("ONEDNN_MAX_CPU_ISA", "SSE41", ()),
+        ("ATEN_CPU_CAPABILITY", "avx512", AMX),
+        ("ATEN_CPU_CAPABILITY", "avx2", AMX[3:]),
+        ("ATEN_CPU_CAPABILITY", "default", ()),
+    ],
+)
+def test_bound_takes_away_what_is_beyond_it(monkeypatch, variable, value, left):
+    """Of a CPU that has all of it."""
+    for name in precision.BOUNDS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(AMX, True))
+    assert tuple(filter(precision.supports, AMX)) == AMX
+    monkeypatch.setenv(variable, value)
+    assert tuple(filter(precision.supports, AMX)) == left
+    names = dict(precision.INSTRUCTIONS)
+    assert precision.instructions() == (names[left[0]] if left else platform.machine())
+
+
+@pytest.mark.parametrize(("value", "left"), [("default", ["bf16"]), ("", ["sve_bf16", "bf16"])])
+def test_bound_of_torch_takes_away_vectors_of_any_length(monkeypatch, value, left):
+    """Of a CPU of ARM's; NEON is what torch's kernels then take."""
+    has = {"sve_bf16": True, "bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", value)
+    assert list(filter(precision.supports, has)) == left
 
 
 def dtype_of(model):

@@ -41,6 +41,26 @@ INSTRUCTIONS = (
     ("neon", "NEON"),
 )
 """What `torch.cpu.get_capabilities` calls an instruction set, the widest first, and its name."""
+WIDER = ("avx512", "avx10", "amx")
+"""How the names of instruction sets wider than AVX2 begin."""
+BOUNDS = {
+    "ATEN_CPU_CAPABILITY": {"default": ("avx2", *WIDER, "sve"), "avx2": WIDER},
+    "ONEDNN_MAX_CPU_ISA": {
+        "sse41": ("avx", "amx"),
+        "avx": ("avx2", "avx_", *WIDER),
+        "avx2": ("avx_vnni", *WIDER),
+        "avx2_vnni": ("avx_vnni_int", *WIDER),
+        "avx2_vnni_2": WIDER,
+        "avx512_core": ("avx512_vnni", "avx512_bf16", "avx512_fp16", "avx10", "amx"),
+        "avx512_core_vnni": ("avx512_bf16", "avx512_fp16", "avx10", "amx"),
+        "avx512_core_bf16": ("avx512_fp16", "avx10", "amx"),
+        "avx512_core_fp16": ("amx",),
+        "avx10_1_512": ("amx",),
+    },
+}
+"""Environment variable, value -> how the names of the instruction sets begin that torch's own
+kernels, or oneDNN's, are then kept from. Other values bound none of INSTRUCTIONS.
+Source: torch `aten/src/ATen/native/DispatchStub.cpp`; oneDNN, "CPU Dispatcher Control"."""
 
 
 def dtype_name(precision: Precision) -> str:
@@ -267,22 +287,24 @@ def _cpu_name() -> str:
 
 def instructions() -> str:
     """The widest instruction set of the CPU that torch may use, bf16 units included, such as
-    "AVX2"; ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA, which bound it, are honoured."""
+    "AVX2"; ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA, which bound it, are honoured. Of one with
+    none of INSTRUCTIONS, its architecture, such as "x86_64"."""
     return next((name for has, name in INSTRUCTIONS if supports(has)), platform.machine())
 
 
 def supports(capability: str) -> bool:
     """Whether the CPU has an instruction set, as `torch.cpu.get_capabilities` calls it, and torch
-    may use it: not where ATEN_CPU_CAPABILITY or ONEDNN_MAX_CPU_ISA bound it to AVX2."""
-    if capability.startswith(("avx512", "amx")) and _bound_to_avx2():
+    may use it: not where ATEN_CPU_CAPABILITY or ONEDNN_MAX_CPU_ISA, either of them, takes it
+    away."""
+    if capability.startswith(_taken_away()):
         return False
     return bool(torch.cpu.get_capabilities().get(capability, False))
 
 
-@cache
-def _bound_to_avx2() -> bool:
-    torch_bound = os.environ.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2")
-    onednn_bound = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in (
-        "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2",
-    )  # fmt: skip
-    return torch_bound or onednn_bound
+def _taken_away() -> tuple[str, ...]:
+    """How the names of instruction sets begin that the environment keeps torch from using."""
+    return tuple(
+        start
+        for variable, bounds in BOUNDS.items()
+        for start in bounds.get(os.environ.get(variable, "").lower(), ())
+    )

@@ -80,11 +80,13 @@ class Model:
         save_in(self, layout if layout != "reference" else self.reference.model_type, folder)
 
 
-def require_list(images: Any) -> None:
-    """Raises ValueError for the path or bytes of one image, which would be taken character
-    by character."""
-    if isinstance(images, (str, bytes, Path)):
-        raise ValueError("images is a list of images")
+def require_list(items: Any, what: str = "images") -> None:
+    """Raises ValueError for one path, one text or bytes, which would be taken character by character.
+
+    what: the name of the argument.
+    """
+    if isinstance(items, (str, bytes, Path)):
+        raise ValueError(f"{what} is a list of {what}, found a single {type(items).__name__}")
 
 
 def require_batch_size(batch_size: int) -> None:

@@ -109,6 +109,8 @@ class TextReader(Model):
         """
         from vlm.metrics.text import normalise, pieces_right  # of the extra ocr
 
+        require_list(images)
+        require_list(truths, "truths")
         if len(images) != len(truths):
             raise ValueError(
                 f"expected a truth for each image, found {len(images)} images and "

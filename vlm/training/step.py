@@ -185,14 +185,20 @@ class Step:
         before = [p.grad for p in trained]
         for parameter in trained:
             parameter.grad = None
-        if self.cached:  # most steps will read the tokens of images, so they count for nothing
-            module.encode(batch.to(self.accelerator.device).groups)
         with torch.random.fork_rng(), self.state.computing():
+            if self.cached:  # most steps will read the tokens of images, so they count for nothing
+                self._cache_tokens(batch)
             self.meter.count_flops(
                 lambda: self.objective.trial(module, batch, self.accelerator.autocast), count.cost
             )
         for parameter, grad in zip(trained, before):
             parameter.grad = grad
+
+    def _cache_tokens(self, batch) -> None:
+        """Has the image tokens of a batch kept, just as the pass that follows asks for them."""
+        with torch.no_grad(), self.accelerator.autocast():
+            for group in batch.to(self.accelerator.device).groups:
+                self.state.module.tokenizer(group.pixels)
 
     def _sum_gradients(self) -> None:
         """Sums gradients over ranks. A gradient that is absent everywhere is zero, on one rank as

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from vlm.families.base import Model, require_batch_size
+from vlm.families.base import Model, require_batch_size, require_list
 from vlm.families.contrastive.batch import Pair
 from vlm.families.contrastive.module import Contrastive
 from vlm.families.contrastive.processor import PairProcessor
@@ -46,8 +46,7 @@ class ContrastiveModel(Model):
         Raises BadImage naming an image that cannot be read, ValueError for what is no list of
         images and for a vector that is not finite.
         """
-        if isinstance(images, (str, bytes, Path)):
-            raise ValueError("images is a list, one entry for each image; found one image")
+        require_list(images)
         names = [_name(image, i) for i, image in enumerate(images)]
         done = torch.empty(len(names), self.module.dim)
         with evaluating(self.module), _bar(len(names), "images") as bar:
@@ -70,8 +69,7 @@ class ContrastiveModel(Model):
         Texts longer than the model's context are cut, with one warning that counts them.
         Raises ValueError for what is no list of texts and for a vector that is not finite.
         """
-        if isinstance(texts, str):
-            raise ValueError("texts is a list, one entry for each text; found one text")
+        require_list(texts, "texts")
         done = torch.empty(len(texts), self.module.dim)
         cut = tokens = 0
         window = WINDOW * max(batch_size, 1)
@@ -113,6 +111,8 @@ class ContrastiveModel(Model):
         templates without "{}".
         Source: CLIP, arXiv 2103.00020, section 3.1.4.
         """
+        require_list(images)
+        require_batch_size(batch_size)
         labelled = self.embed_labels(labels, templates)
         image_list = self.embed_images(images, batch_size)
         with torch.no_grad():

@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from vlm.data.example import Box, Example, Turn
 from vlm.data.grounding import GROUND_PROMPT
-from vlm.families.base import Model, require_batch_size
+from vlm.families.base import Model, require_batch_size, require_list
 from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import Batch, Row, collate
 from vlm.families.decoder_only.chat import Chat, read_messages
 from vlm.families.decoder_only.ground import find
+from vlm.families.decoder_only.head import require_own_logits
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.families.decoder_only.processor import Processor
 from vlm.text.generation import Generation
@@ -39,6 +40,8 @@ class DecoderOnlyModel(Model):
     Options carry transformers' names and are greedy by default. With `do_sample=True`, `seed` makes
     what is drawn repeatable for the same rows in the same batches; torch's global generators stay
     as they are.
+    Raises ValueError for a language model whose own logits are not those that it would be trained
+    and scored by.
     """
 
     module: DecoderOnly
@@ -49,6 +52,9 @@ class DecoderOnlyModel(Model):
     labelled_boxes: bool = False
     answer_prompt: str = ANSWER_PROMPT
     ocr_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        require_own_logits(self.module.text)
 
     def caption(
         self, images: Sequence, prompt: str | None = None, batch_size: int = 16, **options
@@ -130,6 +136,7 @@ class DecoderOnlyModel(Model):
     ) -> torch.Tensor:
         """Log-probability of each answer, end token included, after its literal prompt: fp32[N],
         nats."""
+        require_list(answers, "answers")
         if len(answers) != len(prompts):
             raise ValueError(f"there are {len(prompts)} prompts and {len(answers)} answers")
         rows = (

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from vlm.compat.transformers import has_multimodal_rotary
 from vlm.families.decoder_only.batch import IMAGE, Batch, place
+from vlm.families.decoder_only.head import head_logits
 from vlm.families.decoder_only.image_layout import Arrangement, ImageLayout, Sees
 from vlm.families.decoder_only.view_order import InTurn, ViewOrder
 from vlm.image_tokens import ImageTokenizer, ViewGroup, meta_twin, pack
@@ -149,15 +149,6 @@ class DecoderOnly(nn.Module):
         return out.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The language model's scores float[N, Z] of states float[N, D], with the scaling or
-        capping that its own head applies (Gemma 2's cap, Granite's and Cohere's scales)."""
-        logits = self.text.get_output_embeddings()(hidden)
-        config = self.text.config.get_text_config()
-        if getattr(config, "logits_scaling", None) is not None:
-            logits = logits / config.logits_scaling
-        if getattr(config, "logit_scale", None) is not None:
-            logits = logits * config.logit_scale
-        cap = getattr(config, "final_logit_softcapping", None)
-        if cap is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        """The language model's scores float[N, Z] of states float[N, D], with the scaling and
+        capping of its own head."""
+        return head_logits(self.text, hidden)

@@ -127,6 +127,9 @@ class EncoderDecoderModel(TextReader):
     ) -> list[Generation]:
         """What the model writes on each image after a literal prompt (None: its start alone)."""
         self._require_known(options)
+        require_batch_size(batch_size)
+        require_list(images)
+        require_list(prompts, "prompts")
         prompts = [None] * len(images) if prompts is None else prompts
         if len(prompts) != len(images):
             raise ValueError(f"there are {len(images)} images and {len(prompts)} prompts")
@@ -151,6 +154,10 @@ class EncoderDecoderModel(TextReader):
         batch_size: int = 16,
     ) -> torch.Tensor:
         """Log-probability of each answer, its end included, on its image: fp32[N], nats."""
+        require_batch_size(batch_size)
+        require_list(images)
+        require_list(prompts, "prompts")
+        require_list(answers, "answers")
         prompts = [None] * len(images) if prompts is None else prompts
         if not len(images) == len(prompts) == len(answers):
             raise ValueError(

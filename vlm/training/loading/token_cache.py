@@ -38,7 +38,8 @@ def cached_tokens(tokenizer: ImageTokenizer, folder: Path) -> Iterator[Uses]:
     """Within, a frozen image tokenizer reads the tokens of views that it has seen from `folder`,
     and writes those of new ones there. Processes may share the folder.
 
-    Raises ValueError where the tokenizer learns, or gives random tokens: they would be old ones.
+    Raises ValueError where the tokenizer learns, or gives random tokens: they would be old ones;
+    and where no configuration names its parts.
     """
     learning = [name for name, p in tokenizer.named_parameters() if p.requires_grad]
     if learning or tokenizer.training:
@@ -48,8 +49,15 @@ def cached_tokens(tokenizer: ImageTokenizer, folder: Path) -> Iterator[Uses]:
             if learning
             else f"{folder}: expected the image tokenizer in evaluation mode, found training mode"
         )
+    try:
+        weights = fingerprint(tokenizer)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder}: tokens of {type(tokenizer).__name__} cannot be kept: {error}"
+        ) from error
     folder.mkdir(parents=True, exist_ok=True)
-    weights, compute, uses = fingerprint(tokenizer), tokenizer.forward, Uses()
+    compute, uses = tokenizer.forward, Uses()
+    before = vars(tokenizer).get("forward")  # where it has one of its own beside its class's
 
     def forward(pixels: Pixels) -> ImageTokens:
         if pixels_of(pixels)[0].is_meta:
@@ -60,12 +68,17 @@ def cached_tokens(tokenizer: ImageTokenizer, folder: Path) -> Iterator[Uses]:
     try:
         yield uses
     finally:
-        del tokenizer.forward
+        if before is None:
+            del tokenizer.forward
+        else:
+            tokenizer.forward = before
 
 
 def fingerprint(tokenizer: ImageTokenizer) -> str:
     """A hash of all weights and buffers of an image tokenizer, with names, dtypes and bits, and of
-    its printed form, which holds the sizes and kinds of its layers."""
+    its printed form, which holds the sizes and kinds of its layers.
+
+    Raises ValueError where no configuration can name its parts."""
     digest = hashlib.sha256(f"{tokenizer!r} {getattr(tokenizer, 'config', None)}".encode())
     for name, tensor in sorted(tokenizer.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
