@@ -26,6 +26,7 @@ def qwen2_vl():
         text_config=dict(
             vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+            bos_token_id=None, eos_token_id=None,
             rope_parameters=dict(rope_type="default", rope_theta=100.0, mrope_section=[1, 1, 2]),
         ),
         vision_config=dict(depth=1, embed_dim=16, hidden_size=32, num_heads=2, patch_size=4),

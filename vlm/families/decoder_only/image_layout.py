@@ -134,7 +134,7 @@ class StreamLayout:
             at = at[span.length - h * w :]
             rows_columns = torch.cartesian_prod(torch.arange(h), torch.arange(w)).T
             positions[:, at[-1] + 1 :] -= h * w - max(h, w)
-            positions[:, at] = positions[0, at[0]]
+            positions[:, at] = int(positions[0, at[0]])
             positions[1:, at] += rows_columns
         return positions
 
