@@ -81,7 +81,7 @@ class Model:
 
 
 def require_list(items: Any, what: str = "images") -> None:
-    """Raises ValueError for one path, one text or bytes, which would be taken character by character.
+    """Raises ValueError for one path, text or bytes, which would be taken character by character.
 
     what: the name of the argument.
     """
