@@ -148,6 +148,7 @@ def script(monkeypatch, capsys):
     """Opens a benchmark as a module; `run` gives what its command line prints. Its children run in
     this process."""
     monkeypatch.syspath_prepend(str(EVAL))
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**18))  # some set it for their children
 
     def run(module, *arguments):
         words = [module.__name__, "--precision", "fp32", *map(str, arguments)]
