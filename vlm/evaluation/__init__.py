@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
 from vlm.compat.extras import MissingExtra
+from vlm.families.registry import named
 
 if TYPE_CHECKING:
     from vlm.evaluation.base import Evaluation
@@ -48,8 +48,7 @@ def evaluation_class(task: str) -> type[Evaluation]:
     """The evaluation of a task. Raises ValueError for a name that TASKS does not have."""
     if task not in TASKS:
         raise ValueError(f"expected a task of {', '.join(TASKS)}, found {task!r}")
-    module, _, name = TASKS[task].evaluation.partition(":")
-    return getattr(import_module(module), name)
+    return named(TASKS[task].evaluation)
 
 
 def main(task: str, arguments: Sequence[str] | None = None) -> None:
