@@ -147,8 +147,8 @@ class Evaluation(ABC, Generic[S]):
             found += self.predict(model, batch)
         return self.gather(found, accelerator)
 
-    def predict(self, model: Any, places: range) -> list[tuple[int, Any]]:
-        """For a batch of places in `items`, each place with what is predicted, or with Skipped."""
+    def predict(self, model: Any, indices: range) -> list[tuple[int, Any]]:
+        """For a batch of indices in `items`, each index with what is predicted, or with Skipped."""
         raise NotImplementedError(f"{type(self).__name__} predicts all items at once")
 
     @abstractmethod

@@ -149,21 +149,21 @@ class CaptionEvaluation(base.Evaluation[Settings]):
         source.unread = self.opened[option].unread
         return source
 
-    def predict(self, model: Any, places: range) -> list[tuple[int, Captioned | Skipped]]:
+    def predict(self, model: Any, indices: range) -> list[tuple[int, Captioned | Skipped]]:
         found: list[tuple[int, Captioned | Skipped]] = []
         kept, encoded = [], []
-        for place in places:
-            item = self.items[place]
+        for index in indices:
+            item = self.items[index]
             try:
                 question = self.source[item.row].question()
                 encoded.append(model.processor.encode_prompt(question))
-                kept.append(place)
+                kept.append(index)
             except (BadRow, BadImage) as error:
-                found.append((place, self.skip(item.name, error)))
+                found.append((index, self.skip(item.name, error)))
         options = {"max_new_tokens": self.settings.max_new_tokens}
-        for place, written in zip(kept, model.write_after(encoded, self.batch, **options)):
-            self.items[place].caption = written.text
-            found.append((place, self.items[place]))
+        for index, written in zip(kept, model.write_after(encoded, self.batch, **options)):
+            self.items[index].caption = written.text
+            found.append((index, self.items[index]))
         return found
 
     def _find_nearest(

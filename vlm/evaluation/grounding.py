@@ -107,16 +107,16 @@ class GroundingEvaluation(base.Evaluation[Settings]):
                 f"{source.name}: expected boxes to find, found none in {len(self.rows)} rows"
             )
 
-    def predict(self, model: Any, places: range) -> list[tuple[int, Any]]:
+    def predict(self, model: Any, indices: range) -> list[tuple[int, Any]]:
         settings = self.settings
         records: list[dict[str, Any]] = []
         found: list[tuple[int, Any]] = []
-        for place in places:
-            part = images_of(self.source, self.rows[place], place, settings.ask)
+        for index in indices:
+            part = images_of(self.source, self.rows[index], index, settings.ask)
             records += part
             if not part:
-                name = self.source.row_name(self.rows[place])
-                found.append((place, Skipped(name, "no boxes")))
+                name = self.source.row_name(self.rows[index])
+                found.append((index, Skipped(name, "no boxes")))
         answers = find(
             model,
             [record.pop("opened") for record in records],
@@ -194,7 +194,7 @@ class GroundingEvaluation(base.Evaluation[Settings]):
 def images_of(source: Source, row: int, at: int, ask: str) -> list[dict[str, Any]]:
     """The images of a row that have boxes, with what to ask and what is true.
 
-    at: the row's place among those that are evaluated. ask: "present" or "all".
+    at: the row's index among those that are evaluated. ask: "present" or "all".
     Raises BadRow where a box cannot be one of its image.
     """
     example = source[row]

@@ -69,16 +69,16 @@ def nearest_rows(
     Raises ValueError where `known` has no row with an image and an answer.
     """
     found: list[tuple[int, Tensor]] = []
-    for places in batches_of_rank(accelerator, len(rows), batch, "features"):
-        views = [views_of(tokenizer, source[rows[i]].question()) for i in places]
-        found += zip(places, pooled_features(tokenizer, views))
+    for indices in batches_of_rank(accelerator, len(rows), batch, "features"):
+        views = [views_of(tokenizer, source[rows[i]].question()) for i in indices]
+        found += zip(indices, pooled_features(tokenizer, views))
     queries = torch.stack([vector for _, vector in gather_in_order(accelerator, found)])
     best = torch.full((len(queries),), -torch.inf)
     nearest = torch.full((len(queries),), -1)
     skipped: list[Skipped] = []
-    for places in batches_of_rank(accelerator, len(known), batch, "nearest neighbours"):
+    for indices in batches_of_rank(accelerator, len(known), batch, "nearest neighbours"):
         usable, views = [], []
-        for row in places:
+        for row in indices:
             try:
                 example = known[row]
                 if not example.images or not example.answer.strip():

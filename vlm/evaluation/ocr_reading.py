@@ -148,8 +148,8 @@ def read_all(
     warm = False
     for unit in batches_of_rank(accelerator, len(rows), UNIT, "reading"):
         found, images = [], []
-        for place in unit:
-            data, row = rows[place]
+        for index in unit:
+            data, row = rows[index]
             try:
                 line, image = look(sources[data], data, row, page)
             except (BadRow, BadImage) as error:
@@ -157,9 +157,9 @@ def read_all(
                     raise
                 name = sources[data].row_name(row)
                 reason = str(error).removeprefix(f"{name}: ")
-                skipped.append((place, Skipped(name, reason)))
+                skipped.append((index, Skipped(name, reason)))
                 continue
-            found.append((place, line))
+            found.append((index, line))
             images.append(image)
         if not found:
             continue

@@ -102,27 +102,27 @@ class VqaEvaluation(base.Evaluation[Settings]):
         self.require_some(found)
         return found
 
-    def predict(self, model: Any, places: range) -> list[tuple[int, Answered | Skipped]]:
+    def predict(self, model: Any, indices: range) -> list[tuple[int, Answered | Skipped]]:
         found: list[tuple[int, Answered | Skipped]] = []
         kept, encoded = [], []
-        for place in places:
-            name = self.source.row_name(self.rows[place])
+        for index in indices:
+            name = self.source.row_name(self.rows[index])
             try:
-                example = self.source[self.rows[place]]
+                example = self.source[self.rows[index]]
                 if (missing := _missing(example)) is not None:
-                    found.append((place, Skipped(name, missing)))
+                    found.append((index, Skipped(name, missing)))
                     continue
                 question = self._asked(example)
                 encoded.append(model.processor.encode_prompt(question))
-                kept.append((place, example, question.turns[-1].text.strip()))
+                kept.append((index, example, question.turns[-1].text.strip()))
             except (BadRow, BadImage) as error:
-                found.append((place, self.skip(name, error)))
+                found.append((index, self.skip(name, error)))
         options = {"max_new_tokens": self.settings.max_new_tokens}
         written = model.write_after(encoded, self.batch, **options)
-        for (place, example, asked), generation in zip(kept, written):
+        for (index, example, asked), generation in zip(kept, written):
             references = example.references or (example.answer,)
-            row, answer = self.rows[place], generation.text.strip()
-            found.append((place, Answered(row, example.name, asked, references, answer)))
+            row, answer = self.rows[index], generation.text.strip()
+            found.append((index, Answered(row, example.name, asked, references, answer)))
         return found
 
     def _asked(self, example: Example) -> Example:

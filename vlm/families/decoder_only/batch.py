@@ -160,18 +160,18 @@ def pack_rows(rows: Sequence[Row], most: int) -> list[list[Row]]:
     """The rows in few parts of at most `most` positions each, every part in the rows' own order. A
     longer row is a part of its own: none is skipped or cut.
 
-    First fit decreasing: the longest row first, each into the first part that has room for it.
+    First fit decreasing: the longest row first, each into the first part that can hold it.
     """
     parts: list[list[int]] = []
-    room: list[int] = []
+    free: list[int] = []
     for number in sorted(range(len(rows)), key=lambda number: -len(rows[number].ids)):
         length = len(rows[number].ids)
-        part = next((part for part, left in enumerate(room) if left >= length), len(parts))
+        part = next((part for part, left in enumerate(free) if left >= length), len(parts))
         if part == len(parts):
             parts.append([])
-            room.append(most)
+            free.append(most)
         parts[part].append(number)
-        room[part] -= length
+        free[part] -= length
     return [[rows[number] for number in sorted(part)] for part in parts]
 
 

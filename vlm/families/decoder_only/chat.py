@@ -105,13 +105,13 @@ class Chat:
         row = processor.prompt_row(turns, [one.layout for one in seen], name)
         options = {**engine.GREEDY, **options}
         if processor.max_tokens is not None:
-            room = processor.max_tokens - len(row.ids)
-            if room < 1:
+            left = processor.max_tokens - len(row.ids)
+            if left < 1:
                 raise BadRow(
                     f"{name}: the conversation has {len(row.ids)} tokens, the context takes "
                     f"{processor.max_tokens} with the answer; begin a new one"
                 )
-            options["max_new_tokens"] = min(options["max_new_tokens"], room)
+            options["max_new_tokens"] = min(options["max_new_tokens"], left)
         engine.check_options(options, seed)
         if stream and options["num_beams"] > 1:
             raise ValueError(f"stream=True needs num_beams=1, found {options['num_beams']}")

@@ -36,16 +36,16 @@ def show(
     """Prints rows as they are trained on; gives the batches: one, or one for each packed row.
 
     Green is scored (learned), struck out in yellow an answer that is not, cyan an image run with
-    its number of places, dim what is padding. Line breaks are shown as ⏎.
-    pack: the most places of a packed row, in which rows stand end to end, as one micro-batch; None
-        pads.
+    its number of positions, dim what is padding. Line breaks are shown as ⏎.
+    pack: the most positions of a packed row, in which rows stand end to end, as one micro-batch;
+        None pads.
     """
     if pack is not None:
         return _show_packed(rows, processor, console, pack)
     batch = collate(rows, processor.pad_id)
     for b, row in enumerate(rows):
         console.print()
-        _show_places(row, batch, b, slice(None), processor, console)
+        _show_positions(row, batch, b, slice(None), processor, console)
     _show_pixels(batch, console)
     return [batch]
 
@@ -74,7 +74,7 @@ def _segment(row: Row, processor: Processor) -> Segment:
 def _show_packed(
     rows: Sequence[Row], processor: Processor, console: Console, pack: int
 ) -> list[Batch]:
-    """Rows end to end: a line stands between examples, with the place where the next begins."""
+    """Rows end to end: a line stands between examples, with the position where the next begins."""
     parts = pack_rows(rows, pack)
     batches = [collate_packed(part) for part in parts]
     for number, (batch, part) in enumerate(zip(batches, parts, strict=True)):
@@ -88,7 +88,7 @@ def _show_packed(
         )
         for row, start, end in zip(part, bounds, bounds[1:]):
             console.print(Text(f"──┤ position {start} ├{'─' * 40}", style=BORDER))
-            _show_places(row, batch, 0, slice(start, end), processor, console)
+            _show_positions(row, batch, 0, slice(start, end), processor, console)
         console.print(Text(f"──┤ end {bounds[-1]} ├{'─' * 40}", style=BORDER))
         _show_pixels(batch, console)
     padded = [collate(part, processor.pad_id) for part in rows_of_like_length(rows)]
@@ -102,15 +102,15 @@ def _show_packed(
 
 
 def _utilisation(batches: Sequence[Batch]) -> float:
-    """Real places over those computed, as a run logs it."""
+    """Real positions over those computed, as a run logs it."""
     real = sum(int(batch.valid.sum()) for batch in batches)
     return real / sum(batch.valid.numel() for batch in batches)
 
 
-def _show_places(
+def _show_positions(
     row: Row, batch: Batch, b: int, own: slice, processor: Processor, console: Console
 ) -> None:
-    """Prints one example: its places `own` of row b of a batch."""
+    """Prints one example: its positions `own` of row b of a batch."""
     ids, scored, valid = (mask[b, own] for mask in (batch.ids, batch.scored, batch.valid))
     images = int((row.ids == IMAGE).sum())
     said = (
@@ -184,7 +184,7 @@ def row_text(
 
 
 def _first(valid: Tensor) -> int:
-    """The first real place of a row: bool[T]."""
+    """The first real position of a row: bool[T]."""
     return int(valid.int().argmax())
 
 
@@ -200,7 +200,7 @@ def _answers(unscored: Tensor) -> str:
 
 
 def _kinds(ids: Tensor, scored: Tensor) -> list[str]:
-    """What each place is: "image", "scored" or "prompt". ids int64[T], scored bool[T]."""
+    """What each position is: "image", "scored" or "prompt". ids int64[T], scored bool[T]."""
     return [
         "image" if id == IMAGE else "scored" if hit else "prompt"
         for id, hit in zip(ids.tolist(), scored.tolist())

@@ -74,8 +74,8 @@ class DecoderOnly(nn.Module):
         return self.logits(self.states(batch))
 
     def states(self, batch: Batch) -> Tensor:
-        """The final states float[N, D] that `forward` makes logits of, for losses that have no room
-        for all logits at once (`vlm.losses.token`)."""
+        """The final states float[N, D] that `forward` makes logits of, for losses that have no
+        memory for all logits at once (`vlm.losses.token`)."""
         images = self.encode(batch.groups, batch.arrangement)
         vectors = self.embed(batch.ids, images, batch.names, batch.bounds)
         if batch.dummy_groups:

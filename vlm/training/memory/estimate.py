@@ -132,7 +132,7 @@ class Estimate:
 
     def _heaviest(self, count: int) -> list[list[EncodedRow]]:
         """Rows for `count` examples that may hold most: the longest, and those with most pixels
-        (where rows are packed, most for each place), unless these are alike."""
+        (where rows are packed, most for each position), unless these are alike."""
         pack = self.simulated.objective.pack
         sizes = {id(row): (row.length, _pixels(row)) for row in self.rows}
 
@@ -187,8 +187,8 @@ class Estimate:
 
 
 def _one_pack(rows: Sequence[EncodedRow], count: int, most: int) -> list[EncodedRow]:
-    """Of `rows`, in their order, what one pack of at most `most` places takes, up to `count`; the
-    first alone where it is longer."""
+    """Of `rows`, in their order, what one pack of at most `most` positions takes, up to `count`;
+    the first alone where it is longer."""
     taken, free = list(rows[:1]), most - rows[0].length
     for row in rows[1:]:
         if row.length <= free and len(taken) < count:
