@@ -107,7 +107,7 @@ def test_system_key_is_the_system_message(write, caption):
     example = open_source(write(row))[0]
     assert example.turns[0] == Turn("system", ("Be brief.",))
     assert [turn.role for turn in example.turns] == ["system", "user", "assistant"]
-    text = tiny.processor(tiny.decoder_only()).render(example.turns, "r")
+    text = tiny.processor(tiny.decoder_only()).chat_template.render(example.turns, "r")
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
 
 
@@ -139,9 +139,9 @@ def test_turn_of_weight_0_is_read_and_not_scored(write, mark):
     assert decode(encoded.ids[encoded.scored]) == "good<|im_end|>"
     assert decode(encoded.ids[encoded.unscored]) == "bad"
     both = [Turn(turn.role, turn.content) for turn in example.turns]
-    assert processor.render(both, "r").replace("\ue5c1", "\ue5c3") == processor.render(
-        example.turns, "r"
-    ).replace("\ue5c1", "\ue5c3")
+    render = processor.chat_template.render
+    as_context = render(both, "r").replace("\ue5c1", "\ue5c3")
+    assert as_context == render(example.turns, "r").replace("\ue5c1", "\ue5c3")
     assert example.answer == "good"
 
 

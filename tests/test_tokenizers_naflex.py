@@ -9,7 +9,7 @@ from tests.tokenizer_laws import check_laws, encode, one_image, spec
 from vlm import adaptors, tokenizers
 from vlm.config import from_dict, to_dict
 from vlm.families.decoder_only.batch import Row
-from vlm.families.decoder_only.module import Places
+from vlm.families.decoder_only.module import ImageLayouts
 from vlm.image_tokens import group_views, pack
 from vlm.pixels import HALF, PixelSpec
 from vlm.pixels.spec import box_of_patches
@@ -141,20 +141,20 @@ def test_naflex_views_of_one_size_are_encoded_together_as_alone():
             torch.testing.assert_close(together.pooled[v], alone.pooled[0], rtol=0, atol=1e-5)
 
 
-def test_naflex_images_take_places_in_a_stream_as_their_own_grids_are_large():
+def test_naflex_images_take_positions_in_a_stream_as_their_own_grids_are_large():
     """Counted before compute, and packed from groups of different lengths."""
     tokenizer = build(tiny(patches((64, 96)))).eval()
     bridge = adaptors.build(
         {"kind": "mlp", "in_width": 16, "depth": 1, "hidden_width": 8, "out_width": 8}
     )
-    places = Places(tokenizer, bridge)
+    layout_for = ImageLayouts(tokenizer, bridge)
     sizes = [(90, 40), (40, 90), (30, 30)]
     encoded = []
     for b, size_hw in enumerate(sizes):
         (tokens,) = encode(tokenizer, one_image(*size_hw))
         encoded.append(bridge(tokens.owned_by(torch.tensor([[b, 0, 0]]))))
     packed, example = pack(encoded)
-    counts = [places(size_hw).length for size_hw in sizes]
+    counts = [layout_for(size_hw).length for size_hw in sizes]
     assert example.bincount().tolist() == counts == [tokenizer.tokens_for(hw) for hw in sizes]
     assert len(packed) == sum(counts)
     assert counts[0] == counts[1] != counts[2]

@@ -261,7 +261,7 @@ def test_deepseek_vl_ignores_leftover_stop_ids_that_are_plain_text(folder, tmp_p
     assert vlm.load(out, "cpu").stop_ids == (tokenizer.eos_token_id, mark)
 
 
-def test_deepseek_vl_raises_when_the_processor_counts_other_places(folder, tmp_path):
+def test_deepseek_vl_raises_when_the_processor_counts_other_image_tokens(folder, tmp_path):
     out = shutil.copytree(folder, tmp_path / "miscounted")
     path = out / "processor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_image_tokens": 15}))

@@ -50,7 +50,7 @@ def test_llava_native_layout_returns_the_same_model(folder, tmp_path):
     assert same_bits(again.module.state_dict(), model.module.state_dict())
     assert again.stop_ids == model.stop_ids
     assert again.processor.template == model.processor.template
-    assert again.processor.places_for.views == model.processor.places_for.views
+    assert again.processor.layout_for.views == model.processor.layout_for.views
     assert again.processor.pixel_spec == model.processor.pixel_spec
     ours, its = (our_batch(m, answers=True) for m in (model, again))
     assert torch.equal(ours.ids, its.ids)

@@ -9,7 +9,7 @@ import torch
 import vlm
 from tests.reference.images_in_text import close, our_logits, reopened
 from tests.reference.tiny_paligemma import (
-    PLACES,
+    IMAGE_TOKENS,
     ROWS,
     TEXT,
     TEXTS,
@@ -155,8 +155,8 @@ def test_paligemma_prompt_matches_snapshot(folder):
     processor = vlm.load(folder, "cpu").processor
     row = processor.encode(examples()[0])
     decode = processor.text_tokenizer.decode
-    assert row.ids[:PLACES].tolist() == [IMAGE] * PLACES
-    assert decode(row.ids[PLACES:]) == "<bos>caption en\ncat on a dog<eos>"
+    assert row.ids[:IMAGE_TOKENS].tolist() == [IMAGE] * IMAGE_TOKENS
+    assert decode(row.ids[IMAGE_TOKENS:]) == "<bos>caption en\ncat on a dog<eos>"
     assert decode(row.ids[row.scored]) == "cat on a dog<eos>"
     again = (Turn("assistant", ("a",)), Turn("user", ("b",)))
     with pytest.raises(BadRow, match="expected one user's prompt and at most its answer"):
@@ -211,7 +211,7 @@ def test_paligemma_boxes_put_y_first(folder):
     boxes = (Box(0, (20, 10, 160, 90), "cat"), Box(0, (100, 50, 200, 100), "dog"))
     row = Example("row", (Turn("user", (None,)),), (image,), boxes)
     encoded = model.processor.encode(detection(row, ["dog", "cat"], PROMPTS["detect"]))
-    text = model.processor.text_tokenizer.decode(encoded.ids[PLACES:])
+    text = model.processor.text_tokenizer.decode(encoded.ids[IMAGE_TOKENS:])
     assert text == (
         "<bos>detect dog ; cat\n<loc0512><loc0512><loc1023><loc1023> dog ; "
         "<loc0102><loc0102><loc0921><loc0819> cat<eos>"

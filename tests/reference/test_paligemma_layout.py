@@ -123,7 +123,7 @@ def test_paligemma_names_all_wrong_keys_at_once(folder, tmp_path):
     assert "unused (1): ['extra.weight']" in str(error.value)
 
 
-def test_paligemma_raises_when_the_processor_counts_other_places(folder, tmp_path):
+def test_paligemma_raises_when_the_processor_counts_other_image_tokens(folder, tmp_path):
     out = shutil.copytree(folder, tmp_path / "miscounted")
     path = out / "processor_config.json"
     values = json.loads(path.read_text())

@@ -11,9 +11,9 @@ import vlm
 from tests import training
 from tests.reference.images_in_text import close, our_logits, reopened
 from tests.reference.tiny_smolvlm import (
+    IMAGE_TOKENS,
     KINDS,
     LONG,
-    PLACES,
     ROWS,
     SIZES,
     TILE,
@@ -61,7 +61,7 @@ def test_smolvlm_pixels_and_ids_match_reference(kind, settings, tmp_path):
         assert torch.equal(with_marks(row.ids, model), inputs["input_ids"][0])
         close(torch.stack([view for view, _ in row.views]), inputs["pixel_values"][0], 1e-6)
         (layout,) = row.layout.images
-        assert [span.length for span in layout.spans] == [PLACES] * len(row.views)
+        assert [span.length for span in layout.spans] == [IMAGE_TOKENS] * len(row.views)
         assert {span.grid_hw for span in layout.spans} == {(2, 2)}
         shapes.add(model.processor.pixel_spec.layout(size_hw))
     assert (shapes == {(1, 1)}) == (settings in ("one tile", "no tiles"))
@@ -153,7 +153,7 @@ def test_smolvlm_greedy_ids_match_reference_and_batches(folder):
 
 def their_text(model, content):
     """The prompt of a question without the token that begins it where the tokenizer adds one."""
-    marked = model.processor.render((Turn("user", content),), "row", open_answer=True)
+    marked = model.processor.chat_template.render((Turn("user", content),), "row", open_answer=True)
     text = marked.replace("\ue5c0", "<image>")
     adds = bool(model.processor.text_tokenizer("")["input_ids"])
     return text.removeprefix("<|begin_of_text|>") if adds else text
@@ -190,7 +190,7 @@ def test_smolvlm_counts_image_tokens_by_the_layout_whatever_the_pixels(folder):
     zero = torch.zeros_like(group.pixels)
     batch = replace(batch, groups=(replace(group, pixels=zero),))
     assert our_logits(model, batch).isfinite().all()
-    assert int((batch.ids == IMAGE).sum()) == PLACES * len(zero) == 7 * PLACES
+    assert int((batch.ids == IMAGE).sum()) == IMAGE_TOKENS * len(zero) == 7 * IMAGE_TOKENS
 
 
 def test_smolvlm_chat_encodes_an_image_once_and_says_the_same(folder):

@@ -52,7 +52,7 @@ def test_smolvlm_native_layout_returns_the_same_model(folder, tmp_path):
     assert same_bits(again.module.state_dict(), model.module.state_dict())
     for key in ("stop_ids", "caption_prompt"):
         assert getattr(again, key) == getattr(model, key)
-    assert again.processor.places_for.views == model.processor.places_for.views
+    assert again.processor.layout_for.views == model.processor.layout_for.views
     assert again.processor.pixel_spec == model.processor.pixel_spec
     ours, its = (our_batch(m) for m in (model, again))
     assert torch.equal(ours.ids, its.ids)

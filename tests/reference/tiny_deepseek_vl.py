@@ -142,6 +142,6 @@ def their_inputs(processor, messages, **options):
 
 
 def with_marks(ids, model):
-    """Our ids with the reference's image id at image places."""
+    """Our ids with the reference's image id at image positions."""
     mark = model.processor.text_tokenizer.convert_tokens_to_ids(MARK)
     return torch.where(ids == IMAGE, mark, ids)

@@ -144,7 +144,7 @@ def their_inputs(processor, rows=ROWS, answers=False, padding_side="left"):
 
 
 def with_marks(ids, model):
-    """Our ids with the reference's image id at image places."""
+    """Our ids with the reference's image id at image positions."""
     mark = model.processor.text_tokenizer.convert_tokens_to_ids("<image>")
     return torch.where(ids == IMAGE, mark, ids)
 

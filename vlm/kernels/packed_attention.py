@@ -93,7 +93,7 @@ def read_segments(
 ) -> Tensor:
     """A language model's final states float[1, T, D] of a packed row.
 
-    vectors: float[1, T, D]. positions: int64[1, T], from 0 in each example. bounds: int32[S + 1],
+    vectors: float[1, T, D]. positions: int64[1, T] or int64[3, 1, T]. bounds: int32[S + 1],
     as in `vlm.families.decoder_only.batch.Batch`. prefix: int64[S], how many first places of each
     example see each other; None where none does.
     Raises ValueError as `require_segments` does, and for a prefix with flash attention.

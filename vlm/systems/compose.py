@@ -9,7 +9,7 @@ from vlm import adaptors
 from vlm.adaptors import adaptor_config
 from vlm.families.decoder_only.layout import MASKS
 from vlm.families.decoder_only.model import CAPTION_PROMPT, DecoderOnlyModel
-from vlm.families.decoder_only.module import Places
+from vlm.families.decoder_only.module import ImageLayouts
 from vlm.families.decoder_only.processor import Processor
 from vlm.families.registry import model_of
 from vlm.geometry import LocTokens
@@ -69,12 +69,12 @@ def build(
             )
         )
     module = MASKS[mask](image_tokenizer, bridge, language)
-    places = Places(image_tokenizer, bridge)
-    places(image_tokenizer.pixel_spec.size_hw)  # whether the parts fit, before any work
+    layout_for = ImageLayouts(image_tokenizer, bridge)
+    layout_for(image_tokenizer.pixel_spec.size_hw)  # whether the parts fit, before any work
     processor = Processor(
         load_text_tokenizer(text),
         image_tokenizer.pixel_spec,
-        places,
+        layout_for,
         system=system,
         max_tokens=context_of(language) if max_tokens is None else max_tokens,
         overflow=overflow,

@@ -35,7 +35,7 @@ class PrefixDecoderModel(DecoderOnlyModel):
         seed: int | None = None,
         **options,
     ) -> list[Reading] | Iterator[Reading]:
-        """The text in each image, by the lines of the answer; the model says no places (see
+        """The text in each image, by the lines of the answer; the model gives no boxes (see
         `vlm.ocr.from_generation`).
 
         images: paths, bytes, PIL images or arrays; any iterable, from which they are taken and
