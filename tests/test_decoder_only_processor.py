@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 from PIL import Image
+from tokenizers import processors
 
 from tests import tiny
 from vlm.data.example import BadRow, Example, Skipped, Turn
@@ -112,6 +113,16 @@ NO_SYSTEM = (  # Gemma's way
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     + tiny.CHAT_TEMPLATE
 )
+
+
+@pytest.mark.parametrize("answer", ["a b", "a  b", "😀 x", "a\n b"])
+def test_white_space_is_scored_where_offsets_leave_it_out(answer):
+    """As those of GPT-NeoX's tokenizer do; here each space is a token."""
+    text_tokenizer = tiny.text_tokenizer()
+    text_tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    processor = tiny.processor(tiny.decoder_only(), text_tokenizer=text_tokenizer)
+    row = processor.encode(tiny.example(content=(None, "what is  it?"), answer=answer))
+    assert scored_text(processor, row) == f"{answer}<|im_end|>"
 
 
 def test_prompt_of_a_thinking_template_is_what_was_trained_on():

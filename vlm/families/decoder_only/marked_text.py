@@ -121,7 +121,9 @@ class MarkedText:
         self, text: str, continues: bool, add_special_tokens: bool
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and character offsets of one piece of text; a piece after an image is read after a
-        special token, which is then taken off, so that no word-start mark is made up for it."""
+        special token, which is then taken off, so that no word-start mark is made up for it. A
+        token of white space alone, of which some tokenizers' offsets have no character
+        (GPT-NeoX's), has the last one."""
         anchor = self.text_tokenizer.eos_token if continues else None
         prefix = anchor or ""
         out = self.text_tokenizer(
@@ -133,7 +135,9 @@ class MarkedText:
         if anchor:
             ids, offsets = ids[1:], offsets[1:]
         cut = len(prefix)
-        return ids, [(max(start - cut, 0), max(end - cut, 0)) for start, end in offsets]
+        return ids, [
+            (max(min(start, end - 1) - cut, 0), max(end - cut, 0)) for start, end in offsets
+        ]
 
 
 def _mark_of(inside: list[str]) -> str:
