@@ -149,12 +149,12 @@ def _aligned(text: list[int], logprobs: Tensor) -> Read:
         state = back[state]
     path.reverse()
     spans: list[tuple[int, int]] = []
-    scores: list[float] = []
+    text_scores: list[float] = []
     for number in range(len(text)):
         columns = [column for column, s in enumerate(path) if s == 2 * number + 1]
         spans.append((columns[0], columns[-1] + 1))
-        scores.append(max(table[column][2 * number + 1] for column in columns))
-    return text, scores, spans
+        text_scores.append(max(table[column][2 * number + 1] for column in columns))
+    return text, text_scores, spans
 
 
 def _plus(a: float, b: float) -> float:

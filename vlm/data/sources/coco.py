@@ -178,11 +178,11 @@ class CocoSource(Source):
             kinds[specks] = NO_AREA
         faults = []
         for kind, words in FAULTS.items():
-            bad = np.flatnonzero(kinds == kind)
-            first = tuple(_where(annotations[i]) for i in bad[:FIRST])
-            if len(bad):
+            of_kind = np.flatnonzero(kinds == kind)
+            first = tuple(_where(annotations[i]) for i in of_kind[:FIRST])
+            if len(of_kind):
                 harmful = kind != SPECK and bad_boxes != "skip"
-                faults.append(Fault(f"boxes {words}", len(bad), first, harmful))
+                faults.append(Fault(f"boxes {words}", len(of_kind), first, harmful))
         harmful = [fault for fault in faults if fault.harmful]
         if harmful and bad_boxes == "stop":
             count = sum(fault.count for fault in harmful)
