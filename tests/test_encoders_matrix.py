@@ -127,7 +127,25 @@ def library_map(tokenizer, pixels):
     return output.last_hidden_state if kind == "transformers" else output
 
 
-@pytest.fixture(scope="module", params=ENCODERS)
+SLOW = (
+    "ViT, torchvision",
+    "Swin, torchvision",
+    "BYOL's ResNet-50, torchvision",
+    "MViT v2, timm",
+    "ResNet-50, timm",
+    "VOLO, timm",
+    "LeViT, timm",
+    "MLP-Mixer, timm",
+    "CoAtNet, timm",
+)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in ENCODERS
+    ],
+)
 def case(request):
     (values, size_hw), prefix, grid_hw = ENCODERS[request.param]
     torch.manual_seed(0)

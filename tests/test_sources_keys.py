@@ -275,6 +275,7 @@ def test_key_in_every_row_is_told_once_with_its_count(write, capfd):
     assert err == "rows.jsonl:20001: key 'hue' is not read: 3\n"  # first met after the start
 
 
+@pytest.mark.slow
 def test_key_that_changes_rows_stops_a_run_at_its_start_or_where_it_is_met(write):
     row = {"image": "a.png", "caption": "x"}
     path = write(*[row] * 1000, {**row, "tools": "[1]"})

@@ -33,7 +33,10 @@ BACKBONES = {
 }
 
 
-SLOW = ("resnet18", "mobilenetv3_small_050", "pvt_v2_b0", "levit_128s", "swinv2_tiny_window8_256")
+SLOW = (
+    "resnet18", "mobilenetv3_small_050", "pvt_v2_b0", "levit_128s", "swinv2_tiny_window8_256",
+    "swin_tiny_patch4_window7_224", "eva02_tiny_patch14_224",
+)  # fmt: skip
 EACH = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in BACKBONES]
 
 

@@ -165,7 +165,7 @@ SWIN = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "wind
         ("vit_base_patch16_siglip_224", VIT, lambda x: x),
         ("deit_tiny_distilled_patch16_224", VIT, lambda x: x),
         ("swin_tiny_patch4_window7_224", SWIN | {"img_size": (64, 96)}, lambda x: x.flatten(1, 2)),
-        ("volo_d1_224", {"img_size": (64, 96)}, lambda x: x),
+        pytest.param("volo_d1_224", {"img_size": (64, 96)}, lambda x: x, marks=pytest.mark.slow),
         ("convnext_atto", {}, lambda x: x.flatten(2).transpose(1, 2)),
         ("efficientnet_lite0", {}, lambda x: x.flatten(2).transpose(1, 2)),
     ],
