@@ -12,6 +12,7 @@ from vlm import cli
 from vlm.evaluation import TASKS, evaluation_class, main
 from vlm.renamed import RENAMED
 from vlm.training.runs.launch import recipe_in
+from vlm.training.stages import Stage
 
 ROOT = Path(__file__).parents[1]
 GROUNDING = ["--data", "scenes:2:task=ground"]
@@ -29,9 +30,10 @@ def options_of_benchmark(path):
 
 
 def all_options():
-    """The options of everything that has some, by its name."""
+    """The options of everything that has some, by its name; and what a stage states."""
     recipes = [path for path in (ROOT / "recipes").glob("*.py") if path.name != "__init__.py"]
     return {
+        "stage": fields(Stage),
         **{path.name: fields(recipe_in(path).Settings) for path in recipes},
         **{task: fields(evaluation_class(task).settings_type) for task in TASKS},
         **{path.name: options_of_benchmark(path) for path in (ROOT / "eval").glob("*.py")},
