@@ -5,19 +5,19 @@
 Both train the same architecture, layer by layer with as many parameters, on the packaged drawings
 (one vendor's): the same number of steps and of pairs in each, batch, rate, schedule, weight decay
 and precision (bf16 is what open_clip calls amp_bf16), one after the other on the same machine. Both
-are then judged by the same embeddings and figures: retrieval among another vendor's drawings of the
-same things and their names, and ours besides by zero-shot classification into their groups. Seconds
-are those of training alone, from the end of the first step to the end of the last, as each program
-logs them.
+are then evaluated by the same embeddings and figures: retrieval among another vendor's drawings of
+the same things and their names, and ours besides by zero-shot classification into their groups.
+Seconds are those of training alone, from the end of the first step to the end of the last, as each
+program logs them.
 
 open_clip's run is `open_clip_train.main` with `--siglip`, CSV data and one worker. Its image's
 tower is a SigLIP trunk of timm's, pooled by attention, as in open_clip's own SigLIP models; its
 text's tower is its causal transformer. Only whole epochs can be asked of it, so `--steps` is
 brought to whole epochs for both.
 
-What differs: each has its own initial weights, preprocessing and augmentation; open_clip leaves out
+What differs: each has its own initial weights, preprocessing and augmentation; open_clip skips
 each epoch's rows beyond the last whole batch, ours takes all rows in turn; its text's tower
-computes all places of every caption, ours those of the batch's longest.
+computes all positions of every caption, ours those of the batch's longest.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ TEXT = {
 def nanovlm_of(folder: Path, ours: DecoderOnly, image_id: int) -> nn.Module:
     """nanoVLM in fp32 with the weights of a SigLIP, one linear map without shuffling and a Llama.
 
-    image_id: the id that stands for a place of an image.
+    image_id: the id that stands for an image token.
     Raises ValueError where the folder holds no nanoVLM.
     """
     if not (folder / "models" / "vision_language_model.py").exists():

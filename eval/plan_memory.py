@@ -77,14 +77,14 @@ def decoder_only(small: bool, vocabulary: int = 16384, answer: int = 96) -> tupl
                 num_hidden_layers=layers, num_attention_heads=width // 64, pad_token_id=2,
                 num_key_value_heads=width // 64, tie_word_embeddings=True)  # fmt: skip
     module = ours_from(llava(vision, text, image_id=vocabulary - 1))
-    count, places = (1, 196) if small else (8, 196)
+    count, image_tokens = (1, 196) if small else (8, 196)
     rows = []
     for number in range(count):
         length = 20 + answer - number  # unequal, as captions are
-        ids = torch.full((places + length,), IMAGE)
-        ids[places:] = torch.randint(3, vocabulary - 1, (length,))
+        ids = torch.full((image_tokens + length,), IMAGE)
+        ids[image_tokens:] = torch.randint(3, vocabulary - 1, (length,))
         scored = torch.zeros(len(ids), dtype=torch.bool)
-        scored[places + 20 :] = True
+        scored[image_tokens + 20 :] = True
         views = ((torch.randn(3, 224, 224), (0, 0)),)
         rows.append(Row(name=f"row {number}", ids=ids, scored=scored, views=views))
     return module, rows, NextToken(2)

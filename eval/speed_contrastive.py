@@ -11,8 +11,8 @@ updates), in fp32 there is `fp32` alone. Reported are the medians of samples/s a
 peak memory while it trains (without building the model), and the ratios, which alone carry over to
 other machines of the kind.
 
-Where ours gains: open_clip's text tower computes all 77 places of every caption; in a causal tower
-read at the end token those after it change nothing, and ours stops at the batch's longest.
+Where ours gains: open_clip's text tower computes all 77 positions of every caption; in a causal
+tower read at the end token those after it change nothing, and ours stops at the batch's longest.
 """
 
 from __future__ import annotations

@@ -135,7 +135,9 @@ def same_ids(count: int = 4) -> tuple[bool, int]:
 
 def main() -> None:
     parser = parser_for(__doc__)
-    parser.add_argument("--repeats", type=int, default=5, help="batches in each, one more to warm")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="batches in each, one more to warm up"
+    )
     add_precision(parser)
     parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
     settings = parse(parser)

@@ -178,7 +178,7 @@ def print_large(found: dict[str, float], settings: argparse.Namespace) -> None:
     )
     print(f"memory at its peak, with the embeddings: {found['peak_mb'] / 1024:.2f} GB")
     hours = found["seconds"] * (1e6 / count) ** 2 / 3600
-    print(f"1M x 1M at the same pace: {hours:.2f} h")
+    print(f"1M x 1M at the same rate: {hours:.2f} h")
     print(json.dumps(found["recalls"]))
 
 

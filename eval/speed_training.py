@@ -150,15 +150,15 @@ def batch_for(
     `prompt` random ids, and an answer of 8 to 71 ids, unequal from row to row."""
     generator = torch.Generator().manual_seed(seed)
     side = peer.config.vision_config.image_size
-    places = (side // peer.config.vision_config.patch_size) ** 2
+    image_tokens = (side // peer.config.vision_config.patch_size) ** 2
     answers = [8 + (i * 63) // max(size - 1, 1) for i in range(size)]
-    T = places + prompt + max(answers)
+    T = image_tokens + prompt + max(answers)
     ids = torch.randint(3, peer.config.text_config.vocab_size - 1, (size, T), generator=generator)
-    ids[:, :places] = IMAGE
+    ids[:, :image_tokens] = IMAGE
     position = torch.arange(T)
-    ends = torch.tensor([places + prompt + answer for answer in answers])
+    ends = torch.tensor([image_tokens + prompt + answer for answer in answers])
     valid = position < ends[:, None]
-    scored = valid & (position >= places + prompt)
+    scored = valid & (position >= image_tokens + prompt)
     ids[~valid] = peer.config.text_config.pad_token_id
     pixels = torch.randn(size, 3, side, side, generator=generator)
     owner = torch.tensor([[row, 0, 0] for row in range(size)])
@@ -198,8 +198,8 @@ def losses_beside_nanovlm(peer: LlavaForConditionalGeneration, folder: Path) -> 
 
 
 def nanovlm_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Its loss of Llava's arguments: labels stand at the place before, and rows end with padding,
-    which no real place sees."""
+    """Its loss of Llava's arguments: labels stand at the position before, and rows end with
+    padding, which no real position sees."""
     targets = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     return model(batch["input_ids"], batch["pixel_values"], targets=targets)[1]
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 
 from tests import tiny, towers
 from tests.runs import stage_of
@@ -22,6 +23,13 @@ def run(out, **settings):
     values = {**SHORT, "out": out, **settings}
     recipe = stage_of("contrastive")
     return contrastive.run(Settings(**values), recipe.stage, recipe.objective)
+
+
+def run_from_scratch(out):
+    """A tiny run for a whole test file, before the fixtures of its tests: its folder and what it
+    gave."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return out, run(out, **TINY)
 
 
 def assert_follows(found, expected):

@@ -14,7 +14,7 @@ from vlm.families.encoder_decoder.processor import LineProcessor
 from vlm.text.decoders import build
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-PLACES = dict(vocab_size=300, max_position_embeddings=64)
+POSITIONS = dict(vocab_size=300, max_position_embeddings=64)
 IDS = dict(pad_token_id=256, bos_token_id=257, eos_token_id=258)
 SHAPES = {
     "trocr": dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48),
@@ -33,10 +33,10 @@ SHAPES = {
 
 def text_config(kind, **more):
     name = "trocr" if kind == "sinusoidal" else kind
-    places = dict(PLACES)
+    positions = dict(POSITIONS)
     if kind == "roberta":
-        places["max_position_embeddings"] = 64 + 257  # counted from after the pad id
-    values = dict(is_decoder=True, add_cross_attention=True) | SHAPES[kind] | places | IDS
+        positions["max_position_embeddings"] = 64 + 257  # counted from after the pad id
+    values = dict(is_decoder=True, add_cross_attention=True) | SHAPES[kind] | positions | IDS
     return transformers.AutoConfig.for_model(name, **(values | more))
 
 

@@ -24,12 +24,12 @@ def line(text="ab", width=96, height=24, seed=0):
 LINES = f":fonts={DEJAVU}:kind=clean:longest=6"
 
 
+SIZES = dict(height_px=16, width=64, depth=2)
+
+
 def settings(folder, **changes):
     values = dict(
         out=folder,
-        height_px=16,
-        width=64,
-        depth=2,
         steps=3,
         batch=4,
         precision="fp32",
@@ -41,4 +41,5 @@ def settings(folder, **changes):
         train=(f"lines:1000:seed=1{LINES}",),
         held_out=f"lines:8:seed=2{LINES}:split=validation",
     )
-    return LineReaderSettings(**values | changes)
+    sizes = {} if "start" in changes else SIZES  # of a new reader alone
+    return LineReaderSettings(**values | sizes | changes)

@@ -15,22 +15,39 @@ import vlm
 ROOT = Path(__file__).parent.parent
 
 
+def on_processes(count, *program):
+    """A program, a script or `--module` and a module with its arguments, as so many processes of
+    accelerate's launcher, which exchange tensors by gloo."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--multi_gpu"]  # accelerate's name for several on one machine, GPUs or not
+    command += ["--num_processes", str(count), "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "--main_process_port", "0", *map(str, program)]
+    return _run(command)
+
+
+def on_two_processes(script, *arguments):
+    """A script that two processes end without an error."""
+    done = on_processes(2, script, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def launch(out, processes=1, **options):
-    """The tiny run as a process of its own, or as several that exchange gradients by gloo."""
-    command = [sys.executable, "-m", "tests.training"]
-    if processes > 1:  # accelerate's name for several processes on one machine, GPUs or not
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-        command += ["--num_processes", str(processes), "--num_machines", "1"]
-        command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--main_process_port", "0", "--module", "tests.training"]
-    command += [str(out), json.dumps(options)]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    """The tiny run as a process of its own, or as several."""
+    program = ["tests.training", str(out), json.dumps(options)]
+    if processes > 1:
+        done = on_processes(processes, "--module", *program)
+    else:
+        done = _run([sys.executable, "-m", *program])
     if done.returncode == 0:
         assert (Path(out) / "world").read_text() == str(processes)
     return done
+
+
+def _run(command):
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
 
 
 def lines(out):

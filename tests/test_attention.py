@@ -65,10 +65,10 @@ def test_gradients_are_those_of_the_derivative():
 def test_they_are_taken_where_they_gain(monkeypatch):
     query = torch.zeros(1, 1, 4, 8, dtype=torch.bfloat16)
     monkeypatch.setattr(attention, "_has_instructions", lambda: True)
-    assert attention.gains(query, attention.MOST_PLACES)
-    assert not attention.gains(query, attention.MOST_PLACES + 1)
+    assert attention.gains(query, attention.MOST_POSITIONS)
+    assert not attention.gains(query, attention.MOST_POSITIONS + 1)
     assert attention.gains(query, attention.MOST_CAUSAL, causal=True)
-    assert not attention.gains(query, attention.MOST_PLACES, causal=True)
+    assert not attention.gains(query, attention.MOST_POSITIONS, causal=True)
     assert not attention.gains(query.float(), 4)
     assert not attention.gains(query.to("meta"), 4)
     with attention.as_on_gpus():

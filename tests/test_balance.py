@@ -288,7 +288,7 @@ def test_what_is_frozen_costs_less():
         for learns in (("adaptor",), ("adaptor", "text"), parts)
     }
     bridge, joint, whole = costs.values()
-    assert joint.place * 2 == bridge.place * 3 == whole.place * 2
+    assert joint.position * 2 == bridge.position * 3 == whole.position * 2
     pixels = torch.empty(3, 8, 12)
     assert bridge.view(pixels) == joint.view(pixels) < whole.view(pixels)
     assert flop_cost_of(module, ALL, views=False).view is None

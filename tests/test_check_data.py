@@ -103,7 +103,7 @@ def test_command_checks_the_others_where_a_source_does_not_open(folder, capsys):
     assert "1 rows checked" in out
 
 
-def test_command_tells_bad_boxes_as_faults_or_as_what_is_left_out(folder, capsys):
+def test_command_tells_bad_boxes_as_faults_or_as_what_is_skipped(folder, capsys):
     values = records()
     values["annotations"].append(annotation(9, 70, 2, [50, 5, 20, 10]))
     for image in values["images"]:

@@ -25,7 +25,7 @@ from vlm.training.checkpoints.checkpoint import (
 )
 from vlm.weights import same_bits
 
-DECIDED = {"settings": {"rate": 1e-3}, "stage": {"steps": 9}, "mixture": {}, "data": {"0 a": "7"}}
+IDENTITY = {"settings": {"rate": 1e-3}, "stage": {"steps": 9}, "mixture": {}, "data": {"0 a": "7"}}
 
 
 def parts(seed, width=8, sharded=False):
@@ -60,7 +60,7 @@ def saved(folder, steps=(1, 2), **options):
     """A run's checkpoints after each of some steps, and the state at each."""
     module, optimizer = parts(0)
     states = {}
-    with Checkpoints(folder, module, optimizer, DECIDED, **options) as checkpoints:
+    with Checkpoints(folder, module, optimizer, IDENTITY, **options) as checkpoints:
         for done in steps:
             step(module, optimizer)
             states[done] = copied(module, optimizer)
@@ -68,17 +68,17 @@ def saved(folder, steps=(1, 2), **options):
     return states
 
 
-def restored(folder, decided=DECIDED, change=(), said=None, **options):
+def restored(folder, identity=IDENTITY, change=(), said=None, **options):
     module, optimizer = parts(1, **options)
     say = [].append if said is None else said.append
-    progress = Checkpoints(folder, module, optimizer, decided, say=say).restore(change)
+    progress = Checkpoints(folder, module, optimizer, identity, say=say).restore(change)
     return progress, copied(module, optimizer)
 
 
 def test_state_is_restored_bit_by_bit_as_it_was_when_it_was_saved(tmp_path):
     """Weights that change while the checkpoint is written are not in it."""
     module, optimizer = parts(0)
-    with Checkpoints(tmp_path, module, optimizer, DECIDED) as checkpoints:
+    with Checkpoints(tmp_path, module, optimizer, IDENTITY) as checkpoints:
         step(module, optimizer)
         expected = copied(module, optimizer)
         checkpoints.save(Progress(step=1, samples=4, examples_skipped=["row 3: cut"]))
@@ -88,7 +88,7 @@ def test_state_is_restored_bit_by_bit_as_it_was_when_it_was_saved(tmp_path):
     assert same_bits(found, expected)
     assert progress == Progress(step=1, samples=4, examples_skipped=["row 3: cut"])
     module, optimizer = parts(1)
-    Checkpoints(tmp_path, module, optimizer, DECIDED).restore()
+    Checkpoints(tmp_path, module, optimizer, IDENTITY).restore()
     for _ in range(2):
         step(module, optimizer)
     again, twin = parts(0)
@@ -174,7 +174,7 @@ class SmallDisk:
 
 def test_write_that_fails_in_its_middle_leaves_the_one_before_whole(tmp_path):
     module, optimizer = parts(0, width=4000)
-    checkpoints = Checkpoints(tmp_path, module, optimizer, DECIDED)
+    checkpoints = Checkpoints(tmp_path, module, optimizer, IDENTITY)
     step(module, optimizer)
     expected = copied(module, optimizer)
     checkpoints.save(Progress(step=1))
@@ -196,7 +196,7 @@ def test_error_of_a_run_waits_for_the_checkpoint_that_is_being_written(tmp_path)
     step(module, optimizer)
 
     def fail():
-        with Checkpoints(tmp_path, module, optimizer, DECIDED) as checkpoints:
+        with Checkpoints(tmp_path, module, optimizer, IDENTITY) as checkpoints:
             checkpoints.save(Progress(step=1))
             raise KeyError
 
@@ -277,7 +277,7 @@ def on_rank(rank, folder, results):
     found = {}
     for name, sharded in (("plain", False), ("sharded", True)):
         module, optimizer = parts(0, sharded=sharded)
-        with Checkpoints(folder / name, module, optimizer, DECIDED) as checkpoints:
+        with Checkpoints(folder / name, module, optimizer, IDENTITY) as checkpoints:
             step(module, optimizer)
             checkpoints.save(Progress(step=1))
             step(module, optimizer)
@@ -287,10 +287,10 @@ def on_rank(rank, folder, results):
         for source in ("one", "plain", "sharded"):
             module, optimizer = parts(1, sharded=sharded)
             said = []
-            Checkpoints(folder / source, module, optimizer, DECIDED, say=said.append).restore()
+            Checkpoints(folder / source, module, optimizer, IDENTITY, say=said.append).restore()
             found[name, "from", source] = copied(module, optimizer)
     module, optimizer = parts(0, width=4000)
-    checkpoints = Checkpoints(folder / "full", module, optimizer, DECIDED)
+    checkpoints = Checkpoints(folder / "full", module, optimizer, IDENTITY)
     for done in (1, 2):
         step(module, optimizer)
         with SmallDisk(10_000 if (rank, done) == (1, 2) else resource.RLIM_INFINITY):
@@ -301,7 +301,7 @@ def on_rank(rank, folder, results):
     dist.barrier()
     module, optimizer = parts(1)
     said = []
-    other = {**DECIDED, "settings": {"rate": 2.0}} if rank == 0 else {}
+    other = {**IDENTITY, "settings": {"rate": 2.0}} if rank == 0 else {}
     checkpoints = Checkpoints(folder / "one", module, optimizer, other, say=said.append)
     with pytest.raises(CheckpointError) as error:
         checkpoints.restore()

@@ -54,7 +54,7 @@ def test_each_category_is_asked_for_once_and_answered_with_all_its_boxes(write):
     ]
 
 
-def test_crowds_are_left_out_of_rows_and_kept_for_evaluation(write):
+def test_crowds_are_skipped_in_rows_and_kept_for_evaluation(write):
     source = CocoSource(write(records()))
     assert source.crowds(0) == (Box(0, (0.0, 0.0, 60.0, 12.0), "teddy bear"),)
     assert source.crowds(1) == ()
@@ -140,13 +140,13 @@ def test_bad_box_stops_at_opening_or_is_lost_alone(write, bbox, message):
     assert source[1].boxes
 
 
-def test_boxes_judged_at_once_are_those_that_are_judged_one_by_one(write):
+def test_boxes_checked_at_once_are_those_that_are_checked_one_by_one(write):
     """The arithmetic on all boxes agrees with `check_box`, whatever the box."""
     rng = np.random.default_rng(0)
     starts = rng.choice([-30, -2, -1, -0.5, 0, 0.2, 5, 39, 59.5, 60, 61], (3000, 2))
     sides = rng.choice([-1, 0, 0.25, 0.5, 1, 1.5, 20, 60, 61.5, 200], (3000, 2))
     boxes = np.concatenate([starts, sides], 1)
-    corners, kinds = coco._judge(boxes, np.tile([40, 60], (3000, 1)))
+    corners, kinds = coco._check_boxes(boxes, np.tile([40, 60], (3000, 1)))
     for (x, y, w, h), corner, kind in zip(boxes.tolist(), corners.tolist(), kinds):
         try:
             expected = list(check_box((x, y, x + w, y + h), "box", (40, 60)))
@@ -179,7 +179,7 @@ def test_box_that_reaches_out_by_rounding_is_cut(write):
     assert CocoSource(write(values))[0].boxes[0].xyxy_px == (0, 5, 60, 40)
 
 
-def test_root_category_with_the_name_of_a_class_is_left_out(write):
+def test_root_category_with_the_name_of_a_class_is_skipped(write):
     values = records()
     for category in values["categories"]:
         category["supercategory"] = "cat"
@@ -198,7 +198,7 @@ def test_root_category_with_the_name_of_a_class_is_left_out(write):
     assert "that the others belong to, skipped: 0 ('animals')" in str(source.faults[0])
 
 
-def test_category_without_a_name_is_left_out_or_loses_its_boxes(write):
+def test_category_without_a_name_is_skipped_or_loses_its_boxes(write):
     values = records()
     values["categories"] += [{"id": 5}, {"id": 6, "name": " "}, {"id": 7, "name": None}]
     source = CocoSource(write(values))

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 import vlm
 from tests import training
-from tests.contrastive_runs import SHORT, TINY, run, write_bert, write_decoder
+from tests.contrastive_runs import SHORT, run_from_scratch, write_bert, write_decoder
 from tests.folders import write_parts
 from tests.runs import stage_of
 from vlm.systems.pretrained import load_vision
@@ -19,10 +18,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
-    """A run from scratch: its folder and what it gave."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    out = tmp_path_factory.mktemp("scratch") / "run"
-    return out, run(out, **TINY)
+    return run_from_scratch(tmp_path_factory.mktemp("scratch") / "run")
 
 
 def test_folder_without_a_pooling_has_no_pooled_vector(tmp_path):

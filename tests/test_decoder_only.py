@@ -68,7 +68,7 @@ def test_no_padding_lies_inside_a_row():
 
 
 @torch.no_grad()
-def test_image_i_binds_to_place_i():
+def test_image_i_binds_to_position_i():
     """Swapping the two images of one row changes it; swapping them between rows follows them."""
     model = tiny.decoder_only()
     processor = tiny.processor(model)
@@ -149,22 +149,22 @@ def all_logits(model, batch):
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_later_tokens_change_no_earlier_logit(kind):
-    """Causal throughout, image places included: what is said later is not seen before, what is
+    """Causal throughout, image positions included: what is said later is not seen before, what is
     said or shown before is seen later."""
     model = tiny.decoder_only(kind)
     batch = collate([tiny.processor(model).encode(tiny.example(answer="a cat sat"))], 256)
     plain = all_logits(model, batch)
-    place = int(batch.scored[0].nonzero()[2])
+    position = int(batch.scored[0].nonzero()[2])
     ids = batch.ids.clone()
-    ids[0, place] = (ids[0, place] + 1) % 256
+    ids[0, position] = (ids[0, position] + 1) % 256
     later = all_logits(model, dataclasses.replace(batch, ids=ids))
-    assert torch.equal(later[:, :place], plain[:, :place])
-    assert not torch.allclose(later[:, place], plain[:, place])
+    assert torch.equal(later[:, :position], plain[:, :position])
+    assert not torch.allclose(later[:, position], plain[:, position])
     first = int((batch.ids[0] == IMAGE).nonzero()[0])
     groups = tuple(dataclasses.replace(g, pixels=g.pixels.flip(0, -1)) for g in batch.groups)
     shown = all_logits(model, dataclasses.replace(batch, groups=groups))
     assert torch.equal(shown[:, :first], plain[:, :first])
-    assert not torch.allclose(shown[:, place], plain[:, place])
+    assert not torch.allclose(shown[:, position], plain[:, position])
 
 
 def test_one_row_changes_no_logit_of_another():

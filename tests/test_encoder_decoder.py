@@ -11,7 +11,7 @@ from tests import tiny
 from tests.encoder_decoders import SHAPES, model, processor, rows, wide
 from tests.tiny import image
 from vlm import adaptors
-from vlm.data.example import BadRow, Skipped
+from vlm.data.example import BadRow, Example, Skipped, Turn
 from vlm.families.decoder_only.batch import collate
 from vlm.families.encoder_decoder.module import EncoderDecoder
 from vlm.losses.token import token_losses
@@ -22,7 +22,7 @@ from vlm.training.objectives.next_token import NextToken
 @pytest.mark.parametrize("kind", SHAPES)
 @torch.no_grad()
 def test_loss_equals_cross_entropy_on_the_unshifted_labels(kind):
-    """Id t is predicted from the places before it, start id first; computed by hand."""
+    """Id t is predicted from the positions before it, start id first; computed by hand."""
     module = model(kind)
     batch = collate(rows(processor(module), "ab", "a longer one"), 256)
     found = token_losses(module(batch), batch.targets)
@@ -32,9 +32,9 @@ def test_loss_equals_cross_entropy_on_the_unshifted_labels(kind):
         labels = [*tiny.text_tokenizer()(text)["input_ids"], 258]
         assert batch.ids[row, batch.valid[row]].tolist() == [257, *labels]
         own = memory.rows(torch.tensor([row]))
-        for place, label in enumerate(labels):
+        for position, label in enumerate(labels):
             logits = module.text(
-                input_ids=torch.tensor([[257, *labels[:place]]]),
+                input_ids=torch.tensor([[257, *labels[:position]]]),
                 encoder_hidden_states=own.tokens, use_cache=False,
             ).logits[0, -1]  # fmt: skip
             expected.append(F.cross_entropy(logits, torch.tensor(label)))
@@ -121,7 +121,7 @@ def test_every_part_gets_a_gradient_through_a_padded_memory():
 
 
 def test_end_is_scored_where_pad_and_end_ids_coincide():
-    """Places are told apart by where they stand, never by their id."""
+    """Positions are told apart by where they stand, never by their id."""
     module = model()
     same = processor(module, pad_id=258)
     batch = collate(rows(same, "ab", "longer"), same.pad_id)
@@ -178,6 +178,36 @@ def test_row_needs_a_image_and_a_text():
         module(collate([text_only], 256))
     with pytest.raises(ValueError, match="padded on the right"):
         module(collate(rows(chosen, "ab", "longer"), 256, "left"))
+
+
+ASKED, WRITTEN = Turn("user", (None, "q1")), Turn("assistant", ("a1",))
+AGAIN, UNSCORED = Turn("user", ("q2",)), Turn("assistant", ("a1",), scored=False)
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        (
+            (ASKED, WRITTEN, Turn("user", ("q2",)), Turn("assistant", ("a2",))),
+            "one text .* found 2",
+        ),
+        ((ASKED, UNSCORED, Turn("user", ("q2",)), WRITTEN), "at most one question.* found 2"),
+        ((ASKED, UNSCORED), "one text to write, found 0, and 1 that are not scored"),
+        ((ASKED,), "one text to write, found 0$"),
+    ],
+)
+def test_row_of_an_encoder_decoder_is_one_question_and_one_text(turns, message):
+    with pytest.raises(BadRow, match=f"^r: expected {message}"):
+        processor(model()).encode(Example("r", turns, (image(),)))
+
+
+def test_system_message_is_no_part_of_a_prompt():
+    chosen = processor(model())
+    told = Example("r", (Turn("system", ("Be brief.",)), ASKED, WRITTEN), (image(),))
+    row, plain = chosen.encode(told), chosen.encode(Example("r", (ASKED, WRITTEN), (image(),)))
+    assert row.ids.tolist() == plain.ids.tolist()
+    assert row.scored.tolist() == plain.scored.tolist()
+    assert row.ids.tolist() == [257, *b"q1a1", 258]
 
 
 def test_parts_that_do_not_fit_are_refused():

@@ -86,6 +86,7 @@ def test_packs_are_filled_as_the_rows_fill_them():
     assert lengths(alone._heaviest(50)[0]) == [max(lengths(found.rows))]
 
 
+@pytest.mark.slow
 def test_packs_hold_no_more_for_more_rows():
     found = estimate(pack=200)
     assert found.held(50, 1).total == pytest.approx(found.held(100, 1).total, rel=0.05)

@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ from PIL import Image
 import vlm
 from tests import tiny, training
 from tests.results import read_result
+from tests.runs import on_two_processes
 from vlm import adaptors, tokenizers
 from vlm.config import to_dict
 from vlm.data.example import caption_example
@@ -85,15 +83,7 @@ def test_two_processes_give_the_figures_of_one(made, tmp_path, capsys):
     """Six images in batches of two do not divide over the two; every caption and neighbour
     is the same, and none comes twice."""
     main("caption", arguments(made, tmp_path / "one"))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    command += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--main_process_port", "0", str(ROOT / "eval/caption.py")]
-    done = subprocess.run(
-        [*command, *arguments(made, tmp_path / "two")],
-        capture_output=True, text=True, timeout=120, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(ROOT / "eval/caption.py", *arguments(made, tmp_path / "two"))
     (one, lines), (two, lines_2) = read(tmp_path / "one"), read(tmp_path / "two")
     assert (one["processes"], two["processes"]) == (1, 2)
     assert lines == lines_2

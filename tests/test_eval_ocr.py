@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import stat
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from tests.results import read_result
+from tests.runs import on_two_processes
 from vlm.data.example import caption_example
 from vlm.data.sources import ListSource
 from vlm.draw import draw_lines
@@ -176,15 +175,7 @@ def test_two_processes_give_the_figures_of_one(made, monkeypatch, tmp_path):
     )
     monkeypatch.setattr(ocr_reading, "UNIT", 2)
     one = run(made, "--normalise", "none")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    command += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--main_process_port", "0", str(script)]
-    done = subprocess.run(
-        [*command, *arguments(made, tmp_path / "two", "--normalise", "none")],
-        capture_output=True, text=True, timeout=120, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(script, *arguments(made, tmp_path / "two", "--normalise", "none"))
     two = json.loads((tmp_path / "two/result.json").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
     for key in ("metrics", "groups", "confusions"):

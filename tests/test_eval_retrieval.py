@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ from tests import tiny, training
 from tests.folders import public
 from tests.results import read_result
 from tests.rows import CAPTIONS, retrieval_folder
+from tests.runs import on_two_processes
 from vlm.data.example import BadRow
 from vlm.evaluation import main
 from vlm.metrics.retrieval import retrieval
@@ -65,15 +63,7 @@ def test_two_processes_give_the_figures_of_one(made, tmp_path, capsys):
     """Nine rows in batches of four do not divide over the two, and the four images are one
     batch, so that the second process has none."""
     one = run(made, tmp_path / "one", "--workers", "1")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    command += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--main_process_port", "0", str(PATH)]
-    done = subprocess.run(
-        [*command, *arguments(made, tmp_path / "two")],
-        capture_output=True, text=True, timeout=120, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(PATH, *arguments(made, tmp_path / "two"))
     two = json.loads((tmp_path / "two/result.json").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
     assert one["metrics"] == two["metrics"]

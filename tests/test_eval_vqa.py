@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +6,9 @@ from PIL import Image
 
 import vlm
 from tests import tiny, training
+from tests.reference import tiny_paligemma
 from tests.results import read_result
+from tests.runs import on_two_processes
 from vlm.data.sources import open_source
 from vlm.evaluation import main
 from vlm.metrics.vqa import vqa_metrics
@@ -97,6 +96,47 @@ def test_questions_are_put_into_the_prompt(made, model, tmp_path):
     assert read(tmp_path)[1][0]["question"] == "answer en how many"
 
 
+def conversation(made):
+    """Two questions about an image, after a system message, in a file."""
+    said = [("system", "Be brief."), ("user", "<image>where"), ("assistant", "here"),
+            ("user", "who"), ("assistant", "a cat")]  # fmt: skip
+    messages = [{"role": role, "content": text} for role, text in said]
+    return write(made / "talk.jsonl", [{"image": "0.png", "messages": messages}])
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_last_question_of_a_conversation_is_put_into_the_prompt(made, model, tmp_path, given):
+    """What comes before it is read as it stands, as in a chat."""
+    prompt = "answer en {question}"
+    options = ["--data", str(conversation(made)), *(["--prompt", prompt] if given else [])]
+    if not given:
+        model.answer_prompt = prompt
+    main("vqa", arguments(made, tmp_path, *options))
+    _, [line] = read(tmp_path)
+    assert (line["question"], line["references"]) == ("answer en who", ["a cat"])
+    image = {"type": "image", "image": made / "0.png"}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [image, {"type": "text", "text": "where"}]},
+        {"role": "assistant", "content": "here"},
+        {"role": "user", "content": "answer en who"},
+    ]
+    assert line["answer"] == model.chat(messages, max_new_tokens=4).strip()
+
+
+def test_conversation_is_refused_by_name_where_the_model_reads_none(
+    made, tmp_path, monkeypatch, capsys
+):
+    tiny_paligemma.write_folder(tmp_path / "model", "gemma")
+    published = vlm.load(tmp_path / "model", "cpu")
+    monkeypatch.setattr(vlm, "load", lambda *_, **__: published)
+    with pytest.raises(SystemExit):
+        main("vqa", arguments(made, tmp_path / "out", "--data", str(conversation(made))))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: talk.jsonl:1: the chat template refuses this conversation")
+    assert "expected one user's prompt" in error
+
+
 def test_rows_that_cannot_be_asked_are_named_or_skipped_and_counted(made, model, tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"no image")
     tiny.image(0).save(tmp_path / "good.png")
@@ -158,15 +198,7 @@ def test_two_processes_give_the_metrics_of_one(made, model, tmp_path):
         "import vlm\nfrom tests import training\nfrom vlm.evaluation import main\n"
         "vlm.load = lambda *_, **__: training.model()\nmain('vqa')\n"
     )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    command += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--main_process_port", "0", str(script)]
-    done = subprocess.run(
-        [*command, *arguments(made, tmp_path / "two")],
-        capture_output=True, text=True, timeout=120, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(script, *arguments(made, tmp_path / "two"))
     (one, lines), (two, lines_2) = read(tmp_path / "one"), read(tmp_path / "two")
     assert (one["processes"], two["processes"]) == (1, 2)
     assert one["metrics"] == two["metrics"]

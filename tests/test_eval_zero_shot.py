@@ -1,8 +1,5 @@
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,7 @@ from tests.folders import public
 from tests.reference import tiny_siglip
 from tests.results import read_result
 from tests.rows import NAMES, classification_folder
+from tests.runs import on_two_processes
 from vlm.evaluation import main, zero_shot
 from vlm.metrics.classification import classification
 
@@ -70,15 +68,7 @@ def test_two_processes_give_the_figures_of_one(made, tmp_path, capsys):
     classes are one batch, so that the second process has none."""
     more = ("--templates", *TEMPLATES)
     one = run(made, tmp_path / "one", *more, "--workers", "1")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    command += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--main_process_port", "0", str(PATH)]
-    done = subprocess.run(
-        [*command, *arguments(made, tmp_path / "two", *more)],
-        capture_output=True, text=True, timeout=120, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(PATH, *arguments(made, tmp_path / "two", *more))
     two = json.loads((tmp_path / "two/result.json").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
     assert one["metrics"] == two["metrics"]

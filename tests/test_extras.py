@@ -107,6 +107,7 @@ assert len(open_source("sample:train"))
 """
 
 
+@pytest.mark.slow
 def test_everything_is_imported_without_any_extra():
     packages = [name for modules in MODULES.values() for name in modules]
     code = IMPORTS.format(packages=packages)

@@ -3,9 +3,6 @@ evaluation."""
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,7 @@ from PIL import Image
 import vlm
 from tests import tiny, training
 from tests.results import read_result
+from tests.runs import on_two_processes
 from vlm import adaptors, cli, tokenizers
 from vlm.config import to_dict
 from vlm.data.example import Box, Example, Turn
@@ -384,7 +382,7 @@ def test_evaluation_of_a_model_that_knows_is_perfect(monkeypatch, tmp_path, caps
     """Boxes through tokens and back, images of many sizes; 11 rows in batches of 4."""
     data = "scenes:11:seed=77:size=mixed"
     source = open_source(data)
-    result = evaluate(monkeypatch, tmp_path, data, lambda made: knows(made, source), batch_size=4)
+    result = evaluate(monkeypatch, tmp_path, data, lambda made: knows(made, source), batch=4)
     figures = result["metrics"]
     assert figures["accuracy"] == 1.0
     assert figures["ap"] == pytest.approx(1.0)
@@ -394,7 +392,7 @@ def test_evaluation_of_a_model_that_knows_is_perfect(monkeypatch, tmp_path, caps
     assert "phrases found, IoU ≥ 0.5" in capsys.readouterr().out
     out = tmp_path / "out"
     assert read_result(out) == json.loads(json.dumps(result))
-    assert (result["task"], result["options"]["seed"]) == ("grounding", 0)
+    assert (result["task"], result["options"]["batch"]) == ("grounding", 4)
     for key in ("model", "data", "prompt", "preprocessing", "versions", "loc"):
         assert result[key] is not None
     assert len((out / "predictions.jsonl").read_text().splitlines()) == 11
@@ -429,19 +427,38 @@ def test_evaluation_of_a_coco_file_asks_for_all_labels_when_told(monkeypatch, tm
         evaluate(monkeypatch, tmp_path, "scenes:2", ask="all")
 
 
+@pytest.mark.parametrize("empty_first", [True, False])
+def test_rows_without_boxes_are_counted_wherever_they_stand(monkeypatch, tmp_path, empty_first):
+    images = [tiny.image(seed, (30, 40)) for seed in range(2)]
+    for name, one_image in zip("ab", images):
+        one_image.save(tmp_path / f"{name}.png")
+    rows = [
+        {"image": "a.png", "question": "where?", "answers": ["nowhere"]},
+        {
+            "image": "b.png",
+            "caption": "a dog",
+            "boxes": [{"image": 0, "xyxy": [1, 2, 10, 20], "label": "dog"}],
+        },
+    ]
+    lines = map(json.dumps, rows if empty_first else rows[::-1])
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    options = {"max_new_tokens": 8, "constrained": True}
+    result = evaluate(monkeypatch, tmp_path, str(tmp_path / "rows.jsonl"), rows=9, **options)
+    assert (result["rows"], result["skipped"], result["metrics"]["images"]) == (2, 1, 1)
+    assert result["metrics"]["rows_without_boxes"] == 1
+
+
 def test_evaluation_names_what_cannot_be(monkeypatch, tmp_path):
     for data, settings, message in (
-        ("sample:val", {}, "expected boxes to find, found none"),
-        ("scenes:3", {"rows": 4}, "--rows: expected 1 to 3, found 4"),
+        ("sample:val", {"rows": 5}, "^sample:val: expected boxes to find, found none in 5 rows$"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(monkeypatch, tmp_path, data, **settings)
     monkeypatch.setattr(vlm, "load", lambda *_, **__: pytest.fail("the model was opened"))
     for settings, message in (
         ({"rows": 0}, "--rows must be at least 1, found 0"),
-        ({"batch_size": 0}, "--batch-size must be at least 1, found 0"),
+        ({"batch": 0}, "--batch must be at least 1, found 0"),
         ({"prompt": "where?"}, "expected a prompt with {phrase}"),
-        ({"rows": 4}, "--rows: expected 1 to 3, found 4"),
     ):
         with pytest.raises(ValueError, match=message):
             run(Settings(model="x", data="scenes:3", out=tmp_path / "out", **settings))
@@ -454,24 +471,17 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
     """Seven batches of rows on two ranks, the last one short; nothing twice, nothing lost."""
     saved_model(tmp_path / "run/model")
     settings = Settings(
-        model=str(tmp_path / "run"), data="scenes:20:seed=3:size=mixed", rows=13, seed=5,
-        batch_size=2, max_new_tokens=8, constrained=True, images=0,
+        model=str(tmp_path / "run"), data="scenes:20:seed=3:size=mixed", rows=13,
+        batch=2, max_new_tokens=8, constrained=True, images=0,
     )  # fmt: skip
     one = run(settings)
     out = tmp_path / "run/grounding"
     lines = (out / "predictions.jsonl").read_text()
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--main_process_port", "0", "eval/grounding.py", "--model", settings.model,
-        "--data", settings.data, "--rows", "13", "--seed", "5", "--batch-size", "2",
-        "--max-new-tokens", "8", "--constrained", "--images", "0",
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    on_two_processes(
+        "eval/grounding.py", "--model", settings.model, "--data", settings.data, "--rows", "13",
+        "--batch", "2", "--max-new-tokens", "8", "--constrained",
+        "--images", "0",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
     two = json.loads((out / "result.json").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["metrics"] == json.loads(json.dumps(one["metrics"]))

@@ -8,7 +8,7 @@ from vlm import adaptors
 from vlm.families.decoder_only import view_order
 from vlm.families.decoder_only.batch import IMAGE, Row, collate, collate_packed
 from vlm.families.decoder_only.image_layout import ImageLayout, Span, StreamLayout
-from vlm.families.decoder_only.module import Places
+from vlm.families.decoder_only.module import ImageLayouts
 from vlm.families.decoder_only.view_order import InTurn, Joined, Tagged, unpadded
 from vlm.image_tokens import ImageTokens, TokenShape
 from vlm.tokenizers.edge_tiles import EdgeTilesSpec
@@ -109,9 +109,9 @@ def test_layout_text_becomes_ids_and_is_not_scored():
     """Tags and line breaks stand between runs of image tokens, for prompts and training rows alike,
     and a shrunk row keeps whole images."""
     model = tiny.decoder_only()
-    places = Places(model.tokenizer, model.adaptor, Tagged(mark="[", tile="", whole="*"))
+    layouts = ImageLayouts(model.tokenizer, model.adaptor, Tagged(mark="[", tile="", whole="*"))
     processor = tiny.processor(model)
-    processor.places_for = places
+    processor.layout_for = layouts
     row = processor.encode(tiny.example(content=("a", None, "b", None), answer="cat"))
     prompt = processor.encode_prompt(tiny.example(content=("a", None, "b", None)).question())
     said = "".join("#" if id == IMAGE else processor.text_tokenizer.decode([id]) for id in row.ids)

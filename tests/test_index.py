@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,15 @@ from vlm.retrieval import image_files as image_files
 from vlm.retrieval import index as index_file
 from vlm.retrieval import nearest
 from vlm.retrieval.embed_rows import Reading
-from vlm.retrieval.fingerprint import Origin, origin_of
+from vlm.retrieval.fingerprint import Fingerprint, fingerprint_of
 from vlm.retrieval.image_files import SUFFIXES, find_images
 from vlm.retrieval.index import File, Index
 
+EARLIER = Path(__file__).parent / "data" / "earlier_index"
 SKIP = Reading(bad_rows="skip")
-ORIGIN = Origin(model="m", dtype="auto", weights="w", settings="s", preprocessing="p", dim=6)
+FINGERPRINT = Fingerprint(
+    model="m", dtype="auto", weights="w", settings="s", preprocessing="p", dim=6
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,7 @@ def made(vectors, approximate=False):
     """An index of given vectors."""
     files = [File(f"{i:05}.png", i, 1) for i in range(len(vectors))]
     engine, clusters = nearest.engine_of(vectors, approximate)
-    return Index(engine, ORIGIN, Path("/images"), files, clusters=clusters)
+    return Index(engine, FINGERPRINT, Path("/images"), files, clusters=clusters)
 
 
 @pytest.mark.parametrize("queries", [1, 40])
@@ -151,13 +155,13 @@ def test_images_are_found_at_any_depth_each_once(folder):
     (folder / "none").mkdir()
     for name in ("a.txt", ".b.png"):
         (folder / "none" / name).touch()
-    for places, message in (
+    for paths, message in (
         ([], "name at least one image or folder"),
         ([folder / "x.png"], r"x\.png: expected an image or a folder, found nothing"),
         ([folder / "none"], r"none: expected images \(\.png.*found none among 2 files"),
     ):
         with pytest.raises(ValueError, match=message):
-            find_images(places)
+            find_images(paths)
 
 
 def test_built_index_holds_every_image_under_its_path(model, folder, tmp_path):
@@ -167,7 +171,7 @@ def test_built_index_holds_every_image_under_its_path(model, folder, tmp_path):
     np.testing.assert_allclose(index.vectors(), model.embed_images(paths), atol=1e-6)
     assert index.changes == (5, 0, 0, 0, [])
     opened = Index.load(tmp_path / "index")
-    assert (opened.origin, opened.folder) == (origin_of(model, "runs/x"), folder)
+    assert (opened.fingerprint, opened.folder) == (fingerprint_of(model, "runs/x"), folder)
     scores, (found,) = opened.search(model.embed_images([paths[3]]), 2)
     assert found[0] == paths[3]
     assert abs(scores[0, 0] - 1) < 1e-6
@@ -235,7 +239,7 @@ def test_stopped_build_keeps_what_it_has_and_goes_on(model, folder, tmp_path, mo
         Index.build(folder, model, source="x", reading=Reading(batch=0))
 
 
-def test_bad_images_are_named_or_left_out_and_counted(model, folder, tmp_path):
+def test_bad_images_are_named_or_skipped_and_counted(model, folder, tmp_path):
     for name in ("x.png", "y.jpg"):
         (folder / name).write_text("no image")
     with pytest.raises(BadImage, match=r"2 bad images: .*x\.png: expected .*y\.jpg: expected"):
@@ -263,7 +267,7 @@ def test_bad_images_are_named_or_left_out_and_counted(model, folder, tmp_path):
         Index.build(tmp_path / "nowhere", model, source="x")
 
 
-def test_links_that_lead_nowhere_are_named_or_left_out(model, folder, tmp_path):
+def test_links_that_lead_nowhere_are_named_or_skipped(model, folder, tmp_path):
     links = [folder / "sub" / "x.png", folder / "y.png"]
     for link, target in zip(links, ("gone.png", "y.png")):  # to nothing, and to itself
         link.symlink_to(target)
@@ -306,65 +310,71 @@ def test_model_without_directions_is_named_with_the_image(folder):
         Index.build(folder, given, source="x")
 
 
-def test_origin_tells_weights_and_preprocessing_apart(model, tmp_path, monkeypatch):
+def test_fingerprint_tells_weights_and_preprocessing_apart(model, tmp_path, monkeypatch):
     model.save(tmp_path / "run")
-    origin = origin_of(model, tmp_path / "run")
-    assert origin.model == str(tmp_path / "run")
+    fingerprint = fingerprint_of(model, tmp_path / "run")
+    assert fingerprint.model == str(tmp_path / "run")
     shutil.move(tmp_path / "run", tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.pt").touch()
-    found = origin_of(model, "a.pt?model=ViT-B-32")
+    found = fingerprint_of(model, "a.pt?model=ViT-B-32")
     assert found.model == f"{tmp_path}/a.pt?model=ViT-B-32"
     opened = vlm.load(tmp_path / "moved")
-    assert origin.agrees(origin_of(opened, tmp_path / "moved"))
+    assert fingerprint.agrees(fingerprint_of(opened, tmp_path / "moved"))
     with torch.no_grad():
         opened.module.text_head.bias[0] += 1e-6
-    other = origin_of(opened, "x")
-    assert (other.weights != origin.weights, other.preprocessing) == (True, origin.preprocessing)
+    other = fingerprint_of(opened, "x")
+    assert (other.weights != fingerprint.weights, other.preprocessing) == (
+        True,
+        fingerprint.preprocessing,
+    )
     opened.module.text_head.bias.data[0] -= 1e-6
     opened.module.tokenizer.register_buffer("running_mean", torch.zeros(1))
-    counted = origin_of(opened, "x").weights
+    counted = fingerprint_of(opened, "x").weights
     opened.module.tokenizer.running_mean[0] = 1
-    assert len({origin.weights, counted, origin_of(opened, "x").weights}) == 3
+    assert len({fingerprint.weights, counted, fingerprint_of(opened, "x").weights}) == 3
     for change in (dict(lower_case=True), dict(length=11), dict(end_id=5)):
         given = public()
         vars(given.processor).update(change)
-        other = origin_of(given, "x")
-        assert (other.weights, other.preprocessing != origin.preprocessing) == (
-            origin.weights, True,
+        other = fingerprint_of(given, "x")
+        assert (other.weights, other.preprocessing != fingerprint.preprocessing) == (
+            fingerprint.weights, True,
         )  # fmt: skip
-        assert not origin.agrees(other)
+        assert not fingerprint.agrees(other)
 
 
-def test_origin_tells_computations_apart_that_share_their_weights(tmp_path):
+def test_fingerprint_tells_computations_apart_that_share_their_weights(tmp_path):
     """Neither an activation nor a pool, nor LoRA's scale, is among the tensors."""
     public("class").save(tmp_path)
-    origin = origin_of(vlm.load(tmp_path), tmp_path)
+    fingerprint = fingerprint_of(vlm.load(tmp_path), tmp_path)
     path = tmp_path / "config.json"
     values = json.loads(path.read_text())
     text = values["text"] | {"text_config": values["text"]["text_config"] | {"hidden_act": "relu"}}
     for change in ({"text": text}, {"pool": {"kind": "mean"}}):
         path.write_text(json.dumps(values | change))
-        other = origin_of(vlm.load(tmp_path), tmp_path)
-        assert other.settings != origin.settings
-        assert (other.weights, other.preprocessing) == (origin.weights, origin.preprocessing)
-        assert not other.agrees(origin)
+        other = fingerprint_of(vlm.load(tmp_path), tmp_path)
+        assert other.settings != fingerprint.settings
+        assert (other.weights, other.preprocessing) == (
+            fingerprint.weights,
+            fingerprint.preprocessing,
+        )
+        assert not other.agrees(fingerprint)
     twins = []
     for alpha in (2, 4):
         given = public()
         add_lora(given.module, {"text": Lora(rank=2, alpha=alpha)})
-        twins.append(origin_of(given, "x"))
+        twins.append(fingerprint_of(given, "x"))
     assert twins[0].weights == twins[1].weights
     assert not twins[0].agrees(twins[1])
 
 
 @pytest.mark.parametrize("write", [tiny_clip.write_folder, tiny_siglip.write_folder])
-def test_origin_of_a_published_model_is_that_of_its_native_folder(tmp_path, write):
+def test_fingerprint_of_a_published_model_is_that_of_its_native_folder(tmp_path, write):
     write(tmp_path / "published")
     published = vlm.load(tmp_path / "published")
     published.save(tmp_path / "native")
     native = vlm.load(tmp_path / "native")
-    assert origin_of(native, "x") == origin_of(published, "x")
+    assert fingerprint_of(native, "x") == fingerprint_of(published, "x")
 
 
 def test_second_build_with_a_moved_model_says_where_it_is(model, folder, tmp_path, monkeypatch):
@@ -375,7 +385,7 @@ def test_second_build_with_a_moved_model_says_where_it_is(model, folder, tmp_pat
     index = Index.build(folder, model, source="two", out=out)
     assert index.changes == (0, 0, 5, 0, [])
     opened = Index.load(out)
-    assert opened.origin == index.origin == origin_of(model, "two")
+    assert opened.fingerprint == index.fingerprint == fingerprint_of(model, "two")
     assert (opened.files, opened.folder) == (first.files, folder)
     assert np.array_equal(opened.vectors(), first.vectors())
     assert [path.name for path in out.glob("vectors-*")] == written
@@ -385,10 +395,10 @@ def test_index_of_another_model_is_refused_with_both_named(model, folder, tmp_pa
     Index.build(folder, model, source="one", out=tmp_path / "index")
     index = Index.load(tmp_path / "index")
     for other in (public(width=8), public(seed=1)):
-        theirs = origin_of(other, "two")
+        theirs = fingerprint_of(other, "two")
         with pytest.raises(ValueError, match=r"index: built with one \(width 10") as caught:
             Index.build(folder, other, source="two", out=tmp_path / "index")
-        for value in (theirs.model, theirs.weights, theirs.dim, index.origin.weights):
+        for value in (theirs.model, theirs.weights, theirs.dim, index.fingerprint.weights):
             assert str(value) in str(caught.value)
     with pytest.raises(ValueError, match=r"expected vectors \[N, 10\], found \[1, 8\]"):
         index.search(public(width=8).embed_texts(["a"]))
@@ -402,6 +412,20 @@ def test_place_with_other_things_is_left_alone(model, folder, tmp_path):
         with pytest.raises(ValueError, match=found):
             Index.build(folder, model, source="x", out=out)
         assert sorted(os.listdir(folder)) == before
+
+
+def test_index_of_an_earlier_version_is_read_and_written_as_today(tmp_path):
+    """`data/earlier_index` holds `made(unit(5))` as version 2 wrote it."""
+    folder = tmp_path / "index"
+    shutil.copytree(EARLIER, folder)
+    index = Index.load(folder)
+    assert (index.fingerprint, index.files) == (FINGERPRINT, made(unit(5)).files)
+    assert np.array_equal(index.vectors(), unit(5))
+    moved = replace(FINGERPRINT, model="elsewhere")
+    index_file._write_fingerprint(folder, moved)
+    head = json.loads((folder / "index.json").read_text())
+    assert (head["version"], "origin" in head) == (3, False)
+    assert Index.load(folder).fingerprint == moved
 
 
 def test_failed_write_leaves_the_old_index_whole(tmp_path, monkeypatch):
@@ -432,7 +456,7 @@ def test_broken_index_is_named(tmp_path):
     for changed, message in (
         (text[:-9], r"index\.json: not JSON"),
         ("[]", r"index\.json: expected the file of an index"),
-        (json.dumps(values | {"version": 9}), "written as version 9, this vlm reads 2"),
+        (json.dumps(values | {"version": 9}), "expected version 3 or 2, found 9"),
         (json.dumps(values | {"surplus": 1}), r"unknown keys \['surplus'\]"),
         (json.dumps(values | {"files": [[1]]}), r"files: expected rows of path, time, size"),
         (json.dumps(values | {"files": None}), r"files: expected rows of path, time, size"),

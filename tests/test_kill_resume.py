@@ -1,9 +1,12 @@
 import random
 
+import pytest
+
 from eval import kill_resume
 from tests.pages import DEJAVU
 
 
+@pytest.mark.slow
 def test_killed_runs_end_as_the_one_that_was_left_alone(tmp_path):
     """Kills while training and while a checkpoint is written; nothing is lost or differs."""
     lines = f":fonts={DEJAVU}:kind=clean:longest=6"

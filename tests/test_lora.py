@@ -298,5 +298,5 @@ def test_fused_experts_are_refused_by_name():
 def test_published_layouts_have_no_place_for_lora_layers(tmp_path):
     chosen = towers.model(towers.composed(towers.timm_vit()))
     chosen.reference = object()
-    with pytest.raises(ValueError, match="only the layout 'native' has a place for LoRA"):
+    with pytest.raises(ValueError, match="only the layout 'native' can hold LoRA"):
         chosen.save(tmp_path, layout="reference", merge=False)

@@ -32,8 +32,8 @@ class Residual(MLP):
 @pytest.mark.parametrize("shape", [(1, 6), (3, 7, 6), (2, 8, 6)])
 @torch.no_grad()
 def test_parts_give_the_values_of_the_whole(shape, approximate, monkeypatch):
-    """Whether or not places fill the parts, and without a change of what goes in."""
-    monkeypatch.setattr(mlp_parts, "PLACES", 4)
+    """Whether or not positions fill the parts, and without a change of what goes in."""
+    monkeypatch.setattr(mlp_parts, "POSITIONS", 4)
     torch.manual_seed(0)
     mlp, x = MLP(nn.GELU(approximate=approximate)), torch.randn(shape)
     expected, before = mlp(x), x.clone()
@@ -63,7 +63,7 @@ def test_passes_with_gradients_are_left_as_they_are():
 @pytest.mark.parametrize("model_type", ["deit", "vit", "siglip_vision_model"])
 @torch.no_grad()
 def test_encoders_give_the_tokens_of_the_slow_twin(model_type, monkeypatch):
-    monkeypatch.setattr(mlp_parts, "PLACES", 16)
+    monkeypatch.setattr(mlp_parts, "POSITIONS", 16)
     tokenizer = build(tiny(model_type, (64, 96), prefix="keep")).eval()
     pixels = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     expected = tokenizer(pixels).tokens

@@ -1,4 +1,4 @@
-"""Lean norms and MLPs beside transformers' own, their slow twins."""
+"""Memory-efficient norms and MLPs beside transformers' own, their slow twins."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 from tests import tiny, training
 from vlm.kernels import norm_mlp
 from vlm.kernels.attention import as_on_gpus
-from vlm.kernels.norm_mlp import PLACES, _in_parts, memory_efficient_kernels, use_kernels
+from vlm.kernels.norm_mlp import POSITIONS, _in_parts, memory_efficient_kernels, use_kernels
 from vlm.training.activation_checkpointing import saved_bytes
 
 KERNELS = {  # kind -> how many norms and MLPs are known
@@ -47,7 +47,7 @@ def test_memory_efficient_blocks_compute_the_same_and_keep_less(kind, dtype):
         for name, weight in text.named_parameters():
             if "norm" in name:
                 weight += torch.linspace(-0.3, 0.3, len(weight)).to(dtype)
-    vectors = torch.randn(2, PLACES // 2 + 9, 32, generator=torch.Generator().manual_seed(0))
+    vectors = torch.randn(2, POSITIONS // 2 + 9, 32, generator=torch.Generator().manual_seed(0))
     states, grads, kept = passed(text, vectors.to(dtype))
     with use_kernels(text, memory_efficient_kernels(text)):
         assert chosen(text) == KERNELS[kind]
@@ -129,15 +129,15 @@ def test_lora_in_an_mlp_is_called():
         if "lora_B" in name:  # zero at first, when LoRA changes nothing
             nn.init.normal_(weight, std=0.1)
     mlp = wrapped.get_submodule(next(iter(kernels)))
-    places = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    positions = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)
-    expected = mlp.train()(places)
+    expected = mlp.train()(positions)
     expected.sum().backward()
     gradients = {name: p.grad for name, p in mlp.named_parameters() if p.grad is not None}
     mlp.zero_grad()
     torch.manual_seed(1)
     with use_kernels(wrapped, kernels):
-        found = mlp(places)
+        found = mlp(positions)
         found.sum().backward()
     torch.testing.assert_close(found, expected)
     assert any("lora_B" in name for name in gradients)
@@ -154,15 +154,15 @@ def kept_in(kept):
 @pytest.mark.parametrize("learns", [False, True], ids=["frozen", "trained"])
 def test_a_plain_projection_behind_the_gate_keeps_nothing_of_its_own(learns, monkeypatch):
     """In parts and whole, in each dtype: the same values, and gradients to rounding."""
-    monkeypatch.setattr(norm_mlp, "PLACES", 3)
+    monkeypatch.setattr(norm_mlp, "POSITIONS", 3)
     for dtype, near in ((torch.float64, 1e-12), (torch.bfloat16, 2e-2)):
         mlp = tiny.text_model("llama").model.layers[0].mlp.to(dtype)
         mlp.down_proj.bias = nn.Parameter(torch.linspace(-1, 1, 32).to(dtype))
         mlp.down_proj.requires_grad_(learns)
-        places = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+        positions = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
         runs = []
         for kernels in ({}, memory_efficient_kernels(mlp)):
-            given = places.clone().requires_grad_(True)
+            given = positions.clone().requires_grad_(True)
             mlp.zero_grad()
             kept = []
             with (
@@ -194,7 +194,7 @@ def test_a_forward_of_an_instance_stays():
 
 def test_parts_are_for_caches_of_cpus_alone():
     """A step of a GPU is simulated whole, as it is made there."""
-    places = torch.zeros(3 * PLACES, 2)
-    assert len(list(_in_parts(places))) == 3
+    positions = torch.zeros(3 * POSITIONS, 2)
+    assert len(list(_in_parts(positions))) == 3
     with as_on_gpus():
-        assert len(list(_in_parts(places))) == 1
+        assert len(list(_in_parts(positions))) == 1

@@ -46,10 +46,10 @@ def all_logits(model, batch):
     return model.logits(model.read(vectors, batch))
 
 
-def changed(batch, row, place):
-    """The batch with another id at one place."""
+def changed(batch, row, position):
+    """The batch with another id at one position."""
     ids = batch.ids.clone()
-    ids[row, place] = (ids[row, place] + 1) % 256
+    ids[row, position] = (ids[row, position] + 1) % 256
     return dataclasses.replace(batch, ids=ids)
 
 
@@ -61,10 +61,10 @@ def test_answer_is_causal_and_prompt_is_not(kind):
     model = prefix_decoder(kind)
     batch = collate([processor(model).encode(tiny.example(answer="a cat sat on it"))], 256)
     plain = all_logits(model, batch)
-    place = int(batch.scored[0].nonzero()[3])
-    later = all_logits(model, changed(batch, 0, place))
-    assert torch.equal(later[:, :place], plain[:, :place])
-    assert not torch.allclose(later[:, place], plain[:, place])
+    position = int(batch.scored[0].nonzero()[3])
+    later = all_logits(model, changed(batch, 0, position))
+    assert torch.equal(later[:, :position], plain[:, :position])
+    assert not torch.allclose(later[:, position], plain[:, position])
     asked = int(batch.prefix[0].nonzero()[-1])
     earlier = all_logits(model, changed(batch, 0, asked))
     moved = (earlier - plain).abs().amax(-1)[0]
@@ -95,7 +95,7 @@ def test_padding_on_either_side_changes_no_logit(kind):
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 @torch.no_grad()
 def test_mask_is_the_one_stated(kind):
-    """Each place sees exactly: real places of the prefix where it is one, real places up to itself,
+    """Each position sees exactly: real ones of the prefix where it is one, real ones up to itself,
     on sliding layers of its window."""
     model = prefix_decoder(kind)
     batch = batch_of(model, "left")
@@ -106,8 +106,8 @@ def test_mask_is_the_one_stated(kind):
             lambda _, args, options: seen.append(options["attention_mask"]), with_kwargs=True
         )
     all_logits(model, batch)
-    place = torch.arange(batch.ids.shape[1])
-    causal, window = place[:, None] >= place, place[:, None] - place < 16
+    position = torch.arange(batch.ids.shape[1])
+    causal, window = position[:, None] >= position, position[:, None] - position < 16
     full = batch.prefix[:, :, None] & batch.prefix[:, None, :]
     kinds = getattr(model.text.config, "layer_types", ["full_attention"] * len(layers))
     assert ("sliding_attention" in kinds) == (kind == "gemma2")

@@ -1,5 +1,6 @@
 """A run that does not fit in memory says so before its first step, with the largest that does."""
 
+import contextlib
 import copy
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,6 +75,13 @@ class Given:
         monkeypatch.setattr(preflight, "memory_for", lambda device, module: self.there)
 
 
+def settings_of(**changes):
+    """What `require_memory` reads of a recipe's settings."""
+    values = dict(batch=4, micro_batch=None, pack=None, checkpoint_activations=False,
+                  memory_check=None, memory_remedies=lambda: ())  # fmt: skip
+    return SimpleNamespace(**values | changes)
+
+
 SIZES = dict(TINY, image_px=64, batch=64)
 """Settings of a recipe whose images take more memory than its weights."""
 
@@ -101,9 +109,45 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_written(
             f"{setting}: a micro-batch of 64 needs {size(needs[64])} on each process, which has "
             f"{size(needs[8])}; "
         )
-        assert said.endswith("take --micro-batch 8, 8 of which make a process's share of a step")
+        assert said.endswith(
+            "take --micro-batch 8, 8 of which make a process's share of a step. To run all the "
+            "same: --memory-check warn"
+        )
     assert not (tmp_path / "run").exists()
     assert run(tmp_path / "run", **SIZES, micro_batch=8)["step"] == 2
+
+
+def test_a_run_that_does_not_fit_goes_on_where_the_check_only_warns(
+    tmp_path, monkeypatch, capsys, needs
+):
+    Given(monkeypatch, needs[8])
+    assert run(tmp_path / "run", **SIZES, memory_check="warn")["step"] == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"--batch 64: a micro-batch of 64 needs {size(needs[64])} on each process" in said
+    assert "The run goes on all the same; --memory-check stop would end it here" in said
+
+
+def test_check_that_is_off_estimates_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "memory_for", lambda *_: pytest.fail("memory was looked at"))
+    assert run(tmp_path / "run", **TINY, memory_check="off")["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "check", "stops"),
+    [("cpu", None, True), ("cuda", None, False), ("cuda", "stop", True), ("cpu", "warn", False)],
+)
+def test_check_stops_on_cpus_and_warns_on_gpus_unless_told(monkeypatch, device, check, stops):
+    Given(monkeypatch, 2**10)
+    model, rows, objective = lines()
+    said = []
+    settings = settings_of(precision="fp32", memory_check=check)
+    accelerator = SimpleNamespace(device=torch.device(device), num_processes=1)
+    with pytest.raises(ValueError, match="not even one") if stops else contextlib.nullcontext():
+        require_memory(
+            model, STAGE, training.dataset(rows), objective, settings, accelerator=accelerator,
+            shard="no", say=lambda text, **_: said.append(text),
+        )  # fmt: skip
+    assert ["not even one example fits" in text for text in said] == [True] * (not stops)
 
 
 def test_a_run_of_which_no_example_fits_is_told_what_may_help(tmp_path, monkeypatch, needs):
@@ -186,8 +230,7 @@ def test_steps_of_every_family_are_estimated_and_models_stay_as_they_were(monkey
             STAGE,
             training.dataset(rows),
             objective,
-            SimpleNamespace(batch=4, micro_batch=None, precision="bf16", pack=96,
-                            checkpoint_activations=False),
+            settings_of(precision="bf16", pack=96),
             accelerator=SimpleNamespace(device=torch.device("cpu"), num_processes=ranks),
             shard=shard,
             say=lambda text, **_: said.append(text),

@@ -46,7 +46,15 @@ def test_new_names_are_options_of_today():
         assert set(names) <= known, old
 
 
-@pytest.mark.parametrize("words", [["--pictures", "4"], ["--pictures=4"]], ids=["apart", "joined"])
+@pytest.mark.parametrize(
+    ("words", "old", "new"),
+    [
+        (["--pictures", "4"], "pictures", "images"),
+        (["--pictures=4"], "pictures", "images"),
+        (["--batch-size", "4"], "batch-size", "batch"),
+    ],
+    ids=["apart", "joined", "batch"],
+)
 @pytest.mark.parametrize(
     "start",
     [
@@ -55,11 +63,11 @@ def test_new_names_are_options_of_today():
     ],
     ids=["script", "command"],
 )
-def test_evaluation_names_what_an_option_is_called_now(start, words, capsys):
+def test_evaluation_names_what_an_option_is_called_now(start, words, old, new, capsys):
     with pytest.raises(SystemExit) as stopped:
         start(words)
     assert stopped.value.code == 1
-    assert capsys.readouterr().err == "error: --pictures: this option is now --images\n"
+    assert capsys.readouterr().err == f"error: --{old}: this option is now --{new}\n"
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_seed_decides_the_weights_and_the_global_generator_stays():
         (dict(patch_px=0), "patch_px must be at least 1, found 0"),
         (dict(text_depth=0), "text_depth must be at least 1, found 0"),
         (dict(embed_width=-1), "embed_width must be at least 1, found -1"),
-        (dict(length=2), "length 2 leaves no room beside 2 tokens of every text"),
+        (dict(length=2), "length 2 leaves no token beside 2 tokens of every text"),
         (dict(loss="triplet"), "loss is one of softmax, sigmoid, found 'triplet'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Rows separated by tabs: what is in the file is what is read, and what is wrong is named."""
+"""Rows of TSV files: what is in the file is what is read, and what is wrong is named."""
 
 import pickle
 
@@ -75,7 +75,7 @@ def test_images_lie_under_the_root(folder, tmp_path_factory):
 @pytest.mark.parametrize(
     ("row", "found"),
     [
-        ("a.png", r"expected 2 fields separated by tabs \(image, text\), found 1: 'a.png'"),
+        ("a.png", r"expected 2 tab-separated fields \(image, text\), found 1: 'a.png'"),
         ("a.png  x", "found 1: 'a.png  x'"),
         ("a.png\tx\ty", "found 3: 'a.png⇥x⇥y'"),
         ("a.png\t ", "expected a text in the column text, found none"),
@@ -98,7 +98,7 @@ def test_row_that_cannot_be_used_is_named_with_what_was_found(folder, row, found
     ("text", "found"),
     [
         ("a.png\tHello\nsub/b.png\tyou\n",
-         r"columns separated by tabs, one of them image, found \['a.png', 'Hello'\]"),
+         r"tab-separated columns, one of them image, found \['a.png', 'Hello'\]"),
         ("image\tlabel\na.png\tx\n", r"one of them caption or text, found \['image', 'label'\]"),
         ("image,text\na.png,x\n", r"one of them image, found \['image,text'\]"),
         ("image\timage\ttext\na.png\ta.png\tx\n", "expected one column image, found 2"),

@@ -147,7 +147,7 @@ def test_prompt_of_a_models_folder_is_kept(tmp_path):
 
 def test_settings_of_parts_beside_a_model_are_named():
     settings = stage_of("stage1_adaptor").Settings(start="folder", adaptor="mlp", queries=8)
-    with pytest.raises(ValueError, match=r"start 'folder' .* found \['adaptor', 'queries'\]"):
+    with pytest.raises(ValueError, match=r"start 'folder' does not read \['adaptor', 'queries'\]"):
         settings.build()
 
 

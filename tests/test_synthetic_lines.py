@@ -19,7 +19,7 @@ from vlm.data.synthetic.lines import (
     draw,
 )
 from vlm.data.synthetic.pen import Hand, _middles
-from vlm.data.synthetic.text import ASCII, MARKS, BadText, Writer, split_of
+from vlm.data.synthetic.text import ASCII, MARKS, BadText, TextSampler, split_of
 from vlm.pixels import open_image
 
 pytestmark = pytest.mark.usefixtures("few_lines")
@@ -155,9 +155,9 @@ def test_split_goes_by_the_first_digit_of_the_md5_of_the_joined_line():
 
 
 def test_written_lines_hold_every_character_of_the_alphabet_sooner_or_later():
-    writer = Writer(["a plain line of words"], ASCII + MARKS, "train")
+    sampler = TextSampler(["a plain line of words"], ASCII + MARKS, "train")
     dice = Random(0)
-    seen = {c for _ in range(6000) for c in writer(dice)}
+    seen = {c for _ in range(6000) for c in sampler(dice)}
     assert seen == set(ASCII + MARKS)
 
 
@@ -171,7 +171,7 @@ def test_lines_keep_to_their_alphabet_and_their_fonts(alphabet):
         assert 1 <= len(line.text) <= text.LONGEST
 
 
-def test_fonts_that_lack_letters_are_left_out():
+def test_fonts_that_lack_letters_are_skipped():
     source = Lines(3, fonts=f"{LATIN_ONLY},{DEJAVU}", characters=ALPHABETS["greek"])
     assert {font.family for font in source.fonts} == {"dejavu-sans"}
     with pytest.raises(BadFont, match=r"holds 'AB.*lack.*cmr10"):

@@ -36,7 +36,7 @@ def encoder(request):
 
 
 def texts(lengths=(5, 3), T=5, pad=0):
-    """Random texts, each with END once, at its last place."""
+    """Random texts, each with END once, at its last position."""
     ids = torch.randint(3, END, (len(lengths), T), generator=torch.Generator().manual_seed(0))
     valid = torch.arange(T) < torch.tensor(lengths)[:, None]
     for row, length in enumerate(lengths):

@@ -141,7 +141,7 @@ def stage(*rates, **more):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_parted_rows_give_the_same_outputs_and_generated_ids(kind):
+def test_split_rows_give_the_same_outputs_and_generated_ids(kind):
     chosen = training.model(kind=kind)
     batch = towers.batch_for(chosen.module)
     asked = [[tiny.image()]], ["<image> what?"]
@@ -153,7 +153,7 @@ def test_parted_rows_give_the_same_outputs_and_generated_ids(kind):
 
 @pytest.mark.parametrize("rows", [NEW, [70, 3, 258, 299]], ids=["together", "apart"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradient_of_parted_rows_is_that_of_the_whole_table(kind, rows):
+def test_gradient_of_split_rows_is_that_of_the_whole_table(kind, rows):
     whole, sharded = tiny.decoder_only(kind), tiny.decoder_only(kind)
     vocabulary.train_rows(sharded.text, rows)
     assert not sharded.text.get_input_embeddings().old.requires_grad
@@ -258,7 +258,7 @@ def test_a_bias_of_the_head_stays_whole_and_frozen():
         ([-1], "different ids in 0 to 299, found"),
     ],
 )
-def test_rows_that_cannot_be_parted_are_refused(ids, message):
+def test_rows_that_cannot_be_split_are_refused(ids, message):
     with pytest.raises(ValueError, match=message):
         vocabulary.train_rows(tiny.text_model(), ids)
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from vlm import adaptors
 from vlm.data.example import Example, Turn
-from vlm.families.decoder_only.module import DecoderOnly, Places
+from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
 from vlm.families.decoder_only.processor import Processor
 from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.image_tokens import ImageTokenizer, ImageTokens
@@ -95,7 +95,7 @@ class Patches(ImageTokenizer):
 
 
 def decoder_only(kind="llama", seed=0, size_hw=(8, 12), **more):
-    """A tiny DecoderOnly in fp32 and evaluation mode; an image takes 6 places at 8 x 12 pixels."""
+    """A tiny DecoderOnly in fp32 and evaluation mode; an image of 8 x 12 pixels is 6 tokens."""
     text = text_model(kind, seed, **more)
     torch.manual_seed(seed)
     tokenizer = Patches(size_hw=size_hw)
@@ -110,7 +110,7 @@ def processor(model, **options):
     return Processor(
         options.pop("text_tokenizer", None) or text_tokenizer(),
         model.tokenizer.pixel_spec,
-        Places(model.tokenizer, model.adaptor),
+        ImageLayouts(model.tokenizer, model.adaptor),
         **options,
     )
 
@@ -124,7 +124,7 @@ def image(seed=0, size_hw=(9, 17)):
 
 
 def example(name="row", content=(None, "what?"), answer="a cat", images=None):
-    """One question, with None at image places, and its answer."""
+    """One question, with None where an image stands, and its answer."""
     slots = sum(part is None for part in content)
     image_list = tuple(image(i) for i in range(slots)) if images is None else tuple(images)
     return Example(name, (Turn("user", tuple(content)), Turn("assistant", (answer,))), image_list)

@@ -163,7 +163,7 @@ class PixelShuffleConfig:
     """Blocks of `ratio` x `ratio` neighbouring tokens become one token, then an MLP.
 
     norm: a LayerNorm over each block before the MLP, for backbones whose features are of any
-        scale. positions: octaves of sines and cosines of a block's place in the image that are
+        scale. positions: octaves of sines and cosines of a block's position in the image that are
         put beside it, for backbones that do not say where a feature lies (CNNs); 0 puts none.
     bias: of every layer of the MLP.
     """
@@ -232,13 +232,14 @@ def grid_waves(grid_hw: tuple[int, int], octaves: int) -> Tensor:
     """Where each cell of a grid lies in the image: float32[h * w, 4 * octaves], sines and cosines
     of its middle's row and column, 0 to 1 over the image, at half a period and its octaves.
 
-    Equal places get equal waves whatever the grid, so that a trained adaptor may see other grids.
+    Equal positions get equal waves whatever the grid, so that a trained adaptor may see other
+    grids.
     """
     h, w = grid_hw
     rows = (torch.arange(h, dtype=torch.float32) + 0.5) / h
     columns = (torch.arange(w, dtype=torch.float32) + 0.5) / w
-    places = torch.cartesian_prod(rows, columns)  # [h * w, 2]
-    angles = places[:, :, None] * torch.pi * 2.0 ** torch.arange(octaves)
+    centres = torch.cartesian_prod(rows, columns)  # [h * w, 2]
+    angles = centres[:, :, None] * torch.pi * 2.0 ** torch.arange(octaves)
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 

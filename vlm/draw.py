@@ -25,10 +25,10 @@ COLOURS = (
 LEAST_PX = 480
 """A drawing's longer side at least: smaller images are enlarged, so that labels can be read."""
 TEXT_PX = 14
-"""Height of letters in a drawing whose longer side is LEAST_PX; larger ones have larger letters."""
+"""Height of text in a drawing whose longer side is LEAST_PX; larger ones have larger text."""
 LEGEND = "full lines: predicted, with scores; dashed lines: true"
 HITS_LEGEND = "left: the query; beside it: its best hits, with their scores"
-GREEN, RED, GREY, INK = "#1f9d4a", "#d02020", "#cccccc", "#222222"
+GREEN, RED, GREY, BLACK = "#1f9d4a", "#d02020", "#cccccc", "#222222"
 LINE_PX = 64
 """The most height of a line of text on a page of them."""
 
@@ -55,25 +55,25 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Box], true: Sequence[Box] = (
     scale = max(1, -(-LEAST_PX // max(image.size)))
     size = image.width * scale, image.height * scale
     canvas = image.convert("RGB").resize(size, Image.Resampling.NEAREST)
-    ink = ImageDraw.Draw(canvas)
+    draw = ImageDraw.Draw(canvas)
     colours = _colours([*boxes, *true])
     width, text_px = max(2, round(max(size) / 320)), round(TEXT_PX * max(size) / LEAST_PX)
     for box in true:
-        _dashed(ink, _scaled(box, scale, size), colours[box.label], width)
+        _dashed(draw, _scaled(box, scale, size), colours[box.label], width)
     for box in boxes:
         x0, y0, x1, y1 = _scaled(box, scale, size)
         halo = x0 - 1, y0 - 1, x1 + 1, y1 + 1  # so that a red box is seen on a red thing
-        ink.rectangle(halo, outline="white", width=width + 2)
-        ink.rectangle((x0, y0, x1, y1), outline=colours[box.label], width=width)
+        draw.rectangle(halo, outline="white", width=width + 2)
+        draw.rectangle((x0, y0, x1, y1), outline=colours[box.label], width=width)
     taken: list[Sequence[float]] = []
     known = {box.label for box in boxes}
     for box in [*boxes, *(box for box in true if box.label not in known)]:
         score = " true" if box.score is None else f" {box.score:.2f}"
         tag = shorten(box.label + score, size[0] - 6, font_of(text_px))
-        place = _free_place(tag, text_px, _scaled(box, scale, size), size, taken)
-        ink.rectangle(place, fill=colours[box.label])
-        ink.text((place[0] + 3, place[1] + 1), tag, fill="white", font=font_of(text_px))
-        taken.append(place)
+        spot = _free_spot(tag, text_px, _scaled(box, scale, size), size, taken)
+        draw.rectangle(spot, fill=colours[box.label])
+        draw.text((spot[0] + 3, spot[1] + 1), tag, fill="white", font=font_of(text_px))
+        taken.append(spot)
     return canvas
 
 
@@ -95,11 +95,11 @@ def draw_page(
     rows = -(-len(drawings) // columns)
     step_x, step_y = cell_px + gap, cell_px + head + gap
     page = Image.new("RGB", (columns * step_x + gap, rows * step_y + gap + head), "white")
-    ink, font = ImageDraw.Draw(page), font_of(TEXT_PX)
-    ink.text((gap, gap), shorten(LEGEND, page.width - 2 * gap, font), fill="#222222", font=font)
+    draw, font = ImageDraw.Draw(page), font_of(TEXT_PX)
+    draw.text((gap, gap), shorten(LEGEND, page.width - 2 * gap, font), fill="#222222", font=font)
     for number, (drawing, title) in enumerate(zip(drawings, titles)):
         left, top = gap + number % columns * step_x, head + gap + number // columns * step_y
-        ink.text((left, top), shorten(title, cell_px, font), fill="#222222", font=font)
+        draw.text((left, top), shorten(title, cell_px, font), fill="#222222", font=font)
         scale = cell_px / max(drawing.size)
         size = tuple(max(1, round(side * scale)) for side in drawing.size)
         filter = Image.Resampling.NEAREST if scale == 1 else Image.Resampling.LANCZOS
@@ -132,24 +132,24 @@ def draw_hits(
     legend = f"{HITS_LEGEND}; right ones in green" if known else HITS_LEGEND
     width = max(columns * step_x + 3 * gap, int(font.getlength(legend)) + 2 * gap)
     page = Image.new("RGB", (width, len(queries) * step_y + gap + 2 * foot), "white")
-    ink = ImageDraw.Draw(page)
-    ink.text((gap, gap), legend, fill=INK, font=font)
+    draw = ImageDraw.Draw(page)
+    draw.text((gap, gap), legend, fill=BLACK, font=font)
     for number, (query, row, note) in enumerate(zip(queries, hits, notes)):
         top = gap + 2 * foot + number * step_y - foot // 2
         if number:
-            ink.line((gap, top - gap, width - gap, top - gap), fill="#eeeeee")
-        _cell(page, ink, query, (gap, top), cell_px)
+            draw.line((gap, top - gap, width - gap, top - gap), fill="#eeeeee")
+        _cell(page, draw, query, (gap, top), cell_px)
         note = shorten(note, cell_px, small)
-        ink.text((gap, top + cell_px + 3), note, fill="#666666", font=small)
-        for place, hit in enumerate(row, 1):
-            left = 2 * gap + place * step_x
-            _cell(page, ink, hit.thing, (left, top), cell_px)
+        draw.text((gap, top + cell_px + 3), note, fill="#666666", font=small)
+        for rank, hit in enumerate(row, 1):
+            left = 2 * gap + rank * step_x
+            _cell(page, draw, hit.thing, (left, top), cell_px)
             frame = (left - 2, top - 2, left + cell_px + 1, top + cell_px + 1)
             colour = GREEN if hit.right else GREY
-            ink.rectangle(frame, outline=colour, width=4 if hit.right else 1)
+            draw.rectangle(frame, outline=colour, width=4 if hit.right else 1)
             text = f"{hit.score:.3f}" + (" \N{CHECK MARK}" if hit.right else "")
             colour = GREEN if hit.right else "#666666"
-            ink.text((left, top + cell_px + 3), text, fill=colour, font=small)
+            draw.text((left, top + cell_px + 3), text, fill=colour, font=small)
     page.save(path, "PNG")
 
 
@@ -166,26 +166,26 @@ def draw_reading(image: Image.Image, reading: Reading) -> Image.Image:
     canvas = Image.new("RGB", (width, 2 * height) if below else (2 * width, height), "white")
     canvas.paste(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
     dx, dy = (0, height) if below else (width, 0)
-    ink = ImageDraw.Draw(canvas)
+    draw = ImageDraw.Draw(canvas)
     pen = max(1, round(max(width, height) / 800))
     for line in reading.lines:
         colour = _by_confidence(line.confidence)
         outline = [(x * scale, y * scale) for x, y in line.corners_px]
-        ink.line([*outline, outline[0], outline[1]], fill=colour, width=pen)
+        draw.line([*outline, outline[0], outline[1]], fill=colour, width=pen)
         x0, y0, x1, y1 = (value * scale for value in line.xyxy_px)
         mark = f" {line.confidence:.2f}"
         text = " ".join(line.text.split())
         px = max(6, min(round(0.75 * (y1 - y0)), 60))
-        room = min(max(x1 - x0, 3 * px), width - x0)
-        while px > 6 and font_of(px).getlength(text + mark) > room:
+        free = min(max(x1 - x0, 3 * px), width - x0)
+        while px > 6 and font_of(px).getlength(text + mark) > free:
             px -= 1
         small = max(6, round(0.6 * px))
         at = x0 + dx, (y0 + y1) / 2 + dy
-        ink.text(at, text, fill=colour, font=font_of(px), anchor="lm")
+        draw.text(at, text, fill=colour, font=font_of(px), anchor="lm")
         at = at[0] + font_of(px).getlength(text), at[1]
-        ink.text(at, mark, fill="#888888", font=font_of(small), anchor="lm")
+        draw.text(at, mark, fill="#888888", font=font_of(small), anchor="lm")
     edge = [(0, height), (width, height)] if below else [(width, 0), (width, height)]
-    ink.line(edge, fill=GREY)
+    draw.line(edge, fill=GREY)
     return canvas
 
 
@@ -227,10 +227,10 @@ def draw_lines(
     ]
     height = sum(image.height + 3 * line_px + 2 * gap for image in shown)
     page = Image.new("RGB", (width_px + 2 * gap, height + gap), "white")
-    ink, font, small = ImageDraw.Draw(page), font_of(text_px), font_of(TEXT_PX - 2)
+    draw, font, small = ImageDraw.Draw(page), font_of(text_px), font_of(TEXT_PX - 2)
     top = gap
     for image, truth, read, note in zip(shown, truths, reads, notes):
-        ink.text((gap, top), shorten(note, width_px, small), fill="#666666", font=small)
+        draw.text((gap, top), shorten(note, width_px, small), fill="#666666", font=small)
         top += line_px
         page.paste(image, (gap, top))
         top += image.height + 4
@@ -241,11 +241,11 @@ def draw_lines(
                 same, text = pair[0] == pair[1], pair[side]
                 if not same:
                     text = text.replace(" ", "\N{OPEN BOX}") or ("\N{CARET}" if side else "")
-                ink.text((x, top), text, fill=INK if same else colour, font=font)
+                draw.text((x, top), text, fill=BLACK if same else colour, font=font)
                 x += font.getlength(text)
             top += line_px
         top += 2 * gap - 4
-        ink.line((gap, top - gap, width_px + gap, top - gap), fill="#eeeeee")
+        draw.line((gap, top - gap, width_px + gap, top - gap), fill="#eeeeee")
     page.save(path, "PNG")
 
 
@@ -289,7 +289,7 @@ def draw_reliability(
 
 def _cell(
     page: Image.Image,
-    ink: ImageDraw.ImageDraw,
+    draw: ImageDraw.ImageDraw,
     thing: Image.Image | str,
     corner: tuple[int, int],
     px: int,
@@ -302,7 +302,7 @@ def _cell(
         y = top + (px - len(lines) * line_px) / 2
         for i, line in enumerate(lines):
             x = left + (px - font.getlength(line)) / 2
-            ink.text((x, y + i * line_px), line, fill=INK, font=font)
+            draw.text((x, y + i * line_px), line, fill=BLACK, font=font)
         return
     scale = px / max(thing.size)
     size = tuple(max(1, round(side * scale)) for side in thing.size)
@@ -337,22 +337,22 @@ def _scaled(box: Box, scale: int, size: tuple[int, int]) -> tuple[float, float, 
     return x0, y0, max(x0, x1), max(y0, y1)
 
 
-def _dashed(ink: ImageDraw.ImageDraw, box: Sequence[float], colour: str, width: int) -> None:
+def _dashed(draw: ImageDraw.ImageDraw, box: Sequence[float], colour: str, width: int) -> None:
     """The outline of a box: white, with dashes of a colour on it."""
     x0, y0, x1, y1 = box
-    ink.rectangle((x0, y0, x1, y1), outline="white", width=width)
+    draw.rectangle((x0, y0, x1, y1), outline="white", width=width)
     dash = 4 * width
     for start in range(int(x0), int(x1) + 1, 2 * dash):
         end = min(start + dash, x1)
         for y in (y0, max(y0, y1 - width + 1)):
-            ink.rectangle((start, y, end, min(y + width - 1, y1)), fill=colour)
+            draw.rectangle((start, y, end, min(y + width - 1, y1)), fill=colour)
     for start in range(int(y0), int(y1) + 1, 2 * dash):
         end = min(start + dash, y1)
         for x in (x0, max(x0, x1 - width + 1)):
-            ink.rectangle((x, start, min(x + width - 1, x1), end), fill=colour)
+            draw.rectangle((x, start, min(x + width - 1, x1), end), fill=colour)
 
 
-def _free_place(
+def _free_spot(
     text: str, px: int, box: Sequence[float], size: tuple[int, int], taken: Sequence[Sequence]
 ) -> tuple[float, float, float, float]:
     """Where a text can stand at a box, on the canvas and where no other stands, if there is such a
@@ -362,8 +362,8 @@ def _free_place(
     tops = [box[1] - height, box[1], box[3] + 1, box[3] - height]
     tops += [box[1] + n * height for n in range(1, 8)]
     ys = [max(0, min(top, size[1] - height)) for top in tops]
-    places = [(x, y, x + width, y + height) for y in ys]
-    return next((p for p in places if not any(_meet(p, other) for other in taken)), places[0])
+    spots = [(x, y, x + width, y + height) for y in ys]
+    return next((p for p in spots if not any(_meet(p, other) for other in taken)), spots[0])
 
 
 def _meet(first: Sequence[float], second: Sequence[float]) -> bool:
@@ -385,7 +385,7 @@ def shorten(text: str, width_px: float, font: ImageFont.FreeTypeFont) -> str:
 
 @cache
 def font_of(px: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib carries: it has many scripts' letters."""
+    """DejaVu Sans, which matplotlib carries: it has the characters of many scripts."""
     from matplotlib import get_data_path
 
     return ImageFont.truetype(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf", px)

@@ -1,6 +1,6 @@
-"""Packed rows to be looked at: whose each place is, and where the borders between examples are.
+"""Packed rows to be looked at: whose each position is, and where the borders between examples are.
 
-A row is a band of places from left to right, with each example's images under its own.
+A row is a band of positions from left to right, with each example's images under its own.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-from vlm.draw import GREEN, GREY, INK, TEXT_PX, font_of, shorten
+from vlm.draw import BLACK, GREEN, GREY, TEXT_PX, font_of, shorten
 
 FILLS = {"image": "#4aa8c0", "prompt": "#c9c9c9", "scored": GREEN}
-"""Of each kind of place, as `vlm.commands.inspect_batch` names them."""
+"""Of each kind of position, as `vlm.commands.inspect_batch` names them."""
 WORDS = {"image": "image", "prompt": "text that is read", "scored": "text that is learned"}
 LEGEND = "a border: nothing after it sees what is before it"
 GAP, LINE_PX, OVER_PX, BAND_PX = 14, TEXT_PX + 6, 7, 34
@@ -24,7 +24,7 @@ GAP, LINE_PX, OVER_PX, BAND_PX = 14, TEXT_PX + 6, 7, 34
 class Segment(NamedTuple):
     """One example of a packed row.
 
-    kinds: of each of its places, one of FILLS. images: what the model sees of it.
+    kinds: of each of its positions, one of FILLS. images: what the model sees of it.
     """
 
     name: str
@@ -41,9 +41,9 @@ def draw_packed(
 ) -> None:
     """A page of packed rows, as a PNG.
 
-    most: the places that a row may have; a longer one is an example by itself. width_px: of the
+    most: the positions that a row may have; a longer one is an example by itself. width_px: of the
     longest band. image_px: the most height of an image; an example's images are together no
-    wider than its places.
+    wider than its positions.
     """
     if not rows:
         raise ValueError("expected a packed row to draw, found none")
@@ -60,14 +60,14 @@ def draw_packed(
     page.save(path, "PNG")
 
 
-def _legend(ink: ImageDraw.ImageDraw) -> None:
+def _legend(draw: ImageDraw.ImageDraw) -> None:
     x, font = float(GAP), font_of(TEXT_PX)
     for kind, fill in FILLS.items():
-        ink.rectangle((x, GAP + 2, x + TEXT_PX, GAP + TEXT_PX + 2), fill=fill)
-        ink.text((x + TEXT_PX + 6, GAP), WORDS[kind], fill=INK, font=font)
+        draw.rectangle((x, GAP + 2, x + TEXT_PX, GAP + TEXT_PX + 2), fill=fill)
+        draw.text((x + TEXT_PX + 6, GAP), WORDS[kind], fill=BLACK, font=font)
         x += TEXT_PX + 6 + font.getlength(WORDS[kind]) + 2 * GAP
-    ink.line((x, GAP, x, GAP + TEXT_PX + 4), fill=INK, width=3)
-    ink.text((x + 10, GAP), LEGEND, fill=INK, font=font)
+    draw.line((x, GAP, x, GAP + TEXT_PX + 4), fill=BLACK, width=3)
+    draw.text((x + 10, GAP), LEGEND, fill=BLACK, font=font)
 
 
 def _row(
@@ -79,48 +79,48 @@ def _row(
     top: int,
     image_px: int,
 ) -> None:
-    """One band: title, names, places, the borders with their numbers, images. scale: pixels of a
-    place."""
-    ink, small = ImageDraw.Draw(page), font_of(TEXT_PX - 3)
+    """One band: title, names, positions, the borders with their numbers, images. scale: pixels of a
+    position."""
+    draw, small = ImageDraw.Draw(page), font_of(TEXT_PX - 3)
     names, band = top + LINE_PX, top + 2 * LINE_PX + OVER_PX
     foot = band + BAND_PX + OVER_PX
-    ink.text((GAP, top), title, fill=INK, font=font_of(TEXT_PX))
-    ink.rectangle((GAP, band, GAP + most * scale, band + BAND_PX), outline=GREY)
+    draw.text((GAP, top), title, fill=BLACK, font=font_of(TEXT_PX))
+    draw.rectangle((GAP, band, GAP + most * scale, band + BAND_PX), outline=GREY)
     borders, at = [0], 0
     for segment in row:
-        left, room = GAP + at * scale + 4, len(segment.kinds) * scale - 8
-        ink.text((left, names), shorten(segment.name, room, small), fill=INK, font=small)
-        _paste(page, segment.images, (left, foot + LINE_PX), room, image_px)
+        left, width = GAP + at * scale + 4, len(segment.kinds) * scale - 8
+        draw.text((left, names), shorten(segment.name, width, small), fill=BLACK, font=small)
+        _paste(page, segment.images, (left, foot + LINE_PX), width, image_px)
         for kind, run in groupby(segment.kinds):
             start, at = at, at + len(list(run))
             x0, x1 = GAP + start * scale, GAP + at * scale
-            ink.rectangle((x0, band, x1, band + BAND_PX), fill=FILLS[kind])
+            draw.rectangle((x0, band, x1, band + BAND_PX), fill=FILLS[kind])
         borders.append(at)
     edge = GAP + borders[-1] * scale - small.getlength(f"{borders[-1]} ")
-    written = -1.0
+    drawn_to = -1.0
     for border in borders:
         x = GAP + border * scale
-        ink.line((x, names, x, foot), fill=INK, width=3)
+        draw.line((x, names, x, foot), fill=BLACK, width=3)
         last, end = border == borders[-1], x + small.getlength(f"{border} ")
         if last:  # it ends at its border, and always stands
-            ink.text((x, foot), str(border), fill="#666666", font=small, anchor="ra")
-        elif x > written and end <= edge:  # else its number would stand on another
-            ink.text((x, foot), str(border), fill="#666666", font=small)
-            written = end
+            draw.text((x, foot), str(border), fill="#666666", font=small, anchor="ra")
+        elif x > drawn_to and end <= edge:  # else its number would stand on another
+            draw.text((x, foot), str(border), fill="#666666", font=small)
+            drawn_to = end
 
 
 def _paste(
     page: Image.Image,
     images: Sequence[Image.Image],
     corner: tuple[float, float],
-    room: float,
+    width: float,
     most_px: int,
 ) -> None:
-    """Images side by side, in one scale, within a room's width and a height."""
-    if not images or room < 3 * len(images):
+    """Images side by side, in one scale, within a width and a height."""
+    if not images or width < 3 * len(images):
         return
     tallest, wide = max(p.height for p in images), sum(p.width for p in images)
-    scale = min(most_px / tallest, (room - 2 * len(images)) / wide)
+    scale = min(most_px / tallest, (width - 2 * len(images)) / wide)
     x = corner[0]
     for image in images:
         size = tuple(max(1, int(side * scale)) for side in image.size)

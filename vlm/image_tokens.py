@@ -14,7 +14,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -166,9 +166,13 @@ class ImageTokenizer(nn.Module, ABC):
     """Turns pixels into image tokens; owns its preprocessing.
 
     A subclass sets `dim` (width D of its tokens), `pooled_dim` (width of `pooled`, or None) and
-    `pixel_spec` (how an image becomes its pixels), and implements `forward` and `parts`.
+    `pixel_spec` (how an image becomes its pixels), and implements `forward` and `parts`. One of two
+    towers sets `high_resolution` and `low_resolution`, the names of their sub-modules; what sees
+    high resolution beside its tower has a name that begins alike.
     """
 
+    high_resolution: ClassVar[str | None] = None
+    low_resolution: ClassVar[str | None] = None
     dim: int
     pooled_dim: int | None = None
     pixel_spec: PixelSpec
@@ -191,7 +195,7 @@ class ImageTokenizer(nn.Module, ABC):
         """The shape of each view of an image of `size_hw` pixels, before any compute.
 
         Exact by construction: the tokenizer's own code runs on the meta device, where tensors
-        have shapes and no values. Remembered for each pixel size.
+        have shapes and no data. Remembered for each pixel size.
         """
         shapes = []
         for view_hw in self.pixel_spec.view_sizes(size_hw):

@@ -45,7 +45,7 @@ def gather_list(accelerator: Accelerator, items: list[T]) -> list[T]:
 
 
 def gather_in_order(accelerator: Accelerator, found: list[tuple[int, T]]) -> list[tuple[int, T]]:
-    """The (place, item) pairs of all processes, on every process, by their places."""
+    """The (index, item) pairs of all processes, on every process, by their indices."""
     return sorted(gather_list(accelerator, found), key=lambda pair: pair[0])
 
 

@@ -18,6 +18,7 @@ RENAMED = {
     "tokenizer": ("text_tokenizer",),
     # evaluations
     "pictures": ("images",),
+    "batch_size": ("batch",),
     # benchmarks
     "places": ("positions",),
     "room": ("memory_fraction",),

@@ -46,14 +46,14 @@ def save_weights(
     name: what each of the module's names is called in the files. merge: whether LoRA is merged;
         where not, its layers are written beside those that they stand for. beside: more tensors, by
         their names in the files.
-    Raises OSError before anything is written where the disk has no room.
+    Raises OSError before anything is written where the disk is too full.
     """
     state: dict[str, Tensor | Made] = dict(beside or {})
     state |= {name(key): tensor for key, tensor in plain_state(module, lora=merge).items()}
     likes = {key: t.like if isinstance(t, Made) else t for key, t in state.items()}
     unique = {t.data_ptr() or key: key for key, t in reversed(likes.items())}
     likes = {key: likes[key] for key in likes if key in set(unique.values())}
-    need_room(folder, sum(t.numel() * t.element_size() for t in likes.values()))
+    require_disk_space(folder, sum(t.numel() * t.element_size() for t in likes.values()))
     folder.mkdir(parents=True, exist_ok=True)
     for old in (*folder.glob("model*.safetensors"), folder / INDEX):
         old.unlink(missing_ok=True)
@@ -75,7 +75,7 @@ def _whole(tensor: Tensor | Made) -> Tensor:
     return tensor if own else tensor.clone()
 
 
-def need_room(folder: Path, size: int) -> None:
+def require_disk_space(folder: Path, size: int) -> None:
     """Raises OSError where the disk of `folder` has less than `size` bytes (and a little) free."""
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free

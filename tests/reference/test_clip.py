@@ -9,6 +9,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import vlm
+from tests.reference.images_and_texts import (
+    IMAGES,
+    check_saved_as_reference,
+    check_vectors,
+    outputs_of,
+)
 from tests.reference.tiny_clip import write_folder
 from tests.tiny import image
 from vlm.pixels import OPENAI
@@ -16,7 +22,6 @@ from vlm.systems import clip
 from vlm.weights import WeightsError, same_bits
 
 TEXTS = ["a cat", "A photo of  two DOGS's", "é, x!", "a rather long caption of many a letter"]
-IMAGES = [image(0, (40, 71)), image(1, (90, 33)), image(2, (20, 21))]
 
 
 @pytest.fixture(scope="module")
@@ -27,31 +32,13 @@ def folder(tmp_path_factory):
 
 
 def reference_outputs(folder, images=IMAGES, texts=TEXTS, padding=True):
-    """transformers' unit vectors and logits of a folder, strictly opened."""
-    model, report = transformers.AutoModel.from_pretrained(
-        folder, output_loading_info=True, dtype=torch.float32
-    )
-    found = {key: report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    assert not any(found.values()), found
-    processor = transformers.AutoProcessor.from_pretrained(folder)
-    given = processor(
-        images=list(images), text=list(texts), return_tensors="pt", padding=padding,
-        truncation=True,
-    )  # fmt: skip
-    with torch.no_grad():
-        return model.eval()(**given)
+    outputs, _ = outputs_of(folder, images, texts, padding)
+    return outputs
 
 
-def check_same(folder, theirs, image_list=IMAGES):
+def check_same(folder, theirs, images=IMAGES):
     """Our vectors and logits of TEXTS and of the images are theirs; returns our model."""
-    model = vlm.load(folder, device="cpu")
-    images = model.embed_images(image_list)
-    texts = model.embed_texts(TEXTS)
-    torch.testing.assert_close(images, theirs.image_embeds, atol=1e-5, rtol=0)
-    torch.testing.assert_close(texts, theirs.text_embeds, atol=1e-5, rtol=0)
-    scores = model.module.logits(images, texts).detach()
-    torch.testing.assert_close(scores, theirs.logits_per_image, atol=2e-4, rtol=1e-5)
-    return model
+    return check_vectors(folder, theirs, images, TEXTS, atol_logits=2e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*tokens were cut")
@@ -125,18 +112,7 @@ def test_clip_text_is_cut_with_its_end_token_and_counted(folder):
 @pytest.mark.filterwarnings("ignore:.*tokens were cut")
 @pytest.mark.parametrize("through", ["native", "reference"])
 def test_clip_saved_as_reference_opens_in_transformers(folder, tmp_path, through):
-    before = reference_outputs(folder)
-    model = vlm.load(folder)
-    if through == "native":
-        model.save(tmp_path / "native")
-        model = check_same(tmp_path / "native", before)
-    model.save(tmp_path / "out", layout="reference")
-    after = reference_outputs(tmp_path / "out")
-    torch.testing.assert_close(after.logits_per_image, before.logits_per_image, atol=0, rtol=0)
-    names = {path.name for path in folder.iterdir()}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == names
-    states = [load_file(path / "model.safetensors") for path in (folder, tmp_path / "out")]
-    assert same_bits(*states)
+    check_saved_as_reference(folder, tmp_path, through, reference_outputs, check_same)
 
 
 def test_clip_saved_as_reference_holds_what_was_trained(folder, tmp_path):

@@ -7,6 +7,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 import vlm
+from tests.reference import images_in_text as law
 from tests.reference.images_in_text import close, our_logits, reopened
 from tests.reference.tiny_deepseek_vl import (
     BOS,
@@ -31,12 +32,7 @@ from vlm.systems import deepseek_vl
 from vlm.tokenizers import paired, sam_hybrid
 from vlm.training.stages import FROZEN, assign_rates
 
-
-@pytest.fixture(scope="module", params=KINDS)
-def folder(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp(request.param)
-    write_folder(path, request.param)
-    return path
+folder = law.folders(KINDS, write_folder)
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vlm
+from tests.reference import images_in_text as law
 from tests.reference.images_in_text import close, our_logits, reopened
 from tests.reference.tiny_deepseek_vl import (
     CONVERSATIONS,
@@ -24,36 +25,21 @@ from vlm.lora import Lora, add_lora
 from vlm.systems import deepseek_vl
 from vlm.weights import WeightsError, same_bits
 
+folder = law.folders(KINDS, write_folder)
 
-@pytest.fixture(scope="module", params=KINDS)
-def folder(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp(request.param)
-    write_folder(path, request.param)
-    return path
+
+def asked(processor):
+    _, messages = conversation(CONVERSATIONS["two images"])
+    return their_inputs(processor, messages, add_generation_prompt=True)
 
 
 @pytest.mark.parametrize("through_native", [False, True])
 @torch.no_grad()
 def test_deepseek_vl_reference_layout_opens_in_transformers(folder, tmp_path, through_native):
-    """Every tensor returns under its bits, every small file as it was, straight or after a save in
-    our own layout."""
-    model = vlm.load(folder, "cpu")
-    if through_native:
-        model.save(tmp_path / "native")
-        model = vlm.load(tmp_path / "native", "cpu")
-    model.save(tmp_path / "out", layout="reference")
-    peer, processor = reopened(folder)
-    again, its_processor = reopened(tmp_path / "out")
-    assert same_bits(again.state_dict(), peer.state_dict())
-    kept = {path.name for path in folder.iterdir()} - {"config.json", "model.safetensors"}
-    assert {"processor_config.json", "chat_template.jinja", "generation_config.json"} <= kept
-    for name in kept:
-        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
-    _, messages = conversation(CONVERSATIONS["two images"])
-    inputs = their_inputs(processor, messages, add_generation_prompt=True)
-    for key, value in their_inputs(its_processor, messages, add_generation_prompt=True).items():
-        assert torch.equal(value, inputs[key])
-    assert torch.equal(again(**inputs).logits, peer(**inputs).logits)
+    law.check_layout_opens_in_transformers(
+        folder, tmp_path, through_native, asked,
+        {"processor_config.json", "chat_template.jinja", "generation_config.json"},
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -261,7 +247,7 @@ def test_deepseek_vl_ignores_leftover_stop_ids_that_are_plain_text(folder, tmp_p
     assert vlm.load(out, "cpu").stop_ids == (tokenizer.eos_token_id, mark)
 
 
-def test_deepseek_vl_raises_when_the_processor_counts_other_places(folder, tmp_path):
+def test_deepseek_vl_raises_when_the_processor_counts_other_image_tokens(folder, tmp_path):
     out = shutil.copytree(folder, tmp_path / "miscounted")
     path = out / "processor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_image_tokens": 15}))

@@ -1,40 +1,29 @@
 """LLaVA 1.5 and LLaVA-NeXT beside transformers' classes: pixels, ids, logits, training, answers."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 import vlm
-from tests import training
-from tests.reference.images_in_text import close, our_logits, reopened
+from tests.reference import images_in_text as law
+from tests.reference import tiny_llava
+from tests.reference.images_in_text import close, our_logits, reopened, with_marks
 from tests.reference.tiny_llava import (
     GRID,
     KINDS,
     PINPOINTS,
-    ROWS,
     SIZES,
     examples,
     our_batch,
     their_inputs,
-    with_marks,
     write_folder,
 )
 from tests.tiny import image as one_image
-from vlm import cli
 from vlm.data.example import Example, Turn
 from vlm.families.decoder_only import generate as engine
-from vlm.families.decoder_only.batch import IMAGE, collate, collate_packed
-from vlm.losses.token import token_losses
+from vlm.families.decoder_only.batch import IMAGE, collate
 from vlm.systems import llava
-from vlm.systems.published import first_names, published_name
 
-
-@pytest.fixture(scope="module", params=KINDS)
-def folder(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp(request.param)
-    write_folder(path, request.param)
-    return path
+folder = law.folders(KINDS, write_folder)
 
 
 def is_next(model):
@@ -59,62 +48,19 @@ def test_llava_pixels_and_ids_match_reference(folder):
 
 
 @pytest.mark.parametrize("answers", [False, True])
-@torch.no_grad()
 def test_llava_ids_and_logits_match_reference(folder, answers):
-    """By the folder's chat template, in a batch of unequal length: one image, two, none."""
-    model, (peer, processor) = vlm.load(folder, "cpu"), reopened(folder)
-    batch, inputs = our_batch(model, answers), their_inputs(processor, answers=answers)
-    assert torch.equal(batch.valid, inputs["attention_mask"].bool())
-    assert torch.equal(with_marks(batch.ids, model)[batch.valid], inputs["input_ids"][batch.valid])
-    expected = peer(**inputs).logits
-    close(our_logits(model, batch)[batch.valid], expected[batch.valid])
-    right = our_batch(model, answers, "right")
-    close(our_logits(model, right)[right.valid], expected[batch.valid])
-    for number, row in enumerate(ROWS):
-        alone = peer(**their_inputs(processor, [row], answers)).logits[0]
-        close(our_logits(model, batch)[number][batch.valid[number]], alone)
+    law.check_ids_and_logits(folder, tiny_llava, answers)
 
 
 def test_llava_loss_and_gradients_match_reference(folder):
-    """The loss is the mean over answers and their ends, in rows side by side and end to end; the
-    newline embedding learns."""
-    model, (peer, processor) = vlm.load(folder, "cpu"), reopened(folder)
-    batch = our_batch(model, answers=True, padding="right")
-    inputs = their_inputs(processor, answers=True, padding_side="right")
-    labels = with_marks(batch.ids, model).masked_fill(~batch.scored, -100)
-    expected = peer(**inputs, labels=labels).loss
-    loss = token_losses(model.module(batch), batch.targets).mean()
-    close(loss, expected, atol=1e-5)
-    packed = collate_packed([model.processor.encode(example) for example in examples()])
-    close(token_losses(model.module(packed), packed.targets).mean(), expected, atol=1e-5)
-    loss.backward()
-    expected.backward()
-    key_map = llava.KEY_MAPS[model.reference.model_type]
-    theirs = {name: p.grad for name, p in peer.named_parameters() if p.grad is not None}
-    renamed, _ = first_names(theirs, key_map, (), "peer")
-    ours = {name: p.grad for name, p in model.module.named_parameters()}
-    assert len(renamed) == len(ours)
-    assert ("adaptor.newline" in ours) == is_next(model)
-    for name, grad in ours.items():
-        assert grad.abs().max() > 0
-        close(grad, renamed[published_name(name, key_map)], atol=2e-4)
+    """The newline embedding learns."""
+    gradients = law.check_loss_and_gradients(folder, tiny_llava, llava.KEY_MAPS)
+    assert ("adaptor.newline" in gradients) == is_next(vlm.load(folder, "cpu"))
 
 
 def test_llava_training_step_changes_every_part(folder, tmp_path):
     """What was trained is what is saved: the newline embedding too."""
-    model = vlm.load(folder, "cpu")
-    batch = our_batch(model, answers=True, padding="right")
-    before = {name: p.detach().clone() for name, p in model.module.named_parameters()}
-    optimizer = torch.optim.AdamW(model.module.parameters(), 1e-2)
-    losses = []
-    for _ in range(3):
-        loss = token_losses(model.module(batch), batch.targets).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0]
-    assert all(not torch.equal(p, before[name]) for name, p in model.module.named_parameters())
+    model = law.check_every_part_learns(folder, tiny_llava)
     model.save(tmp_path, layout="reference")
     peer, processor = reopened(tmp_path)
     with torch.no_grad():
@@ -125,14 +71,7 @@ def test_llava_training_step_changes_every_part(folder, tmp_path):
 
 @pytest.mark.parametrize("pack", [None, 800])
 def test_llava_trains_by_the_same_loop(folder, tmp_path, pack):
-    """All parts learn, in rows side by side and end to end."""
-    model = vlm.load(folder, "cpu")
-    before = {name: p.detach().clone() for name, p in model.module.named_parameters()}
-    stage = replace(
-        training.STAGE, rates=(("*", 1e-2),), steps=2, batch=3, micro_batch=3, warmup_steps=0
-    )
-    training.train(tmp_path, stage, rows=examples(), chosen=model, pack=pack)
-    assert all(not torch.equal(p, before[name]) for name, p in model.module.named_parameters())
+    law.check_trains_by_the_loop(folder, tiny_llava, tmp_path, pack)
 
 
 def test_llava_greedy_ids_match_reference_and_batches(folder):
@@ -230,16 +169,8 @@ def test_llava_next_image_alone_matches_its_place_among_others(tmp_path):
 
 
 def test_llava_chat_says_what_an_answer_says(folder):
-    model = vlm.load(folder, "cpu")
-    question = [{"type": "image", "image": ROWS[0][0][0]}, {"type": "text", "text": "what is it?"}]
-    (answer,) = model.answer_examples(examples()[:1], max_new_tokens=8)
-    messages = [{"role": "user", "content": question}]
-    assert model.chat(messages, max_new_tokens=8) == answer
+    law.check_chat_says_what_an_answer_says(folder, tiny_llava)
 
 
 def test_llava_is_listed_and_used_by_commands(folder, tmp_path, capsys):
-    cli.main(["systems"])
-    assert "llava_next" in capsys.readouterr().out
-    path = tmp_path / "a.png"
-    one_image(1, (20, 40)).save(path)
-    cli.main(["caption", str(path), "--model", str(folder), "--max-new-tokens", "3"])
+    law.check_is_listed_and_used_by_commands(folder, tmp_path, capsys, "llava_next")

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 import vlm
-from tests.reference.images_in_text import close, our_logits, reopened
+from tests.reference import images_in_text as law
+from tests.reference.images_in_text import close, our_logits, reopened, with_marks
 from tests.reference.tiny_paligemma import (
-    PLACES,
+    IMAGE_TOKENS,
     ROWS,
     TEXT,
     TEXTS,
     examples,
     our_batch,
     their_inputs,
-    with_marks,
     write_folder,
 )
 from tests.tiny import image as one_image
@@ -31,12 +31,7 @@ from vlm.systems import paligemma
 from vlm.systems.paligemma import PROMPTS, SEG_TOKENS
 from vlm.systems.published import first_names, published_name
 
-
-@pytest.fixture(scope="module", params=TEXTS)
-def folder(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp(request.param)
-    write_folder(path, request.param)
-    return path
+folder = law.folders(TEXTS, write_folder)
 
 
 @pytest.mark.parametrize("answers", [False, True])
@@ -155,8 +150,8 @@ def test_paligemma_prompt_matches_snapshot(folder):
     processor = vlm.load(folder, "cpu").processor
     row = processor.encode(examples()[0])
     decode = processor.text_tokenizer.decode
-    assert row.ids[:PLACES].tolist() == [IMAGE] * PLACES
-    assert decode(row.ids[PLACES:]) == "<bos>caption en\ncat on a dog<eos>"
+    assert row.ids[:IMAGE_TOKENS].tolist() == [IMAGE] * IMAGE_TOKENS
+    assert decode(row.ids[IMAGE_TOKENS:]) == "<bos>caption en\ncat on a dog<eos>"
     assert decode(row.ids[row.scored]) == "cat on a dog<eos>"
     again = (Turn("assistant", ("a",)), Turn("user", ("b",)))
     with pytest.raises(BadRow, match="expected one user's prompt and at most its answer"):
@@ -211,7 +206,7 @@ def test_paligemma_boxes_put_y_first(folder):
     boxes = (Box(0, (20, 10, 160, 90), "cat"), Box(0, (100, 50, 200, 100), "dog"))
     row = Example("row", (Turn("user", (None,)),), (image,), boxes)
     encoded = model.processor.encode(detection(row, ["dog", "cat"], PROMPTS["detect"]))
-    text = model.processor.text_tokenizer.decode(encoded.ids[PLACES:])
+    text = model.processor.text_tokenizer.decode(encoded.ids[IMAGE_TOKENS:])
     assert text == (
         "<bos>detect dog ; cat\n<loc0512><loc0512><loc1023><loc1023> dog ; "
         "<loc0102><loc0102><loc0921><loc0819> cat<eos>"

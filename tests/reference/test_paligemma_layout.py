@@ -9,6 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import vlm
+from tests.reference import images_in_text as law
 from tests.reference.images_in_text import close, our_logits, reopened
 from tests.reference.tiny_paligemma import TEXTS, our_batch, their_inputs, write_folder
 from tests.tiny import image
@@ -17,35 +18,16 @@ from vlm.systems.published import first_names, published_name
 from vlm.training.stages import assign_rates
 from vlm.weights import WeightsError, same_bits
 
-
-@pytest.fixture(scope="module", params=TEXTS)
-def folder(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp(request.param)
-    write_folder(path, request.param)
-    return path
+folder = law.folders(TEXTS, write_folder)
 
 
 @pytest.mark.parametrize("through_native", [False, True])
 @torch.no_grad()
 def test_paligemma_reference_layout_opens_in_transformers(folder, tmp_path, through_native):
-    """Every tensor returns under its bits, every small file as it was, straight or after a save in
-    our own layout."""
-    model = vlm.load(folder, "cpu")
-    if through_native:
-        model.save(tmp_path / "native")
-        model = vlm.load(tmp_path / "native", "cpu")
-    model.save(tmp_path / "out", layout="reference")
-    peer, processor = reopened(folder)
-    again, its_processor = reopened(tmp_path / "out")
-    assert same_bits(again.state_dict(), peer.state_dict())
-    kept = {path.name for path in folder.iterdir()} - {"config.json", "model.safetensors"}
-    assert {"processor_config.json", "tokenizer.json", "generation_config.json"} <= kept
-    for name in kept:
-        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
-    inputs = their_inputs(processor)
-    for key, value in their_inputs(its_processor).items():
-        assert torch.equal(value, inputs[key])
-    assert torch.equal(again(**inputs).logits, peer(**inputs).logits)
+    law.check_layout_opens_in_transformers(
+        folder, tmp_path, through_native, their_inputs,
+        {"processor_config.json", "tokenizer.json", "generation_config.json"},
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -123,7 +105,7 @@ def test_paligemma_names_all_wrong_keys_at_once(folder, tmp_path):
     assert "unused (1): ['extra.weight']" in str(error.value)
 
 
-def test_paligemma_raises_when_the_processor_counts_other_places(folder, tmp_path):
+def test_paligemma_raises_when_the_processor_counts_other_image_tokens(folder, tmp_path):
     out = shutil.copytree(folder, tmp_path / "miscounted")
     path = out / "processor_config.json"
     values = json.loads(path.read_text())

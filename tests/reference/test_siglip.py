@@ -8,49 +8,34 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import vlm
+from tests.reference.images_and_texts import (
+    IMAGES,
+    check_saved_as_reference,
+    check_vectors,
+    outputs_of,
+)
+from tests.reference.images_in_text import folders
 from tests.reference.tiny_siglip import TOKENIZERS, write_folder
 from tests.tiny import image
 from vlm.systems import siglip
 from vlm.tokenizers import tiles
-from vlm.weights import WeightsError, same_bits
+from vlm.weights import WeightsError
 
 TEXTS = ["a cat", "A photo of  two DOGS!", "the tree is green and the sky is blue, too"]
-IMAGES = [image(0, (40, 71)), image(1, (90, 33)), image(2, (20, 21))]
 
 
-@pytest.fixture(scope="module", params=TOKENIZERS)
-def folder(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp(request.param)
-    write_folder(path, request.param)
-    return path
+folder = folders(TOKENIZERS, write_folder)
 
 
 def reference_outputs(folder, texts=TEXTS, images=IMAGES):
-    """transformers' unit vectors and logits of a folder, strictly opened, texts at full length."""
-    model, report = transformers.AutoModel.from_pretrained(
-        folder, output_loading_info=True, dtype=torch.float32
-    )
-    found = {key: report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    assert not any(found.values()), found
-    processor = transformers.AutoProcessor.from_pretrained(folder)
-    given = processor(
-        images=list(images), text=list(texts), return_tensors="pt", padding="max_length",
-        truncation=True,
-    )  # fmt: skip
+    """Texts at full length, of which the model is told no padding."""
+    outputs, given = outputs_of(folder, images, texts, "max_length")
     assert "attention_mask" not in given
-    with torch.no_grad():
-        return model.eval()(**given)
+    return outputs
 
 
 def check_same(folder, theirs, texts=TEXTS, images=IMAGES):
-    """Our vectors and logits are theirs; returns our model."""
-    model = vlm.load(folder, device="cpu")
-    ours = model.embed_images(images), model.embed_texts(texts)
-    torch.testing.assert_close(ours[0], theirs.image_embeds, atol=1e-5, rtol=0)
-    torch.testing.assert_close(ours[1], theirs.text_embeds, atol=1e-5, rtol=0)
-    scores = model.module.logits(*ours).detach()
-    torch.testing.assert_close(scores, theirs.logits_per_image, atol=1e-4, rtol=1e-5)
-    return model
+    return check_vectors(folder, theirs, images, texts, atol_logits=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*tokens were cut")
@@ -148,19 +133,8 @@ def test_siglip_tiles_keep_the_preprocessing_of_their_parts(folder, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*tokens were cut")
 @pytest.mark.parametrize("through", ["native", "reference"])
 def test_siglip_saved_as_reference_opens_in_transformers(folder, tmp_path, through):
-    before = reference_outputs(folder)
-    model = vlm.load(folder)
-    if through == "native":
-        model.save(tmp_path / "native")
-        model = check_same(tmp_path / "native", before)
-    model.save(tmp_path / "out", layout="reference")
-    after = reference_outputs(tmp_path / "out")
-    torch.testing.assert_close(after.logits_per_image, before.logits_per_image, atol=0, rtol=0)
-    names = {path.name for path in folder.iterdir()}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == names
-    states = [load_file(path / "model.safetensors") for path in (folder, tmp_path / "out")]
-    assert same_bits(*states)
-    assert states[1]["logit_bias"].shape == (1,)
+    state = check_saved_as_reference(folder, tmp_path, through, reference_outputs, check_same)
+    assert state["logit_bias"].shape == (1,)
 
 
 def test_siglip_names_every_wrong_weight_at_once(folder, tmp_path):

@@ -8,35 +8,26 @@ import torch
 from PIL import Image
 
 import vlm
-from tests import training
-from tests.reference.images_in_text import close, our_logits, reopened
+from tests.reference import images_in_text as law
+from tests.reference import tiny_smolvlm
+from tests.reference.images_in_text import close, our_logits, reopened, with_marks
 from tests.reference.tiny_smolvlm import (
+    IMAGE_TOKENS,
     KINDS,
     LONG,
-    PLACES,
     ROWS,
     SIZES,
     TILE,
     examples,
-    our_batch,
     their_inputs,
-    with_marks,
     write_folder,
 )
 from tests.tiny import image as one_image
-from vlm import cli
 from vlm.data.example import Example, Turn
-from vlm.families.decoder_only.batch import IMAGE, collate, collate_packed
-from vlm.losses.token import token_losses
+from vlm.families.decoder_only.batch import IMAGE, collate
 from vlm.systems import smolvlm
-from vlm.systems.published import first_names, published_name
 
-
-@pytest.fixture(scope="module", params=KINDS)
-def folder(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp(request.param)
-    write_folder(path, request.param)
-    return path
+folder = law.folders(KINDS, write_folder)
 
 
 SETTINGS = {
@@ -61,77 +52,29 @@ def test_smolvlm_pixels_and_ids_match_reference(kind, settings, tmp_path):
         assert torch.equal(with_marks(row.ids, model), inputs["input_ids"][0])
         close(torch.stack([view for view, _ in row.views]), inputs["pixel_values"][0], 1e-6)
         (layout,) = row.layout.images
-        assert [span.length for span in layout.spans] == [PLACES] * len(row.views)
+        assert [span.length for span in layout.spans] == [IMAGE_TOKENS] * len(row.views)
         assert {span.grid_hw for span in layout.spans} == {(2, 2)}
         shapes.add(model.processor.pixel_spec.layout(size_hw))
     assert (shapes == {(1, 1)}) == (settings in ("one tile", "no tiles"))
 
 
 @pytest.mark.parametrize("answers", [False, True])
-@torch.no_grad()
 def test_smolvlm_ids_and_logits_match_reference(folder, answers):
-    """By the folder's chat template, in a batch of unequal length: one image, two, none."""
-    model, (peer, processor) = vlm.load(folder, "cpu"), reopened(folder)
-    batch, inputs = our_batch(model, answers), their_inputs(processor, answers=answers)
-    assert torch.equal(batch.valid, inputs["attention_mask"].bool())
-    assert torch.equal(with_marks(batch.ids, model)[batch.valid], inputs["input_ids"][batch.valid])
-    expected = peer(**inputs).logits
-    close(our_logits(model, batch)[batch.valid], expected[batch.valid])
-    right = our_batch(model, answers, "right")
-    close(our_logits(model, right)[right.valid], expected[batch.valid])
-    for number, row in enumerate(ROWS):
-        alone = peer(**their_inputs(processor, [row], answers)).logits[0]
-        close(our_logits(model, batch)[number][batch.valid[number]], alone)
+    law.check_ids_and_logits(folder, tiny_smolvlm, answers)
 
 
 def test_smolvlm_loss_and_gradients_match_reference(folder):
-    """The loss is the mean over answers and their ends, in rows side by side and end to end."""
-    model, (peer, processor) = vlm.load(folder, "cpu"), reopened(folder)
-    batch = our_batch(model, answers=True, padding="right")
-    inputs = their_inputs(processor, answers=True, padding_side="right")
-    labels = with_marks(batch.ids, model).masked_fill(~batch.scored, -100)
-    expected = peer(**inputs, labels=labels).loss
-    loss = token_losses(model.module(batch), batch.targets).mean()
-    close(loss, expected, atol=1e-5)
-    packed = collate_packed([model.processor.encode(example) for example in examples()])
-    close(token_losses(model.module(packed), packed.targets).mean(), expected, atol=1e-5)
-    loss.backward()
-    expected.backward()
-    theirs = {name: p.grad for name, p in peer.named_parameters()}
-    renamed, _ = first_names(theirs, smolvlm.KEY_MAP, (), "peer")
-    ours = {name: p.grad for name, p in model.module.named_parameters()}
-    assert len(renamed) == len(ours)
-    for name, grad in ours.items():
-        assert grad.abs().max() > 0
-        close(grad, renamed[published_name(name, smolvlm.KEY_MAP)], atol=2e-4)
+    key_maps = dict.fromkeys(KINDS, smolvlm.KEY_MAP)
+    law.check_loss_and_gradients(folder, tiny_smolvlm, key_maps)
 
 
 def test_smolvlm_training_step_changes_every_part(folder):
-    model = vlm.load(folder, "cpu")
-    batch = our_batch(model, answers=True, padding="right")
-    before = {name: p.detach().clone() for name, p in model.module.named_parameters()}
-    optimizer = torch.optim.AdamW(model.module.parameters(), 1e-2)
-    losses = []
-    for _ in range(3):
-        loss = token_losses(model.module(batch), batch.targets).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0]
-    assert all(not torch.equal(p, before[name]) for name, p in model.module.named_parameters())
+    law.check_every_part_learns(folder, tiny_smolvlm)
 
 
 @pytest.mark.parametrize("pack", [None, 800])
 def test_smolvlm_trains_by_the_same_loop(folder, tmp_path, pack):
-    """All parts learn, in rows side by side and end to end."""
-    model = vlm.load(folder, "cpu")
-    before = {name: p.detach().clone() for name, p in model.module.named_parameters()}
-    stage = replace(
-        training.STAGE, rates=(("*", 1e-2),), steps=2, batch=3, micro_batch=3, warmup_steps=0
-    )
-    training.train(tmp_path, stage, rows=examples(), chosen=model, pack=pack)
-    assert all(not torch.equal(p, before[name]) for name, p in model.module.named_parameters())
+    law.check_trains_by_the_loop(folder, tiny_smolvlm, tmp_path, pack)
 
 
 def test_smolvlm_greedy_ids_match_reference_and_batches(folder):
@@ -153,7 +96,7 @@ def test_smolvlm_greedy_ids_match_reference_and_batches(folder):
 
 def their_text(model, content):
     """The prompt of a question without the token that begins it where the tokenizer adds one."""
-    marked = model.processor.render((Turn("user", content),), "row", open_answer=True)
+    marked = model.processor.chat_template.render((Turn("user", content),), "row", open_answer=True)
     text = marked.replace("\ue5c0", "<image>")
     adds = bool(model.processor.text_tokenizer("")["input_ids"])
     return text.removeprefix("<|begin_of_text|>") if adds else text
@@ -190,21 +133,12 @@ def test_smolvlm_counts_image_tokens_by_the_layout_whatever_the_pixels(folder):
     zero = torch.zeros_like(group.pixels)
     batch = replace(batch, groups=(replace(group, pixels=zero),))
     assert our_logits(model, batch).isfinite().all()
-    assert int((batch.ids == IMAGE).sum()) == PLACES * len(zero) == 7 * PLACES
+    assert int((batch.ids == IMAGE).sum()) == IMAGE_TOKENS * len(zero) == 7 * IMAGE_TOKENS
 
 
-def test_smolvlm_chat_encodes_an_image_once_and_says_the_same(folder):
-    model = vlm.load(folder, "cpu")
-    question = [{"type": "image", "image": ROWS[0][0][0]}, {"type": "text", "text": "what is it?"}]
-    messages = [{"role": "user", "content": question}]
-    assert model.chat(messages, max_new_tokens=8) == model.answer_examples(
-        examples()[:1], max_new_tokens=8
-    )[0]  # fmt: skip
+def test_smolvlm_chat_says_what_an_answer_says(folder):
+    law.check_chat_says_what_an_answer_says(folder, tiny_smolvlm)
 
 
 def test_smolvlm_is_listed_and_used_by_commands(folder, tmp_path, capsys):
-    cli.main(["systems"])
-    assert "smolvlm" in capsys.readouterr().out
-    path = tmp_path / "a.png"
-    one_image(1, (20, 40)).save(path)
-    cli.main(["caption", str(path), "--model", str(folder), "--max-new-tokens", "3"])
+    law.check_is_listed_and_used_by_commands(folder, tmp_path, capsys, "smolvlm")

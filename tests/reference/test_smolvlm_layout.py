@@ -5,43 +5,27 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import vlm
+from tests.reference import images_in_text as law
 from tests.reference.images_in_text import close, our_logits, reopened
 from tests.reference.tiny_smolvlm import KINDS, our_batch, their_inputs, write_folder
 from vlm.systems import smolvlm
-from vlm.weights import WeightsError, same_bits
+from vlm.weights import same_bits
 
-
-@pytest.fixture(scope="module", params=KINDS)
-def folder(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp(request.param)
-    write_folder(path, request.param)
-    return path
+folder = law.folders(KINDS, write_folder)
 
 
 @pytest.mark.parametrize("through_native", [False, True])
 @torch.no_grad()
 def test_smolvlm_reference_layout_opens_in_transformers(folder, tmp_path, through_native):
-    """Every tensor returns under its bits, every small file as it was, straight or after a save in
-    our own layout."""
-    model = vlm.load(folder, "cpu")
-    if through_native:
-        model.save(tmp_path / "native")
-        model = vlm.load(tmp_path / "native", "cpu")
-    model.save(tmp_path / "out", layout="reference")
+    law.check_layout_opens_in_transformers(
+        folder, tmp_path, through_native, their_inputs,
+        {"processor_config.json", "tokenizer.json", "chat_template.jinja"},
+    )  # fmt: skip
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
     assert same_bits(before, after)
-    kept = {path.name for path in folder.iterdir()} - {"config.json", "model.safetensors"}
-    assert {"processor_config.json", "tokenizer.json", "chat_template.jinja"} <= kept
-    for name in kept:
-        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
-    (peer, processor), (again, its_processor) = reopened(folder), reopened(tmp_path / "out")
-    inputs = their_inputs(processor)
-    for key, value in their_inputs(its_processor).items():
-        assert torch.equal(value, inputs[key])
-    assert torch.equal(again(**inputs).logits, peer(**inputs).logits)
 
 
 @torch.no_grad()
@@ -52,7 +36,7 @@ def test_smolvlm_native_layout_returns_the_same_model(folder, tmp_path):
     assert same_bits(again.module.state_dict(), model.module.state_dict())
     for key in ("stop_ids", "caption_prompt"):
         assert getattr(again, key) == getattr(model, key)
-    assert again.processor.places_for.views == model.processor.places_for.views
+    assert again.processor.layout_for.views == model.processor.layout_for.views
     assert again.processor.pixel_spec == model.processor.pixel_spec
     ours, its = (our_batch(m) for m in (model, again))
     assert torch.equal(ours.ids, its.ids)
@@ -103,15 +87,9 @@ def test_smolvlm_reference_layout_says_the_dtype_and_the_head_it_holds(tied, tmp
 
 
 def test_smolvlm_names_all_wrong_keys_at_once(folder, tmp_path):
-    broken = shutil.copytree(folder, tmp_path / "broken")
-    state = load_file(broken / "model.safetensors")
-    del state["model.connector.modality_projection.proj.weight"]
-    state["extra.weight"] = torch.zeros(1)
-    save_file(state, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(WeightsError) as error:
-        vlm.load(broken, "cpu")
-    assert "missing (1): ['model.connector.modality_projection.proj.weight']" in str(error.value)
-    assert "unused (1): ['extra.weight']" in str(error.value)
+    law.check_all_wrong_keys_are_named(
+        folder, tmp_path, "model.connector.modality_projection.proj.weight"
+    )
 
 
 REFUSED = {

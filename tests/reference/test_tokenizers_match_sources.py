@@ -9,18 +9,11 @@ import torch
 import transformers
 
 from tests.tokenizer_laws import spec
+from tests.transformers_tokenizers import TINY
 from vlm.tokenizers.open_clip import OpenClipTokenizer
 from vlm.tokenizers.timm import TimmTokenizer
 from vlm.tokenizers.transformers import TransformersTokenizer
 
-TINY = {
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "image_size": 64,
-    "patch_size": 16,
-}
 SIZES = [(64, 64), (64, 96), (96, 32)]
 
 

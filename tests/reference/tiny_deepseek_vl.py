@@ -1,13 +1,15 @@
 """Tiny random DeepSeek-VL folders of both sizes, written by transformers' own classes."""
 
+from functools import partial
+
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tests.reference import images_in_text
 from tests.tiny import image
 from vlm.data.example import Example, Turn
-from vlm.families.decoder_only.batch import IMAGE
 from vlm.systems import deepseek_vl
 
 BOS, EOS, MARK = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", deepseek_vl.IMAGE_MARK
@@ -141,7 +143,4 @@ def their_inputs(processor, messages, **options):
     )
 
 
-def with_marks(ids, model):
-    """Our ids with the reference's image id at image places."""
-    mark = model.processor.text_tokenizer.convert_tokens_to_ids(MARK)
-    return torch.where(ids == IMAGE, mark, ids)
+with_marks = partial(images_in_text.with_marks, mark=MARK)

@@ -4,9 +4,8 @@ import torch
 import transformers
 from tokenizers import processors
 
+from tests.reference.images_in_text import batch_of, examples_of
 from tests.tiny import image
-from vlm.data.example import Example, Turn
-from vlm.families.decoder_only.batch import IMAGE, collate
 
 KINDS = ("llava", "llava_next")
 SIDE_PX, PATCH_PX = 32, 8
@@ -118,14 +117,7 @@ ROWS = [
 
 
 def examples(answers=True):
-    return [
-        Example(
-            f"r{i}",
-            (Turn("user", content), *([Turn("assistant", (answer,))] * answers)),
-            tuple(images),
-        )
-        for i, (images, content, answer) in enumerate(ROWS)
-    ]
+    return examples_of(ROWS, answers)
 
 
 def their_inputs(processor, rows=ROWS, answers=False, padding_side="left"):
@@ -143,13 +135,5 @@ def their_inputs(processor, rows=ROWS, answers=False, padding_side="left"):
     )  # fmt: skip
 
 
-def with_marks(ids, model):
-    """Our ids with the reference's image id at image places."""
-    mark = model.processor.text_tokenizer.convert_tokens_to_ids("<image>")
-    return torch.where(ids == IMAGE, mark, ids)
-
-
 def our_batch(model, answers=False, padding="left"):
-    encode = model.processor.encode if answers else model.processor.encode_prompt
-    rows = [encode(example) for example in examples(answers)]
-    return collate(rows, model.processor.pad_id, padding)
+    return batch_of(model, examples(answers), answers, padding)

@@ -3,11 +3,10 @@
 import torch
 import transformers
 
+from tests.reference.images_in_text import batch_of, examples_of
 from tests.tiny import image as one_image
-from vlm.data.example import Example, Turn
-from vlm.families.decoder_only.batch import IMAGE, collate
 
-SIDE_PX, PLACES = 32, 16
+SIDE_PX, IMAGE_TOKENS = 32, 16
 SIGLIP = dict(model_type="siglip_vision_model", hidden_size=16, intermediate_size=24,
               num_hidden_layers=2, num_attention_heads=2, image_size=SIDE_PX, patch_size=8,
               hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-3,
@@ -38,7 +37,7 @@ def text_tokenizer():
 def write_folder(folder, kind, seed=0, **more):
     """A tiny random folder, written by transformers' own classes; returns its model in fp32."""
     image_processor = transformers.SiglipImageProcessor(
-        size={"height": SIDE_PX, "width": SIDE_PX}, resample=3, image_seq_length=PLACES,
+        size={"height": SIDE_PX, "width": SIDE_PX}, resample=3, image_seq_length=IMAGE_TOKENS,
         image_mean=[0.5] * 3, image_std=[0.5] * 3, **more.pop("image_processor", {}),
     )  # fmt: skip
     processor = transformers.PaliGemmaProcessor(image_processor, text_tokenizer())
@@ -67,14 +66,9 @@ ROWS = [
 
 
 def examples(answers=True):
-    return [
-        Example(
-            f"r{i}",
-            (Turn("user", (None, prompt)), *([Turn("assistant", (answer,))] * answers)),
-            (image,),
-        )
-        for i, (image, prompt, answer) in enumerate(ROWS)
-    ]
+    return examples_of(
+        [([image], (None, prompt), answer) for image, prompt, answer in ROWS], answers
+    )
 
 
 def their_inputs(processor, rows=ROWS, answers=True):
@@ -88,13 +82,5 @@ def their_inputs(processor, rows=ROWS, answers=True):
     )
 
 
-def with_marks(ids, model):
-    """Our ids with the reference's image id at image places."""
-    mark = model.processor.text_tokenizer.convert_tokens_to_ids("<image>")
-    return torch.where(ids == IMAGE, mark, ids)
-
-
 def our_batch(model, answers=True, padding="left"):
-    encode = model.processor.encode if answers else model.processor.encode_prompt
-    rows = [encode(example) for example in examples(answers)]
-    return collate(rows, model.processor.pad_id, padding)
+    return batch_of(model, examples(answers), answers, padding)

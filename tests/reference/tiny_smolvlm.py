@@ -6,12 +6,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 from transformers.models.smolvlm import processing_smolvlm
 
+from tests.reference.images_in_text import batch_of, examples_of
 from tests.tiny import image
-from vlm.data.example import Example, Turn
-from vlm.families.decoder_only.batch import IMAGE, collate
 
 KINDS = ("idefics3", "smolvlm")
-TILE, LONG, PLACES = 32, 96, 4
+TILE, LONG, IMAGE_TOKENS = 32, 96, 4
 VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
               image_size=TILE, patch_size=8, layer_norm_eps=1e-3)  # fmt: skip
 TEXT = dict(model_type="llama", hidden_size=24, intermediate_size=40, num_hidden_layers=2,
@@ -93,12 +92,12 @@ def processor_of(kind, tokenizer, **settings):
     if kind == "idefics3":
         images = transformers.Idefics3ImageProcessor(**values)
         return transformers.Idefics3Processor(
-            images, tokenizer, image_seq_len=PLACES, chat_template=template
+            images, tokenizer, image_seq_len=IMAGE_TOKENS, chat_template=template
         )
     images = transformers.SmolVLMImageProcessor(**values)
     videos = transformers.SmolVLMVideoProcessor(**values)
     return transformers.SmolVLMProcessor(
-        images, tokenizer, videos, image_seq_len=PLACES, chat_template=template
+        images, tokenizer, videos, image_seq_len=IMAGE_TOKENS, chat_template=template
     )
 
 
@@ -120,14 +119,7 @@ ROWS = [
 
 
 def examples(answers=True):
-    return [
-        Example(
-            f"r{i}",
-            (Turn("user", content), *([Turn("assistant", (answer,))] * answers)),
-            tuple(images),
-        )
-        for i, (images, content, answer) in enumerate(ROWS)
-    ]
+    return examples_of(ROWS, answers)
 
 
 def their_inputs(processor, rows=ROWS, answers=False, padding_side="left"):
@@ -151,13 +143,5 @@ def their_inputs(processor, rows=ROWS, answers=False, padding_side="left"):
     )  # fmt: skip
 
 
-def with_marks(ids, model):
-    """Our ids with the reference's image id at image places."""
-    mark = model.processor.text_tokenizer.convert_tokens_to_ids("<image>")
-    return torch.where(ids == IMAGE, mark, ids)
-
-
 def our_batch(model, answers=False, padding="left"):
-    encode = model.processor.encode if answers else model.processor.encode_prompt
-    rows = [encode(example) for example in examples(answers)]
-    return collate(rows, model.processor.pad_id, padding)
+    return batch_of(model, examples(answers), answers, padding)

@@ -79,7 +79,7 @@ class Classify(UsesTowers):
             open_image(path)
         model = self.load()
         scores = model.classify(self.images, self.labels, self.templates, self.batch_size)
-        # A sigmoid model judges each label by itself, a softmax model shares 1 among them.
+        # A sigmoid model scores each label by itself, a softmax model shares 1 among them.
         softmax = model.module.bias is None
         shares = scores.softmax(1) if softmax else scores.sigmoid()
         for path, row in zip(self.images, shares):
@@ -101,7 +101,7 @@ class Embed(ReadsImages):
     json.loads(file["text_names"].tobytes()). `model` is the model.
     """
 
-    places: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name="images")] = ()
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name="images")] = ()
     """Image files, and folders, in which images are found at any depth."""
     texts: Path | None = None
     """A file with a text on each line."""
@@ -115,16 +115,16 @@ class Embed(ReadsImages):
 
         from vlm.retrieval.image_files import embed_images, find_images, require_headers
 
-        _require_place(self.out, ".npz", "--out")
+        _require_file(self.out, ".npz", "--out")
         reading = self.reading()
         texts = [*self.text, *(() if self.texts is None else _lines(self.texts, self.bad_rows))]
         if blank := [repr(text) for text in texts if not text.strip()]:
             raise ValueError(f"--text: expected texts that are not empty, found {blank[0]}")
-        if not self.places and not texts:
+        if not self.paths and not texts:
             raise ValueError("name at least one image, folder or text")
-        paths = find_images(self.places) if self.places else []
+        files = find_images(self.paths) if self.paths else []
         if self.bad_rows == "raise":
-            require_headers(paths)
+            require_headers(files)
         model = self.load()
         arrays: dict[str, np.ndarray] = {"model": np.array(self.model)}
         skipped: list[Skipped] = []
@@ -133,14 +133,14 @@ class Embed(ReadsImages):
         if texts:  # before the images, which take longer, so that a fault in one loses little
             arrays["texts"] = model.embed_texts(texts).numpy()
             arrays["text_names"] = _json_bytes(texts)
-        if paths:
-            parts = list(embed_images(model, paths, reading))
+        if files:
+            parts = list(embed_images(model, files, reading))
             skipped = [row for part in parts for row in part.skipped]
-            if len(skipped) == len(paths):
-                raise ValueError(f"none of {len(paths)} images can be read: {skipped[0].reason}")
+            if len(skipped) == len(files):
+                raise ValueError(f"none of {len(files)} images can be read: {skipped[0].reason}")
             arrays["images"] = np.concatenate([part.vectors for part in parts])
-            places = [place for part in parts for place in part.places]
-            arrays["image_names"] = _json_bytes([str(paths[place]) for place in places])
+            kept = [i for part in parts for i in part.indices]
+            arrays["image_names"] = _json_bytes([str(files[i]) for i in kept])
         new = self.out.with_name(self.out.name + ".new")
         with new.open("wb") as file:
             np.savez(file, **arrays)
@@ -151,7 +151,7 @@ class Embed(ReadsImages):
 
 
 def _json_bytes(names: list[str]):
-    """Names as a JSON list in uint8[n]: an array of texts gives each the room of the longest and
+    """Names as a JSON list in uint8[n]: an array of texts gives each the width of the longest and
     loses NULs at its end."""
     import numpy as np
 
@@ -181,13 +181,13 @@ class MakeIndex(ReadsImages):
     def run(self) -> None:
         from vlm.data.example import BadRow
         from vlm.retrieval.image_files import find_images
-        from vlm.retrieval.index import Index, check_place
+        from vlm.retrieval.index import Index, check_destination
 
         reading = self.reading()
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder}: expected a folder of images, found none")
         find_images([self.folder])
-        check_place(self.out)
+        check_destination(self.out)
         model = self.load()
         try:
             index = Index.build(
@@ -244,9 +244,9 @@ class Retrieve:
     def run(self) -> None:
         require_least(self, top=1)
         if self.draw is not None:
-            _require_place(self.draw, ".png", "--draw")
+            _require_file(self.draw, ".png", "--draw")
         query = self._query()
-        from vlm.retrieval.fingerprint import origin_of
+        from vlm.retrieval.fingerprint import fingerprint_of
         from vlm.retrieval.index import Index
 
         index = Index.load(self.index)
@@ -256,8 +256,8 @@ class Retrieve:
                 file=sys.stderr,
             )
         model = self._model(index)
-        source = index.origin.model if self.model is None else self.model
-        index.require(origin_of(model, source, index.origin.dtype), self.index)
+        source = index.fingerprint.model if self.model is None else self.model
+        index.require(fingerprint_of(model, source, index.fingerprint.dtype), self.index)
         if isinstance(query, str) and model.processor.unread([query]):
             raise ValueError(f"expected a query that the model can read, found {query!r}")
         embed = model.embed_texts if isinstance(query, str) else model.embed_images
@@ -306,9 +306,9 @@ class Retrieve:
     def _model(self, index: Index) -> ContrastiveModel:
         try:
             return _contrastive(
-                index.origin.model if self.model is None else self.model,
+                index.fingerprint.model if self.model is None else self.model,
                 self.device,
-                index.origin.dtype,
+                index.fingerprint.dtype,
             )
         except OSError as error:
             if self.model is not None:
@@ -363,7 +363,7 @@ def _lines(path: Path, bad_rows: str) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def _require_place(path: Path, suffix: str, option: str) -> None:
+def _require_file(path: Path, suffix: str, option: str) -> None:
     if path.suffix.lower() != suffix or not path.absolute().parent.is_dir() or path.is_dir():
         raise ValueError(f"{option}: expected a {suffix} file in a folder, found {path}")
 

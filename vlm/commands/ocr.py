@@ -73,25 +73,25 @@ class Ocr:
         self._check()
         from vlm.ocr.documents import check_files
         from vlm.ocr.output import Output
-        from vlm.ocr.streaming import keep_sure
+        from vlm.ocr.streaming import filter_by_confidence
 
-        files, total, left_out = check_files(self.files, self.password)
+        files, total, skipped = check_files(self.files, self.password)
         skip = self.bad_pages == "skip"
-        if left_out and not (skip and files):
-            raise ValueError(_together(left_out, len(self.files)))
+        if skipped and not (skip and files):
+            raise ValueError(_together(skipped, len(self.files)))
         model = open_model(self.model, "ocr", "reads no text", self.device, self.dtype)
         self._check_model(model)
         count, unsure = 0, 0
         with Output(self.out, self.format) as output:
-            for page, reading in self._readings(model, files, total, left_out):
-                reading, dropped = keep_sure(reading, self.min_confidence)
+            for page, reading in self._readings(model, files, total, skipped):
+                reading, dropped = filter_by_confidence(reading, self.min_confidence)
                 count, unsure = count + 1, unsure + dropped
                 output.add(page.file, page.name, reading)
                 if self.draw is not None:
                     from vlm.draw import draw_reading
 
                     draw_reading(page.image, reading).save(self._drawing(count, total))
-            cut = left_out and left_out[-1].startswith(f"{output.file}[")  # at a page of this file
+            cut = skipped and skipped[-1].startswith(f"{output.file}[")  # at a page of this file
             if skip or not cut:
                 output.finish()
         if unsure:
@@ -99,20 +99,18 @@ class Ocr:
                 f"{unsure} lines of a confidence below {self.min_confidence:g} skipped",
                 file=sys.stderr,
             )
-        if left_out and not skip:
+        if skipped and not skip:
             raise ValueError(
-                f"{left_out[0]} (what was read before it is written; --bad-pages skip leaves such "
-                "pages out)"
+                f"{skipped[0]} (what was read before it is written; --bad-pages skip passes over "
+                "such pages)"
             )
-        if left_out and not count:
-            raise ValueError(_together(left_out, len(left_out)))
-        if left_out:
-            print(
-                f"{len(left_out)} files or pages skipped:", *left_out, sep="\n  ", file=sys.stderr
-            )
+        if skipped and not count:
+            raise ValueError(_together(skipped, len(skipped)))
+        if skipped:
+            print(f"{len(skipped)} files or pages skipped:", *skipped, sep="\n  ", file=sys.stderr)
 
     def _readings(
-        self, model: Any, files: list[Path], total: int, left_out: list[str]
+        self, model: Any, files: list[Path], total: int, skipped: list[str]
     ) -> Iterator[tuple[Page, Reading]]:
         """Each page with what is read on it, under a progress bar; warnings stand above it."""
         from tqdm import tqdm
@@ -124,7 +122,7 @@ class Ocr:
 
         def images() -> Iterator[ImageRef]:
             skip = self.bad_pages == "skip"
-            for page in open_pages(files, left_out, skip, self.dpi, self.password):
+            for page in open_pages(files, skipped, skip, self.dpi, self.password):
                 asked.append(page if self.draw is not None else page._replace(image=None))
                 yield ImageRef(page.image, page.name)
 
@@ -161,7 +159,7 @@ class Ocr:
         if self.out is None:
             return
         if not self.out.absolute().parent.is_dir():
-            raise ValueError(f"--out: expected a place in a folder, found {self.out}")
+            raise ValueError(f"--out: expected a path in a folder, found {self.out}")
         if self.out.is_dir():
             names = Counter(path.stem for path in self.files)
             name, times = names.most_common(1)[0]

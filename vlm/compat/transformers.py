@@ -7,6 +7,8 @@
   the rule of a model (`vlm.kernels.encoder_attention`, `vlm.kernels.packed_attention`).
 - `attention_of`, `set_attention`, `takes_attention`, `has_recurrence`: the attention that a
   configuration names, and what a model's class says of its own; packed rows, prefix masks.
+- `has_multimodal_rotary`, `prompt_position_ids`: position ids of three numbers, and how `generate`
+  counts position ids on (`vlm.families.decoder_only`).
 - `Conv1D`: the linear layer of GPT-2 and its like (`vlm.lora`).
 - `SiLUActivation`: the activation of gated MLPs (`vlm.kernels.norm_mlp`).
 - `BaseStreamer`: whom `generate` hands ids as they are written
@@ -23,9 +25,12 @@ model is taken apart: TrOCR's and mBART's decoders in
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.generation.streamers import BaseStreamer
@@ -41,7 +46,9 @@ __all__ = [
     "GradientCheckpointingLayer",
     "SiLUActivation",
     "attention_of",
+    "has_multimodal_rotary",
     "has_recurrence",
+    "prompt_position_ids",
     "random_weights",
     "resizing_backends",
     "sam_neck",
@@ -75,8 +82,47 @@ def takes_attention(model: nn.Module) -> bool:
 
 
 def has_recurrence(model: PreTrainedModel) -> bool:
-    """Whether a language model has states that go from place to place beside attention."""
+    """Whether a language model has states that go from position to position beside attention."""
     return model._is_stateful
+
+
+def has_multimodal_rotary(model: PreTrainedModel) -> bool:
+    """Whether the rotary position embedding of a language model takes three numbers for a position
+    (temporal, row, column), as Qwen2-VL's does."""
+    rotary = getattr(model.get_decoder(), "rotary_emb", None)
+    return getattr(rotary, "mrope_section", None) is not None
+
+
+@contextmanager
+def prompt_position_ids(model: PreTrainedModel, positions: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Within, what `model.generate` is to be given besides a prompt's vectors, so that what it
+    writes has position ids from the largest number of each row + 1 on.
+
+    positions: int64[B, T] or int64[3, B, T] of a prompt, padded on the left.
+    `generate` counts each number on from the prompt's last position by itself. Where that is in an
+    image, its numbers differ: `generate` is given the largest, and the model's first call its own.
+    Gives nothing for models that take no position ids (BLOOM, MPT).
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        yield {}
+        return
+    last = positions[..., -1:]
+    if positions.dim() == 2 or bool((last == last[:1]).all()):
+        yield {"position_ids": positions}
+        return
+
+    def restore(_: nn.Module, arguments: tuple, options: dict[str, Any]) -> tuple:
+        hook.remove()
+        given = options["position_ids"]
+        own = last.repeat_interleave(given.shape[1] // last.shape[1], dim=1)  # for each beam
+        return arguments, options | {"position_ids": torch.cat([given[..., :-1], own], dim=-1)}
+
+    hook = model.register_forward_pre_hook(restore, with_kwargs=True)
+    largest = last.amax(0, keepdim=True).expand_as(last)
+    try:
+        yield {"position_ids": torch.cat([positions[..., :-1], largest], dim=-1)}
+    finally:
+        hook.remove()
 
 
 def random_weights(cls: type[M], config: PreTrainedConfig, attention: str, **arguments: Any) -> M:

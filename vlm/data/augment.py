@@ -45,7 +45,7 @@ class Augment:
         """The example with its images changed, the same for the same seed.
 
         Raises BadImage where an image cannot be read; BadRow where a box cannot be one of its
-        image: the window, which holds all boxes, would make room for it.
+        image: the window, which holds all boxes, would grow to hold it.
         """
         if not example.images:
             return example

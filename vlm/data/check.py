@@ -35,7 +35,8 @@ class Report:
     rows: how many were read, of `total`. bad: how many of them cannot be used. kinds: what is wrong
     with them -> how many, and the first messages. faults: what was found when it opened. unread:
     keys that are not read; changing: those of them that change what a row means. asked: rows that
-    say something before their first answer, in a question or a system message.
+    say something before their first answer, in a question or a system message; system_messages:
+    those with the latter.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Report:
     unread: dict[str, UnreadKey] = field(default_factory=dict)
     changing: tuple[str, ...] = ()
     asked: int = 0
+    system_messages: int = 0
     seconds: float = 0.0
 
     @property
@@ -59,6 +61,7 @@ class Report:
         self.rows += other.rows
         self.bad += other.bad
         self.asked += other.asked
+        self.system_messages += other.system_messages
         for kind, (count, first) in other.kinds.items():
             held, firsts = self.kinds.get(kind, (0, []))
             self.kinds[kind] = (held + count, [*firsts, *first][:FIRST])
@@ -83,7 +86,9 @@ def check_rows(source: Source, rows: Sequence[int]) -> Report:
         report.rows += 1
         try:
             turns = check_row(source, row).turns
-            report.asked += any(t.role in ("user", "system") and t.text.strip() for t in turns)
+            said = {turn.role for turn in turns if turn.text.strip()}
+            report.asked += not said.isdisjoint(("user", "system"))
+            report.system_messages += "system" in said
         except (BadRow, BadImage) as error:
             report.bad += 1
             name = source.row_name(row)
@@ -158,6 +163,7 @@ def check_start(
     rows: int = START_ROWS,
     *,
     reads_prompts: bool = True,
+    reads_system: bool = True,
 ) -> None:
     """Looks at the first rows of each source before anything is computed, and says what was found
     when it opened, which keys are not read, and which rows are skipped; one line where all is
@@ -166,7 +172,8 @@ def check_start(
     bad_rows: "raise" stops at rows that cannot be used, "skip" counts them; None leaves them to
         whoever reads them. say: prints a text, as rich's `Console.print` does. From here on a key
         that was not met yet is told on stderr by the process that meets it. reads_prompts: whether
-        the model reads what stands before an answer; where it does not, that is said.
+        the model reads what stands before an answer; reads_system: whether it reads the system
+        message among it. Where it does not, that is said.
     Raises BadRow for the first bad row, with the count of others, and BadSource for keys that
     change what a row means.
     """
@@ -178,6 +185,10 @@ def check_start(
         if report.asked and not reads_prompts:
             said = f"{report.asked:,} of {report.rows:,} rows checked have a question or a system"
             text = f"{report.name}: {said} message, which this model does not read; answers are"
+            say(text, highlight=False, markup=False)
+        elif report.system_messages and not reads_system:
+            said = f"{report.system_messages:,} of {report.rows:,} rows checked have a system"
+            text = f"{report.name}: {said} message, which this model does not read; the rest is"
             say(text, highlight=False, markup=False)
     for report in reports:
         if report.changing:

@@ -154,7 +154,8 @@ class _Shares:
 
 
 class Draw(NamedTuple):
-    """One sample's place: its source's number, its row, and how many epochs the source had done."""
+    """Where a sample comes from: its source's number, its row, and how many epochs the source had
+    done."""
 
     source: int
     row: int

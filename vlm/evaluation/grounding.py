@@ -15,7 +15,6 @@ In --out: result.json, predictions.jsonl (every image) and images.png (some, wit
 from __future__ import annotations
 
 import json
-import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -49,10 +48,6 @@ class Settings(base.Settings):
     """A source whose rows have boxes, such as scenes:200:seed=77 or coco:FILE.json?root=FOLDER."""
     bad_boxes: Literal["stop", "skip"] = "stop"
     """Boxes of COCO's files that cannot be one: stop, or lose these boxes."""
-    rows: int | None = None
-    """How many rows, drawn by `seed`; None takes all."""
-    seed: int = 0
-    """Which rows."""
     ask: Literal["present", "all"] = "present"
     """What is asked of an image: the labels that are on it, or all labels of a COCO file."""
     prompt: str | None = None
@@ -61,7 +56,7 @@ class Settings(base.Settings):
     """Let the model write nothing but whole boxes."""
     max_new_tokens: int = MAX_NEW_TOKENS
     """Longest answer; a box takes four tokens."""
-    batch_size: int = 16
+    batch: int = 16
     """Images, and phrases, at once."""
     out: Path | None = None
     """Folder for the results; None: `grounding` in the run."""
@@ -75,7 +70,7 @@ class GroundingEvaluation(base.Evaluation[Settings]):
     task = "grounding"
     settings_type = Settings
     ability = "ground"
-    least: ClassVar = {"batch_size": 1, "max_new_tokens": 1, "images": 0}
+    least: ClassVar = {"batch": 1, "max_new_tokens": 1, "images": 0}
     libraries = ("pycocotools",)
 
     def check(self) -> None:
@@ -94,10 +89,6 @@ class GroundingEvaluation(base.Evaluation[Settings]):
         return self.settings.out or Path(self.settings.model) / "grounding"
 
     @property
-    def batch(self) -> int:
-        return self.settings.batch_size
-
-    @property
     def files(self) -> tuple[str, ...]:
         return "predictions.jsonl", *["images.png"][: self.settings.images]
 
@@ -110,14 +101,11 @@ class GroundingEvaluation(base.Evaluation[Settings]):
             raise ValueError(
                 f"--ask all: expected a COCO file, which lists its labels: {source.name}"
             )
-        rows = list(range(len(source)))
-        if settings.rows is not None:
-            if settings.rows > len(rows):
-                raise ValueError(f"--rows: expected 1 to {len(rows)}, found {settings.rows}")
-            rows = sorted(random.Random(settings.seed).sample(rows, settings.rows))
-        if not source[rows[0]].boxes:
-            raise ValueError(f"{source[rows[0]].name}: expected boxes to find, found none")
-        self.rows = self.items = rows
+        self.rows = self.items = self.spread(source)
+        if not any(source[row].boxes for row in self.rows):
+            raise ValueError(
+                f"{source.name}: expected boxes to find, found none in {len(self.rows)} rows"
+            )
 
     def predict(self, model: Any, places: range) -> list[tuple[int, Any]]:
         settings = self.settings

@@ -6,8 +6,10 @@
 
 A row is a question, {"image": PATH, "question": TEXT, "answers": [TEXT, ...]}, or a conversation,
 whose last answer is asked for and is the one reference; "answers" beside it are the references
-then. Answers are greedy. Both metrics are given for all data: VQA accuracy (the ten answers of
-VQA v2 are votes; of fewer each is right) and ANLS; see `vlm.metrics.vqa`.
+then. What is put into a prompt is the last question alone; earlier turns and a system message stay
+before it as they are, and a row that the model's chat template refuses is a bad one (PaliGemma's
+takes one question). Answers are greedy. Both metrics are given for all data: VQA accuracy (the ten
+answers of VQA v2 are votes; of fewer each is right) and ANLS; see `vlm.metrics.vqa`.
 
 In --out: result.json, answers.jsonl (every answer) and answers.png (some, with their images).
 """
@@ -15,8 +17,7 @@ In --out: result.json, answers.jsonl (every answer) and answers.png (some, with 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -27,7 +28,7 @@ from rich.table import Table
 from vlm.config import to_dict
 from vlm.data.example import BadRow, Example, Skipped
 from vlm.data.sources import BadSource
-from vlm.data.sources.transfer import Prompted
+from vlm.data.sources.transfer import put_into, require_fields
 from vlm.evaluation import base
 from vlm.families.decoder_only.generate import GREEDY
 from vlm.families.decoder_only.model import ANSWER_PROMPT
@@ -46,7 +47,8 @@ class Settings(base.Settings):
     data: str
     """Questions about images: any source that the recipes take, such as vqa.jsonl."""
     prompt: str | None = None
-    """What a question is put into, with {question} in it; None: what the model was trained on."""
+    """What the last question is put into, with {question} in it; None: what the model was trained
+    on."""
     out: Path = Path("runs/eval-vqa")
     """Where results go; earlier ones there are replaced."""
     batch: int = 16
@@ -82,27 +84,20 @@ class VqaEvaluation(base.Evaluation[Settings]):
     least: ClassVar = {"batch": 1, "max_new_tokens": 1}
     files = ("answers.jsonl", "answers.png")
 
-    def open(self, say: Callable[..., None]) -> None:
-        super().open(say)
-        self.plain = self.source
-        if self.settings.prompt is not None:
-            self._ask_in(self.settings.prompt)
-
-    def _ask_in(self, prompt: str) -> None:
-        """Questions are put into `prompt` from here on."""
-        self.prompt = prompt
-        if prompt == ANSWER_PROMPT:
+    def check(self) -> None:
+        super().check()
+        prompt = self.settings.prompt
+        if prompt is None:
             return
         try:
-            if "{question}" not in prompt:
+            if require_fields(prompt, ("question",)) != {"question"}:
                 raise BadSource(f"expected {{question}} where it goes, found {prompt!r}")
-            self.sources = [Prompted(self.plain, prompt)]
         except BadSource as error:
             raise BadSource(f"--prompt: {error}") from error
 
     def predict_all(self, model: Any, accelerator: Accelerator) -> list[Answered]:
-        if self.settings.prompt is None:
-            self._ask_in(model.answer_prompt)
+        prompt = self.settings.prompt
+        self.prompt = model.answer_prompt if prompt is None else prompt
         found = super().predict_all(model, accelerator)
         self.require_some(found)
         return found
@@ -117,7 +112,7 @@ class VqaEvaluation(base.Evaluation[Settings]):
                 if (missing := _missing(example)) is not None:
                     found.append((place, Skipped(name, missing)))
                     continue
-                question = example.question()
+                question = self._asked(example)
                 encoded.append(model.processor.encode_prompt(question))
                 kept.append((place, example, question.turns[-1].text.strip()))
             except (BadRow, BadImage) as error:
@@ -129,6 +124,15 @@ class VqaEvaluation(base.Evaluation[Settings]):
             row, answer = self.rows[place], generation.text.strip()
             found.append((place, Answered(row, example.name, asked, references, answer)))
         return found
+
+    def _asked(self, example: Example) -> Example:
+        """What is asked of a row: its conversation without the last answer, the last question in
+        the prompt."""
+        question = example.question()
+        if self.prompt == ANSWER_PROMPT:  # images stay where they stand in it
+            return question
+        *before, last = question.turns
+        return replace(question, turns=(*before, put_into(last, self.prompt)))
 
     def score(
         self, model: Any, predictions: list[Answered], accelerator: Accelerator

@@ -76,13 +76,13 @@ class Model:
             import_module(family.layout).save(self, folder, merge)
             return
         if not merge:
-            raise ValueError("merge=False: only the layout 'native' has a place for LoRA layers")
+            raise ValueError("merge=False: only the layout 'native' can hold LoRA layers")
         save_in(self, layout if layout != "reference" else self.reference.model_type, folder)
 
 
 def require_list(images: Any) -> None:
-    """Raises ValueError for the path or bytes of one image, which would be taken letter by
-    letter."""
+    """Raises ValueError for the path or bytes of one image, which would be taken character
+    by character."""
     if isinstance(images, (str, bytes, Path)):
         raise ValueError("images is a list of images")
 

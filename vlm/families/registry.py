@@ -113,7 +113,7 @@ FAMILIES = {
     "prefix_decoder": Family(
         said="prefix_decoder (PaliGemma, what recipes/paligemma.py trains)",
         model="vlm.families.prefix_decoder.model:PrefixDecoderModel",
-        layout="vlm.families.decoder_only.layout",
+        layout="vlm.families.prefix_decoder.layout",
         inspect="vlm.families.decoder_only.inspect",
         tasks=(*WRITING, "ocr"),
     ),

@@ -56,7 +56,7 @@ class TextReader(Model):
         images: paths, bytes, PIL images or arrays; any iterable, from which they are taken as they
             are needed. layout: "line" takes each image as one line, "page" finds its lines, "auto"
             decides for each.
-        min_confidence: lines that are less sure are skipped, with a warning that counts them.
+        min_confidence: lines of a lower confidence are skipped, with a warning that counts them.
         stream: gives an iterator that yields each reading as soon as it is there, before further
             images are opened, so that any number of pages is read in bounded memory.
         options: those of `read_lines`.

@@ -1,7 +1,7 @@
 """Attention by whole products, for bf16 on CPUs with instructions for it but no matrix tiles (AMX).
 
 torch's fused attention there computes scores in parts that are too small for its products, backward
-more so than forward. For the few hundred places of an image or of an example, a product for many
+more so than forward. For the few hundred positions of an image or of an example, a product for many
 heads at once, a softmax and one more product take half its time. The backward pass computes the
 shares again, as the fused one does, so that nothing is kept beside what went in. In fp32 the fused
 attention is the faster one, forward and backward.
@@ -9,8 +9,8 @@ attention is the faster one, forward and backward.
 Scores are rounded to 16 bits before the softmax, as in transformers' `eager` attention; keys, once
 scaled, too.
 
-Shapes: V view or example, H query head, h key head, L place, F width of queries and keys, G width
-of values, q query of a block.
+Shapes: V view or example, H query head, h key head, L position, F width of queries and keys, G
+width of values, q query of a block.
 """
 
 from __future__ import annotations
@@ -27,38 +27,39 @@ from torch.autograd.function import once_differentiable
 from vlm.compat.torch import softmax_backward
 from vlm.precision import supports
 
-MOST_PLACES, MOST_CAUSAL = 1024, 512
-"""Longest runs for which it gains; longer ones, where a place sees only earlier ones, are as fast
-in torch's small parts."""
+MOST_POSITIONS, MOST_CAUSAL = 1024, 512
+"""Longest runs for which it gains; longer ones, where a position sees only earlier ones, are as
+fast in torch's small parts."""
 QUERIES = 128
-"""Queries of a block where a place sees only earlier ones, so that few scores are made in vain."""
-_left_out: ContextVar[bool] = ContextVar("left_out", default=False)
+"""Queries of a block where a position sees only earlier ones, so that few scores are made in
+vain."""
+_disabled: ContextVar[bool] = ContextVar("disabled", default=False)
 
 
 @contextmanager
 def as_on_gpus() -> Iterator[None]:
     """Within, what runs on a CPU goes the way that it goes on a GPU."""
-    token = _left_out.set(True)
+    token = _disabled.set(True)
     try:
         yield
     finally:
-        _left_out.reset(token)
+        _disabled.reset(token)
 
 
 def gains(query: Tensor, longest: int, *, causal: bool = False) -> bool:
     """Whether attention by whole products is the faster one for queries like these, in runs of at
-    most `longest` places."""
+    most `longest` positions."""
     return (
         query.dtype == torch.bfloat16
         and on_cpu(query)
-        and longest <= (MOST_CAUSAL if causal else MOST_PLACES)
+        and longest <= (MOST_CAUSAL if causal else MOST_POSITIONS)
         and _has_instructions()
     )
 
 
 def on_cpu(tensor: Tensor) -> bool:
     """Whether a tensor is worked on as on a CPU: it lies there, and not within `as_on_gpus`."""
-    return tensor.device.type == "cpu" and not _left_out.get()
+    return tensor.device.type == "cpu" and not _disabled.get()
 
 
 @cache
@@ -80,7 +81,7 @@ def whole_products(
     """float[V, L, H, G]: what each query reads.
 
     query: float[V, H, L, F]; key: float[V, h, L, F]; value: float[V, h, L, G]; h divides H.
-    scale: of the scores. causal: whether a place sees itself and earlier ones alone. lengths: of
+    scale: of the scores. causal: whether a position sees itself and earlier ones alone. lengths: of
     runs that lie end to end in each of the V and do not see each other; None for one run.
     """
     runs = (query.shape[2],) if lengths is None else lengths
@@ -99,14 +100,14 @@ class _WholeProducts(torch.autograd.Function):
             keys, values = key[view, :, start:stop] * scale, value[view, :, start:stop]
             for first, last, _, shares in _shares(query[view, :, start:stop], keys, later):
                 part = torch.bmm(shares, values[:, : shares.shape[2]])
-                read[view, start + first : start + last] = _by_place(part, H)
+                read[view, start + first : start + last] = _by_position(part, H)
         return read
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         query, key, value = ctx.saved_tensors
-        # Each gradient lies place by place, as the projections after it want theirs.
+        # Each gradient lies position by position, as the projections after it want theirs.
         by_query, by_key, by_value = (
             x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in (query, key, value)
         )
@@ -122,7 +123,7 @@ class _WholeProducts(torch.autograd.Function):
                 out = _by_head(grad[view, block], h)
                 by_share = torch.bmm(out, values[:, :seen].transpose(1, 2))
                 by_score = softmax_backward(by_share, shares)
-                by_query[view, block] = _by_place(torch.bmm(by_score, keys[:, :seen]), H)
+                by_query[view, block] = _by_position(torch.bmm(by_score, keys[:, :seen]), H)
                 found_keys = torch.bmm(by_score.transpose(1, 2), queries)
                 found_values = torch.bmm(shares.transpose(1, 2), out)
                 if last - first == stop - start:  # the only block
@@ -139,7 +140,7 @@ class _WholeProducts(torch.autograd.Function):
 
 
 def _runs(views: int, lengths: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    """The view, first place and place after the last of every run."""
+    """The view, first position and position after the last of every run."""
     for view in range(views):
         start = 0
         for length in lengths:
@@ -154,7 +155,7 @@ def _shares(
     float[h, H / h * q, F], and what share of each key they read, float[h, H / h * q, keys seen].
 
     query: float[H, L, F]; key: float[h, L, F], scaled. later: what is added to the scores of a
-    block's own places (see `_later`); None where all places are seen.
+    block's own positions (see `_later`); None where all positions are seen.
     """
     H, L, F = query.shape
     h = key.shape[0]
@@ -166,19 +167,19 @@ def _shares(
         seen = L if later is None else last
         scores = torch.bmm(queries, keys[:, :, :seen])
         if later is not None:
-            by_place = scores.view(h, H // h, last - first, seen)
-            by_place[..., first:] += later[: last - first, : last - first]
+            by_position = scores.view(h, H // h, last - first, seen)
+            by_position[..., first:] += later[: last - first, : last - first]
         yield first, last, queries, torch.softmax(scores, -1)
 
 
 def _later(query: Tensor, runs: tuple[int, ...]) -> Tensor:
-    """float[q, q] for the largest block: 0 for a place itself and earlier ones, minus infinity for
-    later ones."""
+    """float[q, q] for the largest block: 0 for a position itself and earlier ones, minus infinity
+    for later ones."""
     side = min(QUERIES, max(runs))
     return query.new_full((side, side), float("-inf")).triu_(1)
 
 
-def _by_place(read: Tensor, heads: int) -> Tensor:
+def _by_position(read: Tensor, heads: int) -> Tensor:
     """float[q, H, F] of float[h, H / h * q, F]."""
     return read.view(heads, -1, read.shape[2]).transpose(0, 1)
 

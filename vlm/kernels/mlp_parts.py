@@ -1,6 +1,6 @@
-"""MLPs of image encoders a few hundred places at a time, on CPUs in fp32.
+"""MLPs of image encoders a few hundred tokens at a time, on CPUs in fp32.
 
-What an MLP widens an image's places to is several times as large as its input: for a few images
+What an MLP widens an image's tokens to is several times as large as its input: for a few images
 at once it no longer stays in the caches, and the activation, which does next to nothing to each
 number, waits for memory. In parts it is widened, activated in place and narrowed while it is there.
 The values are the same, but for the order of sums where a product depends on its number of rows.
@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from vlm.compat.torch import gelu_, has_hooks
 
-PLACES = 512
-"""Places of a part: fewer make products slow."""
+POSITIONS = 512
+"""Tokens of a part: fewer make products slow."""
 
 
 @contextmanager
@@ -74,8 +74,8 @@ def _gelu_of(mlp: nn.Module) -> str | None:
 
 
 def _forward(mlp: nn.Module, approximate: str, hidden_states: Tensor) -> Tensor:
-    places = hidden_states.reshape(-1, hidden_states.shape[-1])
-    out = places.new_empty(len(places), mlp.fc2.out_features)
-    for part, made in zip(places.split(PLACES), out.split(PLACES)):
+    vectors = hidden_states.reshape(-1, hidden_states.shape[-1])
+    out = vectors.new_empty(len(vectors), mlp.fc2.out_features)
+    for part, made in zip(vectors.split(POSITIONS), out.split(POSITIONS)):
         made.copy_(mlp.fc2(gelu_(mlp.fc1(part), approximate)))
     return out.view(*hidden_states.shape[:-1], -1)

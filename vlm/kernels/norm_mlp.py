@@ -5,7 +5,7 @@ transformers' RMS norms keep their input in fp32, and its gated MLPs what their 
 both follow from what is kept anyway in a few cheap operations. What is computed stays equal to the
 bit; gradients differ by the rounding of 16-bit steps that are not made here.
 
-Shapes: N place, D width.
+Shapes: N position, D width.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from vlm.compat.torch import has_hooks, silu_backward
 from vlm.compat.transformers import SiLUActivation
 from vlm.kernels.attention import on_cpu
 
-PLACES = 512
-"""Places at a time on CPUs, so that what lies between two operations stays in the caches."""
+POSITIONS = 512
+"""Positions at a time on CPUs, so that what lies between two operations stays in the caches."""
 
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -89,7 +89,7 @@ def _eps(norm: nn.Module) -> float | None:
 
 def _norm_alike(norm: nn.Module) -> bool:
     """Tried with weights of its own, since among ones all norms are alike, and in each dtype that
-    it may be trained in, since some round at other places."""
+    it may be trained in, since some round at other positions."""
     trials = [deepcopy(norm).to(dtype) for dtype in (torch.float32, torch.bfloat16)]
     for trial in trials:
         trial.weight.data = torch.linspace(-1, 2, len(trial.weight)).to(trial.weight)
@@ -112,11 +112,11 @@ def _mlp_alike(mlp: nn.Module) -> bool:
 
 @torch.no_grad()
 def _alike(part: nn.Module, kernel: Forward, like: Tensor) -> bool:
-    """Whether both compute the same of two places of a width and dtype."""
-    places = torch.linspace(-3, 5, 2 * len(like)).view(1, 2, len(like)).to(like)
+    """Whether both compute the same of two positions of a width and dtype."""
+    positions = torch.linspace(-3, 5, 2 * len(like)).view(1, 2, len(like)).to(like)
     with torch.random.fork_rng(devices=[]):
         try:
-            theirs, ours = part(places), kernel(part, places)
+            theirs, ours = part(positions), kernel(part, positions)
             return theirs.dtype == ours.dtype and torch.equal(theirs, ours)
         except Exception:  # whatever a part of this name may want or give, it is not known
             return False
@@ -195,7 +195,7 @@ class _GatedDown(torch.autograd.Function):
     def forward(ctx, gate, up, weight, bias):
         ctx.save_for_backward(gate, up, weight)
         out = gate.new_empty(*gate.shape[:-1], len(weight))
-        for a, b, c in _in_parts(*map(_by_place, (gate, up, out))):
+        for a, b, c in _in_parts(*map(_by_position, (gate, up, out))):
             c.copy_(F.linear(F.silu(a).mul_(b), weight, bias))
         return out
 
@@ -205,24 +205,24 @@ class _GatedDown(torch.autograd.Function):
         gate, up, weight = ctx.saved_tensors
         _, _, learns, learns_bias = ctx.needs_input_grad
         by_gate, by_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
-        places = map(_by_place, (gate, up, grad, by_gate, by_up))
-        for a, b, by_out, by_a, by_b in _in_parts(*places):
+        positions = map(_by_position, (gate, up, grad, by_gate, by_up))
+        for a, b, by_out, by_a, by_b in _in_parts(*positions):
             by_product = by_out @ weight
             by_a.copy_(silu_backward(by_product * b, a))
             torch.mul(F.silu(a), by_product, out=by_b)
         by_weight = by_bias = None
         if learns:
-            by_weight = _by_place(grad).T @ _by_place(F.silu(gate).mul_(up))
+            by_weight = _by_position(grad).T @ _by_position(F.silu(gate).mul_(up))
         if learns_bias:
-            by_bias = _by_place(grad).sum(0)
+            by_bias = _by_position(grad).sum(0)
         return by_gate, by_up, by_weight, by_bias
 
 
-def _by_place(x: Tensor) -> Tensor:
+def _by_position(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
 def _in_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors [N, ...] in parts that belong together; whole where there are no caches to mind."""
-    size = PLACES if on_cpu(tensors[0]) else max(len(tensors[0]), 1)
+    size = POSITIONS if on_cpu(tensors[0]) else max(len(tensors[0]), 1)
     return zip(*(t.split(size) for t in tensors))

@@ -3,15 +3,15 @@
 These models take their attention, and the masks for it, by name from two registries. While a packed
 row is read they take ours: masks of each example alone, made by the model's own rule (causal,
 sliding, chunked), and attention example by example. So nothing is computed or held for pairs of
-places of two examples. Modules take ours again where a checkpoint computes them anew; all other
+positions of two examples. Modules take ours again where a checkpoint computes them anew; all other
 reading goes by the model's own attention. A model that runs flash attention keeps it, since that
 reads the bounds of examples by itself.
 
-Refused are models that mix places by more than attention: a convolution or a recurrence goes over
-the bounds of examples, whatever the attention does.
+Refused are models that mix positions by more than attention: a convolution or a recurrence goes
+over the bounds of examples, whatever the attention does.
 
-Shapes: S example, T place of the packed row, L place of one example, H query head, h key head,
-D width, d head width.
+Shapes: S example, T position of the packed row, L position of one example, H query head, h key
+head, D width, d head width.
 """
 
 from __future__ import annotations
@@ -43,15 +43,16 @@ from vlm.kernels.attention import gains, whole_products
 NAME = "vlm_segments"
 """The name of our attention and its masks in transformers' registries."""
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-"""Layers that mix places by attention alone, as configurations name them (`layer_types`)."""
+"""Layers that mix positions by attention alone, as configurations name them (`layer_types`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Segments:
-    """The examples of a packed row, and what a place of each sees.
+    """The examples of a packed row, and what a position of each sees.
 
-    bounds: int32[S + 1], as in `vlm.families.decoder_only.batch.Batch`; lengths: the places of
-    each example. prefix: how many first places of each example see each other; 0 where none does.
+    bounds: int32[S + 1], as in `vlm.families.decoder_only.batch.Batch`; lengths: the positions of
+    each example.
+    prefix: how many first positions of each example see each other; 0 where none does.
     masks: bool[1, 1, L, L] of each example, rows see columns; None where it is plainly causal.
         Empty before a model has said its rule.
     """
@@ -93,9 +94,9 @@ def read_segments(
 ) -> Tensor:
     """A language model's final states float[1, T, D] of a packed row.
 
-    vectors: float[1, T, D]. positions: int64[1, T], from 0 in each example. bounds: int32[S + 1],
-    as in `vlm.families.decoder_only.batch.Batch`. prefix: int64[S], how many first places of each
-    example see each other; None where none does.
+    vectors: float[1, T, D]. positions: int64[1, T] or int64[3, 1, T], from 0 in each example.
+    bounds: int32[S + 1], as in `vlm.families.decoder_only.batch.Batch`. prefix: int64[S], how many
+    first positions of each example see each other; None where none does.
     Raises ValueError as `require_segments` does, and for a prefix with flash attention.
     """
     require_segments(text)
@@ -130,7 +131,7 @@ def segment_masks(
     batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0,
     *, device: torch.device | str, **rule: Any,
 ) -> Segments:  # fmt: skip
-    """What each place of the packed row that is being read sees, by the rule of the model: the
+    """What each position of the packed row that is being read sees, by the rule of the model: the
     arguments of transformers' mask functions, of `sdpa_mask` for one."""
     row = _reading.get()
     rule |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -138,9 +139,9 @@ def segment_masks(
     start = 0
     for L, prefix in zip(row.lengths, row.prefix):
         mask = sdpa_mask(1, L, L, q_offset=start, kv_offset=start, device=device, **rule)
-        places = torch.arange(L, device=device)
-        mask = mask | (torch.maximum(places[:, None], places) < prefix)
-        plain = torch.equal(mask[0, 0], places[:, None] >= places)
+        positions = torch.arange(L, device=device)
+        mask = mask | (torch.maximum(positions[:, None], positions) < prefix)
+        plain = torch.equal(mask[0, 0], positions[:, None] >= positions)
         masks.append(None if plain else mask)
         start += L
     return Segments(bounds=row.bounds, lengths=row.lengths, prefix=row.prefix, masks=tuple(masks))
@@ -162,9 +163,9 @@ def segment_attention(
     """Attention within each example of a packed row: (float[1, T, H, d], None), the form of
     transformers' attention functions.
 
-    query: float[1, H, T, d]; key, value: float[1, h, T, d]. attention_mask: what each place sees.
-    softcap: scores s become softcap * tanh(s / softcap), as in Gemma 2. s_aux: float[H], the score
-    of one more place, which all see and which has no value, as in gpt-oss.
+    query: float[1, H, T, d]; key, value: float[1, h, T, d]. attention_mask: what each position
+    sees. softcap: scores s become softcap * tanh(s / softcap), as in Gemma 2. s_aux: float[H], the
+    score of one more position, which all see and which has no value, as in gpt-oss.
     Raises ValueError for a model that adds a bias to its scores.
     """
     if position_bias is not None:

@@ -35,7 +35,7 @@ MARGIN = 1.1
 """How many times as fast a layout must be in fp32, for it takes memory as well."""
 
 _laid_out: WeakKeyDictionary[nn.Module, dict[tuple, Tensor]] = WeakKeyDictionary()
-"""First layer -> which weights (their places and versions) -> these weights, laid out."""
+"""First layer -> which weights (their addresses and versions) -> these weights, laid out."""
 
 
 def packed(layers: Sequence[nn.Module], rows: int) -> Product:
@@ -134,7 +134,7 @@ def _is_faster(layers: Sequence[nn.Linear], rows: int) -> bool:
             start = time.perf_counter()
             way()
             found.append(time.perf_counter() - start)
-    plain, packed = (min(found[1:]) for found in seconds)  # each once to warm
+    plain, packed = (min(found[1:]) for found in seconds)  # each once to warm up
     if plain > MARGIN * packed:
         return True
     _laid_out.pop(layers[0], None)

@@ -33,7 +33,7 @@ class Ring:
         return len(self.sizes) == 1 and self.sizes[0] <= self.block
 
     def buffer(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Room for any rank's shard, float[largest B, U]."""
+        """Memory for any rank's shard, float[largest B, U]."""
         return like.new_empty(max(self.sizes), like.shape[1], dtype=dtype)
 
     def total(self, value: Tensor) -> Tensor:
@@ -99,8 +99,8 @@ class Ring:
 
 @dataclass(frozen=True, slots=True)
 class _UnderWay:
-    """Rows being exchanged. What is received, (place, rows) pairs, is put in its place only when
-    all is done, since until then the place holds what is being sent."""
+    """Rows being exchanged. What is received, (destination, rows) pairs, is put in its place only
+    when all is done, since until then the destination holds what is being sent."""
 
     requests: list[dist.Work] = field(default_factory=list)
     rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -108,8 +108,8 @@ class _UnderWay:
     def store(self) -> None:
         for request in self.requests:
             request.wait()
-        for place, received in self.rows:
-            place.copy_(received)
+        for destination, received in self.rows:
+            destination.copy_(received)
         self.requests.clear()
         self.rows.clear()
 

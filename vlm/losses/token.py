@@ -1,14 +1,14 @@
-"""Token losses over scored places only, summed in nats, in fp32.
+"""Token losses over scored positions only, summed in nats, in fp32.
 
 Sums, not means: the trainer divides by the number of scored tokens of the whole step, over all
 micro-batches and ranks, so that no split of a batch changes the loss.
 
 `token_losses` takes logits. With a large vocabulary these outweigh all else in a step, so training
 goes by `backward_state_losses`, which takes the states before the head: the logits of a chunk of
-places become their own gradient where they lie, go back through the head, and are gone. Nothing is
-computed twice. `token_losses` is its slow twin.
+positions become their own gradient where they lie, go back through the head, and are gone. Nothing
+is computed twice. `token_losses` is its slow twin.
 
-Shapes: N scored place, D decoder width, Z vocabulary.
+Shapes: N scored position, D decoder width, Z vocabulary.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch.nn import functional as F
 Head = Callable[[Tensor], Tensor]
 
 CHUNK = 2**25
-"""Logits that are made at once, 64 MiB in bf16. At 257k ids these are 130 places, enough for the
-head's products to run at full speed; small vocabularies have all their places in one chunk."""
+"""Logits that are made at once, 64 MiB in bf16. At 257k ids these are 130 positions, enough for the
+head's products to run at full speed; small vocabularies have all their positions in one chunk."""
 CPU_BLOCK = 2**20
 """Numbers in fp32 that a CPU works on at once: several passes go over them, in its cache."""
 
@@ -32,20 +32,20 @@ CPU_BLOCK = 2**20
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Negative log-probability of each target in nats, fp32[N]; fp64 where logits are.
 
-    logits: float[N, Z] at scored places; targets: int64[N].
+    logits: float[N, Z] at scored positions; targets: int64[N].
     """
     return F.cross_entropy(logits.to(_wide(logits.dtype)), targets, reduction="none")
 
 
 @torch.no_grad()
 def state_losses(head: Head, states: Tensor, targets: Tensor) -> Tensor:
-    """`token_losses(head(states), targets)` without a gradient, a chunk of places at a time.
+    """`token_losses(head(states), targets)` without a gradient, a chunk of positions at a time.
 
     head: see `backward_state_losses`. states: float[N, D]; targets: int64[N].
     """
     width, _ = _shown(head, states)
-    places = _places(width, [])
-    chunks = zip(states.split(places), targets.split(places))
+    positions = _positions(width, [])
+    chunks = zip(states.split(positions), targets.split(positions))
     return torch.cat([_spend(head(part), wanted, None) for part, wanted in chunks])
 
 
@@ -63,25 +63,25 @@ def backward_state_losses(
         overwritten, so they must be a new tensor, and one that no backward pass needs, as linear
         layers, products with numbers and caps make it. Weights of the head may be frozen, or tied
         to some after the states.
-    states: float[N, D] at scored places; targets: int64[N].
+    states: float[N, D] at scored positions; targets: int64[N].
     scale: given here, not to the losses later, so that gradients are rounded once.
     autocast: what the head is called within.
 
     A chunk has `CHUNK` logits, or as many as the head learns numbers: their gradient takes that
-    room anyway, and beside the products of so many places its sum, in fp32, costs little.
+    memory anyway, and beside the products of so many positions its sum, in fp32, costs little.
     Returns the losses without a gradient.
     """
     with autocast():
         width, learned = _shown(head, states)
-    places = _places(width, learned)
-    if len(states) <= places:
+    positions = _positions(width, learned)
+    if len(states) <= positions:
         with autocast():
             logits = head(states)
         losses = _spend(logits.detach(), targets, scale)
         if logits.requires_grad:
             logits.backward(logits.detach())
         return losses
-    count = -(-len(states) // places)
+    count = -(-len(states) // positions)
     sums = [weight.new_zeros(weight.shape, dtype=_wide(weight.dtype)) for weight in learned]
     chunks = zip(states.tensor_split(count), targets.tensor_split(count))
     passes = [_pass(head, part, wanted, scale, autocast, learned, sums) for part, wanted in chunks]
@@ -104,13 +104,13 @@ def sum_by_row(values: Tensor, rows: Tensor, count: int) -> Tensor:
 
 
 def _shown(head: Head, states: Tensor) -> tuple[int, list[Tensor]]:
-    """How wide a head's logits are, and what it learns with; logits of no place show both."""
+    """How wide a head's logits are, and what it learns with; logits of no position show both."""
     none = head(states[:0].detach())
     return none.shape[-1], _leaves(none)
 
 
-def _places(width: int, learned: Sequence[Tensor]) -> int:
-    """The most places of a chunk."""
+def _positions(width: int, learned: Sequence[Tensor]) -> int:
+    """The most positions of a chunk."""
     return max(1, max(CHUNK, sum(weight.numel() for weight in learned)) // width)
 
 

@@ -144,12 +144,12 @@ def _precision_by_iou(
     with contextlib.redirect_stdout(io.StringIO()):  # it reports on every step
         for made in sets:
             made.createIndex()
-        judge = COCOeval(*sets, "bbox")
-        judge.params.maxDets = [max_boxes]
-        judge.params.areaRng, judge.params.areaRngLbl = [[0, 1e10]], ["all"]
-        judge.evaluate()
-        judge.accumulate()
-    return judge.eval["precision"][:, :, 0, 0, 0].mean(1)
+        evaluator = COCOeval(*sets, "bbox")
+        evaluator.params.maxDets = [max_boxes]
+        evaluator.params.areaRng, evaluator.params.areaRngLbl = [[0, 1e10]], ["all"]
+        evaluator.evaluate()
+        evaluator.accumulate()
+    return evaluator.eval["precision"][:, :, 0, 0, 0].mean(1)
 
 
 def _boxes(values: ArrayLike) -> NDArray[np.float64]:

@@ -61,9 +61,9 @@ def calibration(confidence: ArrayLike, right: ArrayLike, bins: int = 15) -> Cali
             f"confidence: expected 0 to 1, found {confidence[wrong[0]]} for example {wrong[0]}"
         )
     edges = np.linspace(0, 1, bins + 1)
-    place = np.searchsorted(edges[1:-1], confidence, side="left")  # a bin holds its upper edge
-    count = np.bincount(place, minlength=bins)
-    sums = np.bincount(place, confidence, bins), np.bincount(place, right, bins)
+    bin_N = np.searchsorted(edges[1:-1], confidence, side="left")  # a bin holds its upper edge
+    count = np.bincount(bin_N, minlength=bins)
+    sums = np.bincount(bin_N, confidence, bins), np.bincount(bin_N, right, bins)
     return Calibration(
         edges=edges,
         count=count,

@@ -68,7 +68,7 @@ def normalise(text: str) -> str:
 def exact_matches(pairs: Sequence[Pair]) -> np.ndarray:
     """Whether each candidate equals one of its references, both normalised: bool[N].
 
-    Raises ValueError for no pairs, or an image without references, naming it by its place.
+    Raises ValueError for no pairs, or an image without references, naming it by its index.
     """
     _check(pairs)
     return np.array(
@@ -82,7 +82,7 @@ def cider_d(pairs: Sequence[Pair]) -> np.ndarray:
     (Papers often print it times 100.) Its weights are log(images / images whose references hold
     the n-gram): one image alone, or the same references everywhere, score 0.
     Source: Vedantam et al. 2015, section 6; pycocoevalcap, cider/cider_scorer.py.
-    Raises ValueError for no pairs, or an image without references, naming it by its place.
+    Raises ValueError for no pairs, or an image without references, naming it by its index.
     """
     _check(pairs)
     candidates, references = _joined(pairs)
@@ -97,7 +97,7 @@ def bleu_4(pairs: Sequence[Pair]) -> float:
     or so).
 
     Source: Papineni et al. 2002.
-    Raises ValueError for no pairs, or an image without references, naming it by its place.
+    Raises ValueError for no pairs, or an image without references, naming it by its index.
     """
     _check(pairs)
     candidates, references = _joined(pairs)

@@ -93,8 +93,8 @@ def top_k(
             scores = _exact_scores(
                 x, candidates, torch.arange(len(x), device=x.device).repeat_interleave(keep), index
             ).view(index.shape)
-            scores, places = scores.sort(dim=1, descending=True, stable=True)
-            index = index.gather(1, places)
+            scores, order = scores.sort(dim=1, descending=True, stable=True)
+            index = index.gather(1, order)
             unsure = scores[:, k - 1] <= kept.amin(1).double() + _margin(x.shape[1])
             if keep < len(candidates) and unsure.any():
                 redone = _merge_blocks_exactly(x[unsure], candidates, k, width)
@@ -133,9 +133,9 @@ def count_above(
     right = owner.bincount(minlength=len(images))
     rows = rows[right[rows].argsort(descending=True, stable=True)]
     by_image, start = owner.argsort(stable=True), right.cumsum(0) - right
-    place = torch.full((len(images),), -1, device=device)
-    place[rows] = torch.arange(len(rows), device=device)
-    place = place[owner]  # of a text's image among the rows
+    row_of = torch.full((len(images),), -1, device=device)
+    row_of[rows] = torch.arange(len(rows), device=device)
+    row_of = row_of[owner]  # of a text's image among the rows
 
     counts = torch.zeros(2, M, dtype=torch.int64, device=device)
     buffers = torch.empty(2, height * width, device=device)
@@ -151,7 +151,7 @@ def count_above(
             for left in range(0, M, width):
                 pairs = torch.arange(left, min(left + width, M), device=device)
                 down = _Lines(0, pairs, low[pairs], high[pairs])
-                at = place[pairs] - top
+                at = row_of[pairs] - top
                 inside = ((at >= 0) & (at < len(x))).nonzero()[:, 0]
                 tests, y = [*across, down], texts[left : left + width]
                 found = _count_block(x, y, at[inside], inside, tests, exact, buffers)
@@ -198,10 +198,10 @@ def _count_block(
     for lines in tests:
         part = scores[: len(lines.pairs)] if lines.dim else scores
         marks = flags[: len(part)]  # fp32, which is compared and summed far faster than bool
-        sure = _runs(torch.gt(part, lines.high, out=marks), lines.dim).sum(lines.dim + 1)
+        certain = _runs(torch.gt(part, lines.high, out=marks), lines.dim).sum(lines.dim + 1)
         unsettled.append(_runs(torch.ge(part, lines.low, out=marks), lines.dim).sum(lines.dim + 1))
-        unsettled[-1] -= sure
-        above.append(sure.sum(lines.dim))
+        unsettled[-1] -= certain
+        above.append(certain.sum(lines.dim))
     left = float(torch.stack([part.sum() for part in unsettled]).sum())
     if left > scores.numel() / 64:  # many scores are nearly equal: cheaper in one product
         scores = x.double() @ y.double().T
@@ -231,7 +231,7 @@ def _settle(
     scores: Tensor, x: Tensor, y: Tensor, lines: _Lines, above: Tensor, where: Tensor, exact: Tensor
 ) -> None:
     """Adds to `above` the unsettled scores that are exactly as high, or higher; they lie in the
-    runs `where`, int64[2, G], places in an array of lines and runs."""
+    runs `where`, int64[2, G], positions in an array of lines and runs."""
     line, run = where if lines.dim else where.flip(0)
     runs = _runs(scores, lines.dim)
     held = runs[line, run] if lines.dim else runs[run, :, line]
@@ -250,8 +250,8 @@ def _merge_blocks(x: Tensor, y: Tensor, keep: int, width: int) -> tuple[Tensor, 
         scores = x @ y[left : left + width].T
         scores, found = scores.topk(min(keep, scores.shape[1]), dim=1, sorted=False)
         best, index = torch.cat([best, scores], 1), torch.cat([index, found + left], 1)
-        best, places = best.topk(min(keep, best.shape[1]), dim=1, sorted=False)
-        index = index.gather(1, places)
+        best, order = best.topk(min(keep, best.shape[1]), dim=1, sorted=False)
+        index = index.gather(1, order)
     return best, index
 
 
@@ -263,8 +263,8 @@ def _merge_blocks_exactly(x: Tensor, y: Tensor, k: int, width: int) -> tuple[Ten
         scores = x.double() @ y[left : left + width].double().T
         found = torch.arange(left, left + scores.shape[1], device=x.device).expand(scores.shape)
         best, index = torch.cat([best, scores], 1), torch.cat([index, found], 1)
-        best, places = best.sort(dim=1, descending=True, stable=True)
-        best, index = best[:, :k], index.gather(1, places[:, :k])
+        best, order = best.sort(dim=1, descending=True, stable=True)
+        best, index = best[:, :k], index.gather(1, order[:, :k])
     return best, index
 
 

@@ -31,7 +31,7 @@ __all__ = ["Direction", "RetrievalResult", "retrieval", "top_k"]
 class Direction:
     """How well the queries of one kind find candidates of the other.
 
-    query: int64[Q], the rows that are queries. rank: int64[Q], 1 or more, the place of a query's
+    query: int64[Q], the rows that are queries. rank: int64[Q], 1 or more, the rank of a query's
     best right candidate among all candidates. candidates: how many there are.
     recall: by k, the share of queries with rank k or less, with its 95 % interval.
     median_rank: the mean of the two middle ranks where Q is even.

@@ -254,7 +254,7 @@ def differences(truth: str, read: str) -> list[tuple[str, str]]:
 
 
 def words_right(truth: str, words: Sequence[str], normalisation: str = "nfc") -> NDArray[np.bool_]:
-    """Whether each word that was read is one of the truth at its place: bool[words].
+    """Whether each word that was read is one of the truth at its position: bool[words].
 
     The words are aligned with those of the truth by the least edits of words.
 

@@ -92,7 +92,7 @@ def vqa_accuracies(pairs: Sequence[Pair]) -> np.ndarray:
     averaged over all ways of leaving one reference out. Of fewer, which are no annotators' votes:
     1 where the answer equals one of them, else 0.
     Source: Antol et al. 2015, equation 1; Goyal et al. 2017 (VQA v2), and visualqa.org.
-    Raises ValueError for no pairs, or a question without references, naming it by its place.
+    Raises ValueError for no pairs, or a question without references, naming it by its index.
     """
     _check(pairs)
     return np.array([_accuracy(answer, references) for answer, references in pairs])
@@ -117,7 +117,7 @@ def anls(pairs: Sequence[Pair]) -> np.ndarray:
     Source: Biten et al. 2019 (ST-VQA), equation 1, and Mathew et al. 2021 (DocVQA). At exactly 0.5
     the similarity counts, as in the evaluation code of the Robust Reading Competition; the equation
     excludes it.
-    Raises ValueError for no pairs, or a question without references, naming it by its place.
+    Raises ValueError for no pairs, or a question without references, naming it by its index.
     """
     _check(pairs)
     return np.array(

@@ -67,16 +67,16 @@ Read = tuple[list[int], list[float], list[tuple[int, int]]]
 def _runs(path: list[int], scores: list[float]) -> Read:
     ids, logprobs, spans = [], [], []
     before = BLANK
-    for place, (id, score) in enumerate(zip(path, scores)):
+    for column, (id, score) in enumerate(zip(path, scores)):
         if id == BLANK:
             pass
         elif id == before:
             logprobs[-1] = max(logprobs[-1], score)
-            spans[-1] = (spans[-1][0], place + 1)
+            spans[-1] = (spans[-1][0], column + 1)
         else:
             ids.append(id)
             logprobs.append(score)
-            spans.append((place, place + 1))
+            spans.append((column, column + 1))
         before = id
     return ids, logprobs, spans
 
@@ -105,14 +105,14 @@ def _search(logprobs: Tensor, beams: int) -> list[int]:
             pair = grown.setdefault(prefix, [-math.inf, -math.inf])  # noqa: B023
             pair[ending] = _plus(pair[ending], value)
 
-        for prefix, (blank, letter) in kept.items():
-            both = _plus(blank, letter)
+        for prefix, (blank, nonblank) in kept.items():
+            both = _plus(blank, nonblank)
             add(prefix, 0, both + blanks[step])
             for id, score in zip(ids, scores):
                 if id == BLANK:
                     continue
                 if prefix and prefix[-1] == id:
-                    add(prefix, 1, letter + score)
+                    add(prefix, 1, nonblank + score)
                     add((*prefix, id), 1, blank + score)
                 else:
                     add((*prefix, id), 1, both + score)
@@ -122,7 +122,7 @@ def _search(logprobs: Tensor, beams: int) -> list[int]:
 
 
 def _aligned(text: list[int], logprobs: Tensor) -> Read:
-    """A text's likeliest way on a line (Viterbi): where characters stand, and confidences."""
+    """A text's likeliest way on a line (Viterbi): where characters stand, and scores."""
     if not text:
         return [], [], []
     states = [BLANK] + [s for id in text for s in (id, BLANK)]
@@ -149,12 +149,12 @@ def _aligned(text: list[int], logprobs: Tensor) -> Read:
         state = back[state]
     path.reverse()
     spans: list[tuple[int, int]] = []
-    sure: list[float] = []
+    scores: list[float] = []
     for number in range(len(text)):
-        places = [place for place, s in enumerate(path) if s == 2 * number + 1]
-        spans.append((places[0], places[-1] + 1))
-        sure.append(max(table[place][2 * number + 1] for place in places))
-    return text, sure, spans
+        columns = [column for column, s in enumerate(path) if s == 2 * number + 1]
+        spans.append((columns[0], columns[-1] + 1))
+        scores.append(max(table[column][2 * number + 1] for column in columns))
+    return text, scores, spans
 
 
 def _plus(a: float, b: float) -> float:

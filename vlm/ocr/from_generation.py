@@ -1,6 +1,6 @@
-"""Text that a model wrote freely, as lines and words with confidences.
+"""Text that a model generated, as lines and words with confidences.
 
-Such a model says no places: a line's box is its whole image, and words have none.
+Such a model says no positions: a line's box is its whole image, and words have none.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """Ends a decoded text whose last character's bytes are not all there yet."""
 
 
-def read_written(generation: Generation, text_tokenizer, size_hw: tuple[int, int]) -> Reading:
-    """What was written as a reading of an image of size_hw pixels, a line for each that is not
+def reading_of(generation: Generation, text_tokenizer, size_hw: tuple[int, int]) -> Reading:
+    """The generated text as a reading of an image of size_hw pixels, a line for each that is not
     blank. A confidence is the product of the probabilities of the ids that it covers; a line's
     covers the break or end after it too.
     """
@@ -34,11 +34,11 @@ def lines_of(tokens: Sequence[Token], end: float, size_hw: tuple[int, int]) -> t
     box = (0.0, 0.0, float(width), float(height))
     corners = ((0.0, 0.0), (box[2], 0.0), (box[2], box[3]), (0.0, box[3]))
     lines = []
-    for written, last in _by_line(tokens, end):
-        text = "".join(token.text for token in written).strip()
+    for held, last in _by_line(tokens, end):
+        text = "".join(token.text for token in held).strip()
         if text:
-            confidence = math.prod((token.confidence for token in written), start=last)
-            lines.append(Line(text, confidence, words_of(written, box, corners), box, corners))
+            confidence = math.prod((token.confidence for token in held), start=last)
+            lines.append(Line(text, confidence, words_of(held, box, corners), box, corners))
     return tuple(lines)
 
 
@@ -58,14 +58,14 @@ def tokens_of(generation: Generation, text_tokenizer) -> list[Token]:
 def _by_line(tokens: Sequence[Token], end: float) -> list[tuple[list[Token], float]]:
     """The tokens of each line, and the confidence of its break or of the `end`. A token with a
     break in it counts for the lines of which it has text."""
-    lines, written = [], []
+    lines, held = [], []
     for token in tokens:
         *ended, rest = token.text.split("\n")
         for part in ended:
             if part:
-                written.append(Token(part, token.confidence))
-            lines.append((written, 1.0 if part else token.confidence))
-            written = []
+                held.append(Token(part, token.confidence))
+            lines.append((held, 1.0 if part else token.confidence))
+            held = []
         if rest or not ended:
-            written.append(Token(rest, token.confidence))
-    return [*lines, (written, end)]
+            held.append(Token(rest, token.confidence))
+    return [*lines, (held, end)]

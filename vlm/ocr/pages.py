@@ -20,7 +20,7 @@ from PIL import Image
 from vlm.ocr.line_detection.detect import MARGIN, Corners, Found, cut, find_lines, runs_sideways
 from vlm.ocr.reading_order import order
 from vlm.ocr.results import Line, Reading, Transcript, XyxyPx, words_of
-from vlm.ocr.streaming import batches, check_images, filter_by_confidence, open_each
+from vlm.ocr.streaming import batches, check_images, filter_with_warning, open_each
 
 Layout = Literal["auto", "line", "page"]
 LINE_SHAPE = 2.0
@@ -28,8 +28,8 @@ LINE_SHAPE = 2.0
 FILLED = 0.4
 """The share of an image's height that its one line fills at least for it to be a line's own."""
 BLANK_SPREAD = 6.0
-"""Grey levels between the darkest and the lightest pixels (1 in 1,000 skipped) of a blank one."""
-SURELY_LINE = 6.0
+"""Grey levels between the darkest and the lightest pixels (1 in 1,000 skipped) of a blank image."""
+LINE_FROM = 6.0
 """How many times as wide as high an image is that holds no page of lines."""
 WINDOW = 16
 """Batches of lines that are read together, at least, where there are as many."""
@@ -92,7 +92,7 @@ def read_each(
         their lines make WINDOW batches or their pixels come to WINDOW_PIXELS; these are read
         together, and their readings yielded before the next image is taken.
     layout: "page" finds the lines of each image. "line" takes each image as one line whatever
-        it shows, and warns where several lines are found on one that is less than SURELY_LINE times
+        it shows, and warns where several lines are found on one that is less than LINE_FROM times
         as wide as high. "auto" takes an image as one line where at most one row of text is found
         on it and it has a line's shape, or where that row fills it; else it reads the lines that
         are found.
@@ -100,11 +100,11 @@ def read_each(
         how many.
     options: for `reader.read_lines`.
 
-    An image on which no line is found, a blank one among them, gives a Reading without lines,
+    An image on which no line is found, a blank image among them, gives a Reading without lines,
     except with "line". Found lines on which the model reads nothing are skipped. Text turned by 90
     degrees, alone or on a whole page, is read in both directions beside the upright way, and the
-    way of the highest confidence is kept; corners then begin at the text's own top left. Letters
-    stacked upright on each other are read as lines of one letter.
+    way of the highest confidence is kept; corners then begin at the text's own top left. Characters
+    stacked upright on each other are read as lines of one character.
 
     Raises at once ValueError for another layout or a confidence outside 0 to 1, and BadImage for a
     file in a sequence of images that is missing or no image's; BadImage for an image that turns out
@@ -139,7 +139,7 @@ def _each(
         readings = _read(reader, held, batch_size, options)
         del held  # before the images of the next ones are cut
         for name, reading in zip(names, readings):
-            yield filter_by_confidence(reading, name, min_confidence)
+            yield filter_with_warning(reading, name, min_confidence)
 
 
 def _read(
@@ -173,7 +173,7 @@ def _trust(reading: Reading) -> float:
 def _ways(image: Image.Image, layout: Layout, name: str) -> list[list[_Cut]]:
     """The ways in which an image may be read, each as its lines in order; mostly one."""
     if layout == "line":
-        long = image.width >= SURELY_LINE * image.height  # and lines need not be looked for
+        long = image.width >= LINE_FROM * image.height  # and lines need not be looked for
         rows = 1 if long else _rows(find_lines(image))
         if rows > 1:
             warnings.warn(

@@ -77,18 +77,18 @@ def batches(items: Iterable[T], is_full: Callable[[list[T]], bool]) -> Iterator[
     raise fault
 
 
-def keep_sure(reading: Reading, min_confidence: float) -> tuple[Reading, int]:
+def filter_by_confidence(reading: Reading, min_confidence: float) -> tuple[Reading, int]:
     """A reading without its lines below a confidence, and the number of those."""
     lines = tuple(line for line in reading.lines if line.confidence >= min_confidence)
     return replace(reading, lines=lines), len(reading.lines) - len(lines)
 
 
-def filter_by_confidence(reading: Reading, name: str, min_confidence: float) -> Reading:
+def filter_with_warning(reading: Reading, name: str, min_confidence: float) -> Reading:
     """A reading without its lines below a confidence, with a warning that counts them."""
-    kept, left_out = keep_sure(reading, min_confidence)
-    if left_out:
+    kept, skipped = filter_by_confidence(reading, min_confidence)
+    if skipped:
         warnings.warn(
-            f"{name}: {left_out} lines of a confidence below {min_confidence:g} skipped",
+            f"{name}: {skipped} lines of a confidence below {min_confidence:g} skipped",
             stacklevel=2,
         )
     return kept

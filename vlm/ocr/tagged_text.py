@@ -8,7 +8,7 @@ from typing import Any
 
 
 def pieces(processor: Any, ids: Sequence[int]) -> list[str]:
-    """What each written id adds to the text of the fields, each on lines of its own: a tag adds a
+    """What each generated id adds to the text of the fields, each on lines of its own: a tag adds a
     line break, a category its name."""
     tokenizer = processor.text_tokenizer
     added = tokenizer.get_added_vocab()
@@ -26,7 +26,7 @@ def pieces(processor: Any, ids: Sequence[int]) -> list[str]:
 
 
 def read_json(processor: Any, ids: Sequence[int]) -> Any:
-    """What written ids say, as values of JSON: see `to_json`."""
+    """What generated ids say, as values of JSON: see `to_json`."""
     tokenizer = processor.text_tokenizer
     special = {tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token} - {None}
     text = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)

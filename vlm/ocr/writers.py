@@ -159,8 +159,8 @@ def _alto_page(number: int, name: str, reading: Reading) -> str:
     page = ET.Element("Page", {"ID": f"page_{number}", "PHYSICAL_IMG_NR": str(number), **size})
     space = ET.SubElement(page, "PrintSpace", {"HPOS": "0", "VPOS": "0", **size})
     if reading.lines:
-        place = _alto_box(_around([line.xyxy_px for line in reading.lines]))
-        block = ET.SubElement(space, "TextBlock", {"ID": f"block_{number}", **place})
+        box = _alto_box(_around([line.xyxy_px for line in reading.lines]))
+        block = ET.SubElement(space, "TextBlock", {"ID": f"block_{number}", **box})
         for n, line in enumerate(reading.lines, 1):
             _alto_line(block, f"{number}_{n}", line)
     return ET.tostring(page, encoding="unicode") + "\n"

@@ -1,6 +1,6 @@
 """Opening images that come from anywhere.
 
-A file is judged by its header before a pixel is decoded, and either gives its true image or
+A file is checked by its header before a pixel is decoded, and either gives its true image or
 raises `BadImage`: nothing here guesses, downloads, or puts blank pixels in place of lost ones.
 Formats whose readers start other programs (EPS and the like) are never tried. Colour profiles are
 not applied, as no published preprocessing applies them.

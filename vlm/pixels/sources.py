@@ -2,6 +2,7 @@
 
 Each reader takes the source's own object, so that no number is copied by hand, and refuses what a
 PixelSpec cannot say, naming the class and the field. The libraries are imported only when used.
+Longer than most files here: a reader for each class, all of them over the same few helpers.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ one normalisation. They differ in which box the resize aims at, how a side is ro
 pixels, which way half a pixel goes when the window is centred, and which library resamples. On
 square images most of these choices agree, so that mistakes hide there: everything
 here is stated, and tested, for images and targets that are not square.
+Longer than most files here: the sizes that a specification foretells and the pixels that it makes
+are one arithmetic, and stand together so that they cannot differ.
 """
 
 from __future__ import annotations

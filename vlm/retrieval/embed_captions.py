@@ -65,23 +65,23 @@ def embed_pairs(
 ) -> Found:
     """Every caption in its template, and every different image once; the same on every process.
 
-    template: what a caption is put into, at the place of "{}".
+    template: what a caption is put into, where "{}" stands.
     Raises BadRow for the first row that will not do, unless `reading` says to skip it; ValueError
     where no row is left, and naming rows whose vectors have no direction.
     """
     captions = _embed_captions(model, source, rows, template, accelerator, reading)
     number: dict[bytes, int] = {}  # of each image, in the order in which rows show them
-    image_of_place = {p: number.setdefault(d, len(number)) for p, d in captions.image.items()}
+    image_of_index = {p: number.setdefault(d, len(number)) for p, d in captions.image.items()}
     first: dict[int, int] = {}
-    for place, image in image_of_place.items():
-        first.setdefault(image, rows[place])
+    for index, image in image_of_index.items():
+        first.setdefault(image, rows[index])
     images = embed_images(model, source, list(first.values()), accelerator, reading)
 
     # Rows of an image that cannot be decoded are skipped, all of them.
     lost = {image: row.reason for image, row in images.skipped}
     skipped = captions.skipped + [
-        (place, Skipped(source.row_name(rows[place]), lost[image]))
-        for place, image in image_of_place.items()
+        (index, Skipped(source.row_name(rows[index]), lost[image]))
+        for index, image in image_of_index.items()
         if image in lost
     ]
     skipped = [row for _, row in sorted(skipped, key=lambda item: item[0])]
@@ -89,19 +89,19 @@ def embed_pairs(
         reason = f"{skipped[0].name}: {skipped[0].reason}"
         raise ValueError(f"{source.name}: none of {len(rows)} rows can be used, such as {reason}")
     kept = images.kept.cpu()
-    image_of_text = torch.tensor([image_of_place[p] for p in captions.place.tolist()])
+    image_of_text = torch.tensor([image_of_index[p] for p in captions.row_index.tolist()])
     left = kept[image_of_text]
     new_number = kept.cumsum(0) - 1
-    place = captions.place[left].tolist()
-    nth = [0] * len(place)
-    for i in range(1, len(place)):
-        nth[i] = nth[i - 1] + 1 if place[i] == place[i - 1] else 0
+    index = captions.row_index[left].tolist()
+    nth = [0] * len(index)
+    for i in range(1, len(index)):
+        nth[i] = nth[i - 1] + 1 if index[i] == index[i - 1] else 0
     return Found(
         images=images.vectors[images.kept],
         texts=captions.vectors[left.to(model.device)],
         image_of_text=new_number[image_of_text[left]],
         image_row=[row for image, row in first.items() if kept[image]],
-        text_row=[(rows[p], n) for p, n in zip(place, nth)],
+        text_row=[(rows[p], n) for p, n in zip(index, nth)],
         texts_cut=captions.cut,
         tokens_cut=captions.cut_tokens,
         skipped=skipped,
@@ -123,13 +123,13 @@ class _Captioned(NamedTuple):
 class _Captions(NamedTuple):
     """The captions of all rows, in their order.
 
-    vectors: float32[M, U]. place: int64[M], of each caption's row in the rows.
-    image: of each row that has captions, by its place, which image it shows.
+    vectors: float32[M, U]. row_index: int64[M], of each caption's row in the rows.
+    image: of each row that has captions, by its index, which image it shows.
     cut, cut_tokens: how many captions were longer than the context, and by how much together.
     """
 
     vectors: Tensor
-    place: Tensor
+    row_index: Tensor
     image: dict[int, bytes]
     cut: int
     cut_tokens: int
@@ -155,27 +155,27 @@ def _embed_captions(
         for batch in read_batches(source, rows, read, accelerator, reading, "captions"):
             skipped += batch.skipped
             texts, names = [], []
-            for place, item in zip(batch.places, batch.items):
-                found.append((place, item.image, len(item.captions)))
+            for index, item in zip(batch.indices, batch.items):
+                found.append((index, item.image, len(item.captions)))
                 texts += [template.replace("{}", caption) for caption in item.captions]
-                names += [source.row_name(rows[place])] * len(item.captions)
+                names += [source.row_name(rows[index])] * len(item.captions)
             if texts:
                 embedded, gone = embed_texts(model, texts, names)
                 vectors.append(embedded)
                 cut.append((sum(map(bool, gone)), sum(gone)))
-    mine = {place for place, _, _ in found}
+    mine = {index for index, _, _ in found}
     found = sorted(gather_list(accelerator, found))
     counts = torch.tensor([count for _, _, count in found], dtype=torch.long)
-    place = torch.tensor([p for p, _, _ in found], dtype=torch.long).repeat_interleave(counts)
-    all_vectors = torch.zeros(len(place), model.module.dim, device=model.device)
+    index = torch.tensor([p for p, _, _ in found], dtype=torch.long).repeat_interleave(counts)
+    all_vectors = torch.zeros(len(index), model.module.dim, device=model.device)
     if vectors:
         here = torch.tensor([p in mine for p, _, _ in found]).repeat_interleave(counts)
         all_vectors[here.to(model.device)] = torch.cat(vectors)
     cut = gather_list(accelerator, cut)
     return _Captions(
         vectors=reduce_sum(accelerator, all_vectors),
-        place=place,
-        image={place: image for place, image, _ in found},
+        row_index=index,
+        image={index: image for index, image, _ in found},
         cut=sum(texts for texts, _ in cut),
         cut_tokens=sum(tokens for _, tokens in cut),
         skipped=sorted(gather_list(accelerator, skipped)),

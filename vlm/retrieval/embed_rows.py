@@ -46,9 +46,9 @@ class Reading:
 
 
 class Batch(NamedTuple, Generic[T]):
-    """What was read of some rows: `items` of the rows at `places`, and what was skipped."""
+    """What was read of some rows: `items` of the rows at `indices`, and what was skipped."""
 
-    places: list[int]
+    indices: list[int]
     items: T
     skipped: list[tuple[int, Skipped]]
 
@@ -58,7 +58,7 @@ class Images(NamedTuple):
 
     vectors: float32[N, U], unit norm, zero for rows that are skipped, on the model's device.
     kept: bool[N], False for rows that are skipped. beside: what else was kept of each row that
-    is not. skipped: those that are, by their places in the rows.
+    is not. skipped: those that are, by their indices in the rows.
     """
 
     vectors: Tensor
@@ -122,16 +122,16 @@ def embed_images(
     with evaluating(model.module):
         for batch in read_batches(source, rows, read, accelerator, reading, "images", _stack):
             skipped += batch.skipped
-            if batch.places:
+            if batch.indices:
                 groups, names, kept = batch.items
                 groups = [group.to(model.device, dtype) for group in groups]
                 embedded = model.module.embed_images(groups).float()
                 require_directions(embedded, names)
-                vectors[batch.places] = embedded
-                found += zip(batch.places, kept)
+                vectors[batch.indices] = embedded
+                found += zip(batch.indices, kept)
     found = gather_in_order(accelerator, found)
     kept = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
-    kept[[place for place, _ in found]] = True
+    kept[[index for index, _ in found]] = True
     return Images(
         reduce_sum(accelerator, vectors),
         kept,
@@ -163,7 +163,7 @@ def only_image(example: Example):
 
 
 class _Rows(Dataset):
-    """What `read` takes of each row, or Skipped, with the row's place."""
+    """What `read` takes of each row, or Skipped, with the row's index."""
 
     def __init__(self, source: Source, rows: Sequence[int], read: Callable) -> None:
         self.source, self.rows, self.read = source, rows, read
@@ -171,13 +171,13 @@ class _Rows(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, place: int) -> tuple[int, Any]:
-        row = self.rows[place]
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        row = self.rows[index]
         try:
-            return place, self.read(self.source[row])
+            return index, self.read(self.source[row])
         except (BadRow, BadImage) as error:
             name = self.source.row_name(row)
-            return place, Skipped(name, str(error).removeprefix(f"{name}: "))
+            return index, Skipped(name, str(error).removeprefix(f"{name}: "))
 
 
 class _Collate:
@@ -185,9 +185,9 @@ class _Collate:
         self.collate = collate
 
     def __call__(self, found: list[tuple[int, Any]]) -> Batch:
-        skipped = [(place, item) for place, item in found if isinstance(item, Skipped)]
-        kept = [(place, item) for place, item in found if not isinstance(item, Skipped)]
-        return Batch([place for place, _ in kept], self.collate([i for _, i in kept]), skipped)
+        skipped = [(index, item) for index, item in found if isinstance(item, Skipped)]
+        kept = [(index, item) for index, item in found if not isinstance(item, Skipped)]
+        return Batch([index for index, _ in kept], self.collate([i for _, i in kept]), skipped)
 
 
 def _read_image(

@@ -18,18 +18,18 @@ from vlm.families.contrastive.processor import PairProcessor
 from vlm.text import encoders as text_encoders
 
 DIGITS = 16
-"""Hexadecimal digits of a fingerprint."""
+"""Hexadecimal digits of a digest."""
 PROBES = ("a photo of a cat", "TWO  Red\tshapes: 3.5%, l'été, 猫と犬 🙂", "word " * 600)
-"""Texts whose ids stand for what a text tokenizer does: letters of all kinds, blanks, and more than
-any context holds."""
+"""Texts whose ids stand for what a text tokenizer does: characters of all kinds, blanks, and more
+than any context holds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Origin:
+class Fingerprint:
     """A model as far as its vectors depend on it.
 
     model: where it was opened: the full path of a folder or file, or a hub id. dtype: as `vlm.load`
-    was told. weights, settings, preprocessing: fingerprints, of the bits of every weight and
+    was told. weights, settings, preprocessing: digests, of the bits of every weight and
     buffer, of what the parts compute with them, and of what is done to images and texts. dim: the
     width of its vectors.
     """
@@ -41,7 +41,7 @@ class Origin:
     preprocessing: str
     dim: int
 
-    def agrees(self, other: Origin) -> bool:
+    def agrees(self, other: Fingerprint) -> bool:
         """Whether vectors of the two can be compared: where a model lies plays no part."""
         return replace(other, model=self.model, dtype=self.dtype) == self
 
@@ -52,10 +52,10 @@ class Origin:
         )
 
 
-def origin_of(model: ContrastiveModel, source: str | Path, dtype: str = "auto") -> Origin:
+def fingerprint_of(model: ContrastiveModel, source: str | Path, dtype: str = "auto") -> Fingerprint:
     """What identifies a model that `vlm.load(source, dtype=dtype)` gave."""
-    return Origin(
-        model=_place(str(source)),
+    return Fingerprint(
+        model=_full_path(str(source)),
         dtype=dtype,
         weights=_weights(model.module),
         settings=_settings(model.module),
@@ -64,7 +64,7 @@ def origin_of(model: ContrastiveModel, source: str | Path, dtype: str = "auto") 
     )
 
 
-def _place(source: str) -> str:
+def _full_path(source: str) -> str:
     """A source in full: the path of a folder or file, options after "?" kept."""
     if Path(source).exists():
         return str(Path(source).resolve())

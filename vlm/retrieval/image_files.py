@@ -34,30 +34,30 @@ NAMED = 8
 """How many bad files a message names."""
 
 
-def find_images(places: Sequence[Path]) -> list[Path]:
+def find_images(paths: Sequence[Path]) -> list[Path]:
     """The image files among files and folders, each once.
 
-    places: a file is taken whatever its suffix; of a folder all files below it whose suffix is one
+    paths: a file is taken whatever its suffix; of a folder all files below it whose suffix is one
         of SUFFIXES, in the order of their paths. Names that begin with a dot are passed by, and
         folders that are links.
-    Raises ValueError naming a place that is not there, or a folder without an image.
+    Raises ValueError naming a path that is not there, or a folder without an image.
     """
-    if not places:
+    if not paths:
         raise ValueError("name at least one image or folder")
     found: dict[Path, None] = {}
-    for place in places:
-        if place.is_dir():
-            images, others = _walk(place)
+    for path in paths:
+        if path.is_dir():
+            images, others = _walk(path)
             if not images:
                 raise ValueError(
-                    f"{place}: expected images ({', '.join(SUFFIXES)}), found none among "
+                    f"{path}: expected images ({', '.join(SUFFIXES)}), found none among "
                     f"{others} files"
                 )
             found |= dict.fromkeys(images)
-        elif place.is_file():
-            found[place] = None
+        elif path.is_file():
+            found[path] = None
         else:
-            raise ValueError(f"{place}: expected an image or a folder, found nothing at this path")
+            raise ValueError(f"{path}: expected an image or a folder, found nothing at this path")
     return list(found)
 
 
@@ -97,12 +97,12 @@ def require_headers(paths: Sequence[Path]) -> None:
 class Part(NamedTuple):
     """Vectors of some images.
 
-    vectors: float32[N, U], unit norm. places: which N of the files they are of. skipped: files that
-    were skipped.
+    vectors: float32[N, U], unit norm. indices: which N of the files they are of. skipped: files
+    that were skipped.
     """
 
     vectors: np.ndarray
-    places: list[int]
+    indices: list[int]
     skipped: list[Skipped]
 
 
@@ -152,13 +152,13 @@ def embed_images(
         for batch in batches:
             skipped = [item for _, item in batch.skipped]
             vectors = np.empty((0, model.module.dim), np.float32)
-            if batch.places:
+            if batch.indices:
                 groups, names = batch.items
                 with torch.no_grad():  # not around the yield, where others' code runs
                     groups = [group.to(model.device, dtype) for group in groups]
                     found = model.module.embed_images(groups)
                 vectors = unit_vectors(found, model.module.dim, names)
-            yield Part(vectors, batch.places, skipped)
+            yield Part(vectors, batch.indices, skipped)
 
 
 def _read(processor: PairProcessor, example: Example) -> Pair:

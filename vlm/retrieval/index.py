@@ -27,13 +27,15 @@ from vlm.data.example import Skipped
 from vlm.families.contrastive.model import ContrastiveModel
 from vlm.retrieval import nearest
 from vlm.retrieval.embed_rows import Reading
-from vlm.retrieval.fingerprint import Origin, origin_of
+from vlm.retrieval.fingerprint import Fingerprint, fingerprint_of
 from vlm.retrieval.image_files import embed_images, find_images, require_headers
 from vlm.retrieval.nearest import Clusters
-from vlm.weights import need_room
+from vlm.weights import require_disk_space
 
-FORMAT, VERSION = "vlm index", 2
+FORMAT, VERSION = "vlm index", 3
 FILE = "index.json"
+RENAMED = {2: {"origin": "fingerprint"}}
+"""By the version of a file, the keys that have another name today."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class Description:
     """What index.json says, besides `format`, `version` and `files`. vectors: the name of the file
     of vectors. The rest is what `Index` says."""
 
-    origin: Origin
+    fingerprint: Fingerprint
     folder: str
     complete: bool
     clusters: Clusters | None
@@ -74,15 +76,15 @@ class Description:
 class Index:
     """Vectors of the images in a folder.
 
-    origin: the model that made them. folder: of the images. files: one for each vector, by path.
-    clusters: None where searching is exact. complete: False where building was stopped half-way.
-    changes: what building did; None for an index that was opened.
+    fingerprint: of the model that made them. folder: of the images. files: one for each vector, by
+    path. clusters: None where searching is exact. complete: False where building was stopped
+    half-way. changes: what building did; None for an index that was opened.
     """
 
     def __init__(
         self,
         engine,
-        origin: Origin,
+        fingerprint: Fingerprint,
         folder: Path,
         files: Sequence[File],
         *,
@@ -94,11 +96,11 @@ class Index:
 
         Raises ValueError where its rows or their width do not fit.
         """
-        found, expected = (engine.ntotal, engine.d), (len(files), origin.dim)
+        found, expected = (engine.ntotal, engine.d), (len(files), fingerprint.dim)
         if found != expected:
             raise ValueError(f"expected vectors {list(expected)}, found {list(found)}")
         self._engine = engine
-        self.origin = origin
+        self.fingerprint = fingerprint
         self.folder = folder
         self.files = tuple(files)
         self.clusters = clusters
@@ -131,7 +133,7 @@ class Index:
             read stops the building or is skipped and counted.
         Raises ValueError for a folder without images, and where `out` is the index of another
         folder or model or no index at all; BadImage or BadRow naming images that cannot be
-        read; OSError, before anything is embedded, where there is no room for the index.
+        read; OSError, before anything is embedded, where the disk is too full for the index.
         """
         folder = Path(folder).resolve()
         if not folder.is_dir():
@@ -139,8 +141,8 @@ class Index:
         nearest.faiss_library()  # missed here, not when all is embedded
         found, skipped = _files(folder)
         present = {file.path: file for file in found}
-        origin = origin_of(model, source, dtype)
-        old = None if out is None else _existing(Path(out), origin, folder)
+        fingerprint = fingerprint_of(model, source, dtype)
+        old = None if out is None else _existing(Path(out), fingerprint, folder)
         before = {} if old is None else old._by_path
         kept = [i for i, file in enumerate(before.values()) if present.get(file.path) == file]
         todo = [file for file in present.values() if before.get(file.path) != file]
@@ -149,7 +151,7 @@ class Index:
             lost = [Path(row.name) for row in skipped]
             require_headers(lost + [folder / file.path for file in todo])
         if out is not None and todo:
-            need_room(Path(out), _bytes(present.values(), origin.dim))
+            require_disk_space(Path(out), _bytes(present.values(), fingerprint.dim))
         files = [old.files[i] for i in kept]
         vectors: list[np.ndarray] = []
 
@@ -161,14 +163,14 @@ class Index:
             changed = sum(file.path in before for file in added)
             changes = Changes(len(added) - changed, changed, len(kept), gone, skipped)
             return cls(
-                engine, origin, folder, [files[i] for i in order],
+                engine, fingerprint, folder, [files[i] for i in order],
                 clusters=clusters, complete=complete, changes=changes,
             )  # fmt: skip
 
         try:
             for part in embed_images(model, [folder / file.path for file in todo], reading):
                 vectors.append(part.vectors)
-                files += [todo[i] for i in part.places]
+                files += [todo[i] for i in part.indices]
                 skipped += part.skipped
         except BaseException:  # an interrupt too: hours of work may lie behind
             if out is not None and len(files) > len(kept):
@@ -181,9 +183,9 @@ class Index:
             )
         fits = old is not None and old.complete and approximate == (old.clusters is not None)
         if fits and len(files) == len(kept) == len(old):  # no vectors to write
-            if old.origin != origin:  # of the same model, which lies elsewhere now
-                _write_origin(Path(out), origin)
-                old.origin = origin
+            if old.fingerprint != fingerprint:  # of the same model, which lies elsewhere now
+                _write_fingerprint(Path(out), fingerprint)
+                old.fingerprint = fingerprint
             old.changes = Changes(0, 0, len(kept), 0, skipped)
             return old
         index = whole(complete=True)
@@ -201,16 +203,7 @@ class Index:
         where = path / FILE
         if not where.is_file():
             raise ValueError(f"{path}: expected an index ({FILE}), found none; see `vlm index`")
-        try:
-            values = json.loads(where.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{where}: not JSON ({error})") from error
-        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-            raise ValueError(f"{where}: expected the file of an index, found something else")
-        if (version := values.pop("version", None)) != VERSION:
-            raise ValueError(
-                f"{where}: written as version {version}, this vlm reads {VERSION}; build it anew"
-            )
+        values = _read_head(where)
         rows = values.pop("files", None)
         described = config.from_dict(Description, values, str(where))
         try:
@@ -221,7 +214,7 @@ class Index:
         engine = nearest.open_engine(file)
         try:
             return cls(
-                engine, described.origin, Path(described.folder), files,
+                engine, described.fingerprint, Path(described.folder), files,
                 clusters=described.clusters, complete=described.complete,
             )  # fmt: skip
         except ValueError as error:
@@ -230,20 +223,20 @@ class Index:
     def save(self, path: str | Path) -> None:
         """Writes the index to a folder; the one that lies there stays whole until then.
 
-        Raises ValueError where the folder holds something else, OSError where there is no room.
+        Raises ValueError where the folder holds something else, OSError where the disk is too full.
         """
         path = Path(path)
-        check_place(path)
-        need_room(path, _bytes(self.files, self.origin.dim))
+        check_destination(path)
+        require_disk_space(path, _bytes(self.files, self.fingerprint.dim))
         path.mkdir(parents=True, exist_ok=True)
         description = Description(
-            origin=self.origin,
+            fingerprint=self.fingerprint,
             folder=str(self.folder),
             complete=self.complete,
             clusters=self.clusters,
             vectors=f"vectors-{secrets.token_hex(6)}.faiss",
         )
-        values = {"format": FORMAT, "version": VERSION, **config.to_dict(description)}
+        values = config.to_dict(description)
         values["files"] = [[file.path, file.mtime_ns, file.size] for file in self.files]
         with FileLock(path / ".lock"):
             nearest.faiss_library().write_index(self._engine, str(path / description.vectors))
@@ -252,12 +245,12 @@ class Index:
                 if other.name != description.vectors:
                     other.unlink()
 
-    def require(self, origin: Origin, where: str | Path = "the index") -> None:
+    def require(self, fingerprint: Fingerprint, where: str | Path = "the index") -> None:
         """Raises ValueError naming both models where vectors of the other cannot be compared."""
-        if not self.origin.agrees(origin):
+        if not self.fingerprint.agrees(fingerprint):
             raise ValueError(
-                f"{where}: built with {self.origin}; found {origin}. Search it with the model that "
-                "it was built with, or build another index"
+                f"{where}: built with {self.fingerprint}; found {fingerprint}. Search it with the "
+                "model that it was built with, or build another index"
             )
 
     def vectors(self) -> np.ndarray:
@@ -275,7 +268,7 @@ class Index:
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, found {k}")
-        queries = nearest.unit_vectors(queries, self.origin.dim)
+        queries = nearest.unit_vectors(queries, self.fingerprint.dim)
         k = min(k, len(self))
         scores, rows = nearest.search(self._engine, queries, k)
         return scores, [[self.folder / self.files[i].path for i in row] for row in rows]
@@ -316,8 +309,29 @@ def _bytes(files: Collection[File], dim: int) -> int:
     return len(files) * dim * 4 + sum(len(file.path) + 48 for file in files)
 
 
+def _read_head(where: Path) -> dict[str, Any]:
+    """What an index.json says by today's keys, `format` and `version` aside.
+
+    Raises ValueError naming the file where it is no index's or of a version that is not read.
+    """
+    try:
+        values = json.loads(where.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from error
+    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+        raise ValueError(f"{where}: expected the file of an index, found something else")
+    if (version := values.pop("version", None)) not in (VERSION, *RENAMED):
+        raise ValueError(
+            f"{where}: expected version {VERSION} or {', '.join(map(str, RENAMED))}, found "
+            f"{version}; build the index anew"
+        )
+    renamed = RENAMED.get(version, {})
+    return {renamed.get(key, key): value for key, value in values.items()}
+
+
 def _write_head(path: Path, values: dict[str, Any]) -> None:
     """Puts an index.json with these values, a file on each line, in the place of the old one."""
+    values = {"format": FORMAT, "version": VERSION, **values}
     about = json.dumps({k: v for k, v in values.items() if k != "files"}, indent=2)
     rows = ",\n".join(json.dumps(row) for row in values["files"])
     new = path / (FILE + ".new")
@@ -325,14 +339,14 @@ def _write_head(path: Path, values: dict[str, Any]) -> None:
     os.replace(new, path / FILE)
 
 
-def _write_origin(path: Path, origin: Origin) -> None:
-    """Puts another origin into the index.json of an index, whose vectors stay as they are."""
+def _write_fingerprint(path: Path, fingerprint: Fingerprint) -> None:
+    """Puts another fingerprint into the index.json of an index, whose vectors stay as they are."""
     with FileLock(path / ".lock"):
-        values = json.loads((path / FILE).read_text(encoding="utf-8"))
-        _write_head(path, values | {"origin": config.to_dict(origin)})
+        values = _read_head(path / FILE)
+        _write_head(path, values | {"fingerprint": config.to_dict(fingerprint)})
 
 
-def check_place(path: Path) -> None:
+def check_destination(path: Path) -> None:
     """Raises ValueError where an index would be written among other things."""
     if path.is_dir() and not (path / FILE).is_file():
         found = sorted(other.name for other in path.iterdir() if not other.name.startswith("."))
@@ -343,16 +357,16 @@ def check_place(path: Path) -> None:
         raise ValueError(f"{path}: expected a folder for the index, found a file")
 
 
-def _existing(path: Path, origin: Origin, folder: Path) -> Index | None:
+def _existing(path: Path, fingerprint: Fingerprint, folder: Path) -> Index | None:
     """The index to bring up to date, if there is one. Raises ValueError where it is another's."""
-    check_place(path)
+    check_destination(path)
     if not (path / FILE).is_file():
         return None
     index = Index.load(path)
-    index.require(origin, path)
+    index.require(fingerprint, path)
     if index.folder != folder:
         raise ValueError(
             f"{path}: expected an index of {folder}, found one of {index.folder}; name another "
-            "place for the index"
+            "folder for the index"
         )
     return index

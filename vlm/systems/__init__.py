@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,6 +52,19 @@ def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Model
     compute_in(model.module, dtype, device)
     model.module.to(device)
     return model
+
+
+def published_caption_prompt(source: str | Path) -> str:
+    """What a model in a published layout asks for a caption with, by its configuration alone: its
+    weights are not read. source: a folder or hub id that `load` takes.
+
+    Raises what `load` raises for one without a configuration of a known system.
+    """
+    from vlm.families.decoder_only.model import CAPTION_PROMPT
+
+    path = _config(_folder(source)) if Path(source).exists() else _hub_config(source)
+    kind = _kind(json.loads(path.read_text(encoding="utf-8")), path, source)
+    return getattr(import_module(SYSTEMS[kind].module), "CAPTION_PROMPT", CAPTION_PROMPT)
 
 
 def build(*, dtype: str = "auto", **settings) -> DecoderOnlyModel:
@@ -111,7 +126,7 @@ def _own_dtype(module):
 
 
 def _device(name: str) -> str:
-    """The device that `name` asks for, "auto" decided. Raises ValueError where there is none."""
+    """The device that `name` asks for, "auto" resolved. Raises ValueError where there is none."""
     import torch
 
     if name == "auto":
@@ -252,16 +267,35 @@ def _folder(source: str | Path) -> Path:
             f"{folder}: expected config.json here or in model/, found {found}; "
             "a run writes model/ when it ends"
         )
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.utils import EntryNotFoundError, HFValidationError
+    from huggingface_hub import snapshot_download
+
+    _hub_config(source)  # small: is it one of ours at all?
+    with _hub_errors(source):
+        return Path(snapshot_download(str(source), ignore_patterns=["*.bin", "*.pt", "*.msgpack"]))
+
+
+def _hub_config(source: str | Path) -> Path:
+    """The configuration under a hub id, fetched alone. Raises ValueError where it speaks of no
+    known system, OSError where there is none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import EntryNotFoundError
+
+    with _hub_errors(source):
+        try:
+            path = hf_hub_download(str(source), CONFIGS[0])
+        except EntryNotFoundError:
+            path = hf_hub_download(str(source), CONFIGS[1])
+    _kind(json.loads(Path(path).read_text()), f"{source} on the hub", source)
+    return Path(path)
+
+
+@contextmanager
+def _hub_errors(source: str | Path) -> Iterator[None]:
+    """Raises OSError naming the source where the hub does not give it."""
+    from huggingface_hub.utils import HFValidationError
 
     try:
-        try:  # small: is it one of ours at all?
-            config = hf_hub_download(str(source), CONFIGS[0])
-        except EntryNotFoundError:
-            config = hf_hub_download(str(source), CONFIGS[1])
-        _kind(json.loads(Path(config).read_text()), f"{source} on the hub", source)
-        return Path(snapshot_download(str(source), ignore_patterns=["*.bin", "*.pt", "*.msgpack"]))
+        yield
     except HFValidationError as error:
         raise OSError(f"{source}: no such folder, and no hub id") from error
     except ValueError:

@@ -7,14 +7,17 @@ from transformers import GenerationConfig
 
 from vlm import adaptors
 from vlm.adaptors import adaptor_config
-from vlm.families.decoder_only.layout import MASKS
 from vlm.families.decoder_only.model import CAPTION_PROMPT, DecoderOnlyModel
-from vlm.families.decoder_only.module import Places
+from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
 from vlm.families.decoder_only.processor import Processor
+from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.families.registry import model_of
 from vlm.geometry import LocTokens
 from vlm.systems.pretrained import DEMO, load_text, load_text_tokenizer, load_vision
 from vlm.vocabulary import grow
+
+MASKS = {"causal": DecoderOnly, "prefix": PrefixDecoder}
+"""What a position of the stream sees -> the module whose mask it is."""
 
 
 def build(
@@ -69,12 +72,12 @@ def build(
             )
         )
     module = MASKS[mask](image_tokenizer, bridge, language)
-    places = Places(image_tokenizer, bridge)
-    places(image_tokenizer.pixel_spec.size_hw)  # whether the parts fit, before any work
+    layout_for = ImageLayouts(image_tokenizer, bridge)
+    layout_for(image_tokenizer.pixel_spec.size_hw)  # whether the parts fit, before any work
     processor = Processor(
         load_text_tokenizer(text),
         image_tokenizer.pixel_spec,
-        places,
+        layout_for,
         system=system,
         max_tokens=context_of(language) if max_tokens is None else max_tokens,
         overflow=overflow,

@@ -39,7 +39,7 @@ from transformers import (
 
 from vlm import adaptors
 from vlm.families.decoder_only.model import DecoderOnlyModel
-from vlm.families.decoder_only.module import DecoderOnly, Places
+from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
 from vlm.families.decoder_only.processor import Processor
 from vlm.families.published_files import open_part, read_reference
 from vlm.image_tokens import ImageTokenizer
@@ -232,15 +232,15 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
     processor = Processor(
         with_template(reader.tokenizer),
         module.tokenizer.pixel_spec,
-        Places(module.tokenizer, module.adaptor),
+        ImageLayouts(module.tokenizer, module.adaptor),
         max_tokens=context_of(module.text),
         image_mark=reader.image_token,
     )
-    places = processor.places_for(low_spec.size_hw).length
-    if places != reader.num_image_tokens:
+    count = processor.layout_for(low_spec.size_hw).length
+    if count != reader.num_image_tokens:
         raise ValueError(
             f"{where}: the processor writes {reader.num_image_tokens} image tokens for an image, "
-            f"the model gives {places}"
+            f"the model gives {count}"
         )
     return DecoderOnlyModel(
         module=module.eval(),

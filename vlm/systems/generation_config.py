@@ -39,9 +39,9 @@ def read_said(folder: Path, values: dict[str, Any], positions: int) -> Said:
     own = json.loads(path.read_text()) if path.is_file() else {}
 
     def find(name: str) -> Any:
-        for place in (own, values, values["decoder"]):
-            if place.get(name) is not None:
-                return place[name]
+        for part in (own, values, values["decoder"]):
+            if part.get(name) is not None:
+                return part[name]
         raise ValueError(
             f"{folder}: expected {name} in generation_config.json or config.json, found none"
         )

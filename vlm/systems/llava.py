@@ -31,7 +31,7 @@ from transformers import (
 
 from vlm import adaptors
 from vlm.families.decoder_only.model import DecoderOnlyModel
-from vlm.families.decoder_only.module import DecoderOnly, Places
+from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
 from vlm.families.decoder_only.processor import Processor
 from vlm.families.decoder_only.view_order import InTurn, Joined
 from vlm.families.published_files import open_part, read_reference
@@ -82,7 +82,7 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
     processor = Processor(
         text_tokenizer,
         tokenizer.pixel_spec,
-        Places(tokenizer, module.adaptor, Joined() if tiled else InTurn()),
+        ImageLayouts(tokenizer, module.adaptor, Joined() if tiled else InTurn()),
         max_tokens=context_of(module.text),
         image_mark=image_mark,
         template=template,
@@ -198,7 +198,7 @@ def _require_length(processor: Processor, reader: Any, where: str) -> None:
     said = (H // reader.patch_size) * (W // reader.patch_size)
     said += reader.num_additional_image_tokens or 0
     said -= reader.vision_feature_select_strategy == "default"
-    found = processor.places_for((H, W)).spans[0].length
+    found = processor.layout_for((H, W)).spans[0].length
     if said != found:
         raise ValueError(
             f"{where}: the processor writes {said} image tokens for a view, the model gives {found}"

@@ -34,9 +34,10 @@ from transformers import (
 )
 
 from vlm import adaptors
+from vlm.families.decoder_only.chat_template import SLOT
 from vlm.families.decoder_only.model import DecoderOnlyModel
-from vlm.families.decoder_only.module import Places
-from vlm.families.decoder_only.processor import SLOT, Processor
+from vlm.families.decoder_only.module import ImageLayouts
+from vlm.families.decoder_only.processor import Processor
 from vlm.families.prefix_decoder.model import PrefixDecoderModel
 from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.families.published_files import open_part, read_reference
@@ -71,6 +72,7 @@ PROMPTS = {
 detected box is written as four <loc> tokens, a space and its phrase; a segment as these four, 16
 <seg> tokens, and the same. Source: arXiv 2407.07726, section 3.2.5; big_vision,
 `configs/proj/paligemma/README.md`."""
+CAPTION_PROMPT = PROMPTS["caption"]
 
 LOC = LocTokens(bins=1024, order="yxyx", frame="input")
 SEG_TOKENS = tuple(f"<seg{number:03d}>" for number in range(128))
@@ -217,18 +219,18 @@ def load(folder: Path, values: dict[str, Any]) -> PrefixDecoderModel:
     processor = Processor(
         text_tokenizer,
         tokenizer.pixel_spec,
-        Places(module.tokenizer, module.adaptor),
+        ImageLayouts(module.tokenizer, module.adaptor),
         max_tokens=context_of(module.text),
         loc=LOC,
         image_mark=reader.image_token,
         prefix=True,
         framed=True,
     )
-    places = processor.places_for(tokenizer.pixel_spec.size_hw).length
-    if places != reader.image_seq_length:
+    count = processor.layout_for(tokenizer.pixel_spec.size_hw).length
+    if count != reader.image_seq_length:
         raise ValueError(
             f"{where}: the processor writes {reader.image_seq_length} image tokens for an image, "
-            f"the model gives {places}"
+            f"the model gives {count}"
         )
     model = PrefixDecoderModel(
         module=module.eval(),
@@ -242,7 +244,7 @@ def load(folder: Path, values: dict[str, Any]) -> PrefixDecoderModel:
 
 def ask_as_published(model: DecoderOnlyModel) -> None:
     """Gives a model the published prompts and form of answers, in place."""
-    model.caption_prompt = PROMPTS["caption"]
+    model.caption_prompt = CAPTION_PROMPT
     model.answer_prompt = PROMPTS["answer"]
     model.ground_prompt, model.labelled_boxes = PROMPTS["detect"], True
     model.ocr_prompt = PROMPTS["ocr"]

@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from vlm.families.contrastive.processor import PairProcessor
+from vlm.families.decoder_only.chat_template import SLOT, Template
 from vlm.families.decoder_only.model import DecoderOnlyModel
-from vlm.families.decoder_only.processor import SLOT, Processor, Template
+from vlm.families.decoder_only.processor import Processor
 from vlm.found_weights import without_prefix
 from vlm.merge import plain_state
 from vlm.pixels import PixelSpec

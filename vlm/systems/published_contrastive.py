@@ -100,7 +100,7 @@ def save_published(
 
 def require_end(text: TextEncoder, processor: PairProcessor, where: str) -> None:
     """Raises ValueError where the text encoder looks for an end id that the text tokenizer never
-    writes: every text would be read at its first place."""
+    writes: every text would be read at its first position."""
     end_id = text.end_id
     (row,), _ = processor.rows(["a"])
     if end_id is not None and end_id not in row:

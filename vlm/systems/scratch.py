@@ -69,7 +69,7 @@ def build(config: ScratchConfig, loss: str, seed: int) -> ContrastiveModel:
 
     loss: "softmax" or "sigmoid", which decides the scale and bias that training begins with.
     seed: of all weights; the global generator stays as it is.
-    Raises ValueError for another loss, and where texts of `length` have no room for a token.
+    Raises ValueError for another loss, and where texts of `length` leave no token for the text.
     """
     if loss not in LOSSES:
         raise ValueError(f"loss is one of {', '.join(LOSSES)}, found {loss!r}")

@@ -3,8 +3,8 @@ transformers' `SiglipModel`.
 
 Images are stretched to a square; a learned probe reads the patches (384 / 14 uses 378 pixels,
 27 x 27 patches). Texts always have the length that the model was trained with, 64 tokens (16 for
-So400m/14 at 224), and no attention mask: the state at the last place, mostly a pad, stands for the
-text. SigLIP's text tokenizer lower-cases texts and strips their punctuation. That of SigLIP 2's
+So400m/14 at 224), and no attention mask: the state at the last position, mostly a pad, stands for
+the text. SigLIP's text tokenizer lower-cases texts and strips their punctuation. That of SigLIP 2's
 fixed-size folders (Gemma's) leaves capitals as they are, though the model saw lower case alone:
 texts are handed to it as they come, as transformers does; `model.processor.lower_case = True`
 makes them what the model was trained on. SigLIP 2 at native resolution is another layout

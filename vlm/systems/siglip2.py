@@ -5,7 +5,7 @@ An image becomes as many whole patches as the folder's image processor allows (`
 256 in the published folders; the models saw 128 to 1024). transformers' Siglip2Processor takes 256
 whatever the folder says, unless told otherwise at each call; ours takes the folder's number, and
 `with_size` of the processor's `pixel_spec` gives another, which is saved with the model. Texts are
-lower-cased, end with `<eos>` and always have 64 places, mostly pads; the state at the last one
+lower-cased, end with `<eos>` and always have 64 tokens, mostly pads; the state at the last one
 stands for the text. The text tower sees no attention mask unless the folder's
 text tokenizer gives one, as transformers' class does when its folder says nothing
 (`model_input_names`). The fixed-size SigLIP 2 are of SigLIP's layout: see `vlm.systems.siglip`.
@@ -55,7 +55,7 @@ _VISION = {
     "num_patches": 256,
     "vision_use_head": True,
 }
-"""`num_patches` are the places of the position table, 16 x 16, whatever an image's own."""
+"""`num_patches` is the size of the position table, 16 x 16, whatever an image's own."""
 _TEXT = {
     "model_type": "siglip2_text_model",
     "vocab_size": VOCABULARY_2,
@@ -102,7 +102,7 @@ def compose(
     """SigLIP 2's architecture at native resolution, with random weights.
 
     vision, text: configurations of transformers' two towers, which end in one width.
-    masked: whether the text tower is told which places are padding; the published one is not.
+    masked: whether the text tower is told which tokens are padding; the published one is not.
     """
     tokenizer = naflex.build(
         naflex.NaflexConfig(

@@ -32,7 +32,7 @@ from transformers import (
 
 from vlm import adaptors
 from vlm.families.decoder_only.model import DecoderOnlyModel
-from vlm.families.decoder_only.module import DecoderOnly, Places
+from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
 from vlm.families.decoder_only.processor import Processor
 from vlm.families.decoder_only.view_order import Tagged
 from vlm.families.published_files import open_part, read_reference
@@ -101,7 +101,7 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
     processor = Processor(
         text_tokenizer,
         module.tokenizer.pixel_spec,
-        Places(module.tokenizer, module.adaptor, views),
+        ImageLayouts(module.tokenizer, module.adaptor, views),
         max_tokens=context_of(module.text),
         image_mark=image_mark,
         template=template,
@@ -186,7 +186,7 @@ def _require_length(processor: Processor, folder: Path) -> None:
     """Raises ValueError where the folder's processor writes another number of image tokens for a
     view than the model gives."""
     said = read_json(folder / "processor_config.json").get("image_seq_len")
-    found = processor.places_for(processor.pixel_spec.tile.size_hw).spans[-1].length
+    found = processor.layout_for(processor.pixel_spec.tile.size_hw).spans[-1].length
     if said not in (None, found):
         raise ValueError(
             f"{folder}: the processor writes {said} image tokens for a view, the model gives "

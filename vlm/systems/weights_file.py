@@ -210,7 +210,7 @@ def _openai_values(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
         len({key.split(".")[at] for key in state if key.startswith(f"{start}resblocks.")})
         for start, at in (("visual.transformer.", 3), ("transformer.", 2))
     ]
-    places = len(state["visual.positional_embedding"]) - 1
+    patches = len(state["visual.positional_embedding"]) - 1
     widths = (vision.shape[0], text.shape[1], width)
     if widths not in WIDTHS:
         raise WeightsError(
@@ -230,7 +230,7 @@ def _openai_values(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
             "embed_dim": width,
             "quick_gelu": True,
             "vision_cfg": {
-                "image_size": round(places**0.5) * patch_px,
+                "image_size": round(patches**0.5) * patch_px,
                 "layers": layers[0],
                 "width": widths[0],
                 "patch_size": patch_px,

@@ -22,13 +22,13 @@ FROM_PAD = ("roberta", "xlm-roberta", "camembert", "data2vec-text", "roberta-pre
 
 
 class SinusoidalPositions(nn.Module):
-    """TrOCR's sinusoidal positions, counted by place, from `pad_id` + 1; a pad has zeros.
+    """TrOCR's sinusoidal positions, counted from `pad_id` + 1; a pad has zeros.
 
     transformers' module keeps its table as a plain tensor, which stays on the meta device after
     `from_pretrained` and in the dtype and on the device where it was made; this one's follows the
     decoder. Rows whose pads lie after their text get transformers' own positions.
 
-    count: places that the table is made for; it grows where a row is longer.
+    count: positions that the table is made for; it grows where a row is longer.
     norm: a layer norm of the decoder, in whose dtype positions are given.
     """
 
@@ -47,15 +47,15 @@ class SinusoidalPositions(nn.Module):
         cache_length: int = 0,
         past_key_values_length: int = 0,
     ) -> Tensor:
-        """input_ids: int64[B, T], of which the first stands at place `first`. cache_length,
+        """input_ids: int64[B, T], of which the first stands at position `first`. cache_length,
         past_key_values_length: that number by the names that transformers has had for it. Gives
         float[B, T, D]."""
         first = first + cache_length + past_key_values_length
-        places = torch.arange(input_ids.shape[1], device=input_ids.device) + first
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device) + first
         end = first + input_ids.shape[1]
         if end > len(self.table) - self.pad_id - 1:
             self.table = self._made(end).to(self.table)
-        rows = (places + self.pad_id + 1).expand_as(input_ids)
+        rows = (positions + self.pad_id + 1).expand_as(input_ids)
         vectors = self.table[rows.masked_fill(input_ids == self.pad_id, self.pad_id)]
         return vectors.to(self._norm[0].weight.dtype)
 
@@ -66,7 +66,7 @@ class SinusoidalPositions(nn.Module):
 
 
 def sinusoids(count: int, width: int) -> Tensor:
-    """fp32[count, width]: the sines of each place at falling frequencies, then the cosines.
+    """fp32[count, width]: the sines of each position at falling frequencies, then the cosines.
 
     Source: transformers, `TrOCRSinusoidalPositionalEmbedding.get_embedding`, as tensor2tensor has
     them; "Attention Is All You Need", section 3.5, has other frequencies.
@@ -78,7 +78,7 @@ def sinusoids(count: int, width: int) -> Tensor:
 
 
 def embed_positions(decoder: nn.Module, ids: Tensor, first: int) -> Tensor:
-    """The position vectors float[B, T, D] of ids int64[B, T], of which the first stands at place
+    """The position vectors float[B, T, D] of ids int64[B, T], of which the first stands at position
     `first`, in the decoder of TrOCR or mBART."""
     table = decoder.embed_positions
     if isinstance(table, SinusoidalPositions):
@@ -148,13 +148,13 @@ def memory_width(config: PreTrainedConfig) -> int:
 
 
 def first_position(text: nn.Module) -> int:
-    """The position of a row's first place where a class is told positions: 0, or after the pad
+    """The position id of a row's first token where a class is told positions: 0, or after the pad
     id."""
     return text.config.pad_token_id + 1 if text.config.model_type in FROM_PAD else 0
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:
-    """The most places of a row; None where the configuration does not say."""
+    """The most positions of a row; None where the configuration does not say."""
     count = getattr(config, "max_position_embeddings", None)
     if count is not None and config.model_type in FROM_PAD:
         return count - config.pad_token_id - 1

@@ -23,12 +23,12 @@ from vlm.tokenizers import cannot_load
 from vlm.tokenizers.transformers import BOOKKEEPING, OFFLINE
 
 POOLINGS = {
-    "end": "the first place that holds `end_id` (CLIP)",
-    "largest": "the first place of the row's largest id (CLIP folders that name a wrong end id)",
-    "last": "the last place of the text; of the row, pads included, where nothing is masked",
-    "class": "the first place (BERT)",
-    "mean": "the mean of the text's places; of the whole row where nothing is masked",
-    "own": "the model's own pooled vector (SigLIP's last place and head, BERT's pooler)",
+    "end": "the first position that holds `end_id` (CLIP)",
+    "largest": "the first position of the row's largest id (CLIP folders that name a wrong end id)",
+    "last": "the last position of the text; of the row, pads included, where nothing is masked",
+    "class": "the first position (BERT)",
+    "mean": "the mean of the text's positions; of the whole row where nothing is masked",
+    "own": "the model's own pooled vector (SigLIP's last position and head, BERT's pooler)",
 }
 """Name of a pooling -> which of the final states stands for the text."""
 
@@ -71,8 +71,8 @@ class TextEncoder(nn.Module):
 
     backbone: a finished text model of transformers whose output has `last_hidden_state`.
     pooling: one of `POOLINGS`. end_id: the id that "end" looks for; None for the others.
-    masked: whether the model is told which places are padding. False for CLIP (causal: no text
-        place sees the pads after it) and for SigLIP, which attends its pads by design; True
+    masked: whether the model is told which positions are padding. False for CLIP (causal: no text
+        position sees the pads after it) and for SigLIP, which attends its pads by design; True
         for encoders like BERT and for causal language models.
     Raises ValueError for a combination that does not exist.
     """
@@ -125,12 +125,12 @@ class TextEncoder(nn.Module):
             weights = valid[:, :, None].to(states.dtype)
             return (states * weights).sum(1) / weights.sum(1)
         if pooling == "last":
-            places = (valid * torch.arange(ids.shape[1], device=ids.device)).argmax(1)
+            positions = (valid * torch.arange(ids.shape[1], device=ids.device)).argmax(1)
         elif pooling == "end":
-            places = (ids == self.end_id).int().argmax(1)
+            positions = (ids == self.end_id).int().argmax(1)
         else:
-            places = ids.argmax(1)
-        return states[torch.arange(len(ids), device=ids.device), places]
+            positions = ids.argmax(1)
+        return states[torch.arange(len(ids), device=ids.device), positions]
 
     def get_output_embeddings(self) -> None:
         """None: a text encoder has no output head that LoRA would have to leave alone."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Generation:
     """What a model wrote.
 
-    text: special tokens skipped. ids: with the end token, where one was written.
+    text: special tokens skipped. ids: with the end token, where one was generated.
     logprobs: log-probability of each id in nats, under the model's own (unscaled) distribution.
     """
 
@@ -19,4 +19,4 @@ class Generation:
 
 
 Written = tuple[list[int], list[float]]
-"""The ids that were written and the log-probability of each in nats."""
+"""The generated ids and the log-probability of each in nats."""

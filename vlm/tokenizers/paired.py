@@ -63,9 +63,9 @@ class PairedSpec:
 
 
 class AverageNeck(nn.Module):
-    """Brings a grid of tokens to a coarser one by averaging the tokens that fall on each place.
+    """Brings a grid of tokens to a coarser one by averaging the tokens that fall on each cell.
 
-    Where the new grid is finer on an axis, places repeat. `dim`, the width, stays; so does order.
+    Where the new grid is finer on an axis, cells repeat. `dim`, the width, stays; so does order.
     """
 
     kind = "average"
@@ -149,6 +149,8 @@ class PairedTokenizer(ImageTokenizer):
         float[V, h * w, high_neck.dim].
     `pooled` is the low tower's where it has one, for contrastive use; else None.
     """
+
+    high_resolution, low_resolution = "high", "low"
 
     def __init__(
         self,

@@ -139,7 +139,7 @@ class TorchvisionTokenizer(ImageTokenizer):
     def _width(self) -> int:
         """Width of the tokens, found on the meta device, where networks refuse what is too small.
 
-        No attribute of the networks tells it, and heads hide it: AlexNet's reads 36 places at once.
+        No attribute of the networks tells it, and heads hide it: AlexNet's reads 36 cells at once.
         """
         size_hw = self.pixel_spec.size_hw
         self._require_size(size_hw)

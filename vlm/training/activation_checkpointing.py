@@ -1,5 +1,5 @@
 """Less memory for training: activations that are computed again instead of kept, and memory that is
-given back.
+returned.
 
 What is frozen below the first trainable parameter keeps no activations by itself: autograd keeps
 only what a gradient needs. A frozen language model above a trained adaptor does keep them, since
@@ -24,7 +24,8 @@ from vlm.training.stages import FROZEN, Stage, assign_rates
 
 LARGE = 2**21
 M_MMAP_THRESHOLD = -3
-"""From glibc's malloc.h: blocks from this size on are the system's own, given back when freed."""
+"""From glibc's malloc.h: blocks from this size on are mapped by themselves and returned when freed
+(mmap threshold)."""
 PROBE_HW = (256, 192)
 """Rows and columns of the image that shows what an image tokenizer keeps."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,6 +19,7 @@ from vlm.training.stages import Stage
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 Augmentation = Literal["none", "light", "strong"]
+MemoryCheck = Literal["stop", "warn", "off"]
 
 
 class Usual(float):
@@ -71,6 +73,10 @@ class BaseSettings:
     checkpoint_activations: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more
     time, the same gradients."""
+    memory_check: MemoryCheck | None = None
+    """What the memory preflight does where a step's estimated peak memory is more than there is:
+    stop the run before its first step, warn and go on, or off, which estimates nothing. None stops
+    on CPUs and warns on other devices, where estimates were not compared with measurements."""
 
     steps: int
     """Optimizer steps."""
@@ -122,6 +128,17 @@ class BaseSettings:
         """Settings of learning rates that nothing learns at -> why not."""
         return {}
 
+    def given(self, names: Iterable[str]) -> list[str]:
+        """Those of the settings `names` that are not at their defaults."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return [name for name in names if getattr(self, name) != defaults[name]]
+
+    def require_not_given(self, way: str, names: Iterable[str]) -> None:
+        """Raises ValueError naming those of the settings `names` that were given. way: what does
+        not read them, for people, such as "start 'runs/a'"."""
+        if given := self.given(names):
+            raise ValueError(f"{way} does not read {given}; leave them out")
+
     def memory_remedies(self) -> tuple[str, ...]:
         """What of the recipe's own options may make a step take less memory, for people, each with
         the option in brackets."""
@@ -130,7 +147,7 @@ class BaseSettings:
     def stage(
         self, name: str, rates: tuple[tuple[str, float | None], ...], micro_batch: int
     ) -> Stage:
-        """The stage of these rates, at the pace that the settings state."""
+        """The stage of these rates, with the schedule of the settings."""
         return Stage(
             name=name,
             rates=rates,
@@ -174,7 +191,8 @@ def require_read_rates(settings: BaseSettings) -> None:
 
 FREE = ("out", "resume", "change", "keep", "threads", "workers", "eval_every", "save_every",
         "micro_batch", "pack", "balance", "token_cache", "shard", "held_out", "held_out_rows",
-        "text_held_out", "text_held_out_rows", "checkpoint_activations", "merge")  # fmt: skip
+        "text_held_out", "text_held_out_rows", "checkpoint_activations", "memory_check",
+        "merge")  # fmt: skip
 """Settings that may change when a run is resumed: they decide nothing that is learned."""
 
 
@@ -197,11 +215,11 @@ def recorded(settings: BaseSettings) -> dict[str, Any]:
     of our own recipes recipes/NAME.py:CLASS, or MODULE:CLASS inside this package."""
     cls = type(settings)
     if cls.__module__.partition(".")[0] == "vlm":
-        place = cls.__module__
+        module = cls.__module__
     else:
         file = Path(getattr(sys.modules[cls.__module__], "__file__", None) or "").resolve()
-        place = f"recipes/{file.name}" if file.parent == RECIPES else str(file)
-    return {"recipe": f"{place}:{cls.__qualname__}", **dataclasses.asdict(settings)}
+        module = f"recipes/{file.name}" if file.parent == RECIPES else str(file)
+    return {"recipe": f"{module}:{cls.__qualname__}", **dataclasses.asdict(settings)}
 
 
 def require_share(name: str, value: float) -> None:

@@ -112,7 +112,7 @@ def fit(
         `vlm.training.loading.balance`; None deals them out by number.
     evaluate: figures to log between steps, called on every rank; the end is the caller's.
     Raises StageError, BadRow, BadImage naming what does not fit; Interrupted after SIGINT or
-    SIGTERM, when all is saved; OSError before the first step where the disk has too little room;
+    SIGTERM, when all is saved; OSError before the first step where the disk has too little space;
     CheckpointError, within a step or two, where a checkpoint could not be written.
     """
     module, device, dtype = model.module, accelerator.device, DTYPES[loop.precision]
@@ -124,7 +124,7 @@ def fit(
     )
     progress = checkpoints.restore(loop.change) if loop.resume else Progress()
     steps = range(progress.step, stage.steps)
-    checkpoints.need_room(sum(loop.saves(step, stage.steps) for step in steps))
+    checkpoints.require_disk_space(sum(loop.saves(step, stage.steps) for step in steps))
     run.open(progress.step)
     sampler = StepSampler(
         batch=stage.batch,

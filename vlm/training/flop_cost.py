@@ -23,21 +23,21 @@ from vlm.training.stages import FROZEN, assign_rates
 class FlopCost:
     """Operations of a step on examples, forward and backward, in whole numbers.
 
-    place: of one place of the text stream. pair: of one place for each place of its own row, which
-        is attention. target: of the scores of the vocabulary at one scored place. view: of the
-        pixels of one view, without a view axis, in the image tokenizer and the adaptor; None where
-        views cost nothing.
-    By default one for each place: the measure where nothing is known of the model.
+    position: of one position of the text stream. pair: of one position for each position of its own
+        row, which is attention. target: of the scores of the vocabulary at one scored position.
+        view: of the pixels of one view, without a view axis, in the image tokenizer and the
+        adaptor; None where views cost nothing.
+    By default one for each position: the measure where nothing is known of the model.
 
     >>> from vlm.families.decoder_only.batch import collate_packed
     >>> ids = torch.arange(5)
     >>> row = Row(name="row", ids=ids, scored=ids > 2, views=())
-    >>> cost = FlopCost(place=100, pair=1, target=10)
+    >>> cost = FlopCost(position=100, pair=1, target=10)
     >>> cost.of_row(row), cost.of_batch(collate_packed([row, row]))
     (545, 1090)
     """
 
-    place: int = 1
+    position: int = 1
     pair: int = 0
     target: int = 0
     view: Callable[[Pixels], int] | None = None
@@ -58,7 +58,7 @@ class FlopCost:
         return self._of(lengths, int(batch.scored.sum()), views)
 
     def _of(self, lengths: Sequence[int], targets: int, views: Iterable[tuple[Pixels, int]]) -> int:
-        text = sum(length * (self.place + self.pair * length) for length in lengths)
+        text = sum(length * (self.position + self.pair * length) for length in lengths)
         seen = 0 if self.view is None else sum(self.view(pixels) * count for pixels, count in views)
         return text + self.target * targets + seen
 
@@ -69,14 +69,14 @@ def flop_cost_of(
     """The cost of examples in a decoder-only or prefix model of which `rates` say what learns, as a
     `Stage` has them. views: whether images go through the image tokenizer.
 
-    A weight costs a multiplication and an addition at each place forward, as much for the gradient
-    of its input, and where it learns for its own. Of attention half the pairs count. All experts of
-    a mixture count, and nothing that is computed again.
+    A weight costs a multiplication and an addition at each position forward, as much for the
+    gradient of its input, and where it learns for its own. Of attention half the pairs count. All
+    experts of a mixture count, and nothing that is computed again.
     Raises StageError where the rates do not fit the module.
     Source: arXiv 2001.08361 (Kaplan et al., "Scaling Laws"), section 2.1.
     """
-    decided = assign_rates(module, rates)
-    learned = {id(p) for n, p in module.named_parameters() if decided[n][1] is not FROZEN}
+    chosen = assign_rates(module, rates)
+    learned = {id(p) for n, p in module.named_parameters() if chosen[n][1] is not FROZEN}
     text, config = module.text, module.text.config.get_text_config()
     head = list(text.get_output_embeddings().parameters())
     beside = {id(p) for p in (*head, *text.get_input_embeddings().parameters())}
@@ -84,7 +84,7 @@ def flop_cost_of(
     # Recurrent models, for one, have no attention to count.
     wide = getattr(config, "hidden_size", 0) * getattr(config, "num_hidden_layers", 0)
     return FlopCost(
-        place=2 * (2 * _count(body) + _count(body, learned)),
+        position=2 * (2 * _count(body) + _count(body, learned)),
         pair=3 * 2 * wide,
         target=2 * (2 * _count(head) + _count(head, learned)),
         view=_Views([module.tokenizer, module.adaptor], learned) if views else None,

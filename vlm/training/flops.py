@@ -15,8 +15,9 @@ def flop_counter() -> FlopCounterMode:
     """A counter of the operations done within it; `get_total_flops` gives them.
 
     Fused attention counts as torch counts it on GPUs: two products forward, and backward five, of
-    which one makes the scores again, those of later places that a place does not see too. That of
-    `vlm.kernels.attention` counts by the products that it makes, which leave out most of those.
+    which one makes the scores again, those of later positions that a position does not see too.
+    That of `vlm.kernels.attention` counts by the products that it makes, which leave out most of
+    those.
     """
     return FlopCounterMode(
         display=False,
@@ -36,6 +37,6 @@ def _backward(grad: tuple, query: tuple, key: tuple, value: tuple, *_: Any, **mo
 
 
 def _product(query: tuple, key: tuple) -> int:
-    """Operations of one product of every query with every key; shapes (view, head, place, width),
-    where several query heads may share one of the key."""
+    """Operations of one product of every query with every key; shapes (view, head, position,
+    width), where several query heads may share one of the key."""
     return 2 * prod(query[:-1]) * key[-2] * key[-1]

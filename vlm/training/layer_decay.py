@@ -63,7 +63,7 @@ def _size(module: nn.Module, path: str) -> int:
 
 
 def _learns(layer: nn.Module) -> bool:
-    """Whether it has parameters: the place of a layer that was removed has none."""
+    """Whether it has parameters; what is left of a removed layer has none."""
     return next(layer.parameters(), None) is not None
 
 

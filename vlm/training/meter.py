@@ -70,7 +70,7 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Rates since the last reading: samples_per_s, tokens_per_s, gflops_per_s (of all ranks),
         mfu (share of the peak, where it is known), data_wait (share of the time), utilisation (real
-        places / places computed)."""
+        positions / positions computed)."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
         flops = (self.flops_per_cost or 0.0) * self.cost
         rates = {

@@ -192,14 +192,14 @@ def passes_of_ranks(own: int) -> list[int]:
 
 
 def _dummy_batch(module: nn.Module) -> Batch:
-    """One row of two places, none of them scored."""
+    """One row of two tokens, none of them scored."""
     return Batch(
         ids=torch.zeros(1, 2, dtype=torch.long),
         valid=torch.ones(1, 2, dtype=torch.bool),
         scored=torch.zeros(1, 2, dtype=torch.bool),
         positions=torch.arange(2)[None],
         groups=(),
-        names=("blank",),
+        names=("dummy",),
         sees=module.sees,
     )
 
@@ -268,19 +268,19 @@ def whole_on_first(module: nn.Module) -> Iterator[None]:
         yield
         return
     first = dist.get_rank() == 0
-    places = [
+    owners = [
         (owner, leaf, parameter)
         for owner in module.modules()
         for leaf, parameter in own_parameters(owner).items()
         if isinstance(parameter, DTensor)
     ]
     whole: dict[int, nn.Parameter] = {}
-    for _, _, parameter in places:
+    for _, _, parameter in owners:
         if id(parameter) not in whole:  # tied weights are one
             full = parameter.detach().full_tensor()
             kept = full.cpu() if first else full.new_empty(0)
             whole[id(parameter)] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
-    for owner, leaf, parameter in places:
+    for owner, leaf, parameter in owners:
         own_parameters(owner)[leaf] = whole[id(parameter)]
     # Sharding makes a class of its own of each unit's, and what writes a model goes by the latter.
     classes = [(part, type(part)) for part in module.modules() if isinstance(part, FSDPModule)]
@@ -291,5 +291,5 @@ def whole_on_first(module: nn.Module) -> Iterator[None]:
     finally:
         for part, sharded in classes:
             part.__class__ = sharded
-        for owner, leaf, parameter in places:
+        for owner, leaf, parameter in owners:
             own_parameters(owner)[leaf] = parameter

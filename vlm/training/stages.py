@@ -66,8 +66,8 @@ class Stage:
     def factor(self, step: int) -> float:
         """The share of the peak rate that step `step` (from 0) uses.
 
-        >>> pace = {"steps": 11, "warmup_steps": 2, "min_lr_ratio": 0.0}
-        >>> stage = Stage(name="s", rates=(), batch=1, micro_batch=1, **pace)
+        >>> schedule = {"steps": 11, "warmup_steps": 2, "min_lr_ratio": 0.0}
+        >>> stage = Stage(name="s", rates=(), batch=1, micro_batch=1, **schedule)
         >>> [round(stage.factor(step), 2) for step in (0, 1, 2, 6, 10)]
         [0.5, 1.0, 0.98, 0.5, 0.02]
         """
@@ -88,13 +88,13 @@ def assign_rates(
     no parameter.
     """
     names = [name for name, _ in module.named_parameters()]
-    decided = {}
+    chosen = {}
     for name in names:
         for pattern, rate in rates:
             if fnmatchcase(name, pattern):
-                decided[name] = (pattern, rate)
+                chosen[name] = (pattern, rate)
                 break
-    orphans = [name for name in names if name not in decided]
+    orphans = [name for name in names if name not in chosen]
     idle = [p for p, _ in rates if not any(fnmatchcase(name, p) for name in names)]
     if orphans or idle:
         raise StageError(
@@ -102,7 +102,7 @@ def assign_rates(
             f"patterns matching no parameter: {idle}; "
             f"the model's parts are {sorted({name.split('.')[0] for name in names})}"
         )
-    return decided
+    return chosen
 
 
 def prepare(module: nn.Module, stage: Stage, compute_dtype: torch.dtype) -> None:
@@ -117,9 +117,9 @@ def choose_trained(module: nn.Module, stage: Stage) -> None:
 
     Raises StageError where nothing is trained.
     """
-    decided = assign_rates(module, stage.rates)
+    chosen = assign_rates(module, stage.rates)
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(decided[name][1] is not FROZEN)
+        parameter.requires_grad_(chosen[name][1] is not FROZEN)
     if not any(p.requires_grad for p in module.parameters()):
         raise StageError(f"stage {stage.name!r} trains no parameter")
     for part in module.children():
@@ -140,11 +140,11 @@ def optimizer_for(module: nn.Module, stage: Stage) -> torch.optim.AdamW:
 
     Weight decay falls on matrices only, not on biases, norms or single vectors.
     """
-    decided = assign_rates(module, stage.rates)
+    chosen = assign_rates(module, stage.rates)
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            key = (decided[name][0], parameter.dim() > 1)
+            key = (chosen[name][0], parameter.dim() > 1)
             groups.setdefault(key, []).append(parameter)
     peaks = dict(stage.rates)
     return torch.optim.AdamW(

@@ -99,7 +99,7 @@ class CocoSource(Source):
         found = read_labels(records["categories"], used, self.name)
         self.labels = found.labels
         boxes_xywh_px = _boxes(annotations)
-        corners, kinds = _judge(boxes_xywh_px, self._sizes[owner])
+        corners, kinds = _check_boxes(boxes_xywh_px, self._sizes[owner])
         kinds[(kinds == GOOD) & (found.number[category] < 0)] = NO_LABEL
         self.faults = self._box_faults(annotations, kinds, found, bad_boxes)
 
@@ -114,12 +114,12 @@ class CocoSource(Source):
         self._rows = np.flatnonzero(shown)
         self.without_boxes = int((~shown).sum())
         self.crowd_count = int(crowd[good].sum())
-        self.faults += self._left_out(
+        self.faults += self._skipped(
             [_where(annotations[i]) for i in np.flatnonzero(good & (crowd == 1))[:FIRST]]
         )
         self.require_rows()
 
-    def _left_out(self, crowds: list[str]) -> tuple[Fault, ...]:
+    def _skipped(self, crowds: list[str]) -> tuple[Fault, ...]:
         """Images and annotations that are in no row although nothing is wrong with them.
         crowds: the first of those annotations in words."""
         empty = np.flatnonzero(np.isin(np.arange(len(self._ids)), self._rows, invert=True))
@@ -178,11 +178,11 @@ class CocoSource(Source):
             kinds[specks] = NO_AREA
         faults = []
         for kind, words in FAULTS.items():
-            places = np.flatnonzero(kinds == kind)
-            first = tuple(_where(annotations[i]) for i in places[:FIRST])
-            if len(places):
+            found = np.flatnonzero(kinds == kind)
+            first = tuple(_where(annotations[i]) for i in found[:FIRST])
+            if len(found):
                 harmful = kind != SPECK and bad_boxes != "skip"
-                faults.append(Fault(f"boxes {words}", len(places), first, harmful))
+                faults.append(Fault(f"boxes {words}", len(found), first, harmful))
         harmful = [fault for fault in faults if fault.harmful]
         if harmful and bad_boxes == "stop":
             count = sum(fault.count for fault in harmful)
@@ -194,7 +194,7 @@ class CocoSource(Source):
         return (*faults, *found.faults)
 
 
-def _judge(boxes_xywh_px: np.ndarray, sizes_hw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _check_boxes(boxes_xywh_px: np.ndarray, sizes_hw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Boxes float64[N, 4] as corners cut at the border of their images int64[N, 2], and what is
     wrong with each, int8[N]; as `vlm.data.boxes.check_box` has it."""
     x, y, width, height = boxes_xywh_px.T
@@ -266,7 +266,7 @@ def _without_outline(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_id(records: list[dict[str, Any]], key: str, file: str) -> dict[int, int]:
-    """Each record's id -> its place in the list."""
+    """Each record's id -> its index in the list."""
     at: dict[int, int] = {}
     for number, record in enumerate(records):
         id = record["id"]
@@ -309,7 +309,7 @@ def _columns(
     category_at: dict[int, int],
     file: str,
 ) -> np.ndarray:
-    """Each annotation's image and category as places in their lists, and 1 where it is a crowd:
+    """Each annotation's image and category as indices in their lists, and 1 where it is a crowd:
     int64[3, N]. Raises BadSource naming the annotation where there is none such."""
     columns = []
     for annotation in annotations:

@@ -22,7 +22,7 @@ ROOT = "categories without boxes that the others belong to, skipped"
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Labels:
     """labels: the names that boxes have or may have, in the file's order. number: int64[N], the
-    place in them of each category of the file, -1 where it has none. faults: what is skipped."""
+    index in them of each category of the file, -1 where it has none. faults: what is skipped."""
 
     labels: tuple[str, ...]
     number: np.ndarray

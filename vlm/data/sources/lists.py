@@ -1,4 +1,4 @@
-"""Rows in a list separated by tabs: images and their texts, a pair a line, under a header.
+"""Rows of a TSV file (tab-separated values): images and their texts, a pair a line, under a header.
 
     image	text
     lines/0001.png	He said "no" & left.
@@ -87,7 +87,7 @@ class TsvSource(Source):
             ) from error
         if len(fields) != len(self._columns):
             raise BadRow(
-                f"{name}: expected {len(self._columns)} fields separated by tabs "
+                f"{name}: expected {len(self._columns)} tab-separated fields "
                 f"({', '.join(self._columns)}), found {len(fields)}: {'⇥'.join(fields)[:80]!r}"
             )
         text = fields[self._text]
@@ -95,7 +95,7 @@ class TsvSource(Source):
             raise BadRow(
                 f"{name}: expected a text in the column {self._columns[self._text]}, found none"
             )
-        more = {column: fields[place] for column, place in self._more if fields[place]}
+        more = {column: fields[index] for column, index in self._more if fields[index]}
         image = self._images.find(fields[self._image], name)
         if not more:
             return caption_example(name, image, text, self._form.prompt)
@@ -104,18 +104,18 @@ class TsvSource(Source):
         return example_from_row(row, name, form, self._images.find, (image,), self.unread)
 
     def _note_columns(self) -> list[tuple[str, int]]:
-        """The columns beside image and text that say more of a row, with their places; those
+        """The columns beside image and text that say more of a row, with their indices; those
         that are skipped are counted, each by all rows, shown by the first."""
         says_more = {*ROW_MEANING, *EXTRA_KEYS, *TALK_KEYS} - self._form.ignore
         more, rest = [], []
-        for place, column in enumerate(self._columns):
-            if place not in (self._image, self._text) and column not in HARMLESS:
-                (more if column in says_more else rest).append((column, place))
+        for index, column in enumerate(self._columns):
+            if index not in (self._image, self._text) and column not in HARMLESS:
+                (more if column in says_more else rest).append((column, index))
         start, end = int(self._starts[0]), int(self._ends[0])
         with contextlib.suppress(BadRow, UnicodeDecodeError):  # which reading the row says
             fields = _fields(read_bytes(self._path, start, end - start, self.row_name(0)))
-            for column, place in rest:
-                value = fields[place] if place < len(fields) else None
+            for column, index in rest:
+                value = fields[index] if index < len(fields) else None
                 self.unread.note(column, value, self.row_name(0), count=len(self))
         return more
 
@@ -129,11 +129,11 @@ class TsvSource(Source):
             ) from error
 
     def _column(self, names: tuple[str, ...]) -> int:
-        """The place of the first of these columns that there is."""
+        """The index of the first of these columns that there is."""
         found = [name for name in names if name in self._columns]
         if not found:
             raise BadSource(
-                f"{self.name}: expected a first line of columns separated by tabs, one of them "
+                f"{self.name}: expected a first line of tab-separated columns, one of them "
                 f"{' or '.join(names)}, found {self._columns}; name others with ?image= and "
                 "?caption= after the file"
             )

@@ -130,8 +130,8 @@ class ShardSource(Source):
         keys += () if self._form.caption else (*TALK_KEYS, QUESTION_KEY)
         return isinstance(values, dict) and all(values.get(key) is None for key in keys)
 
-    def _part(self, row: int, places: np.ndarray, name: str) -> bytes | None:
-        offset, size = map(int, places[row])
+    def _part(self, row: int, spans: np.ndarray, name: str) -> bytes | None:
+        offset, size = map(int, spans[row])
         if offset < 0:
             return None
         return read_bytes(self._paths[self._index.sample_shard[row]], offset, size, name)

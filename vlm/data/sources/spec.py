@@ -28,7 +28,7 @@ ACCEPTED = """\
     lines:COUNT:KEY=VALUE...    drawn lines of text, such as lines:1000:seed=3
     pages:COUNT:KEY=VALUE...    drawn pages of text, such as pages:10:seed=3
     PATH.jsonl, PATH.json       rows: image and conversations, messages or caption
-    PATH.tsv                    rows separated by tabs under a header: image and text
+    PATH.tsv                    TSV under a header: image and text
     coco:PATH.json              boxes in COCO's JSON; the images' folder after ?root=
     PATH.tar                    WebDataset shards; wildcards and {0000..0009} allowed
     PATH.parquet                a table
@@ -61,7 +61,7 @@ def open_source(
         lines:COUNT:KEY=VALUE...    drawn lines; keys are those of `Lines.from_text`
         pages:COUNT:KEY=VALUE...    drawn pages; keys are those of `Pages.from_text`
         PATH.jsonl, PATH.json       rows, as in `vlm.data.sources.row`
-        PATH.tsv                    rows separated by tabs, as in `vlm.data.sources.lists`
+        PATH.tsv                    TSV, as in `vlm.data.sources.lists`
         coco:PATH.json              detection data, as in `vlm.data.sources.coco`
         PATH.tar                    WebDataset shards; wildcards and {0000..0009} allowed
         PATH.parquet                a table

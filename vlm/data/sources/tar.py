@@ -122,13 +122,13 @@ class TarImages:
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
-        hashes, places = array("Q"), array("q")
+        hashes, spans = array("Q"), array("q")
         for member in walk_members(path):
             hashes.append(_hash(member.name))
-            places.extend((member.offset, member.size))
-        hash_N, place_N2 = np.array(hashes, np.uint64), np.array(places, np.int64).reshape(-1, 2)
+            spans.extend((member.offset, member.size))
+        hash_N, span_N2 = np.array(hashes, np.uint64), np.array(spans, np.int64).reshape(-1, 2)
         order = np.argsort(hash_N, kind="stable")
-        self._hashes, self._places = hash_N[order], place_N2[order]
+        self._hashes, self._spans = hash_N[order], span_N2[order]
         if len(hash_N) and (self._hashes[1:] == self._hashes[:-1]).any():
             raise BadSource(f"{path}: expected members of different names, found a name twice")
 
@@ -138,7 +138,7 @@ class TarImages:
         at = int(np.searchsorted(self._hashes, key))
         if at == len(self._hashes) or self._hashes[at] != key:
             raise BadRow(f"{row_name}: image {path!r} is not in {self._path}")
-        offset, size = map(int, self._places[at])
+        offset, size = map(int, self._spans[at])
         data = read_bytes(self._path, offset, size, row_name)
         return ImageRef(data, f"{row_name}: {path}")
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from string import Formatter
 
+from vlm.data.dice import Dice
 from vlm.data.example import BadRow, BadSource, Example, Turn
 from vlm.data.sources.base import Derived, Source
-from vlm.data.synthetic.scene import Dice
 
 SEPARATOR = " ; "
 """Stands between the things that are asked for at once, and between the boxes of an answer."""
@@ -24,7 +24,7 @@ class Prompted(Derived):
     """
 
     def __init__(self, source: Source, prompt: str) -> None:
-        _require_fields(prompt, ("question",))
+        require_fields(prompt, ("question",))
         super().__init__(source)
         self.prompt = prompt
 
@@ -37,8 +37,16 @@ class Prompted(Derived):
                 f"{', '.join(roles)}"
             )
         asked, answer = example.turns
-        text = self.prompt.format(question=asked.text.strip())
-        return replace(example, turns=(Turn("user", (*[None] * asked.slots, text)), answer))
+        return replace(example, turns=(put_into(asked, self.prompt), answer))
+
+
+def put_into(asked: Turn, prompt: str) -> Turn:
+    """A question put into a prompt as `Prompted` does it, its images first.
+
+    >>> put_into(Turn("user", ("who", None)), "answer en {question}").content
+    (None, 'answer en who')
+    """
+    return Turn("user", (*[None] * asked.slots, prompt.format(question=asked.text.strip())))
 
 
 class Detect(Derived):
@@ -52,7 +60,7 @@ class Detect(Derived):
     """
 
     def __init__(self, source: Source, prompt: str, seed: int = 0) -> None:
-        if _require_fields(prompt, ("phrase",)) != {"phrase"}:
+        if require_fields(prompt, ("phrase",)) != {"phrase"}:
             raise BadSource(f"prompt: expected {{phrase}} where labels go, found {prompt!r}")
         super().__init__(source)
         self.prompt, self.seed = prompt, seed
@@ -101,7 +109,7 @@ def detection(example: Example, labels: Sequence[str], prompt: str) -> Example:
     return replace(example, turns=turns)
 
 
-def _require_fields(prompt: str, known: Sequence[str]) -> set[str]:
+def require_fields(prompt: str, known: Sequence[str]) -> set[str]:
     """The fields of a prompt. Raises BadSource for one that is not known, and for lone braces."""
     try:
         fields = {field for _, field, _, _ in Formatter().parse(prompt) if field is not None}

@@ -116,8 +116,8 @@ def paint(mask: np.ndarray, dice: Generator, kind: str) -> np.ndarray:
         grain = cv2.resize(small, (W, H), interpolation=cv2.INTER_LINEAR)
         ground = ground + (grain * dice.uniform(1, 7))[..., None]
     if kind == "photo" and dice.random() < 0.12:  # print on the other side
-        ghost = cv2.GaussianBlur(mask[:, ::-1], (0, 0), 1.5)[..., None] / 255
-        ground = ground - (ground - written) * ghost * dice.uniform(0.05, 0.18)
+        show_through = cv2.GaussianBlur(mask[:, ::-1], (0, 0), 1.5)[..., None] / 255
+        ground = ground - (ground - written) * show_through * dice.uniform(0.05, 0.18)
     if dice.random() < 0.05:  # ruled or squared paper
         step = int(dice.integers(max(4, H // 5), max(6, H)))
         ground = ground.copy()

@@ -31,7 +31,7 @@ HELD_OUT_FAMILIES = (
     "rubik", "raleway", "source-serif-4", "cormorant-garamond", "jetbrains-mono", "bitter",
     "saira-condensed", "shadows-into-light",
 )  # fmt: skip
-"""Families that it is judged by, and that nothing here learns from."""
+"""Families that it is evaluated on, and that nothing here learns from."""
 
 SYSTEM_FOLDERS = (
     "/usr/share/fonts",

@@ -1,7 +1,7 @@
 """Drawn lines of text as examples: any fonts, any text, and what paper and cameras do to them.
 
-A line follows from (seed, row) alone. For training a reader, and for judging one by fonts and lines
-that it never saw.
+A line follows from (seed, row) alone. For training a reader, and for evaluating one on fonts and
+lines that it never saw.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vlm.data.synthetic.text import (
     LONGEST,
     MARKS,
     BadText,
-    Writer,
+    TextSampler,
     documentation,
     lines_of,
     words_in,
@@ -105,13 +105,17 @@ class Lines(Source):
         self._count, self._seed, self._kind, self._hands = count, seed, kind, hands
         self.characters = characters
         if text == "english":
-            self._writer = Writer(documentation(split), characters, split, made, longest=longest)
+            self._sampler = TextSampler(
+                documentation(split), characters, split, made, longest=longest
+            )
         elif text.endswith(".txt"):
-            self._writer = Writer(lines_of(text, split), characters, split, made, longest=longest)
+            self._sampler = TextSampler(
+                lines_of(text, split), characters, split, made, longest=longest
+            )
         else:
             words = words_in(text)
             sentences = _sentences(words, seed)
-            self._writer = Writer(sentences, characters, split, made, words, longest)
+            self._sampler = TextSampler(sentences, characters, split, made, words, longest)
         fonts = find_fonts(fonts)
         self.fonts = holding(fonts, "".join(c for c in characters if c.isalpha()))
         names = sorted({font.family for font in self.fonts})
@@ -145,7 +149,7 @@ class Lines(Source):
     def line(self, row: int) -> DrawnLine:
         """What a row shows."""
         dice = Random(f"{self._seed}/{row}/line")
-        text = self._writer(dice)
+        text = self._sampler(dice)
         hand = self._hand and (not self._print or dice.random() < HAND_SHARE)
         families = self._hand if hand else self._print
         font = None

@@ -23,7 +23,7 @@ from vlm.data.synthetic.fonts import BadFont, find_fonts
 from vlm.data.synthetic.lines import ALPHABETS, ppm
 from vlm.data.synthetic.options import Options, read_options
 from vlm.data.synthetic.press import PageLine, Press, draw_style
-from vlm.data.synthetic.text import BadText, Writer, documentation, lines_of
+from vlm.data.synthetic.text import BadText, TextSampler, documentation, lines_of
 from vlm.pixels.image_ref import ImageRef
 
 with needs("ocr"):
@@ -105,7 +105,7 @@ class Pages(Source):
         self._columns, self._prompt = columns, prompt
         characters = ALPHABETS["english"]
         lines = documentation(split) if text == "english" else lines_of(text, split)
-        self._writer = Writer(lines, characters, split, made=0.05)
+        self._sampler = TextSampler(lines, characters, split, made=0.05)
         letters = "".join(c for c in characters if c.isascii())
         self.fonts = [font for font in find_fonts(fonts) if font.holds(letters)]
         if not self.fonts:
@@ -138,7 +138,7 @@ class Pages(Source):
         rng = np.random.default_rng([self._seed % 2**32, row])
         kind = degrade.draw_kind(rng, self._kind)
         style = draw_style(dice, self.fonts, self._columns)
-        press = Press(style, self._writer, dice)
+        press = Press(style, self._sampler, dice)
         mask, lines = press.print()
         if kind != "clean":
             mask, lines = _turn(mask, lines, dice)

@@ -103,15 +103,15 @@ class Hand:
     def _bent(self, glyph: _Glyph, wide: float, tall: float, rise: float, field: np.ndarray):
         """A letter scaled, slanted and bent, uint8[RISE + FALL, W], and its foot's column."""
         H, W = glyph.mask.shape
-        lean = int(abs(self._slant) * RISE + 6)
-        out_w = int(W * wide) + 2 * lean
+        slant_px = int(abs(self._slant) * RISE + 6)
+        out_w = int(W * wide) + 2 * slant_px
         field = cv2.resize(field, (out_w, H), interpolation=cv2.INTER_CUBIC)
         y = np.arange(H, dtype=np.float32)[:, None] - RISE
-        x = np.arange(out_w, dtype=np.float32)[None] - lean
+        x = np.arange(out_w, dtype=np.float32)[None] - slant_px
         from_x = (x + self._slant * y) / np.float32(wide) + field[..., 0]
         from_y = (y + np.float32(rise)) / np.float32(tall) + RISE + field[..., 1]
         bent = cv2.remap(glyph.mask, from_x, from_y, cv2.INTER_LINEAR, borderValue=0)
-        return bent, round(lean + glyph.left * wide)
+        return bent, round(slant_px + glyph.left * wide)
 
     def _inked(self, pieces: list[tuple[np.ndarray, int]], scale: float) -> np.ndarray:
         least = min((start for _, start in pieces), default=0)

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vlm.compat.extras import needs
 from vlm.data.synthetic.fonts import Font
-from vlm.data.synthetic.text import Writer
+from vlm.data.synthetic.text import TextSampler
 
 with needs("ocr"):
     import cv2
@@ -66,13 +66,13 @@ class Style:
 
 
 class Press:
-    """Sets a writer's text on a page in a style, block by block; `print` does it, once.
+    """Sets a sampler's text on a page in a style, block by block; `print` does it, once.
 
-    dice: decides what the style leaves open, and what the writer says.
+    dice: decides what the style leaves open, and what the sampler says.
     """
 
-    def __init__(self, style: Style, writer: Writer, dice: Random) -> None:
-        self.style, self.writer, self.dice = style, writer, dice
+    def __init__(self, style: Style, sampler: TextSampler, dice: Random) -> None:
+        self.style, self.sampler, self.dice = style, sampler, dice
         self.mask = np.zeros(style.size_hw, np.uint8)
         self.lines: list[PageLine] = []
         self.block = 0
@@ -156,7 +156,7 @@ class Press:
                 shift = (x1 - x0 - face.getlength(" ".join(words))) / 2
             self._draw(words, face, x0 + shift, y, x1 if spread else None, part, column)
             y += step
-        if len(self.lines) == first:  # no room left
+        if len(self.lines) == first:  # no space left
             return bottom
         if barred:
             bar = self.mask[top : min(y + pad, bottom), sides[0] : sides[1]]
@@ -212,7 +212,7 @@ class Press:
         """At least so many words that the font holds."""
         words: list[str] = []
         while len(words) < count:
-            words += [word for word in self.writer(self.dice).split() if font.holds(word)]
+            words += [word for word in self.sampler(self.dice).split() if font.holds(word)]
         return " ".join(words[:count])
 
 

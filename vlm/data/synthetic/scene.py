@@ -7,16 +7,14 @@ that drew it.
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-T = TypeVar("T")
+from vlm.data.dice import Dice
 
 COLOURS = {
     "red": (214, 39, 40),
@@ -98,25 +96,6 @@ POLYGONS = {
     ),
 }  # fmt: skip
 KINDS = ("circle", "ring", *POLYGONS)
-
-
-class Dice:
-    """Seeded choices. Only Python's `random()` is used below: its stream is kept for good."""
-
-    def __init__(self, *key: int | str) -> None:
-        self._random = random.Random(":".join(map(str, key)))
-
-    def roll(self) -> float:
-        """From 0 up to 1, evenly."""
-        return self._random.random()
-
-    def between(self, low: int, high: int) -> int:
-        """A whole number from `low` to `high`, both included."""
-        return low + int(self.roll() * (high - low + 1))
-
-    def pick(self, items: Sequence[T]) -> T:
-        """One of the items."""
-        return items[int(self.roll() * len(items))]
 
 
 def compose(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import NamedTuple
 
-from vlm.data.synthetic.scene import KINDS, Dice, Scene, Shape
+from vlm.data.dice import Dice
+from vlm.data.synthetic.scene import KINDS, Scene, Shape
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 
+from vlm.data.dice import Dice
 from vlm.data.example import BadSource, Box, Example, Turn, caption_example
 from vlm.data.grounding import ground
 from vlm.data.sources.base import Source
@@ -15,7 +16,6 @@ from vlm.data.synthetic.options import Options, read_options
 from vlm.data.synthetic.scene import (
     BACKGROUNDS,
     HELD_BACK,
-    Dice,
     Scene,
     compose,
     draw,
@@ -34,7 +34,7 @@ class Scenes(Source):
     task: "caption" (the user's `prompt` after the image), "question", "mixed", where even rows are
         captions and odd rows questions, or "ground", which asks where each kind of shape is.
     size_hw: pixels; None gives each row its own, from 128 to 320 a side.
-    shapes: the fewest and the most shapes of a scene, 1 to 9; where little room is left, fewer.
+    shapes: the fewest and the most shapes of a scene, 1 to 9; where little space is left, fewer.
     background: a kind of BACKGROUNDS or HELD_BACK for all; None gives each row one of BACKGROUNDS.
     Images are PNG bytes, drawn when a row is read. Rows are named NAME[ROW].
     """

@@ -136,7 +136,7 @@ def _cut(line: str) -> list[str]:
     return [*pieces, line] if line else pieces
 
 
-class Writer:
+class TextSampler:
     """Writes lines at random: out of given ones, and of made ones (numbers, dates, prices, codes,
     names), so that rare signs are seen too.
 
@@ -226,7 +226,7 @@ class Writer:
         return "".join(dice.choice(self.digits) for _ in range(dice.randint(fewest, most)))
 
 
-def _number(writer: Writer, dice: Random) -> str:
+def _number(sampler: TextSampler, dice: Random) -> str:
     forms = (
         "{w}", "{w}.{p}", "{w},{p}", "-{w}.{p}", "+{w}", "{w}%", "{p}/{w}", "{w} × {p}", "±{p}",
         "{w} {p}", "{w}:{p}", "#{w}", "No. {w}", "{w}e-{p}", "(0{p}) {w}-{p}{p}", "+{p} {w} {w}",
@@ -234,12 +234,12 @@ def _number(writer: Writer, dice: Random) -> str:
     )  # fmt: skip
     pieces = dice.choice((1, 1, 2, 3))
     return " ".join(
-        dice.choice(forms).format(w=writer.number(dice), p=writer.number(dice, 1, 3))
+        dice.choice(forms).format(w=sampler.number(dice), p=sampler.number(dice, 1, 3))
         for _ in range(pieces)
     )
 
 
-def _date(writer: Writer, dice: Random) -> str:
+def _date(sampler: TextSampler, dice: Random) -> str:
     year, month, day = dice.randint(1890, 2049), dice.randint(1, 12), dice.randint(1, 28)
     named = MONTHS[month - 1]
     return dice.choice(
@@ -256,62 +256,61 @@ def _date(writer: Writer, dice: Random) -> str:
     )
 
 
-def _price(writer: Writer, dice: Random) -> str:
+def _price(sampler: TextSampler, dice: Random) -> str:
     sign = dice.choice("$€£¥")
-    amount = f"{writer.number(dice, 1, 3)}.{dice.randrange(100):02}"
+    amount = f"{sampler.number(dice, 1, 3)}.{dice.randrange(100):02}"
     line = dice.choice(
-        (f"{sign}{amount}", f"{amount} {sign}", f"{sign} {writer.number(dice, 1, 4)}")
+        (f"{sign}{amount}", f"{amount} {sign}", f"{sign} {sampler.number(dice, 1, 4)}")
     )
-    return dice.choice((line, f"{writer.word(dice)} {line}", f"{dice.randint(1, 99)} x {line}"))
+    return dice.choice((line, f"{sampler.word(dice)} {line}", f"{dice.randint(1, 99)} x {line}"))
 
 
-def _code(writer: Writer, dice: Random) -> str:
+def _code(sampler: TextSampler, dice: Random) -> str:
     letters = string.ascii_uppercase + string.digits
     block = lambda: "".join(dice.choice(letters) for _ in range(dice.randint(2, 6)))  # noqa: E731
-    word = writer.word(dice).lower()
+    word = sampler.word(dice).lower()
     return dice.choice(
         (
             f"{block()}-{block()}", f"{block()}",
-            f"{block()}/{block()}.{writer.number(dice, 1, 2)}",
-            f"{word}@{writer.word(dice).lower()}.com", f"www.{word}.org/{block()}",
-            f"{word}_{writer.word(dice).lower()}({writer.number(dice, 1, 2)})",
-            f"{{{word}: [{writer.number(dice, 1, 3)}]}}", f"C:\\{word}\\{block()}",
+            f"{block()}/{block()}.{sampler.number(dice, 1, 2)}",
+            f"{word}@{sampler.word(dice).lower()}.com", f"www.{word}.org/{block()}",
+            f"{word}_{sampler.word(dice).lower()}({sampler.number(dice, 1, 2)})",
+            f"{{{word}: [{sampler.number(dice, 1, 3)}]}}", f"C:\\{word}\\{block()}",
             f"${word} = {block()};", f"{word} & {block()} | {word}^2",
             f"~/{word}/*.{block().lower()}",
         )
     )  # fmt: skip
 
 
-def _name(writer: Writer, dice: Random) -> str:
-    words = [writer.word(dice).capitalize() for _ in range(dice.randint(1, 3))]
+def _name(sampler: TextSampler, dice: Random) -> str:
+    words = [sampler.word(dice).capitalize() for _ in range(dice.randint(1, 3))]
     start = dice.choice(("", "", "Mr. ", "Dr. ", "J. ", "Q. X. ", "St. "))
     return start + " ".join(words) + dice.choice(("", "", ", Jr.", " & Co.", ":", "?", "!", "’s"))
 
 
-def _address(writer: Writer, dice: Random) -> str:
-    street = f"{writer.word(dice).capitalize()} {dice.choice(('St.', 'Road', 'Ave', 'Lane'))}"
-    return (
-        f"{dice.randint(1, 999)} {street}, {writer.word(dice).upper()} {writer.number(dice, 4, 5)}"
-    )
+def _address(sampler: TextSampler, dice: Random) -> str:
+    street = f"{sampler.word(dice).capitalize()} {dice.choice(('St.', 'Road', 'Ave', 'Lane'))}"
+    house, town = dice.randint(1, 999), sampler.word(dice).upper()
+    return f"{house} {street}, {town} {sampler.number(dice, 4, 5)}"
 
 
-def _mixed(writer: Writer, dice: Random) -> str:
+def _mixed(sampler: TextSampler, dice: Random) -> str:
     """Words with signs and numbers between them."""
     words = [
-        writer.word(dice) if dice.random() < 0.7 else writer.number(dice)
+        sampler.word(dice) if dice.random() < 0.7 else sampler.number(dice)
         for _ in range(dice.randint(1, 7))
     ]
-    if writer.signs:
+    if sampler.signs:
         for i in range(len(words)):
             if dice.random() < 0.35:
-                sign = dice.choice(writer.signs)
+                sign = dice.choice(sampler.signs)
                 words[i] = dice.choice((words[i] + sign, sign + words[i], sign, words[i] + sign))
     return " ".join(words)
 
 
-def _signs(writer: Writer, dice: Random) -> str:
+def _signs(sampler: TextSampler, dice: Random) -> str:
     """Any characters in any order, so that none is read only where English has it."""
-    any_of = writer.characters
+    any_of = sampler.characters
     return "".join(
         " " if dice.random() < 0.12 else dice.choice(any_of) for _ in range(dice.randint(3, 24))
     )

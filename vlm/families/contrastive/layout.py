@@ -137,8 +137,7 @@ def _head_config(head: nn.Module, name: str) -> Head | None:
         return None
     if not isinstance(head, nn.Linear):
         raise ValueError(
-            f"{name}: our layout has a place for nn.Linear and nn.Identity, found "
-            f"{type(head).__name__}"
+            f"{name}: our layout holds nn.Linear and nn.Identity, found {type(head).__name__}"
         )
     return Head(in_width=head.in_features, out_width=head.out_features, bias=head.bias is not None)
 

@@ -83,9 +83,9 @@ class ContrastiveModel(Model):
                 while part := list(islice(order, batch_size)):
                     ids, valid = self.processor.pad([rows[i] for i in part])
                     vectors = self.module.embed_texts(ids.to(self.device), valid.to(self.device))
-                    places = [first + i for i in part]
-                    done[places] = vectors.float().cpu()
-                    require_directions(done[places], [f"texts[{i}]" for i in places])
+                    indices = [first + i for i in part]
+                    done[indices] = vectors.float().cpu()
+                    require_directions(done[indices], [f"texts[{i}]" for i in indices])
                     bar.update(len(part))
         if cut:
             warnings.warn(
@@ -104,8 +104,8 @@ class ContrastiveModel(Model):
     ) -> Tensor:
         """The score of each label for each image: float32[N, C], logits.
 
-        templates: texts with "{}" at the label's place; a label's vector is the mean of its texts'
-            vectors, brought to unit norm. None takes the bare label.
+        templates: texts with "{}" at the label's position; a label's vector is the mean of its
+            texts' vectors, brought to unit norm. None takes the bare label.
         `scores.softmax(1)` are probabilities of one label among these, for models trained with the
         softmax loss (CLIP); `scores.sigmoid()` that a label fits by itself, for models trained with
         the sigmoid loss (SigLIP), whose bias they include.
@@ -128,7 +128,7 @@ class ContrastiveModel(Model):
         templates = ["{}"] if templates is None else templates
         require_templates(templates)
         if same := same_labels(self.processor, labels, templates):
-            found = [[labels[i] for i in places] for places in same]
+            found = [[labels[i] for i in indices] for indices in same]
             raise ValueError(
                 f"expected labels that the model can tell apart, found some that it reads as one "
                 f"text: {found}"
@@ -141,7 +141,7 @@ class ContrastiveModel(Model):
 def same_labels(
     processor: PairProcessor, labels: Sequence[str], templates: Sequence[str]
 ) -> list[list[int]]:
-    """The places of labels that are one text to the model, as in every template their ids are the
+    """The indices of labels that are one text to the model, as in every template their ids are the
     same: it may read no capitals, or cut off where they differ. Groups of two and more.
 
     Raises ValueError naming labels of which it reads nothing.
@@ -153,10 +153,10 @@ def same_labels(
     same = [list(range(len(labels)))]
     for template in templates:
         finer = []
-        for places in same:
+        for indices in same:
             groups: dict[tuple[int, ...], list[int]] = {}
-            rows, _ = processor.rows([template.replace("{}", labels[i]) for i in places])
-            for i, row in zip(places, rows):
+            rows, _ = processor.rows([template.replace("{}", labels[i]) for i in indices])
+            for i, row in zip(indices, rows):
                 groups.setdefault(tuple(row), []).append(i)
             finer += [group for group in groups.values() if len(group) > 1]
         same = finer
@@ -173,12 +173,12 @@ def require_labels(labels: Sequence[str]) -> None:
     wrong = [f"labels[{i}]: {x!r}" for i, x in enumerate(labels) if not x.strip()]
     if wrong:
         raise ValueError(f"expected labels that are not empty, found {', '.join(wrong)}")
-    places: dict[str, list[int]] = {}
+    indices: dict[str, list[int]] = {}
     for i, label in enumerate(labels):
-        places.setdefault(label, []).append(i)
-    twice = {label: where for label, where in places.items() if len(where) > 1}
+        indices.setdefault(label, []).append(i)
+    twice = {label: where for label, where in indices.items() if len(where) > 1}
     if twice:
-        raise ValueError(f"expected each label once, found at several places: {twice}")
+        raise ValueError(f"expected each label once, found at several positions: {twice}")
 
 
 def require_templates(templates: Sequence[str]) -> None:
@@ -187,7 +187,7 @@ def require_templates(templates: Sequence[str]) -> None:
         raise ValueError(f"templates is a list of at least one text, found {templates!r}")
     wrong = [template for template in templates if "{}" not in template]
     if wrong:
-        raise ValueError(f"expected templates with {{}} at the label's place, found {wrong}")
+        raise ValueError(f"expected templates with {{}} at the label's position, found {wrong}")
 
 
 def require_directions(vectors: Tensor, names: Sequence[str]) -> None:

@@ -57,7 +57,7 @@ class PairProcessor:
         (self._own,) = self._encode([""], None)
         if len(self._own) >= length:
             raise ValueError(
-                f"length {length} leaves no room beside {len(self._own)} tokens of every text"
+                f"length {length} leaves no token beside {len(self._own)} tokens of every text"
             )
 
     @property
@@ -114,7 +114,7 @@ class PairProcessor:
         return rows, cut
 
     def unread(self, texts: Sequence[str]) -> list[int]:
-        """The places of texts of which the model reads nothing: their ids are those of an empty
+        """The indices of texts of which the model reads nothing: their ids are those of an empty
         one. SigLIP's tokenizer leaves punctuation out, so that "!!!" is such a text."""
         return [i for i, row in enumerate(self._rows(texts)[0]) if row == self._own]
 

@@ -18,7 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlm.data.example import Box
-from vlm.families.decoder_only.image_layout import Arrangement, Sees, StreamLayout, arrange
+from vlm.families.decoder_only.image_layout import (
+    Arrangement,
+    PositionNumbers,
+    Sees,
+    StreamLayout,
+    arrange,
+)
 from vlm.families.rows import require_text, stretched
 from vlm.image_tokens import Pixels, ViewGroup, group_views
 
@@ -28,7 +34,7 @@ class Row:
     """One example, ready to be batched.
 
     name: the example's own name.
-    ids: int64[T], IMAGE at image places; scored: bool[T], True at targets of the loss.
+    ids: int64[T], IMAGE at image positions; scored: bool[T], True at targets of the loss.
     views: pixels of each view, without a view axis, with its (image, view) numbers.
     layout: how the images stand in the stream, and what each position sees.
     boxes: the example's boxes, in the pixels of its original images.
@@ -46,6 +52,11 @@ class Row:
     cut: int = 0
     unscored: Tensor | None = None
     system: str | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        """Its position ids, as its layout has them: int64[T] or int64[3, T]."""
+        return self.layout.positions(self.ids == IMAGE)
 
     @property
     def length(self) -> int:
@@ -79,15 +90,18 @@ def collate(rows: Sequence[Row], pad_id: int, padding: str = "right") -> Batch:
     ids = torch.full((len(rows), T), pad_id)
     valid = torch.zeros(len(rows), T, dtype=torch.bool)
     scored = torch.zeros(len(rows), T, dtype=torch.bool)
+    common = _common(rows)
     positions = torch.zeros(len(rows), T, dtype=torch.long)
+    if common.position_numbers == 3:
+        positions = positions.repeat(3, 1, 1)
     for b, row in enumerate(rows):
         start = 0 if padding == "right" else T - len(row.ids)
         stop = start + len(row.ids)
         ids[b, start:stop] = row.ids
         valid[b, start:stop] = True
-        positions[b, start:stop] = row.layout.positions(len(row.ids))
+        positions[..., b, start:stop] = row.positions
         scored[b, start:stop] = row.scored
-        scored[b, start] = False  # nothing stands before the first place to predict it
+        scored[b, start] = False  # nothing stands before the first position to predict it
     return Batch(
         ids=ids,
         valid=valid,
@@ -97,15 +111,16 @@ def collate(rows: Sequence[Row], pad_id: int, padding: str = "right") -> Batch:
         names=tuple(row.name for row in rows),
         padding=padding,
         arrangement=arrange([row.layout for row in rows]),
-        sees=_sees(rows),
+        sees=common.sees,
     )
 
 
 def collate_packed(rows: Sequence[Row]) -> Batch:
     """A batch of rows, at least one, as one packed row: end to end in their order, no padding.
 
-    The first place of each is no target, since nothing of its own stands before it.
+    The first position of each is no target, since nothing of its own stands before it.
     """
+    common = _common(rows)
     lengths = torch.tensor([len(row.ids) for row in rows])
     bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     scored = torch.cat([row.scored for row in rows])
@@ -114,29 +129,35 @@ def collate_packed(rows: Sequence[Row]) -> Batch:
         ids=torch.cat([row.ids for row in rows])[None],
         valid=torch.ones(1, len(scored), dtype=torch.bool),
         scored=scored[None],
-        positions=torch.cat([row.layout.positions(len(row.ids)) for row in rows])[None],
+        positions=torch.cat([row.positions for row in rows], dim=-1).unsqueeze(-2),
         groups=group_views(rows),
         names=tuple(row.name for row in rows),
         bounds=bounds.int(),
         arrangement=arrange([row.layout for row in rows]),
-        sees=_sees(rows),
+        sees=common.sees,
     )
 
 
-def _sees(rows: Sequence[Row]) -> Sees:
-    """What the positions of all rows see. Raises ValueError naming a row that differs."""
-    sees = rows[0].layout.sees if rows else "causal"
+def _common(rows: Sequence[Row]) -> StreamLayout:
+    """A layout that sees what the positions of all rows see, and has their position numbers. Raises
+    ValueError naming a row that differs."""
+    common = rows[0].layout if rows else StreamLayout()
     for row in rows:
-        if row.layout.sees != sees:
+        if row.layout.sees != common.sees:
             raise ValueError(
-                f"{row.name}: expected a {sees} row, as {rows[0].name} is, found a "
+                f"{row.name}: expected a {common.sees} row, as {rows[0].name} is, found a "
                 f"{row.layout.sees} one"
             )
-    return sees
+        if row.layout.position_numbers != common.position_numbers:
+            raise ValueError(
+                f"{row.name}: expected position_numbers={common.position_numbers}, as "
+                f"{rows[0].name} has, found {row.layout.position_numbers}"
+            )
+    return common
 
 
 def pack_rows(rows: Sequence[Row], most: int) -> list[list[Row]]:
-    """The rows in few parts of at most `most` places each, every part in the rows' own order. A
+    """The rows in few parts of at most `most` positions each, every part in the rows' own order. A
     longer row is a part of its own: none is skipped or cut.
 
     First fit decreasing: the longest row first, each into the first part that has room for it.
@@ -173,11 +194,12 @@ IMAGE = -1
 class Batch:
     """Examples as padded rows, or end to end in one packed row, with the views of their images.
 
-    ids: int64[B, T], text ids, IMAGE at image places, any valid id at padding.
+    ids: int64[B, T], text ids, IMAGE at image positions, any valid id at padding.
     valid: bool[B, T], False at padding, which is all on one side.
     scored: bool[B, T], True where the id is a target of the loss; never at IMAGE, padding or the
-        first place of an example.
-    positions: int64[B, T], the position id of each place within its example; 0 at padding.
+        first position of an example.
+    positions: int64[B, T], or int64[3, B, T] where position ids have three numbers: the position
+        id of each position within its example, as its layout has it; 0 at padding.
     groups: the views of all images, grouped by pixel size; empty for text alone. Their owners are
         numbers of examples.
     names: each example's own name, for messages and records.
@@ -186,7 +208,7 @@ class Batch:
         each has a row of its own.
     arrangement: which image tokens stand in the stream; None where all do, in their order.
     sees: what the positions of every example see, as in `StreamLayout`.
-    dummy_groups: blank views that go through the image tokenizer and the adaptor and are placed
+    dummy_groups: dummy views that go through the image tokenizer and the adaptor and are placed
         nowhere, so that sharded processes make the same calls whatever their rows hold.
     """
 
@@ -203,8 +225,13 @@ class Batch:
     dummy_groups: tuple[ViewGroup, ...] = ()
 
     @property
+    def position_numbers(self) -> PositionNumbers:
+        """How many numbers a position id has."""
+        return 1 if self.positions.dim() == 2 else 3
+
+    @property
     def example(self) -> Tensor:
-        """The number of each place's example among `names`, int64[B, T]."""
+        """The number of each position's example among `names`, int64[B, T]."""
         numbers = torch.arange(len(self.names), device=self.ids.device)
         if self.bounds is None:
             return numbers[:, None].expand(self.ids.shape)
@@ -213,7 +240,7 @@ class Batch:
 
     @property
     def prefix(self) -> Tensor:
-        """The places that see each other, bool[B, T]: none under "causal"; under "prefix" those
+        """The positions that see each other, bool[B, T]: none under "causal"; under "prefix" those
         before an example's first target, image and prompt."""
         if self.sees == "causal":
             return torch.zeros_like(self.valid)
@@ -255,14 +282,14 @@ def place(
     names: Sequence[str],
     bounds: Tensor | None = None,
 ) -> Tensor:
-    """The stream of vectors: image tokens at their places, text vectors elsewhere.
+    """The stream of vectors: image tokens at image positions, text vectors elsewhere.
 
-    text: float[B, T, D]; what it holds at image places is ignored.
-    is_image: bool[B, T], True at image places.
+    text: float[B, T, D]; what it holds at image positions is ignored.
+    is_image: bool[B, T], True at image positions.
     tokens: float[P, D], in stream order; example: int64[P], the example of each.
     names: each example's name, for messages. bounds: of a packed row, as in `Batch`.
-    Raises ValueError where an example has more or fewer places than tokens, naming every such one
-    and both numbers.
+    Raises ValueError where an example has more or fewer image positions than tokens, naming every
+    such one and both numbers.
 
     >>> text = torch.zeros(1, 3, 1)
     >>> is_image = torch.tensor([[False, True, True]])
@@ -272,13 +299,13 @@ def place(
     """
     found = torch.bincount(example, minlength=len(names))
     if bounds is None:
-        places = is_image.sum(1)
+        expected = is_image.sum(1)
     else:
-        places = F.pad(is_image[0].cumsum(0), (1, 0))[bounds].diff()
-    wrong = (found != places).nonzero()[:, 0].tolist()
+        expected = F.pad(is_image[0].cumsum(0), (1, 0))[bounds].diff()
+    wrong = (found != expected).nonzero()[:, 0].tolist()
     if wrong or len(found) != len(names):
         rows = "; ".join(
-            f"{names[row]}: {int(places[row])} image positions in the text, "
+            f"{names[row]}: {int(expected[row])} image positions in the text, "
             f"{int(found[row])} image tokens from its images"
             for row in wrong
         )

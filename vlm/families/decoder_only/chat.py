@@ -59,9 +59,9 @@ class Chat:
         self.model = model
         self.reset()
         messages = list(messages or ())
-        for place, (turn, images) in enumerate(read_messages(messages)):
+        for number, (turn, images) in enumerate(read_messages(messages)):
             self._turns.append(turn)
-            self._seen += self._look(images, f"messages[{place}]")
+            self._seen += self._look(images, f"messages[{number}]")
         if self._turns and self._turns[-1].role == "user":
             raise ValueError("messages: a conversation to go on with ends with the assistant's, "
                              "found the user's; ask that")  # fmt: skip
@@ -95,27 +95,27 @@ class Chat:
         the image; BadRow naming both numbers where the conversation fills the context.
         """
         message = {"role": "user", "content": content}
-        place = len(self._turns)
+        number = len(self._turns)
         last = self._turns[-1].role if self._turns else None
-        turn, images = _read_message(message, place, last)
-        name = f"messages[{place}]"
+        turn, images = _read_message(message, number, last)
+        name = f"messages[{number}]"
         turns = [*self._turns, turn]
         seen = [*self._seen, *self._look(images, name)]
         processor = self.model.processor
-        ids = processor.prompt_ids(turns, [one.layout for one in seen], name)
+        row = processor.prompt_row(turns, [one.layout for one in seen], name)
         options = {**engine.GREEDY, **options}
         if processor.max_tokens is not None:
-            room = processor.max_tokens - len(ids)
+            room = processor.max_tokens - len(row.ids)
             if room < 1:
                 raise BadRow(
-                    f"{name}: the conversation has {len(ids)} tokens, the context takes "
+                    f"{name}: the conversation has {len(row.ids)} tokens, the context takes "
                     f"{processor.max_tokens} with the answer; begin a new one"
                 )
             options["max_new_tokens"] = min(options["max_new_tokens"], room)
         engine.check_options(options, seed)
         if stream and options["num_beams"] > 1:
             raise ValueError(f"stream=True needs num_beams=1, found {options['num_beams']}")
-        pieces = self._pieces(message, turns, seen, ids, seed, options, stream)
+        pieces = self._pieces(message, turns, seen, row, seed, options, stream)
         return pieces if stream else "".join(pieces)
 
     def _pieces(
@@ -123,7 +123,7 @@ class Chat:
         message: dict,
         turns: list[Turn],
         seen: list[_Seen],
-        ids: Tensor,
+        row: Row,
         seed: int | None,
         options: dict,
         stream: bool,
@@ -132,7 +132,7 @@ class Chat:
         decode = self.model.processor.decode
 
         def write(**watch) -> engine.Written:
-            return self._write(seen, ids, seed, _merged(options, watch))
+            return self._write(seen, row, seed, _merged(options, watch))
 
         said = ""
         if stream:
@@ -161,7 +161,7 @@ class Chat:
 
     @torch.no_grad()
     def _write(
-        self, seen: list[_Seen], ids: Tensor, seed: int | None, options: dict
+        self, seen: list[_Seen], row: Row, seed: int | None, options: dict
     ) -> engine.Written:
         """What the model writes after a prompt with the images in it."""
         model = self.model
@@ -172,14 +172,14 @@ class Chat:
             if tokens:
                 packed = torch.cat(tokens)
                 images = packed, torch.zeros(len(packed), dtype=torch.long, device=device)
-            vectors = module.embed(ids[None].to(device), images, ["conversation"])
-            valid = torch.ones(vectors.shape[:2], dtype=torch.bool, device=device)
             ends, pad_id = model.stop_ids, model.processor.pad_id
-            (written,) = engine.write(module, vectors, valid, ends, pad_id, **options)
+            batch = collate([row], pad_id, "left").to(device)
+            vectors = module.embed(batch.ids, images, batch.names)
+            (written,) = engine.write(module, vectors, batch, ends, pad_id, **options)
         return written
 
     def _look(self, images: Sequence, name: str) -> list[_Seen]:
-        """The images' pixels and places; nothing is encoded yet."""
+        """The images' pixels and layouts; nothing is encoded yet."""
         processor = self.model.processor
         mark = processor.image_mark
         rows = [processor.encode_literal([one], mark, name=name) for one in images]
@@ -204,14 +204,14 @@ def read_messages(messages: Sequence[dict]) -> list[tuple[Turn, list]]:
     if isinstance(messages, (str, dict)) or not isinstance(messages, Sequence):
         raise ValueError(f"messages: expected a list of messages, found {_kind(messages)}")
     turns: list[tuple[Turn, list]] = []
-    for place, message in enumerate(messages):
-        turns.append(_read_message(message, place, turns[-1][0].role if turns else None))
+    for number, message in enumerate(messages):
+        turns.append(_read_message(message, number, turns[-1][0].role if turns else None))
     return turns
 
 
-def _read_message(message: dict, place: int, last: str | None) -> tuple[Turn, list]:
+def _read_message(message: dict, number: int, last: str | None) -> tuple[Turn, list]:
     """A message after one of role `last` (None: the first)."""
-    name = f"messages[{place}]"
+    name = f"messages[{number}]"
     if not isinstance(message, dict) or not {"role", "content"} <= set(message):
         found = sorted(map(str, message)) if isinstance(message, dict) else _kind(message)
         raise ValueError(f"{name}: expected the keys role and content, found {found}")

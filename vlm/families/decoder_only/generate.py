@@ -5,7 +5,7 @@ every row's next token stands at the end; greedy ids in a batch equal those of a
 `generate` sees no prompt ids, only vectors: `repetition_penalty` and `no_repeat_ngram_size` look at
 what was written alone, and lengths (`length_penalty`, `min_new_tokens`) count it alone.
 
-Shapes: B example, T text position, N scored place, D decoder width, Z vocabulary.
+Shapes: B example, T text position, N scored position, D decoder width, Z vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from vlm.compat.transformers import BaseStreamer
+from vlm.compat.transformers import BaseStreamer, prompt_position_ids
 from vlm.families.decoder_only.batch import Batch
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.losses.token import state_losses, sum_by_row
@@ -44,7 +44,7 @@ def generate(
         raise ValueError("generation continues at the end of rows: pad the batch on the left")
     images = module.encode(batch.groups, batch.arrangement)
     vectors = module.embed(batch.ids, images, batch.names)
-    return write(module, vectors, batch.valid, stop_ids, pad_id, **options)
+    return write(module, vectors, batch, stop_ids, pad_id, **options)
 
 
 def check_options(options: dict, seed: int | None = None) -> None:
@@ -65,28 +65,34 @@ def check_options(options: dict, seed: int | None = None) -> None:
 def write(
     module: DecoderOnly,
     vectors: Tensor,
-    valid: Tensor,
+    batch: Batch,
     stop_ids: Sequence[int],
     pad_id: int,
     **options,
 ) -> list[Written]:
     """What is written after each row of a stream.
 
-    vectors: float[B, T, D], padded on the left. valid: bool[B, T], False at padding.
+    vectors: float[B, T, D]. batch: of whose rows they are, padded on the left; its images are not
+        encoded again. Position ids are those of its layouts, and what is written goes on at the
+        largest number of each row + 1.
     options: transformers' names (`max_new_tokens`, `num_beams`, `do_sample`, `temperature`,
         `top_p`, ...), greedy by default; with `do_sample`, transformers' `top_k` is 50 unless
         given. `num_return_sequences`, `max_length` and `min_length` are refused.
+    Raises ValueError for an option that is refused, and as `DecoderOnly.require_layout` does.
     """
     check_options(options)
-    out = module.text.generate(
-        inputs_embeds=vectors,
-        attention_mask=valid.long(),
-        eos_token_id=list(stop_ids),
-        pad_token_id=pad_id,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **{**GREEDY, **options},
-    )
+    module.require_layout(batch)
+    with prompt_position_ids(module.text, batch.positions) as where:
+        out = module.text.generate(
+            inputs_embeds=vectors,
+            attention_mask=batch.valid.long(),
+            eos_token_id=list(stop_ids),
+            pad_token_id=pad_id,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **where,
+            **{**GREEDY, **options},
+        )
     logprobs = module.text.compute_transition_scores(
         out.sequences,
         tuple(logits.float() for logits in out.logits),
@@ -185,7 +191,7 @@ def image_gain(module: DecoderOnly, batch: Batch) -> tuple[Tensor, Tensor]:
     """How much the right image helps: (right, wrong), nats per row, fp32[B].
 
     right: each row's loss with its own images. wrong: with those of another row of the batch that
-    takes as many places; NaN where no other row does, or the row has no image.
+    takes as many positions; NaN where no other row does, or the row has no image.
     Each image is encoded once.
     """
     encoded = module.encode(batch.groups, batch.arrangement)

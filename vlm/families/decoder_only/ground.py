@@ -146,9 +146,7 @@ def _questions(
         resize = processor.pixel_spec.resize_record(size_hw)
         own = tokens[owner == at]
         for phrase in asked[i]:
-            ids = processor.prompt_ids((_turn(prompt, phrase),), row.layout.images, row.name)
-            nothing = torch.zeros(len(ids), dtype=torch.bool)
-            asks = Row(name=row.name, ids=ids, scored=nothing, views=(), layout=row.layout)
+            asks = processor.prompt_row((_turn(prompt, phrase),), row.layout.images, row.name)
             questions.append(_Question(i, phrase, resize, own, asks))
     return questions
 
@@ -170,8 +168,7 @@ def _answers(
         tokens = torch.cat([question.tokens for question in part])
         vectors = model.module.embed(batch.ids, (tokens, owner), batch.names)
         answers = engine.write(
-            model.module, vectors, batch.valid, model.stop_ids, model.processor.pad_id,
-            **options,
+            model.module, vectors, batch, model.stop_ids, model.processor.pad_id, **options
         )  # fmt: skip
         for q, answer in zip(chosen, answers):
             written[q] = answer
@@ -277,7 +274,7 @@ def _check(model: Model, prompt: str, batch_size: int) -> None:
 
 
 def require_prompt(prompt: str) -> None:
-    """Raises ValueError for a prompt that has no place for a phrase, or others beside it."""
+    """Raises ValueError for a prompt without {phrase}, or with other braces."""
     try:
         asks = prompt.format(phrase="\ue000") != prompt.format(phrase="")
     except (KeyError, IndexError, AttributeError, ValueError):

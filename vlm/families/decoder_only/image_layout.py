@@ -73,28 +73,70 @@ class ImageLayout:
 
 
 Sees = Literal["causal", "prefix"]
+PositionNumbers = Literal[1, 3]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamLayout:
-    """How the images of one row stand in its stream, and what each position sees.
+    """How the images of one row stand in its stream, what each position sees, and its position id.
 
     images: in the order of the stream.
     sees: "causal": each position sees itself and those before it; "prefix": besides, all positions
         before the first target see each other.
+    position_numbers: how many numbers a position id has: one, or three (temporal, row, column) for
+        language models with multimodal rotary position embedding, such as Qwen2-VL's.
     """
 
     images: tuple[ImageLayout, ...] = ()
     sees: Sees = "causal"
+    position_numbers: PositionNumbers = 1
 
     @property
     def spans(self) -> tuple[Span, ...]:
         """The runs of image tokens of all images, in stream order."""
         return tuple(span for image in self.images for span in image.spans)
 
-    def positions(self, length: int) -> Tensor:
-        """The position ids int64[T] of a row of `length` places, one number for each, from 0."""
-        return torch.arange(length)
+    def positions(self, is_image: Tensor) -> Tensor:
+        """The position ids of a row, from 0: int64[T], or int64[3, T] of three numbers.
+
+        is_image: bool[T], True at image positions.
+        Text counts all three numbers on. The grid of a span keeps the temporal number that it
+        begins with, and from there counts its rows and columns; what follows goes on at the largest
+        number + 1. Tokens of a span before its grid, or without one, count as text.
+        Raises ValueError for three numbers where there are more or fewer image positions than
+        tokens in the spans.
+        Source: Qwen2-VL, "Multimodal Rotary Position Embedding"; transformers,
+        `modeling_qwen2_vl.py`, `get_rope_index`.
+
+        >>> span = Span(length=6, grid_hw=(2, 3))
+        >>> image = ImageLayout(pieces=(span,), encoded=6)
+        >>> layout = StreamLayout(images=(image,), position_numbers=3)
+        >>> layout.positions(torch.tensor([False] + [True] * 6 + [False]))
+        tensor([[0, 1, 1, 1, 1, 1, 1, 4],
+                [0, 1, 1, 1, 2, 2, 2, 4],
+                [0, 1, 2, 3, 1, 2, 3, 4]])
+        """
+        positions = torch.arange(len(is_image))
+        if self.position_numbers == 1:
+            return positions
+        positions = positions.repeat(3, 1)
+        lengths = [span.length for span in self.spans]
+        image_at = is_image.nonzero()[:, 0]
+        if len(image_at) != sum(lengths):
+            raise ValueError(
+                f"expected {sum(lengths)} image positions, as the layout says, found "
+                f"{len(image_at)}"
+            )
+        for span, at in zip(self.spans, image_at.split(lengths)):
+            if span.grid_hw is None:
+                continue
+            h, w = span.grid_hw
+            at = at[span.length - h * w :]
+            rows_columns = torch.cartesian_prod(torch.arange(h), torch.arange(w)).T
+            positions[:, at[-1] + 1 :] -= h * w - max(h, w)
+            positions[:, at] = positions[0, at[0]]
+            positions[1:, at] += rows_columns
+        return positions
 
     def first(self, count: int) -> StreamLayout:
         """The layout of a row that ends after its first `count` images."""
@@ -105,7 +147,7 @@ class StreamLayout:
 class Arrangement:
     """Which image tokens of a batch stand in the stream, and in what order.
 
-    source: int64[P], for each image place of the stream its number among the tokens that the
+    source: int64[P], for each image position of the stream its number among the tokens that the
         adaptor gives, counted through all examples, images and views.
     encoded: how many tokens the adaptor is to give.
     """

@@ -16,18 +16,17 @@ from vlm import adaptors, tokenizers
 from vlm.data.grounding import GROUND_PROMPT
 from vlm.families import native_layout
 from vlm.families.decoder_only import view_order
+from vlm.families.decoder_only.chat_template import Template
+from vlm.families.decoder_only.image_layout import PositionNumbers
 from vlm.families.decoder_only.model import ANSWER_PROMPT, DecoderOnlyModel
-from vlm.families.decoder_only.module import DecoderOnly, Places
-from vlm.families.decoder_only.processor import MARK, Processor, Template
+from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
+from vlm.families.decoder_only.processor import MARK, Processor
 from vlm.families.decoder_only.view_order import InTurn
-from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.families.registry import model_of
 from vlm.geometry import LocTokens
 from vlm.weights import load_weights, read_weights
 
 SOURCE = "our own"
-MASKS = {"causal": DecoderOnly, "prefix": PrefixDecoder}
-"""What a place of the stream sees -> the family whose mask it is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +35,8 @@ class Folder(native_layout.Folder):
 
     adaptor: a configuration with its `kind`. stop_ids: ids that end an answer. loc: how boxes are
     written; None: not at all. views: how the views of an image follow each other, a configuration
-    with its `kind`. template: how the chat template is used. The rest is the prompts'.
+    with its `kind`. template: how the chat template is used. position_numbers: as in
+    `StreamLayout`. The rest is the prompts'.
     """
 
     adaptor: dict[str, Any]
@@ -53,6 +53,7 @@ class Folder(native_layout.Folder):
     framed: bool = False
     views: dict[str, Any] = field(default_factory=lambda: view_order.config_of(InTurn()))
     template: Template = field(default_factory=Template)
+    position_numbers: PositionNumbers = 1
 
 
 def save(model: DecoderOnlyModel, folder: Path, merge: bool = True) -> None:
@@ -74,8 +75,9 @@ def save(model: DecoderOnlyModel, folder: Path, merge: bool = True) -> None:
         loc=model.processor.loc,
         image_mark=model.processor.image_mark,
         framed=model.processor.framed,
-        views=view_order.config_of(model.processor.places_for.views),
+        views=view_order.config_of(model.processor.layout_for.views),
         template=model.processor.template,
+        position_numbers=model.processor.position_numbers,
     )
     native_layout.write(model, description, folder, merge)
 
@@ -85,15 +87,15 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
 
     Raises ValueError naming the file and what does not fit.
     """
+    return load_as(DecoderOnly, folder, values)
+
+
+def load_as(module_class: type[DecoderOnly], folder: Path, values: dict[str, Any]) -> Any:
+    """What `load` gives, as the public model of the family whose module's class this is."""
     said = native_layout.read_description(Folder, folder, values)
-    families = {family.family: family for family in MASKS.values()}
-    if said.family not in families:
-        raise ValueError(
-            f"{folder / 'config.json'}: family {said.family!r} is not one of {', '.join(families)}"
-        )
 
     def make() -> DecoderOnly:
-        return families[said.family](
+        return module_class(
             tokenizers.build(said.tokenizer),
             adaptors.build(said.adaptor),
             AutoModelForCausalLM.from_config(AutoConfig.for_model(**said.text)),
@@ -106,7 +108,7 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
     processor = Processor(
         native_layout.read_text_tokenizer(folder),
         module.tokenizer.pixel_spec,
-        Places(module.tokenizer, module.adaptor, view_order.build(said.views)),
+        ImageLayouts(module.tokenizer, module.adaptor, view_order.build(said.views)),
         system=said.system,
         max_tokens=said.max_tokens,
         loc=said.loc,
@@ -114,6 +116,7 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
         prefix=module.sees == "prefix",
         framed=said.framed,
         template=said.template,
+        position_numbers=said.position_numbers,
     )
     return model_of(
         module=module.eval(),

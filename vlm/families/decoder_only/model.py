@@ -103,7 +103,7 @@ class DecoderOnlyModel(Model):
     def answer_examples(
         self, examples: Sequence[Example], batch_size: int = 16, **options
     ) -> list[str]:
-        """What the model writes at the place of each example's last answer."""
+        """What the model writes in place of each example's last answer."""
         rows = (self.processor.encode_prompt(example.question()) for example in examples)
         return [g.text for g in self._generate(rows, len(examples), batch_size, **options)]
 

@@ -3,7 +3,7 @@
 LLaVA, DeepSeek-VL, Idefics and Qwen-VL are of this family. The parts arrive finished; stages,
 learning rates, devices and sharding are unknown here.
 
-Shapes: B example, T text position, V view, P packed image tokens, N scored place, D decoder
+Shapes: B example, T text position, V view, P packed image tokens, N scored position, D decoder
 width, Z vocabulary.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from vlm.compat.transformers import has_multimodal_rotary
 from vlm.families.decoder_only.batch import IMAGE, Batch, place
 from vlm.families.decoder_only.image_layout import Arrangement, ImageLayout, Sees
 from vlm.families.decoder_only.view_order import InTurn, ViewOrder
@@ -21,8 +22,8 @@ from vlm.image_tokens import ImageTokenizer, ViewGroup, meta_twin, pack
 from vlm.kernels.packed_attention import read_segments
 
 
-class Places:
-    """Lays out images in the stream before any compute.
+class ImageLayouts:
+    """The layout of any image in the stream, before any compute.
 
     Holds shapes and no weights, so that a loader's workers carry it lightly.
     views: how the views of an image follow each other.
@@ -69,7 +70,7 @@ class DecoderOnly(nn.Module):
         return {"tokenizer": self.tokenizer, "adaptor": self.adaptor, "text": self.text}
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits float[N, Z] at the scored places only, row by row, each from the place before."""
+        """Logits float[N, Z] at the scored positions only, row by row, each from the one before."""
         return self.logits(self.states(batch))
 
     def states(self, batch: Batch) -> Tensor:
@@ -105,7 +106,7 @@ class DecoderOnly(nn.Module):
     ) -> Tensor:
         """The stream float[B, T, D] that the language model reads; arguments as in `Batch`.
 
-        Raises ValueError where image places and image tokens of an example differ in number.
+        Raises ValueError where image positions and image tokens of an example differ in number.
         """
         is_image = ids == IMAGE
         vectors = self.text.get_input_embeddings()(ids.masked_fill(is_image, 0))
@@ -114,28 +115,36 @@ class DecoderOnly(nn.Module):
             return place(vectors, is_image, *nothing, names, bounds)
         return place(vectors, is_image, *images, names, bounds)
 
-    def require_sees(self, batch: Batch) -> None:
-        """Raises ValueError naming the row where rows are made for another family's mask."""
+    def require_layout(self, batch: Batch) -> None:
+        """Raises ValueError naming the row where rows are made for another family's mask, or for a
+        language model whose position ids have more numbers."""
         if batch.sees != self.sees:
             raise ValueError(
                 f"{batch.names[0]}: expected a {self.sees} row, as {self.family} reads, found a "
                 f"{batch.sees} one"
             )
+        if batch.position_numbers == 3 and not has_multimodal_rotary(self.text):
+            raise ValueError(
+                f"{batch.names[0]}: expected one number in a position id, as "
+                f"{type(self.text).__name__} takes, found 3"
+            )
 
     def read(self, vectors: Tensor, batch: Batch) -> Tensor:
         """The language model's final states float[B, T, D].
 
-        Right padding needs no mask: under causal attention no real place sees a later one.
+        Right padding needs no mask: under causal attention no real position sees a later one; and
+        position ids of one number are then those that the language model counts by itself.
         Raises ValueError for a packed row where the language model cannot keep examples apart, and
-        for rows that are to be read as a prefix.
+        as `require_layout` does.
         """
-        self.require_sees(batch)
+        self.require_layout(batch)
         if batch.bounds is not None:
             return read_segments(self.text, vectors, batch.positions, batch.bounds)
-        if batch.padding == "right":
-            where = {}
-        else:
-            where = {"attention_mask": batch.valid, "position_ids": batch.positions}
+        where = {}
+        if batch.padding == "left":
+            where["attention_mask"] = batch.valid
+        if batch.padding == "left" or batch.position_numbers == 3:
+            where["position_ids"] = batch.positions
         out = self.text.get_decoder()(inputs_embeds=vectors, use_cache=False, **where)
         return out.last_hidden_state
 

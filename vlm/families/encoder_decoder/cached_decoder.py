@@ -1,7 +1,7 @@
 """Decoders that read one id of each row at a time, and remember what they have read.
 
 The decoders of TrOCR and mBART are stepped through layer by layer: image keys and values are
-projected once, the keys and values of what was written lie in buffers that grow by blocks, and no
+projected once, the keys and values of earlier tokens lie in buffers that grow by blocks, and no
 more is computed than the next id needs. Other decoders take their own step, with transformers'
 cache.
 
@@ -31,8 +31,8 @@ IMAGE_ROWS = 2048
 class Stepper(Protocol):
     """A decoder that reads one id of each row at a time."""
 
-    def step(self, ids: Tensor, place: int) -> Tensor:
-        """The final states float[B, D] of ids int64[B] that stand at `place`."""
+    def step(self, ids: Tensor, position: int) -> Tensor:
+        """The final states float[B, D] of ids int64[B] that stand at `position`."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The scores float[B, Z] of final states."""
@@ -56,7 +56,7 @@ class CachedStepper:
         self.memory = memory
         self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
 
-    def step(self, ids: Tensor, place: int) -> Tensor:
+    def step(self, ids: Tensor, position: int) -> Tensor:
         valid = self.memory.valid
         out = self.text.base_model(
             input_ids=ids[:, None],
@@ -73,7 +73,7 @@ class CachedStepper:
 
 
 BLOCK = 64
-"""Places by which the buffers for what was written grow."""
+"""Positions by which the buffers for generated tokens grow."""
 
 
 class LayerStepper:
@@ -97,14 +97,14 @@ class LayerStepper:
             mask = memory.tokens.new_zeros(memory.valid.shape)
             self.mask = mask.masked_fill(~memory.valid, float("-inf"))[:, None, None, :]
 
-    def step(self, ids: Tensor, place: int) -> Tensor:
+    def step(self, ids: Tensor, position: int) -> Tensor:
         decoder, ids = self.decoder, ids[:, None]
-        positions = embed_positions(decoder, ids, place)
+        positions = embed_positions(decoder, ids, position)
         x_BD = (decoder.embed_tokens(ids) + positions)[:, 0]
         if decoder.layernorm_embedding is not None:
             x_BD = decoder.layernorm_embedding(x_BD)
         for layer in self.layers:
-            x_BD = layer.step(x_BD, place, self.mask)
+            x_BD = layer.step(x_BD, position, self.mask)
         return x_BD if self.closing_norm is None else self.closing_norm(x_BD)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class LayerStepper:
 
 
 class _Layer:
-    """One layer of a decoder with what it has seen: float[B, A, places, F] each."""
+    """One layer of a decoder with what it has seen: float[B, A, positions, F] each."""
 
     def __init__(self, layer: nn.Module, pre_norm: bool, rows: int, memory: Tensor) -> None:
         text, image = layer.self_attn, layer.encoder_attn
@@ -135,11 +135,12 @@ class _Layer:
             self._heads(packed([layer], IMAGE_ROWS)(memory)).contiguous()
             for layer in (image.k_proj, image.v_proj)
         ]
-        self.written = [self._room(memory, rows) for _ in range(2)]
+        self.cache = [self._empty(memory, rows) for _ in range(2)]
 
-    def step(self, x_BD: Tensor, place: int, mask: Tensor | None) -> Tensor:
-        """What the layer makes of the states at `place`. mask: float[B, 1, 1, L] on the memory."""
-        x_BD = self._block(x_BD, self.norms[0], lambda x: self._read_text(x, place))
+    def step(self, x_BD: Tensor, position: int, mask: Tensor | None) -> Tensor:
+        """What the layer makes of the states at `position`. mask: float[B, 1, 1, L] on the
+        memory."""
+        x_BD = self._block(x_BD, self.norms[0], lambda x: self._read_text(x, position))
         x_BD = self._block(x_BD, self.norms[1], lambda x: self._read_memory(x, mask))
         return self._block(
             x_BD, self.mlp_norm, lambda x: self.narrow(self.activation(self.widen(x)))
@@ -147,7 +148,7 @@ class _Layer:
 
     def keep(self, rows: Tensor) -> None:
         self.memory = [held.index_select(0, rows) for held in self.memory]
-        self.written = [held.index_select(0, rows) for held in self.written]
+        self.cache = [held.index_select(0, rows) for held in self.cache]
 
     def _block(self, x_BD: Tensor, norm: nn.Module, change: Callable[[Tensor], Tensor]) -> Tensor:
         """One residual block, its norm before (mBART) or after (TrOCR)."""
@@ -155,14 +156,14 @@ class _Layer:
             return x_BD + change(norm(x_BD))
         return norm(x_BD + change(x_BD))
 
-    def _read_text(self, x_BD: Tensor, place: int) -> Tensor:
-        if place >= self.written[0].shape[2]:
-            more = self._room(x_BD, len(x_BD))
-            self.written = [torch.cat([held, more], 2) for held in self.written]
+    def _read_text(self, x_BD: Tensor, position: int) -> Tensor:
+        if position >= self.cache[0].shape[2]:
+            more = self._empty(x_BD, len(x_BD))
+            self.cache = [torch.cat([held, more], 2) for held in self.cache]
         query, *new = self.query_key_value(x_BD)[:, None].chunk(3, dim=-1)
-        for held, fresh in zip(self.written, new):
-            held[:, :, place] = self._heads(fresh)[:, :, 0]
-        keys, values = (held[:, :, : place + 1] for held in self.written)
+        for held, fresh in zip(self.cache, new):
+            held[:, :, position] = self._heads(fresh)[:, :, 0]
+        keys, values = (held[:, :, : position + 1] for held in self.cache)
         return self.text_out(self._attend(query, keys, values, None))
 
     def _read_memory(self, x_BD: Tensor, mask: Tensor | None) -> Tensor:
@@ -186,6 +187,6 @@ class _Layer:
         B, T, D = x_BTD.shape
         return x_BTD.view(B, T, self.heads, D // self.heads).transpose(1, 2)
 
-    def _room(self, like: Tensor, rows: int) -> Tensor:
-        """An empty buffer for `BLOCK` places more."""
+    def _empty(self, like: Tensor, rows: int) -> Tensor:
+        """An empty buffer for `BLOCK` positions more."""
         return like.new_zeros(rows, self.heads, BLOCK, self.memory[0].shape[-1])

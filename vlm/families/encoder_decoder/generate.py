@@ -63,9 +63,9 @@ def greedy(
 
     groups: the examples' views. start_ids: what each row begins with; prompts: what each begins
         with instead, of any lengths. end_ids: ids that end a row. pad_id: never read where an
-        image or a text is. banned: ids that are never written.
-    Returns for each row the ids written, the end included where one was, and the log-probability of
-    each in nats under the model's own distribution, banned ids included.
+        image or a text is. banned: ids that are never generated.
+    Returns for each row the generated ids, the end included where one was, and the log-probability
+    of each in nats under the model's own distribution, banned ids included.
     Raises ValueError where the decoder has fewer positions than prompt and text may take, and for
     an option that cannot be.
     """
@@ -85,7 +85,7 @@ def greedy_from(
     banned: Sequence[int] = (),
 ) -> list[Written]:
     """`greedy` from a memory that was encoded before; starts: what each row begins with."""
-    longest = _room(module, starts, max_new_tokens)
+    longest = _longest_start(module, starts, max_new_tokens)
     device = memory.tokens.device
     shortest = min(len(start) for start in starts)
     given = torch.full((len(starts), longest), pad_id)
@@ -96,22 +96,22 @@ def greedy_from(
     ends = torch.tensor(sorted(set(end_ids)), device=device)
     forbidden = torch.tensor(sorted(set(banned)), dtype=torch.long, device=device)
 
-    written = given.new_zeros(len(starts), max_new_tokens)
+    generated = given.new_zeros(len(starts), max_new_tokens)
     logprobs = torch.zeros(len(starts), max_new_tokens, device=device)
     counts = torch.zeros_like(lengths)
     active = torch.arange(len(starts), device=device)  # the rows that the stepper holds
     done = torch.zeros(len(starts), dtype=torch.bool, device=device)  # of these
     stepper = stepper_of(module, memory)
     ids = given[:, 0]
-    for place in range(longest + max_new_tokens):
-        hidden = stepper.step(ids, place)
-        chosen = given[active, min(place + 1, longest - 1)]
-        if place + 1 >= shortest:
+    for position in range(longest + max_new_tokens):
+        hidden = stepper.step(ids, position)
+        chosen = given[active, min(position + 1, longest - 1)]
+        if position + 1 >= shortest:
             best, logprob = _choose(stepper.logits(hidden), forbidden)
-            writes = (place + 1 >= lengths[active]) & ~done
+            writes = (position + 1 >= lengths[active]) & ~done
             chosen = torch.where(writes, best, chosen)
             rows = active[writes]
-            written[rows, counts[rows]] = best[writes]
+            generated[rows, counts[rows]] = best[writes]
             logprobs[rows, counts[rows]] = logprob[writes]
             counts[rows] += 1
             done |= writes & (torch.isin(best, ends) | (counts[active] == max_new_tokens))
@@ -125,7 +125,7 @@ def greedy_from(
         ids = chosen
     return [
         (ids[:count], values[:count])
-        for ids, values, count in zip(written.tolist(), logprobs.tolist(), counts.tolist())
+        for ids, values, count in zip(generated.tolist(), logprobs.tolist(), counts.tolist())
     ]
 
 
@@ -143,7 +143,7 @@ def greedy_plain(
     """The slow twin of `greedy`: the module's own forward over the whole stream for each id."""
     memory = module.encode(groups)
     starts = _starts(memory, start_ids, prompts)
-    _room(module, starts, max_new_tokens)
+    _longest_start(module, starts, max_new_tokens)
     rows = []
     for row, start in enumerate(starts):
         own = memory.rows(torch.tensor([row], device=memory.tokens.device))
@@ -177,7 +177,7 @@ def beam(
 
     options: transformers' names (`num_beams`, `max_new_tokens`, `length_penalty`,
         `no_repeat_ngram_size`, `do_sample`, ...). The other arguments are those of `greedy`;
-        prompts of several lengths are written in groups of one length.
+        prompts of several lengths are generated in groups of one length.
     Returns, as `greedy` does, ids and the log-probability of each under the model's own
     distribution, before any of the options bends it: a row's sum is the log-probability of its
     text, whatever search found it.
@@ -185,7 +185,7 @@ def beam(
     check_options(options)
     memory = encode(module, groups)
     starts = _starts(memory, start_ids, prompts)
-    _room(module, starts, options.get("max_new_tokens", 1))
+    _longest_start(module, starts, options.get("max_new_tokens", 1))
     rows: list[Written | None] = [None] * len(starts)
     for length in sorted({len(start) for start in starts}):
         chosen = [row for row, start in enumerate(starts) if len(start) == length]
@@ -210,8 +210,8 @@ def _generate(
     valid = memory.valid
     first = first_position(module.text)
     if first:  # transformers would count from 0
-        places = torch.arange(first, first + ids.shape[1], device=ids.device)
-        options["position_ids"] = places.expand_as(ids)
+        positions = torch.arange(first, first + ids.shape[1], device=ids.device)
+        options["position_ids"] = positions.expand_as(ids)
     out = module.text.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),  # a start id may be the pad id
@@ -233,8 +233,8 @@ def _generate(
         normalize_logits=True,
     )
     rows = []
-    written = out.sequences[:, ids.shape[1] :].tolist()
-    for row_ids, row in zip(written, logprobs.tolist()):
+    generated = out.sequences[:, ids.shape[1] :].tolist()
+    for row_ids, row in zip(generated, logprobs.tolist()):
         ends = [t for t, id in enumerate(row_ids) if id in end_ids]
         length = ends[0] + 1 if ends else len(row_ids)
         rows.append((row_ids[:length], row[:length]))
@@ -259,9 +259,11 @@ def _starts(
     return starts
 
 
-def _room(module: EncoderDecoder, starts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+def _longest_start(
+    module: EncoderDecoder, starts: Sequence[Sequence[int]], max_new_tokens: int
+) -> int:
     """The longest of `starts`. Raises ValueError where the decoder has too few positions; the last
-    id that is written needs none."""
+    id that is generated needs none."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
     longest = max(len(start) for start in starts)

@@ -22,7 +22,7 @@ from vlm.metrics.calibration import apply_temperature
 from vlm.ocr import tagged_text
 from vlm.ocr.from_generation import lines_of
 from vlm.ocr.results import Reading, Token, Transcript
-from vlm.ocr.streaming import batches, check_images, filter_by_confidence, open_each
+from vlm.ocr.streaming import batches, check_images, filter_with_warning, open_each
 from vlm.text.decoders import positions_of
 from vlm.text.generation import Generation, Written
 
@@ -36,7 +36,7 @@ class EncoderDecoderModel(TextReader):
 
     processor: preprocessing and texts; its start and pad ids are the checkpoint's.
     end_ids: ids that end a text. max_new_tokens: the longest text, its end included. banned: ids
-    that are never written. generation: how the folder says that texts are written, in
+    that are never generated. generation: how the folder says that texts are generated, in
     transformers' names; greedy where it says nothing.
     reads: one of READS. prompt: what asks for the text of a page; None: the start ids alone. Both
     are kept in our own layout alone.
@@ -110,12 +110,12 @@ class EncoderDecoderModel(TextReader):
         for held in batches(open_each(images), lambda held: len(held) == batch_size):
             names, pages = zip(*held)
             del held
-            written = self.generate(pages, [prompt] * len(pages), batch_size, **options)
+            generated = self.generate(pages, [prompt] * len(pages), batch_size, **options)
             sizes_hw = [(page.height, page.width) for page in pages]
             del pages  # before the next ones are opened
-            for name, one, size_hw in zip(names, written, sizes_hw):
+            for name, one, size_hw in zip(names, generated, sizes_hw):
                 reading = self._page(one, prompt, size_hw)
-                yield filter_by_confidence(reading, name, min_confidence)
+                yield filter_with_warning(reading, name, min_confidence)
 
     def generate(
         self,
@@ -196,7 +196,7 @@ class EncoderDecoderModel(TextReader):
         return [self._transcript(*pair) for pair in self._write(rows, num_beams, **options)]
 
     def _write(self, rows: Sequence[Row], num_beams: int, **options) -> list[Written]:
-        """Ids and log-probabilities of what is written on each row."""
+        """Ids and log-probabilities of what is generated for each row."""
         batch = collate(rows, self.processor.pad_id).to(self.device, self.pixel_dtype)
         most, positions = self.max_new_tokens, positions_of(self.module.text.config)
         if positions is not None:  # a prompt takes some of them
@@ -219,13 +219,13 @@ class EncoderDecoderModel(TextReader):
         tokens, _ = self._tokens(ids, logprobs, self.processor.pieces(ids))
         return Transcript(tuple(tokens), apply_temperature(sum(logprobs), self.temperatures.line))
 
-    def _page(self, written: Generation, prompt: str | None, size_hw: tuple[int, int]) -> Reading:
-        """What was written on a page of size_hw pixels. Fields that the prompt begins, after its
+    def _page(self, generated: Generation, prompt: str | None, size_hw: tuple[int, int]) -> Reading:
+        """What was generated for a page of size_hw pixels. Fields that the prompt begins, after its
         first token, which names the task, are part of the answer."""
-        pieces = tagged_text.pieces(self.processor, written.ids)
-        tokens, end = self._tokens(written.ids, written.logprobs, pieces)
+        pieces = tagged_text.pieces(self.processor, generated.ids)
+        tokens, end = self._tokens(generated.ids, generated.logprobs, pieces)
         begun = self.processor.prompt_ids(prompt)[1:]
-        values = tagged_text.read_json(self.processor, [*begun, *written.ids])
+        values = tagged_text.read_json(self.processor, [*begun, *generated.ids])
         return Reading(lines_of(tokens, end, size_hw), size_hw, values)
 
     def _tokens(

@@ -2,11 +2,11 @@
 
 TrOCR and Donut are of this family. The parts arrive finished; stages, learning rates, devices and
 sharding are unknown here. A row of a batch is the decoder's whole stream, start ids first, then the
-answer and its end, right padded; the logits of a scored place come from the place before it, so
-that labels are shifted once and nowhere else.
+answer and its end, right padded; the logits of a scored position come from the position before it,
+so that labels are shifted once and nowhere else.
 
 Shapes: B example, T text position, V view, L image tokens (here of an example, all its views
-together), P packed image tokens, N scored place, D decoder width, Z vocabulary.
+together), P packed image tokens, N scored position, D decoder width, Z vocabulary.
 """
 
 from __future__ import annotations
@@ -67,15 +67,16 @@ class EncoderDecoder(nn.Module):
         return {"tokenizer": self.tokenizer, "adaptor": self.adaptor, "text": self.text}
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits float[N, Z] at the scored places only, row by row, each from the place before.
+        """Logits float[N, Z] at the scored positions only, row by row, each from the position
+        before.
 
         Raises ValueError naming the rows that have no image, and for padding on the left.
         """
         return self.logits(self.states(batch))
 
     def states(self, batch: Batch) -> Tensor:
-        """The final states float[N, D] that `forward` makes logits of, for losses that have no room
-        for all logits at once (`vlm.losses.token`). Raises ValueError as `forward` does."""
+        """The final states float[N, D] that `forward` makes logits of, for losses that have no
+        memory for all logits at once (`vlm.losses.token`). Raises ValueError as `forward` does."""
         if batch.bounds is not None:
             raise ValueError("encoder-decoders read rows of their own, found one packed row")
         if batch.padding == "left" and not bool(batch.valid.all()):
@@ -107,7 +108,7 @@ class EncoderDecoder(nn.Module):
     def read(self, ids: Tensor, memory: Memory) -> Tensor:
         """The decoder's final states float[B, T, D] of streams int64[B, T], right padded.
 
-        Padding needs no mask: under causal attention no real place sees a later one.
+        Padding needs no mask: under causal attention no real position sees a later one.
         """
         out = self.text.base_model(
             input_ids=ids,
@@ -136,8 +137,8 @@ def gather(tokens: Tensor, example: Tensor) -> Memory:
     if bool((counts == L).all()):
         return Memory(tokens.view(B, L, -1), None)
     starts = counts.cumsum(0) - counts
-    place = torch.arange(len(example), device=example.device) - starts[example]
-    padded = tokens.new_zeros(B, L, tokens.shape[-1]).index_put((example, place), tokens)
+    position = torch.arange(len(example), device=example.device) - starts[example]
+    padded = tokens.new_zeros(B, L, tokens.shape[-1]).index_put((example, position), tokens)
     return Memory(padded, torch.arange(L, device=counts.device) < counts[:, None])
 
 

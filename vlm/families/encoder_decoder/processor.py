@@ -20,7 +20,7 @@ class LineProcessor:
     """Images and the texts in them in, rows of ids and pixels out.
 
     A row is the decoder's stream: start ids, the text's ids, the end id. Exactly the text and the
-    end are scored, by their places: a pad id that is also the end id does no harm.
+    end are scored, by their positions: a pad id that is also the end id does no harm.
     text_tokenizer: a fast transformers tokenizer; its own first and last tokens are not added.
     pixel_spec: the image tokenizer's own preprocessing.
     start_ids: what each row begins with. end_id: what it ends with. pad_id: at padding.
@@ -64,15 +64,25 @@ class LineProcessor:
     def encode(self, example: Example) -> Row | Skipped:
         """A training row: the image, and the example's answer as the text to write.
 
-        What the user's turn says is a literal prompt, which is not scored.
-        Raises BadRow or BadImage naming the row where there is no image, it cannot be read, or
-        the text has characters that the vocabulary lacks, or spells one of the tokenizer's own
-        marks, which would end it early. Gives Skipped where the row is longer than `max_tokens`
-        and must not be cut.
+        What the user's turn says is a literal prompt, which is not scored; a system message is not
+        read.
+        Raises BadRow or BadImage naming the row where there is not one learned answer, more than
+        one question, or no image; where an image cannot be read, or the text has characters that
+        the vocabulary lacks, or spells one of the tokenizer's own marks, which would end it early.
+        Gives Skipped where the row is longer than `max_tokens` and must not be cut.
         """
-        if not any(turn.role == "assistant" for turn in example.turns):
-            raise BadRow(f"{example.name}: expected a text to write, found none")
-        prompt = "".join(turn.text for turn in example.turns if turn.role != "assistant")
+        answers = sum(turn.is_learned for turn in example.turns)
+        if answers != 1:
+            unscored = sum(turn.role == "assistant" for turn in example.turns) - answers
+            found = f"{answers}, and {unscored} that are not scored" if unscored else str(answers)
+            raise BadRow(f"{example.name}: expected one text to write, found {found}")
+        questions = [turn.text for turn in example.turns if turn.role == "user"]
+        if len(questions) > 1:
+            raise BadRow(
+                f"{example.name}: expected at most one question, which the text is written after, "
+                f"found {len(questions)}; give each a row of its own"
+            )
+        prompt = "".join(questions)
         start = self.prompt_ids(prompt or None, example.name)
         return self._row(example.name, example.images, start, example.answer)
 
@@ -130,7 +140,7 @@ class LineProcessor:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of written ids, special tokens skipped."""
+        """The text of generated ids, special tokens skipped."""
         return self._text(ids).strip()
 
     def pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
@@ -155,14 +165,14 @@ class LineProcessor:
     def _row(self, name: str, images: Sequence, start: list[int], text: str) -> Row | Skipped:
         if not images:
             raise BadRow(f"{name}: expected an image of the text, found none")
-        written = self.text_ids(text, name)
-        if own := {*self.start_ids, self.end_id, self.pad_id}.intersection(written):
+        text_ids = self.text_ids(text, name)
+        if own := {*self.start_ids, self.end_id, self.pad_id}.intersection(text_ids):
             marks = self.text_tokenizer.convert_ids_to_tokens(sorted(own))
             raise BadRow(
                 f"{name}: expected a text without the tokenizer's own start, end and padding "
                 f"marks, found {marks} in {text[:60]!r}"
             )
-        ids = [*start, *written, self.end_id]
+        ids = [*start, *text_ids, self.end_id]
         cut = max(0, len(ids) - (self.max_tokens or len(ids)))
         too_long = f"{len(ids)} tokens, the decoder takes {self.max_tokens}"
         if cut and self.overflow == "drop":

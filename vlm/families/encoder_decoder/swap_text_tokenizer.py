@@ -42,11 +42,11 @@ def with_tokenizer(
         table = text.get_input_embeddings()
         if table.padding_idx is not None:  # the row that gets no gradient
             table.padding_idx = pad_id
-        places = [table.weight]
+        weights = [table.weight]
         if len(fresh) > 1:
-            places.append(text.get_output_embeddings().weight)
-        for place, rows in zip(places, fresh, strict=True):
-            place.copy_(rows)
+            weights.append(text.get_output_embeddings().weight)
+        for target, rows in zip(weights, fresh, strict=True):
+            target.copy_(rows)
         if bias is not None:
             text.get_output_embeddings().bias.copy_(bias)
     for name, id in (
@@ -76,7 +76,7 @@ def with_tokenizer(
 
 
 def _require_pad(text: torch.nn.Module, pad_id: int) -> None:
-    """Raises ValueError where a decoder with another pad id would give its places other positions,
+    """Raises ValueError where a decoder with another pad id would give its tokens other positions,
     as RoBERTa's and TrOCR's sinusoidal ones are counted from after it."""
     own = text.config.pad_token_id
     sinusoidal = any(isinstance(m, text_decoders.SinusoidalPositions) for m in text.modules())
@@ -88,10 +88,10 @@ def _require_pad(text: torch.nn.Module, pad_id: int) -> None:
 
 
 def _rows_for(table: torch.Tensor, kept: list[tuple[int, int]], count: int) -> torch.Tensor:
-    """`count` rows: those of `kept`, pairs of new and old places; the rest around the mean."""
+    """`count` rows: those of `kept`, pairs of new and old ids; the rest around the mean."""
     spread = table.std(0, keepdim=True)
     rows = table.mean(0, keepdim=True) + spread * torch.randn(count, table.shape[1]).to(table)
     if kept:
-        new, old = (torch.tensor(places) for places in zip(*kept))
+        new, old = (torch.tensor(ids) for ids in zip(*kept))
         rows[new] = table[old]
     return rows

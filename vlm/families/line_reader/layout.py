@@ -78,8 +78,8 @@ def with_characters(model: LineReaderModel, characters: str, seed: int = 0) -> L
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = nn.Linear(old_head.in_features, len(characters) + 1)
-    places = {c: i for i, c in enumerate(old, start=1)}
-    kept = [(0, 0)] + [(i, places[c]) for i, c in enumerate(characters, 1) if c in places]
+    ids = {c: i for i, c in enumerate(old, start=1)}
+    kept = [(0, 0)] + [(i, ids[c]) for i, c in enumerate(characters, 1) if c in ids]
     new, known = (torch.tensor(column) for column in zip(*kept))
     with torch.no_grad():
         head.weight[new] = old_head.weight.float()[known]

@@ -2,7 +2,7 @@
 
 Each token names a character or nothing (the blank); what is read is the row of names with
 repetitions joined and blanks skipped (CTC, Graves et al. 2006). There is no decoder that writes
-one character after another, so a line is read in one pass, and each character has a place.
+one character after another, so a line is read in one pass, and each character has a position.
 
 Shapes: V view (a line), L image tokens, D width, Z characters and the blank.
 """

@@ -26,7 +26,7 @@ class LineProcessor:
         self._ids = {character: i for i, character in enumerate(characters, start=1)}
 
     def normal(self, text: str) -> str:
-        """The text as it is learned and judged: composed (NFC), runs of white space as one space.
+        """The text as it is learned and scored: composed (NFC), runs of white space as one space.
 
         >>> LineProcessor(None, "ab").normal(" a\\tb ")
         'a b'

@@ -10,7 +10,7 @@ from vlm.families.base import require_batch_size, require_list
 from vlm.families.decoder_only.generate import check_options
 from vlm.families.decoder_only.model import DecoderOnlyModel, question_about
 from vlm.families.prefix_decoder.module import PrefixDecoder
-from vlm.ocr.from_generation import read_written
+from vlm.ocr.from_generation import reading_of
 from vlm.ocr.results import Reading
 from vlm.ocr.streaming import batches, check_images, open_each
 
@@ -35,7 +35,7 @@ class PrefixDecoderModel(DecoderOnlyModel):
         seed: int | None = None,
         **options,
     ) -> list[Reading] | Iterator[Reading]:
-        """The text in each image, by the lines of the answer; the model says no places (see
+        """The text in each image, by the lines of the answer; the model gives no boxes (see
         `vlm.ocr.from_generation`).
 
         images: paths, bytes, PIL images or arrays; any iterable, from which they are taken and
@@ -80,4 +80,4 @@ class PrefixDecoderModel(DecoderOnlyModel):
             for written, size_hw in zip(
                 self._generate(rows, len(rows), batch_size, drawn, **options), sizes_hw
             ):
-                yield read_written(written, tokenizer, size_hw)
+                yield reading_of(written, tokenizer, size_hw)

@@ -26,10 +26,10 @@ from vlm.kernels.packed_attention import read_segments
 class PrefixDecoder(DecoderOnly):
     """An image tokenizer, an adaptor and a language model that reads the prompt at once.
 
-    text: a transformers causal language model that takes a mask for each pair of places, as those
-        of Gemma, Llama and Qwen do. It is this family's from now on: vectors that are given to its
-        decoder with a mask of places alone, or none, are a prompt, as in `generate`, whose ids that
-        follow are the answer.
+    text: a transformers causal language model that takes a mask for each pair of positions, as
+        those of Gemma, Llama and Qwen do. It is this family's from now on: vectors that are given
+        to its decoder with a mask of positions alone, or none, are a prompt, as in `generate`,
+        whose ids that follow are the answer.
     """
 
     family = "prefix_decoder"
@@ -42,7 +42,7 @@ class PrefixDecoder(DecoderOnly):
     def read(self, vectors: Tensor, batch: Batch) -> Tensor:
         """The language model's final states float[B, T, D]; `batch.prefix` is read at once. Raises
         ValueError as `DecoderOnly.read` does for packed rows, and for causal rows."""
-        self.require_sees(batch)
+        self.require_layout(batch)
         if batch.bounds is not None:
             prefix = batch.example[batch.prefix].bincount(minlength=len(batch.names))
             return read_segments(self.text, vectors, batch.positions, batch.bounds, prefix)
@@ -63,10 +63,10 @@ def prefix_masks(
     one for each kind of its layers.
 
     config: the language model's. vectors: float[B, T, D], of which shape, dtype and device count.
-    valid: bool[B, T], False at padding. prefix: bool[B, T], True at places that see each other;
-        places of a sliding layer do so at any distance, as in PaliGemma 2.
+    valid: bool[B, T], False at padding. prefix: bool[B, T], True at positions that see each other,
+        on sliding layers at any distance, as in PaliGemma 2.
     Raises ValueError for layers that are no attention, and for an attention that takes no mask for
-    each pair of places.
+    each pair of positions.
     """
     attention = attention_of(config)
     if attention not in ("sdpa", "eager"):
@@ -94,22 +94,22 @@ def prefix_masks(
 
 
 def seen_before(kind: str, config: PreTrainedConfig, valid: Tensor) -> Tensor:
-    """Which places a layer without a prefix sees: bool[1 or B, T, T], rows see columns.
+    """Which positions a layer without a prefix sees: bool[1 or B, T, T], rows see columns.
 
     kind: "full_attention": itself and all before it; "sliding_attention": of these the last
         `config.sliding_window`; "chunked_attention": those of its chunk of
-        `config.attention_chunk_size`, counted from the first real place.
+        `config.attention_chunk_size`, counted from the first real position.
     valid: bool[B, T], False at padding.
     Raises ValueError naming any other kind.
     """
-    place = torch.arange(valid.shape[1], device=valid.device)
-    distance = (place[:, None] - place)[None]
+    position = torch.arange(valid.shape[1], device=valid.device)
+    distance = (position[:, None] - position)[None]
     if kind == "full_attention":
         return distance >= 0
     if kind == "sliding_attention":
         return (distance >= 0) & (distance < config.sliding_window)
     if kind == "chunked_attention":
-        after = place - valid.long().argmax(1)[:, None]
+        after = position - valid.long().argmax(1)[:, None]
         chunk = after.div(config.attention_chunk_size, rounding_mode="floor")
         return (distance >= 0) & (chunk[:, :, None] == chunk[:, None, :])
     raise ValueError(

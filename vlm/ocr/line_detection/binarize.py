@@ -1,8 +1,9 @@
-"""Which pixels of an image may be ink, and the connected pieces that they make.
+"""Which pixels of an image may be foreground (text), and the connected components that they make.
 
 Text is told from its surroundings locally, so that uneven light, shadows and large and small type
-do no harm: a pixel is ink where it differs from the mean around it by a share of the spread around
-it. Letters much larger than that window become outlines, whose boxes are the letters' own.
+do no harm: a pixel is foreground where it differs from the mean around it by a share of the spread
+around it. Characters much larger than that window become outlines, whose boxes are the characters'
+own.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ WORKING_PIXELS = 900_000, 4_500_000
 MOST_ENLARGED = 3.0
 WINDOW_PX = 51
 SPREADS = 0.5
-"""How many standard deviations of its window ink differs from the mean of it."""
+"""How many standard deviations of its window the foreground differs from the mean of it."""
 NOISES = 5.0
-"""How many standard deviations of the noise ink differs at least."""
+"""How many standard deviations of the noise the foreground differs at least."""
 LEAST_CONTRAST = 7.0
 CONTRAST_SHARE = 0.12
-"""The least contrast of ink, in grey levels and as a share of the strongest on the image."""
+"""The least contrast of foreground, in grey levels and as a share of the strongest on the image."""
 TEXTURE_PX, TEXTURES, MOST_TEXTURE = 15, 3.5, 0.3
-"""Ink differs by so many standard deviations of the paper's texture, as the emptiest windows show
-it, but not by more than a share of the strongest contrast."""
+"""Foreground differs by so many standard deviations of the paper's texture, as the emptiest windows
+show it, but not by more than a share of the strongest contrast."""
 RING_PX = 4.5
 
 
@@ -47,9 +48,10 @@ class Working(NamedTuple):
     to_image: np.ndarray
 
 
-class Pieces(NamedTuple):
-    """Connected pieces of ink, one a row: boxes float64[N, 4] as x0, y0, x1, y1, end exclusive,
-    area int[N] in pixels; and the image they are on, labels int32[H, W], 0 for no piece."""
+class Components(NamedTuple):
+    """Connected components of foreground, one a row: boxes float64[N, 4] as x0, y0, x1, y1, end
+    exclusive, area int[N] in pixels; and the image they are on, labels int32[H, W], 0 for no
+    component."""
 
     boxes: np.ndarray
     area: np.ndarray
@@ -64,8 +66,8 @@ class Pieces(NamedTuple):
     def widths(self) -> np.ndarray:
         return self.boxes[:, 2] - self.boxes[:, 0]
 
-    def __getitem__(self, keep) -> Pieces:
-        return Pieces(self.boxes[keep], self.area[keep], self.labels, self.numbers[keep])
+    def __getitem__(self, keep) -> Components:
+        return Components(self.boxes[keep], self.area[keep], self.labels, self.numbers[keep])
 
 
 def working_copy(rgb: np.ndarray) -> Working:
@@ -125,8 +127,8 @@ def noise_of(grey: np.ndarray) -> float:
     return float(np.median(answer[1:-1, 1:-1])) / (0.6745 * 6)
 
 
-def ink_of(working: Working, light: bool) -> np.ndarray:
-    """bool[H, W]: where ink may be, darker than its surroundings, or with `light` lighter."""
+def binarize(working: Working, light: bool) -> np.ndarray:
+    """bool[H, W]: the foreground, darker than its surroundings, or with `light` lighter."""
     grey = working.grey.astype(np.float32)
     if light:
         grey = 255 - grey
@@ -147,39 +149,39 @@ def ink_of(working: Working, light: bool) -> np.ndarray:
     return (mean - grey > np.maximum(SPREADS * spread, least)) & working.inside
 
 
-def pieces_of(ink: np.ndarray) -> Pieces:
-    """The connected pieces of ink, each of 8-connected pixels."""
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(ink.astype(np.uint8))
+def connected_components(foreground: np.ndarray) -> Components:
+    """The connected components of foreground, each of 8-connected pixels."""
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(foreground.astype(np.uint8))
     x, y, w, h, area = stats[1:].T
     boxes = np.stack([x, y, x + w, y + h], 1).astype(np.float64)
-    return Pieces(boxes, area.astype(np.int64), labels, np.arange(1, count))
+    return Components(boxes, area.astype(np.int64), labels, np.arange(1, count))
 
 
-def surroundings(pieces: Pieces, grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How pieces differ from the ring of pixels around them: the contrast float64[N], 0 or more, in
-    grey levels, and the spread float64[N] of the ring's own shades as a share of it.
+def surroundings(components: Components, grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How components differ from the ring of pixels around them: the contrast float64[N], 0 or
+    more, in grey levels, and the spread float64[N] of the ring's own shades as a share of it.
 
-    Along the edge of a sheet, a shadow or a thing one side of the ring has the piece's own shade,
-    and the spread is about 1; what surrounds a letter is of one shade.
-    pieces: those of an image, all of them.
+    Along the edge of a sheet, a shadow or a thing one side of the ring has the component's own
+    shade, and the spread is about 1; what surrounds a character is of one shade.
+    components: those of an image, all of them.
     """
     apart, nearest = cv2.distanceTransformWithLabels(
-        (pieces.labels == 0).astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_CCOMP
+        (components.labels == 0).astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_CCOMP
     )
-    count = int(pieces.labels.max()) + 1
-    on = pieces.labels > 0
-    own = np.zeros(int(nearest.max()) + 1, np.int64)  # OpenCV numbers the pieces anew
-    own[nearest[on]] = pieces.labels[on]
+    count = int(components.labels.max()) + 1
+    on = components.labels > 0
+    own = np.zeros(int(nearest.max()) + 1, np.int64)  # OpenCV numbers the components anew
+    own[nearest[on]] = components.labels[on]
     ring = (apart > 1.5) & (apart < RING_PX)
     around, shades = own[nearest[ring]], grey[ring].astype(np.float64)
     pixels = np.maximum(np.bincount(around, minlength=count), 1)
     mean = np.bincount(around, shades, count) / pixels
     square = np.bincount(around, shades * shades, count) / pixels
     spread = np.sqrt(np.maximum(square - mean * mean, 0))
-    level = np.bincount(pieces.labels[on], grey[on], count)
-    level /= np.maximum(np.bincount(pieces.labels[on], minlength=count), 1)
-    contrast = np.abs(mean - level)[pieces.numbers]
-    return contrast, spread[pieces.numbers] / np.maximum(contrast, 1e-3)
+    level = np.bincount(components.labels[on], grey[on], count)
+    level /= np.maximum(np.bincount(components.labels[on], minlength=count), 1)
+    contrast = np.abs(mean - level)[components.numbers]
+    return contrast, spread[components.numbers] / np.maximum(contrast, 1e-3)
 
 
 def weighted_median(values, weights: np.ndarray) -> float:

@@ -1,7 +1,8 @@
 """Where the lines of text are on a page, a scan or a photograph.
 
-Ink becomes pieces (`binarize`), pieces that may be letters (`components`) make lines (`grouping`),
-and of the lines in dark ink and in light the true ones are chosen (`filtering`). No learned model.
+The foreground is split into components (`binarize`), those that may be characters (`components`)
+make lines (`grouping`), and of dark and light lines the true ones are kept (`filtering`). No
+learned model.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from PIL import Image
 
 from vlm.compat.extras import needs
 from vlm.ocr.line_detection.binarize import Working, turned, working_copy
-from vlm.ocr.line_detection.components import letters_of, skew, without_bars
-from vlm.ocr.line_detection.filtering import choose, judge
+from vlm.ocr.line_detection.components import character_components, skew, without_bars
+from vlm.ocr.line_detection.filtering import filter_lines, score_lines
 from vlm.ocr.line_detection.grouping import TextLine, lines_of
 
 with needs("ocr"):
@@ -51,7 +52,7 @@ class Found:
 
 
 def find_lines(image: Image.Image) -> list[Found]:
-    """The lines of text on an image, from top to bottom; of a blank one, none.
+    """The lines of text on an image, from top to bottom; none on a blank image.
 
     image: mode RGB. A page may be turned by up to MOST_SKEW degrees. Two columns give two lines
     where one stands beside the other. A text that runs up or down a page is not found as a line;
@@ -64,29 +65,32 @@ def find_lines(image: Image.Image) -> list[Found]:
     degrees = skew(working)
     if degrees:
         working = turned(working, degrees)
-    dark, bright = (letters_of(working, light) for light in (False, True))
-    judged = []
-    for light, pieces in ((False, without_bars(dark, bright)), (True, without_bars(bright, dark))):
-        judged += judge(lines_of(pieces), pieces, working, light)
-    found = [Found(_corners(line, working, rgb.shape[:2])) for line in choose(judged)]
+    dark, bright = (character_components(working, light) for light in (False, True))
+    scored = []
+    for light, components in (
+        (False, without_bars(dark, bright)),
+        (True, without_bars(bright, dark)),
+    ):
+        scored += score_lines(lines_of(components), components, working, light)
+    found = [Found(_corners(line, working, rgb.shape[:2])) for line in filter_lines(scored)]
     return sorted(found, key=lambda one: (one.xyxy_px[1], one.xyxy_px[0]))
 
 
 def runs_sideways(image: Image.Image) -> bool:
-    """Whether most letters of an image have their nearest neighbour above or below them, as in
-    text turned by 90 degrees, or in letters stacked on each other."""
+    """Whether most characters of an image have their nearest neighbour above or below them, as in
+    text turned by 90 degrees, or in characters stacked on each other."""
     rgb = np.asarray(image.convert("RGB"))
     if min(rgb.shape[:2]) < 3:
         return False
     working = working_copy(rgb)
     best: tuple[int, bool] = (0, False)
     for light in (False, True):
-        pieces = letters_of(working, light)
-        if not len(pieces.boxes):
+        components = character_components(working, light)
+        if not len(components.boxes):
             continue
-        sizes = np.maximum(pieces.heights, pieces.widths)
+        sizes = np.maximum(components.heights, components.widths)
         usual = np.median(sizes)
-        boxes = pieces.boxes[(sizes > 0.5 * usual) & (sizes < 2.5 * usual)]
+        boxes = components.boxes[(sizes > 0.5 * usual) & (sizes < 2.5 * usual)]
         boxes = boxes[:1500]
         if len(boxes) < 4:
             continue

@@ -1,7 +1,7 @@
 """Which lines are text, and which of two that lie on each other.
 
-Dark and light ink are looked for alike, so the gaps between dark letters come as light lines too;
-what lies around a line tells which of the two a place holds.
+Dark and light text are looked for alike, so the gaps between dark characters come as light lines
+too; what lies around a line tells which of the two it is.
 """
 
 from __future__ import annotations
@@ -11,54 +11,58 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlm.ocr.line_detection.binarize import Pieces, Working, weighted_median
+from vlm.ocr.line_detection.binarize import Components, Working, weighted_median
 from vlm.ocr.line_detection.grouping import TextLine
 
 LEAST_LINE_PX = 6
 LEAST_ALONE = 12.0
-"""Grey levels of contrast of an image's only letters."""
+"""Grey levels of contrast of an image's only characters."""
 
 
-class Judged(NamedTuple):
-    """A line with what speaks for it. letters: pieces that are not much lower than it. flat:
-    whether most pieces lie flat, as dashes do. filled: share of ink in the boxes of its pieces."""
+class ScoredLine(NamedTuple):
+    """A line with what speaks for it. characters: components that are not much lower than it. flat:
+    whether most components lie flat, as dashes do. filled: share of foreground in the boxes of its
+    components."""
 
     line: TextLine
     light: bool
     contrast: float
     area: float
-    letters: int
+    characters: int
     flat: bool
     filled: float
 
     @property
     def weight(self) -> float:
-        """Many letters speak for more than one large piece, which may be the bar they are on."""
-        return self.contrast * math.sqrt(self.area * min(10, self.letters))
+        """Many characters speak for more than one large component, which may be the bar they are
+        on."""
+        return self.contrast * math.sqrt(self.area * min(10, self.characters))
 
     @property
     def height(self) -> float:
         return float(self.line.box[3] - self.line.box[1])
 
 
-def judge(lines: list[TextLine], pieces: Pieces, working: Working, light: bool) -> list[Judged]:
-    """The lines whose ink differs from what lies around it, with what speaks for each."""
-    contrasts = [_contrast(line, pieces, working, light) for line in lines]
-    return [_judged(line, pieces, c, light) for line, c in zip(lines, contrasts) if c > 0]
+def score_lines(
+    lines: list[TextLine], components: Components, working: Working, light: bool
+) -> list[ScoredLine]:
+    """The lines whose foreground differs from what lies around it, with what speaks for each."""
+    contrasts = [_contrast(line, components, working, light) for line in lines]
+    return [_scored(line, components, c, light) for line, c in zip(lines, contrasts) if c > 0]
 
 
-def choose(lines: list[Judged]) -> list[TextLine]:
+def filter_lines(lines: list[ScoredLine]) -> list[TextLine]:
     """The lines of text among those of both shades, no two of them on each other."""
     return [one.line for one in _without_doubles(_plausible(lines))]
 
 
-def _contrast(line: TextLine, pieces: Pieces, working: Working, light: bool) -> float:
-    """Grey levels between a line's ink and what lies around it; 0 where that is no ink.
+def _contrast(line: TextLine, components: Components, working: Working, light: bool) -> float:
+    """Grey levels between a line's foreground and what lies around it; 0 where the line is no text.
 
-    The gaps between letters make pieces of the other shade, but what lies around those is of their
-    own shade.
+    The gaps between characters make components of the other shade, but what lies around those is of
+    their own shade.
     """
-    boxes = pieces.boxes[line.members]
+    boxes = components.boxes[line.members]
     x0, y0 = np.floor(boxes[:, :2].min(0)).astype(int)
     x1, y1 = np.ceil(boxes[:, 2:].max(0)).astype(int)
     height = line.box[3] - line.box[1]
@@ -66,40 +70,40 @@ def _contrast(line: TextLine, pieces: Pieces, working: Working, light: bool) -> 
     rows = slice(max(0, y0 - pad), min(working.grey.shape[0], y1 + pad))
     columns = slice(max(0, x0 - pad), min(working.grey.shape[1], x1 + pad))
     grey = working.grey[rows, columns].astype(np.int16)
-    labels = pieces.labels[rows, columns]
-    ink = np.isin(labels, pieces.numbers[line.members])
+    labels = components.labels[rows, columns]
+    foreground = np.isin(labels, components.numbers[line.members])
     free = working.inside[rows, columns] & (labels == 0)
     around = free.copy()
     around[y0 - rows.start : y1 - rows.start, x0 - columns.start : x1 - columns.start] = False
     around = around if around.sum() >= 8 else free
-    if not around.any() or ink.mean() > 0.75:
+    if not around.any() or foreground.mean() > 0.75:
         return 0.0
-    contrast = float(np.median(grey[ink])) - float(np.median(grey[around]))
+    contrast = float(np.median(grey[foreground])) - float(np.median(grey[around]))
     contrast = contrast if light else -contrast
     spread = float(np.percentile(grey, 95) - np.percentile(grey, 5))
     return contrast if contrast >= max(5.0, 0.3 * spread) else 0.0
 
 
-def _judged(line: TextLine, pieces: Pieces, contrast: float, light: bool) -> Judged:
-    heights, widths = pieces.heights[line.members], pieces.widths[line.members]
-    area = float(pieces.area[line.members].sum())
-    return Judged(
+def _scored(line: TextLine, components: Components, contrast: float, light: bool) -> ScoredLine:
+    heights, widths = components.heights[line.members], components.widths[line.members]
+    area = float(components.area[line.members].sum())
+    return ScoredLine(
         line, light, contrast, area, int((heights > 0.4 * (line.box[3] - line.box[1])).sum()),
         bool(np.median(widths / heights) > 2.5), area / float((heights * widths).sum()),
     )  # fmt: skip
 
 
-def _plausible(lines: list[Judged]) -> list[Judged]:
+def _plausible(lines: list[ScoredLine]) -> list[ScoredLine]:
     """The lines without what is too faint, too small or of the wrong shape beside the lines of
-    which there can be no doubt, those of many pieces."""
-    sure = [one for one in lines if len(one.line.members) >= 4]
+    which there can be no doubt, those of many components."""
+    certain = [one for one in lines if len(one.line.members) >= 4]
     least_height = LEAST_LINE_PX
     least_contrast, most_height = 0.0, math.inf
-    if sure:
-        weights = np.array([one.area for one in sure])
-        height = weighted_median([one.height for one in sure], weights)
+    if certain:
+        weights = np.array([one.area for one in certain])
+        height = weighted_median([one.height for one in certain], weights)
         least_height, most_height = max(least_height, 0.45 * height), 2.5 * height
-        least_contrast = 0.2 * weighted_median([s.contrast for s in sure], weights)
+        least_contrast = 0.2 * weighted_median([s.contrast for s in certain], weights)
     elif lines:
         # One short word, or none: what is far less than the best is not it.
         least_height = max(least_height, 0.35 * max(one.height for one in lines))
@@ -118,10 +122,10 @@ def _plausible(lines: list[Judged]) -> list[Judged]:
     return kept
 
 
-def _without_doubles(lines: list[Judged]) -> list[Judged]:
-    """Of lines that lie on each other, in dark ink and in light, the one for which more speaks; and
+def _without_doubles(lines: list[ScoredLine]) -> list[ScoredLine]:
+    """Of lines that lie on each other, dark ones and light ones, the one for which more speaks; and
     none in the rarer shade that touches one in the other, as the gaps between tight lines do."""
-    kept: list[Judged] = []
+    kept: list[ScoredLine] = []
     for one in sorted(lines, key=lambda one: -one.weight):
         if all(_shared(one.line.box, other.line.box) <= _allowed(one, other) for other in kept):
             kept.append(one)
@@ -141,7 +145,7 @@ def _without_doubles(lines: list[Judged]) -> list[Judged]:
     return common + rarer
 
 
-def _allowed(one: Judged, other: Judged) -> float:
+def _allowed(one: ScoredLine, other: ScoredLine) -> float:
     return 0.8 if one.light == other.light else 0.4
 
 

@@ -1,5 +1,5 @@
-"""Letters become lines: neighbours of like height make runs, runs on one height make lines, and the
-small marks around them (dots, commas, hyphens, accents) come last."""
+"""Characters become lines: neighbours of like height make runs, runs on one height make lines, and
+the small marks around them (dots, commas, hyphens, accents) come last."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlm.ocr.line_detection.binarize import Pieces
+from vlm.ocr.line_detection.binarize import Components
 
 LINK_GAP, LINK_RATIO, LINK_OVERLAP = 0.9, 2.5, 0.5
-"""Neighbouring letters: the gap in heights, the ratio of heights, the shared share of the lower."""
+"""Neighbouring characters: the gap in heights, the ratio of heights, the shared share of the
+lower."""
 MERGE_GAP = 3.0
 """Words of one line: the most gap in heights."""
 
 
 class TextLine(NamedTuple):
-    """Pieces that make a line. members: their rows. slope: of the line, rows for each column.
+    """Components that make a line. members: their rows. slope: of the line, rows for each column.
     box: x0, y0, x1, y1 in coordinates turned by the slope around the origin."""
 
     members: np.ndarray
@@ -25,19 +26,19 @@ class TextLine(NamedTuple):
     box: np.ndarray
 
 
-def lines_of(pieces: Pieces) -> list[TextLine]:
-    """The pieces as lines."""
-    if not len(pieces.boxes):
+def lines_of(components: Components) -> list[TextLine]:
+    """The components as lines."""
+    if not len(components.boxes):
         return []
-    runs = _groups(len(pieces.boxes), _neighbours(pieces))
-    lines = _with_marks([_fit(run, pieces) for run in runs], pieces)
-    lines = [part for line in _merge_words(lines, pieces) for part in _parted(line, pieces)]
-    return _with_marks(lines, pieces)
+    runs = _groups(len(components.boxes), _neighbours(components))
+    lines = _with_marks([_fit(run, components) for run in runs], components)
+    lines = [part for line in _merge_words(lines, components) for part in _split(line, components)]
+    return _with_marks(lines, components)
 
 
-def _neighbours(pieces: Pieces) -> list[tuple[int, int]]:
-    """Each piece with the nearest one to its right that may be the next letter."""
-    boxes, heights, widths = pieces.boxes, pieces.heights, pieces.widths
+def _neighbours(components: Components) -> list[tuple[int, int]]:
+    """Each component with the nearest one to its right that may be the next character."""
+    boxes, heights, widths = components.boxes, components.heights, components.widths
     order = np.argsort(boxes[:, 0], kind="stable")
     left = boxes[order, 0]
     pairs = []
@@ -79,9 +80,9 @@ def _groups(count: int, pairs: list[tuple[int, int]]) -> list[np.ndarray]:
     return [np.nonzero(roots == one)[0] for one in np.unique(roots)]
 
 
-def _fit(members: np.ndarray, pieces: Pieces) -> TextLine:
-    """The line that some pieces make: its slope where they show one, and its box."""
-    boxes = pieces.boxes[members]
+def _fit(members: np.ndarray, components: Components) -> TextLine:
+    """The line that some components make: its slope where they show one, and its box."""
+    boxes = components.boxes[members]
     slope = 0.0
     heights = boxes[:, 3] - boxes[:, 1]
     usual = _tall(heights)
@@ -106,7 +107,7 @@ def _slope(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _tall(heights: np.ndarray) -> float:
-    """The height of a line's letters, dots and commas not counted."""
+    """The height of a line's characters, dots and commas not counted."""
     return float(np.percentile(heights, 75))
 
 
@@ -114,7 +115,7 @@ def _box(boxes: np.ndarray, slope: float) -> np.ndarray:
     """The box around boxes in coordinates that are turned by the slope."""
     cos = 1 / math.hypot(1, slope)
     sin = slope * cos
-    # Of each box the middle is turned; its own extent stays, as letters stand upright on it.
+    # Of each box the middle is turned; its own extent stays, as characters stand upright on it.
     x, y = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
     u, v = x * cos + y * sin, y * cos - x * sin
     half_w, half_h = (boxes[:, 2] - boxes[:, 0]) / 2, (boxes[:, 3] - boxes[:, 1]) / 2
@@ -123,14 +124,14 @@ def _box(boxes: np.ndarray, slope: float) -> np.ndarray:
     )
 
 
-def _merge_words(lines: list[TextLine], pieces: Pieces) -> list[TextLine]:
+def _merge_words(lines: list[TextLine], components: Components) -> list[TextLine]:
     """Runs that stand on one height become one line, but for those of two columns."""
     lines = sorted(lines, key=lambda line: line.box[0])
-    heights = [_tall(pieces.heights[line.members]) for line in lines]
-    left = [_end(line, pieces, right=False) for line in lines]
-    right = [_end(line, pieces, right=True) for line in lines]
+    heights = [_tall(components.heights[line.members]) for line in lines]
+    left = [_end(line, components, right=False) for line in lines]
+    right = [_end(line, components, right=True) for line in lines]
     starts = np.array(left)
-    boxes = np.array([_upright(line, pieces) for line in lines])
+    boxes = np.array([_upright(line, components) for line in lines])
     size = np.array(heights)
     pairs = []
     for i in range(len(lines)):
@@ -150,16 +151,16 @@ def _merge_words(lines: list[TextLine], pieces: Pieces) -> list[TextLine]:
             pairs.append((i, j))
     groups = _groups(len(lines), pairs)
     return [
-        _fit(np.concatenate([lines[k].members for k in group]), pieces)
+        _fit(np.concatenate([lines[k].members for k in group]), components)
         if len(group) > 1
         else lines[group[0]]
         for group in groups
     ]
 
 
-def _end(line: TextLine, pieces: Pieces, right: bool) -> tuple[float, float, float]:
-    """Edge, top and bottom of a line at one of its ends, from the last pieces there."""
-    boxes = pieces.boxes[line.members]
+def _end(line: TextLine, components: Components, right: bool) -> tuple[float, float, float]:
+    """Edge, top and bottom of a line at one of its ends, from the last components there."""
+    boxes = components.boxes[line.members]
     heights = boxes[:, 3] - boxes[:, 1]
     edge = boxes[:, 2].max() if right else boxes[:, 0].min()
     boxes = boxes[heights > 0.6 * _tall(heights)]
@@ -167,8 +168,8 @@ def _end(line: TextLine, pieces: Pieces, right: bool) -> tuple[float, float, flo
     return edge, boxes[:, 1].min(), boxes[:, 3].max()
 
 
-def _upright(line: TextLine, pieces: Pieces) -> np.ndarray:
-    boxes = pieces.boxes[line.members]
+def _upright(line: TextLine, components: Components) -> np.ndarray:
+    boxes = components.boxes[line.members]
     return np.concatenate([boxes[:, :2].min(0), boxes[:, 2:].max(0)])
 
 
@@ -188,20 +189,20 @@ def _between_columns(boxes: np.ndarray, i: int, j: int, height: float) -> bool:
     return level.sum() >= max(3, 1.5 * crossing.sum())
 
 
-def _parted(line: TextLine, pieces: Pieces) -> list[TextLine]:
+def _split(line: TextLine, components: Components) -> list[TextLine]:
     """A line, or the several that strokes from one to the next have made one; such strokes are left
     out, as they belong to none."""
-    boxes = pieces.boxes[line.members]
+    boxes = components.boxes[line.members]
     heights = boxes[:, 3] - boxes[:, 1]
     tall = _tall(heights[heights > 0.3 * heights.max()]) if len(heights) < 4 else _tall(heights)
     if line.box[3] - line.box[1] < 1.9 * tall:
         return [line]
-    letters = (heights > 0.45 * tall) & (heights < 1.6 * tall)
-    if letters.sum() < 4:
+    characters = (heights > 0.45 * tall) & (heights < 1.6 * tall)
+    if characters.sum() < 4:
         return [line]
     cos = 1 / math.hypot(1, line.slope)
     rows = (boxes[:, 1] + boxes[:, 3]) / 2 - (boxes[:, 0] + boxes[:, 2]) / 2 * line.slope * cos
-    rank = np.sort(rows[letters])
+    rank = np.sort(rows[characters])
     gaps = np.nonzero(np.diff(rank) > 0.5 * tall)[0]
     if not len(gaps):
         return [line]
@@ -209,19 +210,19 @@ def _parted(line: TextLine, pieces: Pieces) -> list[TextLine]:
     level = np.searchsorted(edges, rows)
     fit = heights < 1.6 * tall
     return [
-        _fit(line.members[(level == k) & fit], pieces)
+        _fit(line.members[(level == k) & fit], components)
         for k in range(len(edges) + 1)
         if ((level == k) & fit).any()
     ]
 
 
-def _with_marks(lines: list[TextLine], pieces: Pieces) -> list[TextLine]:
+def _with_marks(lines: list[TextLine], components: Components) -> list[TextLine]:
     """Lines with the dots, commas and accents around them; those by themselves are skipped."""
     if not lines:
         return []
     body = np.array([line.box[3] - line.box[1] for line in lines])
-    usual = np.array([_tall(pieces.heights[line.members]) for line in lines])
-    upright = np.array([_upright(line, pieces) for line in lines])
+    usual = np.array([_tall(components.heights[line.members]) for line in lines])
+    upright = np.array([_upright(line, components) for line in lines])
     count = np.array([len(line.members) for line in lines])
     slopes = np.array([line.slope for line in lines])
     cos = 1 / np.hypot(1, slopes)
@@ -254,5 +255,5 @@ def _with_marks(lines: list[TextLine], pieces: Pieces) -> list[TextLine]:
             members.append(lines[one].members)
             waiting += adopted.get(one, ())
         rows = np.concatenate(members)
-        final.append(TextLine(rows, line.slope, _box(pieces.boxes[rows], line.slope)))
+        final.append(TextLine(rows, line.slope, _box(components.boxes[rows], line.slope)))
     return final

@@ -52,7 +52,7 @@ from vlm.systems.open_clip.config import (
 from vlm.systems.open_clip.key_map import MAPS, SAME, Row, expand
 from vlm.systems.open_clip.text_tokenizer import clip_tokenizer, folder_tokenizer
 from vlm.systems.published_contrastive import require_end
-from vlm.weights import WeightsError, load_weights, need_room, other_weights
+from vlm.weights import WeightsError, load_weights, other_weights, require_disk_space
 
 SOURCE = "open_clip 3.3; github.com/mlfoundations/open_clip"
 
@@ -141,7 +141,7 @@ def save(model: ContrastiveModel, folder: Path) -> None:
         for key, tensor in plain_state(module).items()
     }
     state = {key: t.contiguous() for key, t in to_open_clip(state, values["model_cfg"]).items()}
-    need_room(folder, sum(t.numel() * t.element_size() for t in state.values()))
+    require_disk_space(folder, sum(t.numel() * t.element_size() for t in state.values()))
     folder.mkdir(parents=True, exist_ok=True)
     if kept:
         reference.write(folder)

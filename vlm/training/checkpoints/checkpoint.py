@@ -32,7 +32,7 @@ from vlm.training.checkpoints import format as disk
 from vlm.training.checkpoints.format import CheckpointError, Together
 from vlm.training.checkpoints.run_identity import differences
 from vlm.training.run_folder import versions
-from vlm.weights import need_room
+from vlm.weights import require_disk_space
 
 NAME = re.compile(r"step_(\d{8})")
 WRITING = re.compile(r"\.step_(\d{8})\.part")
@@ -64,7 +64,7 @@ class Checkpoints:
 
     folder: where they lie, on a disk that all processes share.
     module, optimizer: whose state is saved, as `prepare` and `optimizer_for` left them.
-    decided: the run identity, see `vlm.training.checkpoints.run_identity`; the first
+    identity: of the run, see `vlm.training.checkpoints.run_identity`; the first
     process's counts. keep: how many are kept, the newest. say: shows a line to people.
     """
 
@@ -73,7 +73,7 @@ class Checkpoints:
         folder: Path,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
-        decided: dict[str, Any],
+        identity: dict[str, Any],
         *,
         keep: int = KEEP,
         say: Callable[[str], None] = print,
@@ -81,7 +81,7 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"keep: expected at least one checkpoint, found {keep}")
         self.folder, self.module, self.optimizer = folder, module, optimizer
-        self.decided, self.keep, self.say = decided, keep, say
+        self.identity, self.keep, self.say = identity, keep, say
         shared = dist.is_initialized() and dist.get_world_size() > 1
         self.all = Together(dist.new_group(backend="gloo") if shared else None)
         self.fingerprint = fingerprint(module)
@@ -104,7 +104,7 @@ class Checkpoints:
         """Whether the last one could not be written; `wait` says why."""
         return self._error is not None
 
-    def need_room(self, saves: int) -> None:
+    def require_disk_space(self, saves: int) -> None:
         """Raises OSError where the disk cannot hold what a run will leave: its checkpoints, and the
         model beside them.
 
@@ -114,7 +114,7 @@ class Checkpoints:
         there = min(self.keep, len(list_checkpoints(self.folder)))
         coming = min(saves, self.keep + 1 - there)
         weights = sum(p.numel() * p.element_size() for p in self.module.parameters())
-        need_room(self.folder, coming * _size(self.module) + weights)
+        require_disk_space(self.folder, coming * _size(self.module) + weights)
 
     def save(self, progress: Progress) -> None:
         """Takes a copy of the state and has it written; returns when it is copied.
@@ -127,7 +127,7 @@ class Checkpoints:
         final = self.folder / f"step_{progress.step:08d}"
         about = {
             "progress": asdict(progress),
-            "decided": self.decided,
+            "decided": self.identity,  # the key of the first versions
             "fingerprint": self.fingerprint,
             "versions": versions(),
         }
@@ -198,7 +198,7 @@ class Checkpoints:
             self.say(f"{self.folder}: no checkpoint in it, starting from the beginning")
             return None, [], None
         about = disk.read_about(path)
-        for line in differences(about["decided"], self.decided, change, path):
+        for line in differences(about["decided"], self.identity, change, path):
             self.say(f"changed since {path.name}: {line}")
         now = versions()
         for name in sorted(about["versions"].keys() | now.keys()):

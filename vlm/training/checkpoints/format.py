@@ -31,7 +31,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from vlm.weights import need_room
+from vlm.weights import require_disk_space
 
 MANIFEST, ABOUT = "manifest.json", "run.json"
 VERSION = 1
@@ -100,7 +100,7 @@ def write(
     part = final.with_name(f".{final.name}.part")
 
     def begin() -> None:
-        need_room(final.parent, size)
+        require_disk_space(final.parent, size)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
 

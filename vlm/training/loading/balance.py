@@ -26,8 +26,8 @@ def deal(costs: Sequence[int], parts: int) -> list[list[int]]:
     """The numbers 0 to len(costs) - 1 in parts of equal count whose largest cost is small.
 
     costs: at least 0, of which `parts` divides the number. Every part has its numbers in order.
-    The dearest first, each to the cheapest part that has room (longest processing time first); of
-    equals the first, so that all who deal the same costs deal alike.
+    The dearest first, each to the cheapest part that is not full (longest processing time first);
+    of equals the first, so that all who deal the same costs deal alike.
     Source: Graham, "Bounds on Multiprocessing Timing Anomalies", 1969, there without counts.
 
     >>> deal([9, 1, 1, 5, 5, 3], 2)
@@ -85,7 +85,7 @@ class Costs:
 
 
 class Dealt(Dataset):
-    """Rows at the places that a deal by cost gives them: what a `StepSampler` takes for sample
+    """Rows in the order that a deal by cost gives them: what a `StepSampler` takes for sample
     `number` is another one of the same step.
 
     rows: anything by sample number. cost: of a sample, as `Costs` gives it; one of which nothing is
@@ -105,7 +105,7 @@ class Dealt(Dataset):
 
     def dealt(self, number: int) -> int:
         """The sample that takes the place of sample `number`."""
-        step, place = divmod(number, self.batch)
+        step, index = divmod(number, self.batch)
         first = step * self.batch
         if step != self._step:
             found = [self.cost(first + at) for at in range(self.batch)]
@@ -114,4 +114,4 @@ class Dealt(Dataset):
             costs = [usual if cost is None else cost for cost in found]
             self._order = deal_step(costs, self.ranks, self.micro_batches)
             self._step = step
-        return first + self._order[place]
+        return first + self._order[index]

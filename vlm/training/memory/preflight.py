@@ -34,6 +34,8 @@ ROWS_AT_MOST = 32
 FULL = 0.85
 """The share of a device's memory beyond which a run says that it may not fit: the estimate is up to
 a tenth below the measured peak, see `eval/plan_memory.py`."""
+COMPARED = ("cpu",)
+"""Kinds of device on which estimates were compared with measurements, see `eval/plan_memory.py`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,11 +144,16 @@ def require_memory(
     model: its `module`, which stays as it is, and its `processor`. Called on all processes
     together: what the one with the most need and the one with the least memory find decides for
     all. Where little is left, or the step cannot be simulated (some backbones ask for values), a
-    line says so, and the run goes on.
-    Raises ValueError, on every process, where the micro-batch does not fit: it shows the setting,
-    what is needed, what there is, and the largest micro-batch that fits or what else may help.
+    line says so, and the run goes on; so it does with `memory_check` "warn" where the micro-batch
+    does not fit. With "off" nothing is done.
+    Raises ValueError, on every process, with "stop", where the micro-batch does not fit: it shows
+    the setting, what is needed, what there is, and the largest micro-batch that fits or what else
+    may help.
     """
     device, ranks = accelerator.device, accelerator.num_processes
+    check = settings.memory_check or ("stop" if device.type in COMPARED else "warn")
+    if check == "off":
+        return
     there = memory_for(device, model.module)
     if there is None:
         say("whether a step fits in memory is not known: the system does not tell what is free")
@@ -178,7 +185,12 @@ def require_memory(
     if needed > there:
         fit = memory_fit(estimate, share, stage.micro_batch, there, most=stage.micro_batch - 1)
         helps = remedies(settings, model.module, groups[shard] > 1)
-        raise ValueError(fit.refusal(setting, helps, holder))
+        refusal = fit.refusal(setting, helps, holder)
+        if check == "stop":
+            raise ValueError(f"{refusal}. To run all the same: --memory-check warn")
+        text = f"{refusal}. The run goes on all the same; --memory-check stop would end it here"
+        say(text, style="yellow", highlight=False, markup=False)
+        return
     if needed > FULL * there:
         say(
             f"{setting}: a step's estimated peak memory is {size(needed)}, and may be more; each "
@@ -240,16 +252,16 @@ def memory_for(device: torch.device, module: nn.Module) -> int | None:
 def _in_mapped_file() -> Callable[[torch.Tensor], bool]:
     """Whether a tensor's values lie in a file that is mapped into this process (Linux)."""
     maps = Path("/proc/self/maps")
-    places = []
+    ranges = []
     for line in maps.read_text().splitlines() if maps.is_file() else []:
         span, _, _, _, inode, *_ = line.split(maxsplit=5)
         if inode != "0":
-            places.append(tuple(int(end, 16) for end in span.split("-")))
-    starts = [start for start, _ in places]
+            ranges.append(tuple(int(end, 16) for end in span.split("-")))
+    starts = [start for start, _ in ranges]
 
     def inside(tensor: torch.Tensor) -> bool:
         number = bisect_right(starts, tensor.data_ptr()) - 1
-        return number >= 0 and tensor.data_ptr() < places[number][1]
+        return number >= 0 and tensor.data_ptr() < ranges[number][1]
 
     return inside
 

@@ -1,7 +1,7 @@
 """A simulated training step with fake tensors: what it would hold in memory, and when.
 
 The objective and the state that learns (`vlm.training.state`) are those of a run, and so is the
-model's code; torch's fake tensors, which have shapes and no values, stand for every weight, pixel
+model's code; torch's fake tensors, which have shapes and no data, stand for every weight, pixel
 and activation, so that a step of any size runs in seconds and in no memory. Ids, masks and
 positions are real: they decide shapes. Every storage is counted from its allocation to its release,
 in the backward pass too.
@@ -281,7 +281,7 @@ class _Ledger(TorchDispatchMode):
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
 
     def _indices(self, given: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Real masks as the places where they hold, of which the number is known."""
+        """Real masks as the positions where they hold, of which the number is known."""
         found: list[Tensor | None] = []
         with unset_fake_temporarily():
             for index in given:

@@ -52,7 +52,7 @@ class Settings(BaseSettings):
 
     out: Path = Path("runs/contrastive")
     loss: Literal["sigmoid", "softmax"] = "sigmoid"
-    """sigmoid (SigLIP) judges each pair by itself; softmax (CLIP) picks each one's partner."""
+    """sigmoid (SigLIP) scores each pair by itself; softmax (CLIP) picks each one's partner."""
 
     start: str | None = None
     """A contrastive model to go on from: a run, a folder in our layout, transformers' or
@@ -142,7 +142,7 @@ class Settings(BaseSettings):
         return {f"{tower}_rate": f"--lock-{tower} locks it" for tower in locked if locked[tower]}
 
     def memory_remedies(self) -> tuple[str, ...]:
-        return ("shorten texts (--length)",)
+        return ("shorten texts (--length)",) if self.start is None else ()
 
     def _loaded(self) -> ContrastiveModel:
         import vlm
@@ -181,11 +181,8 @@ class Settings(BaseSettings):
             unread["a locked text's tower"] = ("text_rate",)
         if self.lock_image and self.lock_text:
             unread["a pair of locked towers"] = ("layer_decay",)
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for way, names in unread.items():
-            given = sorted(name for name in names if getattr(self, name) != defaults[name])
-            if given:
-                raise ValueError(f"{way} does not read {given}; leave them out")
+            self.require_not_given(way, sorted(names))
 
 
 def training_data(settings: Settings) -> MixtureDataset:

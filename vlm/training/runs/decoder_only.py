@@ -109,7 +109,7 @@ def run(settings: Settings, make_stage: MakeStage, make_objective: MakeObjective
 
 
 def require_loc_tokens(data: MixtureDataset, model: DecoderOnlyModel, bad_rows: str) -> None:
-    """Raises ValueError where a source answers with boxes and the model cannot write them; judged
+    """Raises ValueError where a source answers with boxes and the model cannot write them; checked
     by each source's first row. Raises BadRow for one that cannot be read, unless it is skipped."""
     for source in data.sources:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from vlm.data.sources.documents import TextOnly
 from vlm.families.decoder_only.model import CAPTION_PROMPT, DecoderOnlyModel
 from vlm.geometry import LocTokens
 from vlm.lora import Lora, add_lora, lora_of, quantize_4bit
+from vlm.systems import published_caption_prompt
 from vlm.systems.compose import add_loc_tokens
 from vlm.training.base_settings import BaseSettings, Usual, require_share
 from vlm.training.run_folder import RunError
@@ -152,18 +152,13 @@ class FromParts(Settings):
         else:
             self.require_no_parts()
             model = load_stored(self.start, self)
+            model.caption_prompt = self.prompt
         self.add_tokens(model, learned=False)
         return model
 
     def require_no_parts(self) -> None:
         """Raises ValueError naming the settings of parts, which `start` brings itself."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        given = [name for name in PARTS if getattr(self, name) != defaults[name]]
-        if given:
-            raise ValueError(
-                f"start {self.start!r} brings its own parts; expected no settings of parts beside "
-                f"it, found {given}"
-            )
+        self.require_not_given(f"start {self.start!r}", PARTS)
 
     def compose(self) -> DecoderOnlyModel:
         """The model of pretrained parts and a fresh adaptor."""
@@ -200,7 +195,7 @@ class FromRun(Settings):
     """The previous stage's run folder; or a model's folder or hub id that no run here made."""
     prompt: str | None = None
     """The user's text after an image where rows hold a caption alone; None keeps the previous
-    stage's."""
+    model's, that of a published system included."""
 
     vision: Mode = "frozen"
     """What of the image tokenizer learns."""
@@ -227,7 +222,16 @@ class FromRun(Settings):
     def caption_prompt(self) -> str:
         if self.prompt is not None:
             return self.prompt
-        return (self._before() or {}).get("caption_prompt", CAPTION_PROMPT)
+        before = self._before() or {}
+        if "caption_prompt" in before:
+            return before["caption_prompt"]
+        if self._is_missing_default():  # as `require_stage` says before the model is built
+            return CAPTION_PROMPT
+        return published_caption_prompt(self.previous)
+
+    def _is_missing_default(self) -> bool:
+        """Whether `previous` is the usual place of an earlier run, and none is there."""
+        return not self.given(("previous",)) and not Path(self.previous).exists()
 
     def _before(self) -> dict[str, Any] | None:
         """What the previous model's config.json says; None where it is on the hub."""
@@ -254,6 +258,8 @@ class FromRun(Settings):
         self.require_stage()
         self.require_used()
         model = load_stored(self.previous, self)
+        if self.prompt is not None:
+            model.caption_prompt = self.prompt
         self.add_tokens(model, learned=self.language == "full")
         if self.base_4bit:
             if self.language != "lora":
@@ -267,8 +273,9 @@ class FromRun(Settings):
 
         Raises ValueError where a component has layers of another rank, scale or dropout.
         """
-        low = "tokenizer.low" if hasattr(module.tokenizer, "high") else "tokenizer"
-        modes = {low: self.vision, "adaptor": self.adaptor, "text": self.language}
+        low = module.tokenizer.low_resolution
+        vision = "tokenizer" if low is None else f"tokenizer.{low}"
+        modes = {vision: self.vision, "adaptor": self.adaptor, "text": self.language}
         value = Lora(rank=self.lora_rank, alpha=self.lora_alpha, dropout=self.lora_dropout)
         there = lora_of(module)
         asked = {"rank": value.rank, "alpha": value.alpha, "dropout": value.dropout}
@@ -288,9 +295,7 @@ class FromRun(Settings):
         if "lora" in (self.vision, self.adaptor, self.language):
             return
         names = ("lora_rank", "lora_alpha", "lora_dropout", "base_4bit", "merge")
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        given = [name for name in names if getattr(self, name) != defaults[name]]
-        if given:
+        if given := self.given(names):
             raise ValueError(
                 f"{given} are settings of LoRA, and no component has it; expected one of vision, "
                 f"adaptor, language to be lora, found {self.vision}, {self.adaptor}, "
@@ -300,8 +305,7 @@ class FromRun(Settings):
     def require_stage(self) -> None:
         """Raises RunError where `previous` is a run of a stage that this one does not follow, or
         the usual place of one and empty."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        if self.previous == defaults["previous"] and not Path(self.previous).exists():
+        if self._is_missing_default():
             raise RunError(
                 f"{self.previous}: no such run; expected one of "
                 f"{' or '.join(map(repr, self.follows))} there, or another named by --previous"
@@ -318,11 +322,10 @@ class FromRun(Settings):
 
 
 def load_stored(source: str, settings: Settings) -> DecoderOnlyModel:
-    """The model in a folder or under a hub id, its weights as they were saved."""
+    """The model in a folder or under a hub id, its weights and prompts as they were saved."""
     import vlm
 
     model = vlm.load(source, device="cpu", dtype="stored")
-    model.caption_prompt = settings.caption_prompt
     model.processor.overflow = settings.overflow
     if settings.max_tokens is not None:
         model.processor.max_tokens = settings.max_tokens
@@ -348,7 +351,8 @@ def tuned(
 def high_resolution_frozen(module: nn.Module) -> tuple[tuple[str, None], ...]:
     """The pattern that freezes the high-resolution tower of a paired image tokenizer; none where
     there is no such tower."""
-    return (("tokenizer.high*", FROZEN),) if hasattr(module.tokenizer, "high") else ()
+    high = module.tokenizer.high_resolution
+    return () if high is None else ((f"tokenizer.{high}*", FROZEN),)
 
 
 def training_data(settings: Settings) -> MixtureDataset:

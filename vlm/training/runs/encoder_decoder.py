@@ -18,6 +18,9 @@ from vlm.tokenizers.columns import ColumnsConfig, ColumnsTokenizer, line_spec
 from vlm.training.runs.reading import NEW, ReadingSettings
 from vlm.vocabulary import character_tokenizer
 
+SIZES = ("decoder_width", "decoder_depth", "length")
+"""Settings of a new text decoder."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TranscriberSettings(ReadingSettings):
@@ -53,7 +56,12 @@ class TranscriberSettings(ReadingSettings):
     steps: int = 2000
 
     def build(self) -> EncoderDecoderModel:
-        """The model to train. Raises ValueError for settings that do not go together."""
+        """The model to train. Raises ValueError for settings that do not go together, or that the
+        way of building does not read."""
+        if self.start is not None:
+            self.require_not_given(f"start {self.start!r}", ("vision", "decoder", *SIZES))
+        elif self.decoder != NEW:
+            self.require_not_given(f"decoder {self.decoder!r}", SIZES)
         if self.start is not None:
             model = self._loaded()
         else:
@@ -86,7 +94,8 @@ class TranscriberSettings(ReadingSettings):
         return model.with_size(self.line_px, fit="height", patch_px=patch_px)
 
     def memory_remedies(self) -> tuple[str, ...]:
-        return ("shorten texts (--length)",)
+        new = self.start is None and self.decoder == NEW
+        return ("shorten texts (--length)",) if new else ()
 
     def _loaded(self) -> EncoderDecoderModel:
         import vlm

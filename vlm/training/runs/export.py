@@ -78,20 +78,20 @@ def settings_of(run: Path, recipe: Path | None = None) -> BaseSettings:
         raise RunError(f"{run}: expected a run's folder, with settings.json in it") from error
     except ValueError as error:
         raise RunError(f"{file}: expected settings as JSON, found it broken ({error})") from error
-    place, _, name = values.pop("recipe", "").rpartition(":")
+    module, _, name = values.pop("recipe", "").rpartition(":")
     for key in ("stage", PRECISION_REASON):
         values.pop(key, None)
     if recipe is not None:
         found = recipe_in(recipe).Settings
-    elif place.startswith("vlm."):
-        place = MOVED.get(f"{place}:{name}", place)
-        found = getattr(importlib.import_module(place), name, None)
-    elif (known := RECIPES / Path(place).name).is_file() and place == f"recipes/{known.name}":
+    elif module.startswith("vlm."):
+        module = MOVED.get(f"{module}:{name}", module)
+        found = getattr(importlib.import_module(module), name, None)
+    elif (known := RECIPES / Path(module).name).is_file() and module == f"recipes/{known.name}":
         found = recipe_in(known).Settings
     else:
-        raise RunError(f"{file}: made by {place or 'an unnamed recipe'}; name it with --recipe")
+        raise RunError(f"{file}: made by {module or 'an unnamed recipe'}; name it with --recipe")
     if not isinstance(found, type) or not issubclass(found, BaseSettings):
-        raise RunError(f"{file}: expected the settings of a recipe, found {place}:{name}")
+        raise RunError(f"{file}: expected the settings of a recipe, found {module}:{name}")
     names = {field.name for field in dataclasses.fields(found)}
     return config.from_dict(found, upgraded(values, names), str(file))
 

@@ -1,4 +1,4 @@
-"""What every recipe shares: settings from the command line, the process's place among others, and
+"""What every recipe shares: settings from the command line, the process's rank, and
 one clear line where something is wrong.
 """
 

@@ -30,7 +30,10 @@ class LineReaderSettings(ReadingSettings):
     steps: int = 2000
 
     def build(self) -> LineReaderModel:
-        """The reader to train."""
+        """The reader to train. Raises ValueError for settings of a new reader beside one to go on
+        from."""
+        if self.start != NEW:
+            self.require_not_given(f"start {self.start!r}", ("height_px", "width", "depth"))
         characters = self.characters()
         if self.start == NEW:
             return line_reader.build(

@@ -41,7 +41,8 @@ NEW = "new"
 class ReadingSettings(BaseSettings):
     """Settings of any run that teaches reading. A subclass says what is built.
 
-    reads_prompts: whether what is built reads what stands before a text.
+    reads_prompts: whether what is built reads what stands before a text; none reads a system
+    message.
     """
 
     reads_prompts: ClassVar[bool] = True
@@ -53,7 +54,7 @@ class ReadingSettings(BaseSettings):
     name that the package faker has for it, such as ru_RU or el_GR."""
     fonts: str = "any"
     """Fonts of drawn lines: any, train, system, families of fontpkg, folders or files, separated by
-    commas. Those that lack letters of the alphabet are skipped."""
+    commas. Those that lack characters of the alphabet are skipped."""
     train: tuple[str, ...] = ()
     """Training data, any number of: lines:COUNT:KEY=VALUE, PATH.tsv, FOLDER, PATH-{0000..0009}.tar,
     PATH.jsonl. None: drawn lines in the language, endlessly many."""
@@ -85,7 +86,7 @@ class ReadingSettings(BaseSettings):
         require_share("warmup_ratio", self.warmup_ratio)
         if self.augment != "none":
             raise ValueError(
-                f"augment {self.augment!r}: expected none, as windows would cut letters off a "
+                f"augment {self.augment!r}: expected none, as windows would cut characters off a "
                 "line; drawn lines are worn already"
             )
         specs = self.train or (self.drawn(ENDLESS, self.seed + 1, "train"),)
@@ -112,7 +113,8 @@ def run(
     accelerator = training_run.accelerator
     data = settings.data()
     held_out = settings.held_out_source() if settings.held_out_rows else None
-    training_run.check(data, held_out, reads_prompts=settings.reads_prompts)
+    reads_prompts = settings.reads_prompts
+    training_run.check(data, held_out, reads_prompts=reads_prompts, reads_system=False)
     with accelerator.main_process_first():
         model = settings.build()
     plan = training_run.stage(make_stage, model.module)

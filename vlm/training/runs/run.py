@@ -107,13 +107,18 @@ class TrainingRun:
         return stage
 
     def check(
-        self, data: MixtureDataset, *evaluated: Source | None, reads_prompts: bool = True
+        self,
+        data: MixtureDataset,
+        *evaluated: Source | None,
+        reads_prompts: bool = True,
+        reads_system: bool = True,
     ) -> None:
         """Looks at the first rows of all sources, and says and raises as `check_start` does."""
-        check = partial(check_start, say=self.say, reads_prompts=reads_prompts)
+        reads = {"reads_prompts": reads_prompts, "reads_system": reads_system}
+        check = partial(check_start, say=self.say, **reads)
         check(data.sources, self.settings.bad_rows)
         evaluated_on = [source for source in evaluated if source is not None]
-        check(evaluated_on, None)  # `held_out` judges the rows that are evaluated
+        check(evaluated_on, None)  # `held_out` checks the rows that are evaluated
 
     def held_out(self, model: Any, source: Source | None) -> HeldOut:
         """The rows of a source that the settings evaluate, without those that cannot be, which are

@@ -76,7 +76,7 @@ def rows_for(model):
 
 
 def states_of(model, batch):
-    """The states of every place, [1, T, D] or [B, T, D]."""
+    """The states of every position, [1, T, D] or [B, T, D]."""
     vectors = model.embed(batch.ids, model.encode(batch.groups), batch.names, batch.bounds)
     return model.read(vectors, batch)
 
@@ -136,7 +136,7 @@ def test_no_packed_example_sees_another(kind):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gpt_oss"])
 @torch.no_grad()
 def test_packed_states_are_those_of_transformers_own_mask(kind):
-    """The slow twin is a mask of all pairs of places, which transformers makes by itself where
+    """The slow twin is a mask of all pairs of positions, which transformers makes by itself where
     positions begin again (for gpt-oss it does not)."""
     model = model_of(kind)
     batch = collate_packed(rows_for(model))
@@ -163,7 +163,7 @@ def test_positions_begin_again_with_each_packed_example():
     assert torch.equal(given[0], expected[None])
 
 
-def test_packed_batch_says_of_each_place_whose_it_is():
+def test_packed_batch_says_of_each_position_whose_it_is():
     model = tiny.decoder_only()
     rows = rows_for(model)
     padded, packed = collate(rows, 256), collate_packed(rows)
@@ -178,7 +178,7 @@ def test_packed_batch_says_of_each_place_whose_it_is():
     assert torch.equal(packed.to("cpu").bounds, packed.bounds)
 
 
-def test_first_place_of_a_packed_example_is_no_target():
+def test_first_position_of_a_packed_example_is_no_target():
     """Documents are scored from their first id on, which alone they cannot predict either."""
     rows = [row_of(4), row_of(3)]
     packed = collate_packed(rows)
@@ -340,7 +340,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_models_that_mix_places_by_other_means_are_refused(kind):
+def test_models_that_mix_positions_by_other_means_are_refused(kind):
     options, message = REFUSED[kind]
     with torch.device("meta"):
         text = AutoModelForCausalLM.from_config(CONFIGS[kind](vocab_size=64, **options))

@@ -267,6 +267,9 @@ def test_saved_model_reopens_with_the_same_bits_and_ids(tmp_path, kind, timm_mod
             Example("e", (Turn("user", ("q",)), Turn("assistant", ("a",))))
         ).ids.tolist()
     )
+    model.processor.position_numbers = 3
+    model.save(tmp_path / "three")
+    assert vlm.load(tmp_path / "three", device="cpu").processor.position_numbers == 3
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""vlm ocr: files and options are judged before a model is opened; results go where told."""
+"""vlm ocr: files and options are checked before a model is opened; results go where told."""
 
 import json
 import xml.etree.ElementTree as ET
@@ -113,7 +113,7 @@ def test_bad_input_ends_with_one_line_before_a_model_is_opened(page, tmp_path, c
         ([str(page), "--draw", "a.jpg"], "--draw: expected a .png file"),
         (
             [str(page), "--out", str(tmp_path / "no" / "a.txt")],
-            "--out: expected a place in a folder",
+            "--out: expected a path in a folder",
         ),
         ([str(page), str(twin), "--out", str(tmp_path)], "several files would be written to"),
     ):
@@ -258,7 +258,9 @@ def test_damaged_pages_stop_the_reading_behind_what_is_written(reader, page, tmp
             cli.main(["ocr", *map(str, files), "--format", "json", "--out", str(out)])
         err = capsys.readouterr().err
         assert bad in err
-        assert "(what was read before it is written; --bad-pages skip leaves such pages out)" in err
+        assert (
+            "(what was read before it is written; --bad-pages skip passes over such pages)" in err
+        )
         found = [values["image"] for values in json.loads(out.read_text())]
         assert found == [str(page), *([f"{pdf}[1]"] if pdf in files else [])]
 
@@ -275,7 +277,7 @@ def test_a_file_cut_short_by_a_damaged_page_replaces_no_whole_one(reader, page, 
     assert found == {f"{page.stem}.txt", "three.txt", "three.txt.new"}
 
 
-def test_damaged_pages_are_left_out_counted_and_named(reader, page, tmp_path, capsys):
+def test_damaged_pages_are_skipped_counted_and_named(reader, page, tmp_path, capsys):
     image, pdf = damaged(tmp_path)
     files = [tmp_path / "gone.png", page, image, pdf, page]
     cli.main(["ocr", *map(str, files), "--format", "json", "--bad-pages", "skip"])

@@ -107,7 +107,7 @@ def test_system_key_is_the_system_message(write, caption):
     example = open_source(write(row))[0]
     assert example.turns[0] == Turn("system", ("Be brief.",))
     assert [turn.role for turn in example.turns] == ["system", "user", "assistant"]
-    text = tiny.processor(tiny.decoder_only()).render(example.turns, "r")
+    text = tiny.processor(tiny.decoder_only()).chat_template.render(example.turns, "r")
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
 
 
@@ -139,9 +139,9 @@ def test_turn_of_weight_0_is_read_and_not_scored(write, mark):
     assert decode(encoded.ids[encoded.scored]) == "good<|im_end|>"
     assert decode(encoded.ids[encoded.unscored]) == "bad"
     both = [Turn(turn.role, turn.content) for turn in example.turns]
-    assert processor.render(both, "r").replace("\ue5c1", "\ue5c3") == processor.render(
-        example.turns, "r"
-    ).replace("\ue5c1", "\ue5c3")
+    render = processor.chat_template.render
+    as_context = render(both, "r").replace("\ue5c1", "\ue5c3")
+    assert as_context == render(example.turns, "r").replace("\ue5c1", "\ue5c3")
     assert example.answer == "good"
 
 
@@ -241,6 +241,15 @@ def test_model_that_reads_no_prompts_says_that_rows_have_some(write):
     assert said([source], reads_prompts=False)[0] == (
         "rows.jsonl: 1 of 2 rows checked have a question or a system message, which this model "
         "does not read; answers are"
+    )
+
+
+def test_model_that_reads_no_system_message_says_that_rows_have_some(write):
+    asked = talk(("system", "Be brief.", {}), ("human", "<image>?", {}), ("gpt", "a", {}))
+    source = open_source(write({**asked, "image": "a.png"}, {"image": "a.png", "caption": "x"}))
+    assert said([source], reads_system=False)[0] == (
+        "rows.jsonl: 1 of 2 rows checked have a system message, which this model does not read; "
+        "the rest is"
     )
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tests import tiny
-from vlm.ocr.from_generation import read_written, tokens_of
+from vlm.ocr.from_generation import reading_of, tokens_of
 from vlm.text.generation import Generation
 
 
@@ -27,7 +27,7 @@ def test_tokens_join_to_the_text_and_whole_characters():
 
 def test_confidences_of_lines_cover_their_breaks_and_those_of_words_do_not():
     made, tokenizer = generation("ab c\nd", [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3])
-    reading = read_written(made, tokenizer, (40, 60))
+    reading = reading_of(made, tokenizer, (40, 60))
     assert [line.text for line in reading.lines] == ["ab c", "d"]
     first, last = reading.lines
     assert first.confidence == pytest.approx(0.9 * 0.8 * 0.7 * 0.6 * 0.5)
@@ -42,8 +42,8 @@ def test_confidences_of_lines_cover_their_breaks_and_those_of_words_do_not():
 @pytest.mark.parametrize("end", [True, False])
 def test_blank_lines_are_none(end):
     made, tokenizer = generation("\n\na\n \n", end=end)
-    reading = read_written(made, tokenizer, (4, 6))
+    reading = reading_of(made, tokenizer, (4, 6))
     assert reading.text == "a"
     assert reading.lines[0].confidence == pytest.approx(0.25)
     nothing, tokenizer = generation("")
-    assert read_written(nothing, tokenizer, (4, 6)).lines == ()
+    assert reading_of(nothing, tokenizer, (4, 6)).lines == ()

@@ -27,7 +27,7 @@ def scored_text(processor, row):
 
 
 def test_exactly_the_answer_and_its_end_token_are_scored(processor):
-    """Nothing at image, prompt or padding places; the last label is the end token."""
+    """Nothing at image, prompt or padding positions; the last label is the end token."""
     row = processor.encode(tiny.example(content=(None, "what?"), answer="a cat"))
     assert scored_text(processor, row) == "a cat<|im_end|>"
     assert row.ids[-1] == processor.end_id
@@ -187,7 +187,7 @@ def test_row_longer_than_the_context_is_dropped_with_both_numbers():
 
 @pytest.mark.parametrize("limit", range(3, 70))
 def test_shrinking_never_cuts_an_image_run(limit):
-    """Whatever the limit, each image that is left has all its places, and its pixels stay."""
+    """Whatever the limit, each image that is left has all its tokens, and its pixels stay."""
     turns = (
         Turn("user", (None, "one?")),
         Turn("assistant", ("1",)),

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 import transformers
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 import vlm
@@ -15,6 +14,7 @@ from tests.contrastive_runs import (
     assert_close,
     assert_follows,
     run,
+    run_from_scratch,
     write_bert,
     write_decoder,
     write_rows,
@@ -81,10 +81,7 @@ def test_data_settings_that_do_not_fit_are_named(settings, message):
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
-    """A run from scratch: its folder and what it gave."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    out = tmp_path_factory.mktemp("scratch") / "run"
-    return out, run(out, **TINY)
+    return run_from_scratch(tmp_path_factory.mktemp("scratch") / "run")
 
 
 def test_run_draws_its_loss_and_states_its_recalls(scratch):
@@ -179,7 +176,7 @@ def test_bad_row_is_named(tmp_path, kind, where):
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-def test_left_out_rows_and_cut_texts_are_counted_and_said(tmp_path, capsys):
+def test_skipped_rows_and_cut_texts_are_counted_and_said(tmp_path, capsys):
     long = {"caption": "a cat and a dog and a tree and a bird and a house"}
     path = write_rows(tmp_path, row3=BAD["empty caption"][0], row5=BAD["no image"][0], row6=long)
     result = run(

@@ -203,16 +203,17 @@ def test_specs_refuse_bad_values_and_show_them(changes, message):
         spec(**({"fit": "stretch"} | changes))
 
 
+def line_spec(longest_px):
+    """Lines of 32 rows and at most so many columns."""
+    half = (0.5,) * 3
+    return PixelSpec(
+        size_hw=(32, longest_px), fit="height", patch_px=4, resample="bilinear", mean=half, std=half
+    )
+
+
 @pytest.mark.parametrize("size_hw", [(24, 96), (40, 900), (5, 20_000), (300, 20), (1, 1)])
 def test_lines_get_their_height_and_about_their_aspect(size_hw):
-    line = PixelSpec(
-        size_hw=(32, 2048),
-        fit="height",
-        patch_px=4,
-        resample="bilinear",
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-    )
+    line = line_spec(2048)
     ((H, W),) = line.view_sizes(size_hw)
     assert H == 32
     assert W % 4 == 0
@@ -225,14 +226,7 @@ def test_lines_get_their_height_and_about_their_aspect(size_hw):
 
 
 def test_lines_come_in_few_widths():
-    line = PixelSpec(
-        size_hw=(32, 16384),
-        fit="height",
-        patch_px=4,
-        resample="bilinear",
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-    )
+    line = line_spec(16384)
     widths = {line.view_sizes((32, columns))[0][1] for columns in range(128, 1025)}
     assert len(widths) == 13
     assert {line.view_sizes((32, width))[0][1] for width in widths} == widths

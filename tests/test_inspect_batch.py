@@ -11,7 +11,7 @@ from PIL import Image, ImageColor
 from tests import encoder_decoders, tiny, towers, training
 from vlm.commands.inspect_batch import draw_rows, show_rows
 from vlm.data.example import Skipped
-from vlm.draw import INK
+from vlm.draw import BLACK
 from vlm.draw_packed import BAND_PX, FILLS
 from vlm.families.registry import FAMILIES, named
 from vlm.tokenizers.paired import PairedSpec
@@ -60,7 +60,7 @@ def test_inspected_packed_rows_show_who_shares_them_and_their_borders(tmp_path, 
     page = np.asarray(Image.open(tmp_path / "packed.png"))
     for fill in FILLS.values():
         assert (page == ImageColor.getrgb(fill)).all(2).sum() > 100
-    dark = (page == ImageColor.getrgb(INK)).all(2)
+    dark = (page == ImageColor.getrgb(BLACK)).all(2)
     borders = [dark[:, x].sum() for x in range(page.shape[1])]
     scale = 1200 / lengths[1]  # the longest row is as wide as the page
     for bound in (0, lengths[0], lengths[0] + lengths[2]):

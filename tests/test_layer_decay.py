@@ -45,7 +45,7 @@ FIRST = ("embed", "cls_token", "pos_embed", "pre_layrnorm", "patch", "stem")
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_rates_fall_from_layer_to_layer(kind):
-    """Of every parameter, read back from the live optimizer; each decided by one pattern."""
+    """Of every parameter, read back from the live optimizer; each matched by one pattern."""
     build, depth, path = LAYERS[kind]
     module = torch.nn.Module()
     module.tower = build()
@@ -53,8 +53,8 @@ def test_rates_fall_from_layer_to_layer(kind):
     stage = dataclasses.replace(training.CONTRAST, rates=rates)
     prepare(module, stage, torch.float32)
     live = {id(p): g["lr"] for g in optimizer_for(module, stage).param_groups for p in g["params"]}
-    decided = assign_rates(module, rates)
-    assert {pattern for pattern, _ in decided.values()} == {pattern for pattern, _ in rates}
+    chosen = assign_rates(module, rates)
+    assert {pattern for pattern, _ in chosen.values()} == {pattern for pattern, _ in rates}
     seen = set()
     for name, parameter in module.named_parameters():
         inner = name.removeprefix("tower.backbone.")
@@ -81,9 +81,9 @@ def test_rates_follow_computation_not_registration():
             pooled=True, pixel_spec=towers.timm_vit(size_hw=(32, 32)).pixel_spec,
         )
     )  # fmt: skip
-    decided = assign_rates(module, tuple(layer_rates(module, "tokenizer", 1.0, 0.5)))
-    assert decided["tokenizer.visual.proj"][1] == 1.0
-    assert decided["tokenizer.visual.positional_embedding"][1] == 0.25
+    chosen = assign_rates(module, tuple(layer_rates(module, "tokenizer", 1.0, 0.5)))
+    assert chosen["tokenizer.visual.proj"][1] == 1.0
+    assert chosen["tokenizer.visual.positional_embedding"][1] == 0.25
 
 
 def test_rates_that_cannot_fall_are_named():

@@ -59,7 +59,7 @@ def test_rows_that_cannot_be_read_do_not_stop_it(tmp_path):
     assert fingerprint(open_source(str(path))).startswith("40 rows")
 
 
-def decided(rate=1e-3, steps=6, names=("r0", "r1")):
+def identity(rate=1e-3, steps=6, names=("r0", "r1")):
     import dataclasses
 
     source = ListSource([tiny.example(name) for name in names], "tiny")
@@ -69,12 +69,12 @@ def decided(rate=1e-3, steps=6, names=("r0", "r1")):
 
 
 def test_same_run_differs_in_nothing():
-    old = json.loads(json.dumps(decided()))
-    assert differences(old, decided(), (), Path("step")) == []
+    old = json.loads(json.dumps(identity()))
+    assert differences(old, identity(), (), Path("step")) == []
 
 
 def test_all_that_differs_is_listed_and_refused_unless_named():
-    old, new = decided(), decided(rate=1.0, steps=8, names=("r0", "r2"))
+    old, new = identity(), identity(rate=1.0, steps=8, names=("r0", "r2"))
     with pytest.raises(CheckpointError) as error:
         differences(old, new, (), Path("step_1"))
     said = str(error.value)
@@ -91,11 +91,11 @@ def test_all_that_differs_is_listed_and_refused_unless_named():
 
 
 def test_changed_setting_is_said_once_with_what_follows_from_it():
-    old, new = decided(), decided(rate=1.0)
+    old, new = identity(), identity(rate=1.0)
     new["stage"] = new["stage"] | {"rates": [["adaptor.*", 1.0]], "warmup_steps": 3}
     (line,) = differences(old, new, ("rate",), Path("step_1"))
     assert line == "rate: 0.001 then, 1.0 now (so stage.rates, stage.warmup_steps differ too)"
-    assert differences(decided(), decided(steps=8), ("steps",), Path("step_1")) == [
+    assert differences(identity(), identity(steps=8), ("steps",), Path("step_1")) == [
         "steps: 6 then, 8 now"
     ]
     assert len(differences(old, new, ("rate", "stage"), Path("step_1"))) == 3  # asked for by name

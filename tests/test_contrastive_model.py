@@ -116,7 +116,7 @@ def test_templates_are_averaged_after_and_before_normalising(clip):
         (["cat", 3], None, r"labels\[1\]: expected a text, found 3"),
         (["cat"], [], r"templates is a list of at least one text, found \[\]"),
         (["cat"], "a {}", "templates is a list of at least one text, found 'a {}'"),
-        (["cat"], ["a {}", "a photo"], r"templates with {} at the label's place, .*'a photo'"),
+        (["cat"], ["a {}", "a photo"], r"templates with {} at the label's position, .*'a photo'"),
     ],
 )
 def test_bad_labels_and_templates_are_named(clip, labels, templates, message):

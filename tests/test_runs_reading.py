@@ -130,18 +130,19 @@ def test_characters_outside_the_alphabet_stop_the_run_and_are_named(tmp_path):
 def test_bad_alphabets_and_starts_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"alphabet 'klingon': expected english, latin"):
         settings(tmp_path, alphabet="klingon").characters()
-    with pytest.raises(ValueError, match=r"augment .light.: .* cut letters off a line"):
+    with pytest.raises(ValueError, match=r"augment .light.: .* cut characters off a line"):
         settings(tmp_path, augment="light").data()
     (tmp_path / "own.txt").write_text("ab\ncé")
     assert settings(tmp_path, alphabet=str(tmp_path / "own.txt")).characters() == " abcé"
 
 
+SIZES = dict(decoder_width=64, decoder_depth=1, length=32)
+"""Of a new decoder."""
+
+
 def transcribed(folder, **changes):
     values = dict(
         out=folder,
-        decoder_width=64,
-        decoder_depth=1,
-        length=32,
         steps=2,
         batch=4,
         precision="fp32",
@@ -153,9 +154,32 @@ def transcribed(folder, **changes):
         train=(f"lines:1000:seed=1{LINES}",),
         held_out=f"lines:4:seed=2{LINES}:split=validation",
     )
-    settings = TranscriberSettings(**values | changes)
+    sizes = {} if "start" in changes else SIZES
+    settings = TranscriberSettings(**values | sizes | changes)
     objective = lambda settings, model, stage: NextToken(model.processor.pad_id)  # noqa: E731
     return run(settings, trocr_stage, objective)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            LineReaderSettings(start="x", depth=2, width=64),
+            r"start 'x' does not read \['width', 'd",
+        ),
+        (LineReaderSettings(start="x", height_px=16), r"start 'x' does not read \['height_px'\]"),
+        (TranscriberSettings(start="x", vision="y"), r"start 'x' does not read \['vision'\]"),
+        (TranscriberSettings(start="x", decoder="y"), r"start 'x' does not read \['decoder'\]"),
+        (
+            TranscriberSettings(start="x", **SIZES),
+            r"start 'x' does not read \['decoder_width', 'decoder_depth', 'length'\]",
+        ),
+        (TranscriberSettings(decoder="y", length=32), r"decoder 'y' does not read \['length'\]"),
+    ],
+)
+def test_settings_that_a_way_of_building_does_not_read_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        settings.build()
 
 
 def test_an_encoder_decoder_reader_is_trained_saved_and_given_another_script(tmp_path):
@@ -206,14 +230,14 @@ def test_lines_keep_their_shape_before_an_encoder_of_squares(tmp_path):
 
 def test_a_decoder_that_counts_from_its_pad_id_refuses_a_tokenizer_with_another():
     """RoBERTa's positions would all move by what the pad ids differ."""
-    model = TranscriberSettings(decoder_width=64, decoder_depth=1, length=32).build()
+    model = TranscriberSettings(**SIZES).build()
     model.module.text = law.model("roberta").text
     with pytest.raises(ValueError, match=r"counts positions from its pad id.* 256 too, found 1"):
         swap.with_tokenizer(model, character_tokenizer("ab "))
 
 
 def test_another_tokenizer_keeps_the_rows_of_the_tokens_that_both_have():
-    settings = TranscriberSettings(decoder_width=64, decoder_depth=1, length=32)
+    settings = TranscriberSettings(**SIZES)
     model = settings.build()
     before = model.processor.text_tokenizer.get_vocab()
     table = model.module.text.get_input_embeddings().weight.detach().clone()
@@ -227,7 +251,7 @@ def test_another_tokenizer_keeps_the_rows_of_the_tokens_that_both_have():
 
 
 def test_another_tokenizer_keeps_the_biases_of_berts_head():
-    model = TranscriberSettings(decoder_width=64, decoder_depth=1, length=32).build()
+    model = TranscriberSettings(**SIZES).build()
     text = model.module.text = law.model("bert").text
     before = model.processor.text_tokenizer.get_vocab()
     with torch.no_grad():
@@ -291,7 +315,7 @@ def test_two_processes_train_an_encoder_decoder_as_one_does(tmp_path):
 @pytest.mark.parametrize("mark", ["</s>", "<pad>", "<s>"])
 def test_a_text_that_spells_the_tokenizers_own_marks_is_named(mark):
     """It would end, or not be learned, in its middle."""
-    model = TranscriberSettings(decoder_width=64, decoder_depth=1, length=32).build()
+    model = TranscriberSettings(**SIZES).build()
     example = line_readers.line(f"a{mark}b")
     with pytest.raises(BadRow, match=rf"line 0.*own start, end and padding marks.*'{mark}'"):
         model.processor.encode(example)

@@ -37,6 +37,7 @@ def test_run_is_the_same_for_every_split_into_micro_batches(tmp_path, loss):
     assert expected[-1]["loss"] < expected[0]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 def test_bf16_run_begins_as_fp32_does_and_learns_in_one_pass_and_in_two(tmp_path, loss):
     """The recipe's own precision: weights cast once a step, gradients added up in fp32. Later steps

@@ -87,6 +87,7 @@ def run_rank(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory as Linux tells it")
 def test_no_process_has_the_whole_model_in_memory(tmp_path, monkeypatch):
     """Weights lie in their mapped file until a block is taken; a rank keeps its half, in fp32."""

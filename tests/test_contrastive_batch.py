@@ -176,7 +176,7 @@ def test_texts_that_are_none_are_named(texts, message):
 
 
 def test_processor_refuses_lengths_without_room():
-    with pytest.raises(ValueError, match="length 1 leaves no room beside 1 tokens of every text"):
+    with pytest.raises(ValueError, match="length 1 leaves no token beside 1 tokens of every text"):
         processor(length=1)
 
 

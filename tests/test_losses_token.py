@@ -68,7 +68,7 @@ MODULES = {
 
 
 def batch_for(module):
-    """Rows of unequal lengths; their scored places are no multiple of the chunks used here."""
+    """Rows of unequal lengths; their scored positions are no multiple of the chunks used here."""
     if module.family == "encoder_decoder":
         return collate(encoder_decoders.rows(encoder_decoders.processor(module), *TEXTS), 0)
     made = tiny.processor(module, prefix=module.family == "prefix_decoder")
@@ -76,8 +76,8 @@ def batch_for(module):
     return collate([made.encode(row) for row in rows], made.pad_id)
 
 
-def in_chunks(monkeypatch, places):
-    monkeypatch.setattr(token, "_places", lambda width, learned: places)
+def in_chunks(monkeypatch, positions):
+    monkeypatch.setattr(token, "_positions", lambda width, learned: positions)
 
 
 def gradients(module):
@@ -118,14 +118,14 @@ def assert_same(found, expected, bound):
     ],
 )
 def test_chunks_equal_the_plain_loss(kind, dtype, bound, monkeypatch):
-    """Values and all gradients, chunks of unequal lengths, of one place, and all in one."""
+    """Values and all gradients, chunks of unequal lengths, of one position, and all in one."""
     module = MODULES[kind]().to(dtype)
     batch = batch_for(module).to("cpu", dtype)
     expected = plain(module, batch, 1 / 7)
     count = len(batch.targets)
     assert count % 7 != 0
-    for places in (1, 7, count - 1, count):
-        in_chunks(monkeypatch, places)
+    for positions in (1, 7, count - 1, count):
+        in_chunks(monkeypatch, positions)
         assert_same(chunked(module, batch, 1 / 7), expected, bound)
         found = state_losses(module.logits, module.states(batch), batch.targets)
         assert not found.requires_grad
@@ -175,39 +175,39 @@ def test_sure_and_hopeless_targets_keep_their_digits(dtype):
     )
 
 
-@pytest.mark.parametrize("places", [1, 4, 100])
+@pytest.mark.parametrize("positions", [1, 4, 100])
 @pytest.mark.parametrize("kind", ["tied", "untied", "LoRA", "adaptor alone"])
-def test_no_scored_place_gives_the_gradients_of_the_plain_loss(kind, places, monkeypatch):
+def test_no_scored_position_gives_the_gradients_of_the_plain_loss(kind, positions, monkeypatch):
     """Zeros, and not none: a rank without a target still takes part."""
     module = MODULES[kind]()
     batch = batch_for(module)
     batch.scored[:] = False
-    in_chunks(monkeypatch, places)
+    in_chunks(monkeypatch, positions)
     assert_same(chunked(module, batch), plain(module, batch), 0)
     assert len(state_losses(module.logits, module.states(batch), batch.targets)) == 0
 
 
-@pytest.mark.parametrize("places", [7, 100])
+@pytest.mark.parametrize("positions", [7, 100])
 @pytest.mark.parametrize("kind", ["tied", "capped", "LoRA", "adaptor alone"])
-def test_checkpointed_blocks_give_the_same(kind, places, monkeypatch):
+def test_checkpointed_blocks_give_the_same(kind, positions, monkeypatch):
     module = MODULES[kind]()
     batch = batch_for(module)
     expected = plain(module, batch)
     checkpoint_activations(module, ("text",))
-    in_chunks(monkeypatch, places)
+    in_chunks(monkeypatch, positions)
     assert_same(chunked(module, batch), expected, 1e-6)
 
 
-@pytest.mark.parametrize("places", [7, 100])
+@pytest.mark.parametrize("positions", [7, 100])
 @pytest.mark.parametrize("kind", ["tied", "untied", "capped", "LoRA", "trocr"])
-def test_working_weights_get_the_gradients_of_the_plain_loss(kind, places, monkeypatch):
+def test_compute_copies_get_the_gradients_of_the_plain_loss(kind, positions, monkeypatch):
     """In bf16, under autocast as in `fit`; differences are those of bf16's roundings."""
     module = MODULES[kind]()
     batch = batch_for(module)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
     found = []
     working = ComputeCopies(module, torch.bfloat16)
-    in_chunks(monkeypatch, places)
+    in_chunks(monkeypatch, positions)
     for step in ("plain", "chunked"):
         with working.in_use():
             if step == "plain":
@@ -303,12 +303,12 @@ class Live(TorchDispatchMode):
         return out
 
 
-def bytes_needed(places, count, learns, monkeypatch, dtype=torch.float32, D=4, Z=1000):
+def bytes_needed(positions, count, learns, monkeypatch, dtype=torch.float32, D=4, Z=1000):
     """(most bytes at any time, bytes left over) of one call."""
     head = nn.Linear(D, Z, bias=False, dtype=dtype).requires_grad_(learns)
     states = torch.randn(count, D, dtype=dtype, requires_grad=True)
     targets = torch.randint(0, Z, (count,))
-    in_chunks(monkeypatch, places)
+    in_chunks(monkeypatch, positions)
     with Live() as live:
         losses = backward_state_losses(head, states, targets, 1.0)
     del losses
@@ -318,7 +318,7 @@ def bytes_needed(places, count, learns, monkeypatch, dtype=torch.float32, D=4, Z
 
 @pytest.mark.parametrize("learns", [True, False])
 def test_bytes_do_not_grow_with_the_number_of_chunks(learns, monkeypatch):
-    """Neither those needed at once nor those left over; what many places take besides a
+    """Neither those needed at once nor those left over; what many positions take besides a
     chunk's logits (5 x 1000) is their states, gradients and losses."""
     few, left = bytes_needed(5, 10, learns, monkeypatch)
     many, still = bytes_needed(5, 60, learns, monkeypatch)
@@ -344,17 +344,17 @@ def test_chunks_hold_as_many_logits_as_the_head_learns_numbers(monkeypatch):
     monkeypatch.setattr(token, "CHUNK", 10_000)
     module = tiny.decoder_only("qwen2")  # 300 ids, 32 wide
 
-    def places():
-        return token._places(*token._shown(module.logits, torch.randn(2, 32)))
+    def positions():
+        return token._positions(*token._shown(module.logits, torch.randn(2, 32)))
 
     head = module.text.lm_head.weight
-    assert places() == 10_000 // 300
+    assert positions() == 10_000 // 300
     monkeypatch.setattr(token, "CHUNK", 3_000)
-    assert places() == 32
+    assert positions() == 32
     head.requires_grad_(False)
-    assert places() == 10
+    assert positions() == 10
     monkeypatch.setattr(token, "CHUNK", 100)
-    assert places() == 1
+    assert positions() == 1
 
 
 @pytest.mark.parametrize("kind", ["untied", "prefix, capped", "trocr"])
@@ -381,8 +381,8 @@ def test_a_run_is_the_same_in_chunks(tmp_path, monkeypatch):
     """Through `fit`, in bf16 with all weights learning and with micro-batches of two."""
     losses = []
     stage = dataclasses.replace(training.STAGE, rates=(("*", 1e-3),), micro_batch=2, steps=2)
-    for places in (10_000, 5):
-        in_chunks(monkeypatch, places)
-        _, _, history = training.train(tmp_path / str(places), stage, precision="bf16")
+    for positions in (10_000, 5):
+        in_chunks(monkeypatch, positions)
+        _, _, history = training.train(tmp_path / str(positions), stage, precision="bf16")
         losses.append([line["loss"] for line in history])
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)

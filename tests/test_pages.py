@@ -11,7 +11,7 @@ from vlm.ocr import pages as read
 from vlm.ocr.line_detection.detect import find_lines
 from vlm.ocr.pages import read_each, read_pages
 from vlm.ocr.results import Token, Transcript
-from vlm.ocr.streaming import keep_sure
+from vlm.ocr.streaming import filter_by_confidence
 from vlm.pixels import BadImage
 
 
@@ -129,7 +129,7 @@ def test_unsure_lines_are_left_out_and_counted():
         (reading,) = read_pages(reader, [image], min_confidence=0.5)
     assert [line.confidence for line in reading.lines] == [0.9] * 3
     (full,) = read_pages(reader, [image])
-    assert keep_sure(full, 0.5) == (reading, 2)
+    assert filter_by_confidence(full, 0.5) == (reading, 2)
 
 
 class SidewaysReader:

@@ -20,11 +20,11 @@ def folders(tmp_path):
     [("siglip", "qwen2", -1), ("dinov2", "llama", -1), ("clip", "gemma2", -2)],
 )
 def test_any_pairing_composes_saves_and_reopens(folders, tmp_path, encoder, text, layer):
-    """Towers with and without a class token; non-square images; places as promised."""
+    """Towers with and without a class token; non-square images; the layout says how many tokens."""
     vision, language = folders(encoder, text)
     model = vlm.build(vision=vision, text=language, vision_layer=layer, system="")
     patches = ENCODERS[encoder][3]
-    assert model.processor.places_for((30, 71)).length == patches // 4
+    assert model.processor.layout_for((30, 71)).length == patches // 4
     assert model.processor.max_tokens == 512  # the language model's context
     images = [tiny.image(1, (30, 71)), tiny.image(2, (90, 20))]
     captions = model.caption(images, max_new_tokens=6)
@@ -47,14 +47,14 @@ def test_adaptors_are_chosen_by_name_and_seeded(folders, adaptor):
     assert torch.equal(torch.rand(3), before)  # the global generator is left alone
     assert same_bits(a.module.adaptor.state_dict(), b.module.adaptor.state_dict())
     assert not same_bits(a.module.adaptor.state_dict(), c.module.adaptor.state_dict())
-    assert a.processor.places_for((9, 9)).length == (5 if adaptor == "resampler" else 16)
+    assert a.processor.layout_for((9, 9)).length == (5 if adaptor == "resampler" else 16)
 
 
 def test_other_image_size_is_taken_over_by_positions(folders):
     """A square encoder takes a wide image by resized positions."""
     vision, language = folders("siglip", "llama")
     model = vlm.build(vision=vision, text=language, size_hw=(32, 128))
-    assert model.processor.places_for((10, 10)).length == (32 // 16) * (128 // 16) // 4
+    assert model.processor.layout_for((10, 10)).length == (32 // 16) * (128 // 16) // 4
     assert len(model.caption([tiny.image()], max_new_tokens=2)) == 1
 
 

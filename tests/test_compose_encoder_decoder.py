@@ -42,7 +42,7 @@ def text_tokenizer(**special):
 def bert_folder(folder, head=True, **more):
     """A tiny encoder of texts with its tokenizer."""
     torch.manual_seed(0)
-    values = law.SIZES | law.PLACES | law.IDS | more
+    values = law.SIZES | law.POSITIONS | law.IDS | more
     kind = transformers.BertForMaskedLM if head else transformers.BertModel
     model = kind(transformers.BertConfig(**values))
     if not head:
