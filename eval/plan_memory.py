@@ -30,6 +30,7 @@ from bench import (
     parse,
     parser_for,
     peak_mb,
+    ratio,
     reset_peak,
     resident_mb,
 )
@@ -194,7 +195,10 @@ def main() -> None:
     for name in settings.cases:
         planned = planned_mb(CASES[name], dtype)
         found = child(settings, name, env=give_back)
-        print(f"{name:36} {planned:11.0f} {found:12.0f} {planned / found - 1:+11.1%}", flush=True)
+        print(
+            f"{name:36} {planned:11.0f} {found:12.0f} {ratio(planned, found) - 1:+11.1%}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
