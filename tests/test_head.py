@@ -8,6 +8,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tests import tiny, training
 from vlm.families.decoder_only.head import head_logits, require_own_logits
+from vlm.vocabulary import train_rows
 
 GPT2 = dict(vocab_size=300, n_embd=32, n_layer=2, n_head=4)
 OPT = dict(vocab_size=300, hidden_size=32, word_embed_proj_dim=16, ffn_dim=48, num_hidden_layers=2,
@@ -51,6 +52,12 @@ def test_logits_of_final_states_are_the_models_own(kind):
     own = text(inputs_embeds=vectors, use_cache=False).logits
     states = text.get_decoder()(inputs_embeds=vectors, use_cache=False).last_hidden_state
     torch.testing.assert_close(head_logits(text, states), own, atol=1e-5, rtol=1e-5)
+    require_own_logits(text)
+
+
+def test_head_whose_rows_are_trained_apart_is_compared_too():
+    text = text_model("cohere")
+    train_rows(text, [5, 7])
     require_own_logits(text)
 
 

@@ -57,7 +57,7 @@ def require_own_logits(text: nn.Module) -> None:
     kind = text.config.get_text_config().model_type
     decoder, head = text.get_decoder(), text.get_output_embeddings()
     positions, rows = TRIED
-    width = head.in_features
+    width = next(head.parameters()).shape[-1]
     states, weight = _random(1, positions, width), 4 * width**-0.5 * _random(rows, width)
     tried = nn.Linear(width, rows, bias=False, device="meta")
     tried.weight = nn.Parameter(weight)
