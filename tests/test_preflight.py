@@ -138,9 +138,9 @@ def test_check_that_is_off_estimates_nothing(tmp_path, monkeypatch):
 )
 def test_check_stops_on_cpus_and_warns_on_gpus_unless_told(monkeypatch, device, check, stops):
     Given(monkeypatch, 2**10)
-    model, rows, objective = lines()
+    model, rows, objective = decoder_only()
     said = []
-    settings = settings_of(precision="fp32", memory_check=check)
+    settings = settings_of(precision="bf16", memory_check=check)
     accelerator = SimpleNamespace(device=torch.device(device), num_processes=1)
     with pytest.raises(ValueError, match="not even one") if stops else contextlib.nullcontext():
         require_memory(
