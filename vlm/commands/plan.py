@@ -106,14 +106,14 @@ class MakePlan:
         return Estimate(simulated, rows, machine.ranks, group), stage.name
 
     def _show(self, plan: Plan, machine: Machine, settings: Any, name: str, peak: str) -> None:
-        from rich.console import Console
         from rich.table import Table
 
+        from vlm.console import plain_console
         from vlm.training.memory.preflight import GIB, MOST
 
         unit, size = ("GiB", GIB) if plan.held.total >= GIB else ("MiB", GIB / 1024)
 
-        console = Console(soft_wrap=True, highlight=False)
+        console = plain_console(soft_wrap=True)
         spread = f"{plan.ranks} x {machine.name}, {machine.gib:g} GiB each"
         if plan.ranks > 1:
             spread += ", all alike" if plan.shard_group == 1 else f", sharded by {plan.shard_group}"
