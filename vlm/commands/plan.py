@@ -140,10 +140,10 @@ class MakePlan:
             console.print(f"{plan.step_flops:.3g} operations a step; no time: {peak}")
             return
         cost = "" if plan.cost is None else f", {plan.cost:,.2f} at {self.price:g} an hour each"
+        tokens = "" if plan.tokens_per_s is None else f", {plan.tokens_per_s:,.0f} tokens/s"
         console.print(
             f"a step takes {_duration(plan.step_s)} at an MFU of {self.mfu:.0%} of {peak}: "
-            f"{plan.step_flops:.3g} operations, {settings.batch / plan.step_s:,.1f} samples/s, "
-            f"{plan.tokens_per_s:,.0f} tokens/s"
+            f"{plan.step_flops:.3g} operations, {settings.batch / plan.step_s:,.1f} samples/s{tokens}"
         )
         console.print(
             f"{settings.steps:,} steps take {_duration(plan.hours * 3600)}, "
