@@ -143,7 +143,8 @@ class MakePlan:
         tokens = "" if plan.tokens_per_s is None else f", {plan.tokens_per_s:,.0f} tokens/s"
         console.print(
             f"a step takes {_duration(plan.step_s)} at an MFU of {self.mfu:.0%} of {peak}: "
-            f"{plan.step_flops:.3g} operations, {settings.batch / plan.step_s:,.1f} samples/s{tokens}"
+            f"{plan.step_flops:.3g} operations, {settings.batch / plan.step_s:,.1f} samples/s"
+            f"{tokens}"
         )
         console.print(
             f"{settings.steps:,} steps take {_duration(plan.hours * 3600)}, "
