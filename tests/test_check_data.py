@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.rows import annotation, png, records, sample, write_tar
 from vlm import cli
-from vlm.data.check import check_source, check_start
+from vlm.data.check import check_source, check_start, say_on
 from vlm.data.example import BadRow
 from vlm.data.sources import TableSource, open_source
 
@@ -160,3 +160,15 @@ def test_run_stops_before_its_first_step_or_counts_bad_rows(folder):
     (line,) = start([source], "skip")
     assert line.startswith("rows.jsonl: 2 of the first 3 rows skipped, such as rows.jsonl:2: ")
     assert start([source], None) == []  # whoever reads them says it
+
+
+def test_names_of_data_are_printed_as_they_are(folder, capsys):
+    """rich would take :cat: for an emoji, and [b] for its markup."""
+    write(folder, {**GOOD, "mood [b] :cat:": "glad"})
+    named = folder / "a:cat:[b].jsonl"
+    (folder / "rows.jsonl").rename(named)
+    assert check(named) == 0
+    assert "a:cat:[b].jsonl: 1 rows checked" in (out := capsys.readouterr().out)
+    assert "mood [b] :cat:" in out
+    check_start([open_source("sample:train")], "raise", say_on(True), rows=2)
+    assert capsys.readouterr().err == "rows checked, without fault: 2 of sample:train\n"

@@ -58,7 +58,7 @@ def test_command_lists_the_tasks_and_refuses_others(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["eval", "classify", "model"])
     assert stopped.value.code == 1
-    error = "error: vlm eval: expected a task of caption, vqa, grounding, ocr, retrieval, zero-shot"
+    error = f"error: vlm eval: expected a task of {', '.join(TASKS)}, found 'classify'"
     assert error in capsys.readouterr().err
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests import training
 from tests.contrastive_runs import TINY, run
 from tests.runs import run_two
+from vlm.data.example import BadRow
 from vlm.training.activation_checkpointing import checkpoint_activations
 from vlm.training.memory import preflight
 from vlm.training.memory.estimate import Estimate, rows_of_run
@@ -176,6 +178,21 @@ def test_a_step_that_cannot_be_simulated_is_no_reason_to_stop(tmp_path, monkeypa
     assert run(tmp_path / "run", **TINY)["step"] == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "whether a step fits in memory is not known: Cannot access data pointer" in said
+
+
+@pytest.mark.parametrize("there", [2**50, None])
+def test_a_run_of_which_no_row_can_be_used_stops_with_the_first_reason(monkeypatch, there):
+    Given(monkeypatch, there)
+    model, rows, objective = decoder_only()
+    rows = [dataclasses.replace(row, turns=row.turns[:1]) for row in rows]
+    settings = settings_of(precision="fp32", memory_check="warn")
+    accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    said = r"^none of 8 rows of the run can be used: \w+: expected an assistant turn to learn from"
+    with pytest.raises(BadRow, match=said):
+        require_memory(
+            model, STAGE, training.dataset(rows), objective, settings, accelerator=accelerator,
+            shard="no", say=pytest.fail,
+        )  # fmt: skip
 
 
 def lines():

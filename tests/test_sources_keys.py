@@ -15,6 +15,7 @@ from vlm.data.example import BadRow, Box, Turn
 from vlm.data.grounding import ground
 from vlm.data.sources import BadSource, TableSource, open_source
 from vlm.data.sources.keys import MEANING
+from vlm.data.sources.row import RowFormat
 
 TALK = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "a cat"}]
 
@@ -232,6 +233,23 @@ def test_mark_that_nothing_stands_for_is_counted(write, mark):
     source[1]
     assert list(source.unread.found) == [mark]
     assert source.unread.found[mark].count == 2
+
+
+def test_key_in_whose_place_an_option_names_another_is_not_counted(write, tmp_path):
+    row = {"image": "a.png", "photo": "a.png", "caption": "x", "kind": "pet", "mood": "glad"}
+    source = open_source(f"{write(row)}?caption=kind&image=photo")
+    assert source[0].answer == "pet"
+    assert list(source.unread.found) == ["mood"]
+    source = open_source(write(row))
+    assert source[0].answer == "x"
+    assert list(source.unread.found) == ["photo", "kind", "mood"]
+    path = tmp_path / "rows.tsv"
+    path.write_text("image\ttext\tkind\tmood\na.png\tx\tpet\tglad\n")
+    assert list(open_source(f"{path}?caption=kind").unread.found) == ["mood"]
+    image = {"bytes": b"x", "path": None}
+    table = Dataset.from_dict({"image": [image], "caption": ["x"], "kind": ["pet"]})
+    assert TableSource(table, "t", RowFormat(caption="kind")).unread.found == {}
+    assert list(TableSource(table, "t").unread.found) == ["kind"]
 
 
 def test_model_that_reads_no_prompts_says_that_rows_have_some(write):

@@ -4,6 +4,7 @@ the table loads nothing."""
 
 from __future__ import annotations
 
+from vlm import evaluation
 from vlm.families.registry import TASKS, Command
 
 OTHERS = (
@@ -23,7 +24,7 @@ OTHERS = (
         "eval",
         "vlm.commands.evaluation:Evaluate",
         "TASK MODEL --data SOURCE",
-        "evaluates: caption, vqa, grounding, ocr, retrieval, zero-shot; see [eval](eval/README.md)",
+        f"evaluates: {', '.join(evaluation.TASKS)}; see [eval](eval/README.md)",
     ),
     Command(
         "check-data",

@@ -36,7 +36,7 @@ class CheckData:
     """Keys of rows that are skipped although they change what a row means."""
 
     def run(self) -> None:
-        from rich.console import Console
+        from vlm.console import plain_console
 
         for name in ("rows", "workers"):
             value = getattr(self, name)
@@ -44,7 +44,7 @@ class CheckData:
                 raise ValueError(f"--{name} must be at least 1, found {value}")
         if not self.sources:
             raise ValueError("expected data to check, such as rows.jsonl, found none")
-        console = Console(soft_wrap=True, highlight=False, emoji=False)
+        console = plain_console(soft_wrap=True)
         clean = [self._check(spec, console) for spec in self.sources]
         if not all(clean):
             sys.exit(1)

@@ -13,8 +13,8 @@ import tyro
 class Evaluate:
     """Evaluate a model on rows that it was not trained on.
 
-    vlm eval TASK MODEL --data SOURCE, where TASK is caption, vqa, grounding, ocr, retrieval or
-    zero-shot; `vlm eval TASK --help` says what can be set. On several processes:
+    vlm eval TASK MODEL --data SOURCE; `vlm eval` lists the tasks, and `vlm eval TASK --help` says
+    what can be set. On several processes:
     accelerate launch --num_processes 2 -m vlm.cli eval TASK MODEL
     """
 

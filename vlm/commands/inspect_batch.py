@@ -42,8 +42,7 @@ class InspectBatch:
     position by position, over them."""
 
     def run(self, rest: list[str]) -> None:
-        from rich.console import Console
-
+        from vlm.console import plain_console
         from vlm.kernels.packed_attention import require_segments
         from vlm.training.loading.encoded import Encoded
         from vlm.training.runs.launch import read_settings, recipe_in
@@ -62,7 +61,7 @@ class InspectBatch:
         if settings.pack is not None:
             require_segments(model.module.text)
         encoded = Encoded(data, model.processor, settings.bad_rows)
-        console = Console(no_color=self.plain, force_terminal=False if self.plain else None)
+        console = plain_console(no_color=self.plain, force_terminal=False if self.plain else None)
         rows = [encoded[i] for i in range(self.rows)]
         show_rows(rows, model, console, settings.pack)
         if self.draw is not None:

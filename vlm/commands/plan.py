@@ -106,14 +106,14 @@ class MakePlan:
         return Estimate(simulated, rows, machine.ranks, group), stage.name
 
     def _show(self, plan: Plan, machine: Machine, settings: Any, name: str, peak: str) -> None:
-        from rich.console import Console
         from rich.table import Table
 
+        from vlm.console import plain_console
         from vlm.training.memory.preflight import GIB, MOST
 
         unit, size = ("GiB", GIB) if plan.held.total >= GIB else ("MiB", GIB / 1024)
 
-        console = Console(soft_wrap=True, highlight=False)
+        console = plain_console(soft_wrap=True)
         spread = f"{plan.ranks} x {machine.name}, {machine.gib:g} GiB each"
         if plan.ranks > 1:
             spread += ", all alike" if plan.shard_group == 1 else f", sharded by {plan.shard_group}"
@@ -140,10 +140,11 @@ class MakePlan:
             console.print(f"{plan.step_flops:.3g} operations a step; no time: {peak}")
             return
         cost = "" if plan.cost is None else f", {plan.cost:,.2f} at {self.price:g} an hour each"
+        tokens = "" if plan.tokens_per_s is None else f", {plan.tokens_per_s:,.0f} tokens/s"
         console.print(
             f"a step takes {_duration(plan.step_s)} at an MFU of {self.mfu:.0%} of {peak}: "
-            f"{plan.step_flops:.3g} operations, {settings.batch / plan.step_s:,.1f} samples/s, "
-            f"{plan.tokens_per_s:,.0f} tokens/s"
+            f"{plan.step_flops:.3g} operations, {settings.batch / plan.step_s:,.1f} samples/s"
+            f"{tokens}"
         )
         console.print(
             f"{settings.steps:,} steps take {_duration(plan.hours * 3600)}, "

@@ -12,10 +12,10 @@ class Systems:
     """List what can be opened, composed and fetched."""
 
     def run(self) -> None:
-        from rich.console import Console
         from rich.table import Table
 
         from vlm import adaptors, systems, tokenizers
+        from vlm.console import plain_console
 
         table = Table("kind", "name", "what it is")
         for name, (_, what) in systems.SYSTEMS.items():
@@ -26,4 +26,4 @@ class Systems:
             table.add_row("adaptor", name, kind.__doc__.split(".")[0].replace("\n   ", ""))
         for name, asset in assets.ASSETS.items():
             table.add_row("asset", name, f"{asset.about} ({asset.megabytes} MB, {asset.licence})")
-        Console().print(table)
+        plain_console().print(table)

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
-from rich.console import Console
 from tqdm import tqdm
 
+from vlm.console import plain_console
 from vlm.data.boxes import check_boxes
 from vlm.data.example import BadRow, BadSource, Example
 from vlm.data.sources.base import FIRST, Fault, Source
@@ -215,7 +215,7 @@ def check_start(
 
 def say_on(main: bool) -> Callable[..., None]:
     """What prints a text for people on stderr: on the main process alone."""
-    return Console(file=sys.stderr, quiet=not main, soft_wrap=True).print
+    return plain_console(file=sys.stderr, quiet=not main, soft_wrap=True).print
 
 
 def lines_of(report: Report) -> list[str]:

@@ -28,6 +28,7 @@ import vlm
 from vlm import assets
 from vlm.compat.extras import MissingExtra
 from vlm.config import require_least
+from vlm.console import plain_console
 from vlm.data.check import check_start, say_on
 from vlm.data.example import Skipped
 from vlm.data.sources import BadSource, open_source
@@ -250,7 +251,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
     if accelerator.is_main_process:
         text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
         (evaluation.out / "result.json").write_text(text, encoding="utf-8")
-        console = Console(soft_wrap=True, highlight=False)
+        console = plain_console(soft_wrap=True)
         evaluation.show(result, console)
         show_skipped(result, console)
         evaluation.write(predictions)  # reads rows again, and may fail

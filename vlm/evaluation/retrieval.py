@@ -21,7 +21,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from accelerate import Accelerator
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -135,7 +134,7 @@ class RetrievalEvaluation(base.Evaluation[Settings]):
         metrics, chance = result["metrics"], result["chance"]
         title = f"{metrics['images']} images and {metrics['texts']} texts of "
         table = Table("metric", *(way.replace("_", " ") for way in DIRECTIONS))
-        table.title = title + escape(base.data_of(result))
+        table.title = title + base.data_of(result)
         for k in KS:
             names = [f"{way}_recall_at_{k}" for way in DIRECTIONS]
             table.add_row(f"recall@{k}", *(base.percent_with_ci(metrics, name) for name in names))

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
@@ -41,8 +40,8 @@ from vlm.evaluation.class_names import (
     read_templates,
     told_apart,
 )
+from vlm.families.base import evaluating
 from vlm.families.contrastive.model import ContrastiveModel
-from vlm.families.decoder_only.generate import evaluating
 from vlm.metrics.classification import classification
 from vlm.ranks import reduce_sum
 from vlm.retrieval.embed_rows import (
@@ -184,7 +183,7 @@ class ZeroShotEvaluation(base.Evaluation[Settings]):
     def show(self, result: dict[str, Any], console: Console) -> None:
         metrics, luck = result["metrics"], result["chance"]
         most_frequent = result["baselines"][MOST_FREQUENT]["metrics"]["accuracy"]
-        data, classes = escape(base.data_of(result)), metrics["classes"]
+        data, classes = base.data_of(result), metrics["classes"]
         title = f"{metrics['n']} images of {data} in {classes} classes"
         table = Table("metric", "value", "by chance", title=title)
         for name, what in (("top-1 accuracy", "accuracy"), ("top-5 accuracy", "accuracy_top5")):
@@ -198,7 +197,7 @@ class ZeroShotEvaluation(base.Evaluation[Settings]):
             worst = Table("class", "taken for", "times", "share of it", title="most often confused")
             for pair in result["confusions"][:5]:
                 times, share = str(pair["count"]), f"{pair['share']:.0%}"
-                worst.add_row(escape(pair["class"]), escape(pair["taken_for"]), times, share)
+                worst.add_row(pair["class"], pair["taken_for"], times, share)
             console.print(worst)
         if metrics["classes_without_examples"]:
             console.print(f"{metrics['classes_without_examples']} classes have no images")

@@ -1,8 +1,10 @@
 """What the public models of all families share: a module with what is needed to use it, where it
-computes, and how it is saved."""
+computes, how it is saved, and its mode while it is used."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -78,6 +80,18 @@ class Model:
         if not merge:
             raise ValueError("merge=False: only the layout 'native' can hold LoRA layers")
         save_in(self, layout if layout != "reference" else self.reference.model_type, folder)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards each part has its own mode again."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def require_list(items: Any, what: str = "images") -> None:

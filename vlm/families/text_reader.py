@@ -11,9 +11,8 @@ from typing import Any, ClassVar
 import torch
 from tqdm import tqdm
 
-from vlm.families.base import Model, require_batch_size, require_list
+from vlm.families.base import Model, evaluating, require_batch_size, require_list
 from vlm.families.decoder_only.batch import Row
-from vlm.families.decoder_only.generate import evaluating
 from vlm.families.line_reader.batch import LineRow, by_width
 from vlm.image_tokens import pixel_hw
 from vlm.metrics.calibration import UNFITTED, Temperatures, fit_scaling

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from vlm.data.example import BadRow, Example, Skipped
 from vlm.data.sources.base import Source
+from vlm.families.base import evaluating
 from vlm.families.contrastive.model import ContrastiveModel
 from vlm.families.contrastive.processor import PairProcessor
-from vlm.families.decoder_only.generate import evaluating
 from vlm.pixels.image_ref import ImageRef
 from vlm.ranks import gather_list, reduce_sum
 from vlm.retrieval.embed_rows import (

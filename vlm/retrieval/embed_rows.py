@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from vlm.data.example import BadRow, Example, Skipped
 from vlm.data.sources.base import Source
+from vlm.families.base import evaluating
 from vlm.families.contrastive.batch import Pair
 from vlm.families.contrastive.model import ContrastiveModel, require_directions
 from vlm.families.contrastive.processor import PairProcessor
-from vlm.families.decoder_only.generate import evaluating
 from vlm.image_tokens import ViewGroup, group_views
 from vlm.pixels import BadImage
 from vlm.ranks import gather_in_order, reduce_sum, share

@@ -15,10 +15,10 @@ from accelerate import Accelerator
 
 from vlm.data.example import Example, Skipped, Turn
 from vlm.data.sources.base import Source
+from vlm.families.base import evaluating
 from vlm.families.contrastive.batch import Pair
 from vlm.families.contrastive.model import ContrastiveModel
 from vlm.families.contrastive.processor import PairProcessor
-from vlm.families.decoder_only.generate import evaluating
 from vlm.image_tokens import ViewGroup, group_views
 from vlm.pixels import BadImage, image_size
 from vlm.pixels.image_ref import ImageRef

@@ -107,10 +107,13 @@ PROBE_ANSWER = "\ue5c4"
 """A private-use character, which no template writes."""
 
 
-def save_decoder_only(model: DecoderOnlyModel, folder: Path, key_map: KeyMap) -> None:
+def save_decoder_only(
+    model: DecoderOnlyModel, folder: Path, key_map: KeyMap, text_key: str = "text_config"
+) -> None:
     """Writes a decoder-only model in its published layout: the files of the folder that it came
     from, with what has changed since (weights, dtype, vocabulary, whether the head is tied).
 
+    text_key: of the language model's part of config.json.
     Raises ValueError for weights that the layout cannot represent, before anything is written.
     """
     module, reference = model.module, model.reference
@@ -119,8 +122,8 @@ def save_decoder_only(model: DecoderOnlyModel, folder: Path, key_map: KeyMap) ->
     reference.write(folder)
     config, text_config = reference.config, module.text.config
     tied = text_config.tie_word_embeddings
-    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = tied
-    config["text_config"]["vocab_size"] = text_config.vocab_size
+    config["tie_word_embeddings"] = config[text_key]["tie_word_embeddings"] = tied
+    config[text_key]["vocab_size"] = text_config.vocab_size
     write_config(config, next(module.text.parameters()).dtype, folder)
     write_grown_tokenizer(model.processor.text_tokenizer, folder)
     name = partial(published_name, key_map=key_map)

@@ -189,10 +189,10 @@ def _progress_bar(stage: Stage, progress: Progress, accelerator: Accelerator) ->
 
 def _show(bar: tqdm, metrics: dict[str, float]) -> None:
     bar.update()
-    bar.set_postfix_str(
-        f"loss {metrics['loss']:.3f}, {metrics['samples_per_s']:.1f} samples/s, "
-        f"{metrics['tokens_per_s']:.0f} tok/s, {device_use(metrics)}"
-    )
+    speed = f"{metrics['samples_per_s']:.1f} samples/s"
+    if "tokens_per_s" in metrics:
+        speed += f", {metrics['tokens_per_s']:.0f} tok/s"
+    bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {speed}, {device_use(metrics)}")
 
 
 def _account(

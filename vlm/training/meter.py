@@ -68,19 +68,26 @@ class Meter:
         self.waited += waited
 
     def read(self) -> dict[str, float]:
-        """Rates since the last reading: samples_per_s, tokens_per_s, gflops_per_s (of all ranks),
-        mfu (share of the peak, where it is known), data_wait (share of the time), utilisation (real
-        positions / positions computed)."""
+        """Rates since the last reading: samples_per_s, gflops_per_s (of all ranks), mfu (share of
+        the peak, where it is known), data_wait (share of the time), and where there is a stream of
+        text tokens_per_s and utilisation (real positions / positions computed).
+
+        >>> meter = Meter(peak=None, ranks=1)
+        >>> meter.add(samples=2, tokens=0, positions=0, cost=2, waited=0.0)
+        >>> sorted(meter.read())
+        ['data_wait', 'gflops_per_s', 'samples_per_s']
+        """
         seconds = max(time.perf_counter() - self.start, 1e-9)
         flops = (self.flops_per_cost or 0.0) * self.cost
         rates = {
             "samples_per_s": self.samples / seconds,
-            "tokens_per_s": self.tokens / seconds,
             "gflops_per_s": flops / seconds / 1e9,
             **({} if self.peak is None else {"mfu": flops / seconds / self.peak}),
             "data_wait": self.waited / seconds,
-            "utilisation": self.tokens / max(self.positions, 1),
         }
+        if self.positions:
+            rates["tokens_per_s"] = self.tokens / seconds
+            rates["utilisation"] = self.tokens / self.positions
         self.start = time.perf_counter()
         self.samples = self.tokens = self.positions = self.cost = 0
         self.waited = 0.0

@@ -21,10 +21,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
 from vlm.compat.extras import MissingExtra, needs
+from vlm.console import plain_console
 from vlm.precision import device_name, instructions
 
 LIBRARIES = ("vlm", "torch", "torchvision", "transformers", "accelerate", "timm", "open_clip_torch")
@@ -173,13 +173,12 @@ class Run:
         reason = self.settings.get("precision_reason")
         table.caption = f"computes in {precision}" + (f": {reason}" if reason else "")
         table.caption_justify = "left"
-        Console(file=sys.stderr).print(table)
+        plain_console(file=sys.stderr).print(table)
 
     def say(self, line: str) -> None:
         """Shows a line that people should see."""
         if self.main:
-            console = Console(file=sys.stderr, soft_wrap=True)
-            console.print(line, style="yellow", highlight=False, markup=False)
+            plain_console(file=sys.stderr, soft_wrap=True).print(line, style="yellow")
 
     def write_result(self, result: dict[str, Any]) -> None:
         """The run's closing figures, as result.json."""

@@ -107,9 +107,10 @@ class TsvSource(Source):
         """The columns beside image and text that say more of a row, with their indices; those
         that are skipped are counted, each by all rows, shown by the first."""
         says_more = {*ROW_MEANING, *EXTRA_KEYS, *TALK_KEYS} - self._form.ignore
+        untold = HARMLESS | (self._form.chosen_away - says_more)
         more, rest = [], []
         for index, column in enumerate(self._columns):
-            if index not in (self._image, self._text) and column not in HARMLESS:
+            if index not in (self._image, self._text) and column not in untold:
                 (more if column in says_more else rest).append((column, index))
         start, end = int(self._starts[0]), int(self._ends[0])
         with contextlib.suppress(BadRow, UnicodeDecodeError):  # which reading the row says

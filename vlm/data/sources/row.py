@@ -82,6 +82,12 @@ class RowFormat:
     many: bool = False
     ignore: frozenset[str] = frozenset()
 
+    @property
+    def chosen_away(self) -> frozenset[str]:
+        """Keys that are usually read, in whose place `image` and `caption` name others."""
+        texts = (*CAPTION_KEYS, *TALK_KEYS, QUESTION_KEY, ANSWERS_KEY)
+        return frozenset((*(IMAGE_KEYS if self.image else ()), *(texts if self.caption else ())))
+
 
 def example_from_row(
     row: Any,
@@ -162,11 +168,12 @@ def _note_keys(
     beside: bool,
     unread: UnreadKeys,
 ) -> None:
-    """Counts the row's keys that are not read. read: the keys of its text. beside: whether its
-    images lie beside it, when keys that name them are of no use."""
+    """Counts the row's keys that are not read, without those that the format's own choice leaves
+    out. read: the keys of its text. beside: whether its images lie beside it, when keys that name
+    them are of no use."""
     images = IMAGE_KEYS if form.image is None or beside else (form.image,)
     for key in row:
-        if key in read or key in HARMLESS or key in images:
+        if key in read or key in HARMLESS or key in images or key in form.chosen_away:
             continue
         if key not in EXTRA_KEYS or key in form.ignore:
             unread.note(key, row[key], name)

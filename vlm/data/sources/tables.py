@@ -82,7 +82,8 @@ class TableSource(Source):
 
     def _note_columns(self, table: Dataset, read: list[str]) -> None:
         """Counts the columns that are skipped: each by all rows, shown by the first."""
-        rest = [key for key in table.column_names if key not in read and key not in HARMLESS]
+        untold = {*read, *HARMLESS, *self._form.chosen_away}
+        rest = [key for key in table.column_names if key not in untold]
         if rest and len(table):
             first = _undecoded(table.select_columns(rest))[0]
             for key in rest:

@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from vlm.families.base import Model, require_batch_size, require_list
+from vlm.families.base import Model, evaluating, require_batch_size, require_list
 from vlm.families.contrastive.batch import Pair
 from vlm.families.contrastive.module import Contrastive
 from vlm.families.contrastive.processor import PairProcessor
-from vlm.families.decoder_only.generate import evaluating
 from vlm.image_tokens import group_views
 
 WINDOW = 8

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlm.data.example import BadRow, Turn
+from vlm.families.base import evaluating
 from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import Row, collate
 from vlm.families.decoder_only.image_layout import ImageLayout
@@ -166,7 +167,7 @@ class Chat:
         """What the model writes after a prompt with the images in it."""
         model = self.model
         module, device = model.module, model.device
-        with engine.evaluating(module), engine.seeded(seed, device):
+        with evaluating(module), engine.seeded(seed, device):
             tokens = [self._encode(one) for one in seen]
             images = None
             if tokens:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from vlm.data.example import Box, Example, Turn
+from vlm.families.base import evaluating
 from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import Row, collate
 from vlm.families.decoder_only.processor import Processor
@@ -92,7 +93,7 @@ def find(
     found: list[list[Found]] = [[] for _ in images]
     count = sum(map(len, asked))
     with (
-        engine.evaluating(model.module),
+        evaluating(model.module),
         engine.seeded(seed, model.device),
         tqdm(total=count, desc="phrases", disable=count <= 64, leave=False) as bar,
     ):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from vlm.data.example import Box, Example, Turn
 from vlm.data.grounding import GROUND_PROMPT
-from vlm.families.base import Model, require_batch_size, require_list
+from vlm.families.base import Model, evaluating, require_batch_size, require_list
 from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import Batch, Row, collate
 from vlm.families.decoder_only.chat import Chat, read_messages
@@ -195,7 +195,7 @@ class DecoderOnlyModel(Model):
         require_batch_size(batch_size)
         numbered = enumerate(rows)
         with (
-            engine.evaluating(self.module),
+            evaluating(self.module),
             tqdm(total=count, desc="examples", disable=count <= 64, leave=False) as bar,
         ):
             while window := list(islice(numbered, WINDOW * batch_size)):

@@ -11,9 +11,8 @@ import torch
 from transformers import GenerationConfig
 
 from vlm.compat.torch import with_child
-from vlm.families.base import require_batch_size, require_list
+from vlm.families.base import evaluating, require_batch_size, require_list
 from vlm.families.decoder_only.batch import Row, collate
-from vlm.families.decoder_only.generate import evaluating
 from vlm.families.encoder_decoder import generate as transcribe
 from vlm.families.encoder_decoder.module import EncoderDecoder
 from vlm.families.encoder_decoder.processor import LineProcessor

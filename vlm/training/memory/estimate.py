@@ -45,7 +45,7 @@ def rows_of_run(
     same each time. Those that cannot be used are skipped.
 
     samples: examples of the whole run.
-    Raises ValueError, with the first one's reason, where none can be used.
+    Raises BadRow, with the first one's reason, where none can be used.
     """
     numbers: list[int] = []
     drawn: Counter[int] = Counter()
@@ -68,7 +68,7 @@ def rows_of_run(
         else:
             rows.append(row)
     if not rows:
-        raise ValueError(f"none of {len(numbers)} rows of the run can be used: {reasons[0]}")
+        raise BadRow(f"none of {len(numbers)} rows of the run can be used: {reasons[0]}")
     return rows
 
 
@@ -118,7 +118,8 @@ class Estimate:
 
     @property
     def tokens_per_example(self) -> float:
-        """Tokens of the text stream, image tokens included; of lines, image tokens alone."""
+        """Tokens of the text stream, image tokens included; of lines, image tokens alone; 0 in
+        families without such a stream."""
         batches = self.simulated.objective.collate(self.rows)
         counts = [self.simulated.objective.count(batch) for batch in batches]
         return sum(count.tokens for count in counts) / len(self.rows)

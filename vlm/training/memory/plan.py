@@ -70,7 +70,8 @@ class Plan(MemoryFit):
     """What one device holds and how long a run takes.
 
     gathered: bytes of `held.weights` that are whole for the blocks at work. step_s, tokens_per_s,
-    hours, cost: None where the peak or the price is not known.
+    hours, cost: None where the peak or the price is not known; tokens_per_s also in families
+    without a stream of text.
     """
 
     ranks: int
@@ -126,6 +127,7 @@ def make_plan(
     fit = memory_fit(estimate, share, micro_batch, int(machine.gib * GIB * (1 - reserve)))
     flops = estimate.flops_per_example(micro_batch, fit.accumulation) * batch
     seconds = None if peak_flops is None else flops / (machine.ranks * peak_flops * mfu)
+    tokens = estimate.tokens_per_example * batch
     hours = None if seconds is None else seconds * steps / 3600
     return Plan(
         share=share,
@@ -138,7 +140,7 @@ def make_plan(
         gathered=estimate.gathered,
         step_flops=flops,
         step_s=seconds,
-        tokens_per_s=None if seconds is None else estimate.tokens_per_example * batch / seconds,
+        tokens_per_s=tokens / seconds if seconds and tokens else None,
         hours=hours,
         cost=None if hours is None or price is None else hours * machine.ranks * price,
     )

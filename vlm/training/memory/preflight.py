@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from vlm.data.example import BadRow
 from vlm.data.mixture import MixtureDataset
 from vlm.precision import DTYPES
 from vlm.training.base_settings import BaseSettings
@@ -146,7 +147,8 @@ def require_memory(
     all. Where little is left, or the step cannot be simulated (some backbones ask for values), a
     line says so, and the run goes on; so it does with `memory_check` "warn" where the micro-batch
     does not fit. With "off" nothing is done.
-    Raises ValueError, on every process, with "stop", where the micro-batch does not fit: it shows
+    Raises, on every process, BadRow with the first one's reason where none of the rows that are
+    looked at can be used; and ValueError, with "stop", where the micro-batch does not fit: it shows
     the setting, what is needed, what there is, and the largest micro-batch that fits or what else
     may help.
     """
@@ -155,31 +157,35 @@ def require_memory(
     if check == "off":
         return
     there = memory_for(device, model.module)
-    if there is None:
-        say("whether a step fits in memory is not known: the system does not tell what is free")
-        return
     share = stage.batch // ranks
     accumulation = -(-share // stage.micro_batch)
     groups = {"no": 1, "all": ranks, "node": int(os.environ.get("LOCAL_WORLD_SIZE", 1))}
-    needed, unknown = None, ""
+    needed, unknown, unusable = None, "", ""
     try:
         count = min(max(stage.micro_batch, ROWS), ROWS_AT_MOST)
         rows = rows_of_run(data, model.processor, stage.steps * stage.batch, count)
+        if there is None:
+            raise LookupError("the system does not tell what is free")
         simulated = SimulatedStep(
             model.module, stage, objective, DTYPES[settings.precision], device.type == "cuda"
         )
         estimate = Estimate(simulated, rows, ranks, groups[shard])
         needed = estimate.held(stage.micro_batch, accumulation).total
+    except BadRow as error:
+        unusable = str(error)
     except Exception as error:  # a backbone's own code, without values, may raise anything
         unknown = " ".join(str(error).split())[:300] or type(error).__name__
-    found = [(needed, there, unknown)]
+    found = [(needed, there, unknown, unusable)]
     if ranks > 1:
         found = gather_object(found)
-    reasons = [reason for _, _, reason in found if reason]
+    for *_, unusable in found:
+        if unusable:
+            raise BadRow(unusable)
+    reasons = [reason for _, _, reason, _ in found if reason]
     if reasons:
         say(f"whether a step fits in memory is not known: {reasons[0]}", markup=False)
         return
-    needed, there = max(need for need, _, _ in found), min(have for _, have, _ in found)
+    needed, there = max(need for need, *_ in found), min(have for _, have, *_ in found)
     setting = asked(settings, stage.micro_batch)
     holder = "device" if device.type == "cuda" else "process"
     if needed > there:

@@ -22,8 +22,9 @@ class Count(NamedTuple):
     totals: by name, how many terms of each kind it adds to the loss: what the step's loss is
         divided by, see `Objective.totals`.
     samples: examples. tokens: real positions of the text stream; positions: computed ones, padding
-    included. cost: what the time of a pass goes by, such as its FLOP cost. images: how many there
-    are. unscored: examples without a term in the loss.
+    included; both 0 in families without such a stream, of which no tokens a second are shown.
+    cost: what the time of a pass goes by, such as its FLOP cost. images: how many there are.
+    unscored: examples without a term in the loss.
     """
 
     totals: Mapping[str, int]

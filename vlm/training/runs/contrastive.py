@@ -16,9 +16,9 @@ from tqdm import tqdm
 from vlm.data.augment import LEVELS
 from vlm.data.mixture import Mixture, MixtureDataset, check_weights
 from vlm.data.sources.base import Source
+from vlm.families.base import evaluating
 from vlm.families.contrastive.batch import collate_pairs
 from vlm.families.contrastive.model import ContrastiveModel
-from vlm.families.decoder_only.generate import evaluating
 from vlm.metrics.retrieval import retrieval
 from vlm.metrics.share import with_ci
 from vlm.systems import compose_contrastive, scratch
