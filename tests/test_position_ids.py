@@ -1,7 +1,5 @@
 """Position ids of the layout, of one number and of three, in forward passes and in generation."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from transformers import CONFIG_MAPPING as CONFIGS
@@ -18,6 +16,8 @@ from vlm.geometry import LocTokens
 from vlm.systems.compose import add_loc_tokens
 
 IMAGE_ID = 299
+STOP = 296
+"""An id that ends a row; beams need one."""
 
 
 def qwen2_vl():
@@ -148,20 +148,26 @@ def test_logits_are_those_of_qwen2_vl_whatever_the_padding():
 
 
 @torch.no_grad()
-def test_greedy_ids_are_those_of_qwen2_vl(monkeypatch):
-    """Its own way from ids and grids to positions and on; the image tokens alone are ours."""
+def test_greedy_ids_are_those_of_qwen2_vl():
+    """Beside its own positions of the whole row and its own forward, again for each id; the image
+    tokens alone are ours."""
     module, given = qwen2_vl(), rows()
     batch = collate(given, 0, "left")
     written = engine.generate(module, batch, (), 0, max_new_tokens=8)
-    tokens, _ = module.encode(batch.groups)
-    features = SimpleNamespace(pooler_output=[tokens])
-    monkeypatch.setattr(module.text.model, "get_image_features", lambda *_, **__: features)
-    arguments = their_arguments(batch, given)
-    theirs = module.text.generate(
-        **arguments, pixel_values=torch.zeros(1), max_new_tokens=8, do_sample=False,
-        eos_token_id=[], pad_token_id=0,
-    )  # fmt: skip
-    assert [ids for ids, _ in written] == theirs[:, batch.ids.shape[1] :].tolist()
+    vectors = module.embed(batch.ids, module.encode(batch.groups), batch.names)
+    arguments, theirs = their_arguments(batch, given), []
+    for _ in range(8):
+        positions, _ = module.text.model.get_rope_index(**arguments)
+        mask = arguments["attention_mask"]
+        logits = module.text(
+            inputs_embeds=vectors, attention_mask=mask, position_ids=positions, use_cache=False
+        ).logits
+        new = logits[:, -1].argmax(-1, keepdim=True)
+        theirs.append(new)
+        vectors = torch.cat([vectors, module.text.get_input_embeddings()(new)], dim=1)
+        more = dict(input_ids=new, mm_token_type_ids=new.int() * 0, attention_mask=new * 0 + 1)
+        arguments |= {name: torch.cat([arguments[name], more[name]], dim=1) for name in more}
+    assert [ids for ids, _ in written] == torch.cat(theirs, dim=1).tolist()
     assert len({tuple(ids) for ids, _ in written}) > 1
 
 
@@ -173,7 +179,7 @@ def test_written_ids_go_on_at_the_largest_number(beams):
     module = qwen2_vl()
     given = [*rows(), row_of("ends", 2, (3, 5)), row_of("tall", 2, (5, 2))]
     written = engine.generate(
-        module, collate(given, 0, "left"), (), 0, max_new_tokens=5, num_beams=beams
+        module, collate(given, 0, "left"), (STOP,), 0, max_new_tokens=5, num_beams=beams
     )
     assert not module.text._forward_pre_hooks
     for row, (ids, logprobs) in zip(given, written, strict=True):
@@ -216,13 +222,15 @@ def test_ids_are_those_that_transformers_writes_by_the_mask(kind, options):
     vectors = module.embed(batch.ids, module.encode(batch.groups), batch.names)
     options = {"max_new_tokens": 6, "num_beams": 1, "do_sample": False, **options}
     with engine.seeded(0, vectors.device):
-        written = engine.generate(module, batch, (), 0, **options)
+        written = engine.generate(module, batch, (STOP,), 0, **options)
     with engine.seeded(0, vectors.device):
         theirs = module.text.generate(
-            inputs_embeds=vectors, attention_mask=batch.valid.long(), eos_token_id=[],
+            inputs_embeds=vectors, attention_mask=batch.valid.long(), eos_token_id=[STOP],
             pad_token_id=0, **options,
         )  # fmt: skip
-    assert [ids for ids, _ in written] == theirs.tolist()
+    for (ids, _), row in zip(written, theirs.tolist(), strict=True):
+        assert ids == row[: len(ids)]
+        assert set(row[len(ids) :]) <= {0}
 
 
 def test_every_task_gives_the_language_model_the_positions_of_the_layout():

@@ -102,13 +102,11 @@ class _Given(nn.Module):
 
     def __init__(self, real: nn.Module, states: Tensor) -> None:
         super().__init__()
-        self.real, self.states = real, states
+        self.real = (real,)  # in a tuple, so that it is no part of this one
+        self.states = states
 
     def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._modules["real"], name)
+        return getattr(self.real[0], name)
 
     def forward(self, *_, **__) -> BaseModelOutputWithPast:
         return _Output(last_hidden_state=self.states)
