@@ -160,3 +160,17 @@ def test_run_stops_before_its_first_step_or_counts_bad_rows(folder):
     (line,) = start([source], "skip")
     assert line.startswith("rows.jsonl: 2 of the first 3 rows skipped, such as rows.jsonl:2: ")
     assert start([source], None) == []  # whoever reads them says it
+
+
+def test_image_that_cannot_be_read_is_named_with_its_row_once(tmp_path):
+    (tmp_path / "empty.png").touch()
+    row = {"image": "empty.png", "caption": "nothing"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    ((_, (first,)),) = check_source(open_source(str(tmp_path / "rows.jsonl"))).kinds.values()
+    assert first.count("rows.jsonl") == 1
+
+
+def test_command_refuses_an_empty_name_in_one_line(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["check-data", ""])
+    assert capsys.readouterr().err.endswith("such as rows.jsonl, found an empty name\n")
