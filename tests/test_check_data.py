@@ -172,3 +172,17 @@ def test_names_of_data_are_printed_as_they_are(folder, capsys):
     assert "mood [b] :cat:" in out
     check_start([open_source("sample:train")], "raise", say_on(True), rows=2)
     assert capsys.readouterr().err == "rows checked, without fault: 2 of sample:train\n"
+
+
+def test_image_that_cannot_be_read_is_named_with_its_row_once(tmp_path):
+    (tmp_path / "empty.png").touch()
+    row = {"image": "empty.png", "caption": "nothing"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    ((_, (first,)),) = check_source(open_source(str(tmp_path / "rows.jsonl"))).kinds.values()
+    assert first.count("rows.jsonl") == 1
+
+
+def test_command_refuses_an_empty_name_in_one_line(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["check-data", ""])
+    assert capsys.readouterr().err.endswith("such as rows.jsonl, found an empty name\n")

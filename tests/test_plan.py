@@ -127,11 +127,18 @@ def test_plan_command_tells_a_recipes_memory_and_time(capsys):
     assert found["cost"] == pytest.approx(found["hours"] * 4)
 
 
+@pytest.mark.parametrize(("shard", "group"), [("all", 4), ("node", 2)])
+def test_plan_command_takes_the_recipes_own_sharding(shard, group, capsys):
+    cli.main(["plan", *SMALL, "--machine", "2x2xH100", "--shard", shard, "--json"])
+    assert json.loads(capsys.readouterr().out)["shard_group"] == group
+
+
 def test_plan_command_refuses_what_cannot_be(capsys):
     for arguments, message in (
         ([*SMALL, "--machine", "H300"], "machine 'H300': expected"),
         ([*SMALL, "--machine", "3xH100"], "batch 128 does not divide over 3 processes"),
-        ([*SMALL, "--machine", "H100", "--hybrid"], "--hybrid says how --shard divides"),
+        ([*SMALL, "--machine", "H100", "--hybrid"], "--hybrid: this option is now --shard node"),
+        ([*SMALL, "--machine", "H100", "--shard"], "--shard: expected --shard no, all or node"),
         ([*SMALL[:-2], "--machine", "H100", "--rows", "0"], "--rows must be at least 1"),
         ([*SMALL, "--machine", "H100-0.08G"], "the largest that fits is"),
         (["none.py", "--machine", "H100"], "none.py: expected a recipe"),

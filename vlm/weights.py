@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
+from safetensors.torch import save_file as write_private
 from torch import Tensor, nn
 
 from vlm.compat.torch import BatchNormBase
@@ -64,6 +64,17 @@ def save_weights(
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def save_file(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file that others may read as they may any new file: safetensors makes
+    its own for the owner alone."""
+    path.touch()  # by the process's umask, which cannot be asked without being changed
+    mode = path.stat().st_mode & 0o777
+    write_private(dict(tensors), path, metadata)
+    path.chmod(mode)
 
 
 def _whole(tensor: Tensor | Made) -> Tensor:

@@ -44,6 +44,8 @@ class CheckData:
                 raise ValueError(f"--{name} must be at least 1, found {value}")
         if not self.sources:
             raise ValueError("expected data to check, such as rows.jsonl, found none")
+        if not all(spec.strip() for spec in self.sources):
+            raise ValueError("expected data to check, such as rows.jsonl, found an empty name")
         console = plain_console(soft_wrap=True)
         clean = [self._check(spec, console) for spec in self.sources]
         if not all(clean):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +22,8 @@ class MakePlan:
     """Say what a recipe's run takes of a machine: memory by part, the largest micro-batch, time.
 
     Nothing is trained: steps are simulated with fake tensors, by the run's own code. The
-    model is built as the recipe builds it. All other options are the recipe's own settings.
+    model is built as the recipe builds it. All other options are the recipe's own settings, such
+    as --shard all.
     """
 
     recipe: Annotated[Path, tyro.conf.Positional]
@@ -34,10 +36,6 @@ class MakePlan:
     """Of one device for an hour, in any currency."""
     reserve: float = 0.08
     """Share of memory that is left free, for what no simulated step sees."""
-    shard: bool = False
-    """Divide weights, gradients and moments over all devices."""
-    hybrid: bool = False
-    """With --shard: divide them over the devices of a node, alike on every node."""
     rows: int = 16
     """How many of the run's rows are looked at, drawn from all of its steps."""
     tokens: int | None = None
@@ -55,8 +53,7 @@ class MakePlan:
 
         require_least(self, rows=1, tokens=1)
         require_shares(self.mfu, self.reserve, self.price)
-        if self.hybrid and not self.shard:
-            raise ValueError("--hybrid says how --shard divides; give both")
+        _require_new_shard(rest)
         machine = machine_of(self.machine)
         recipe = recipe_in(self.recipe, STATED)
         settings = read_settings(recipe.Settings, rest, recipe.__doc__, f"vlm plan {self.recipe}")
@@ -80,7 +77,7 @@ class MakePlan:
         else:
             self._show(plan, machine, settings, name, source)
         if not plan.fits:
-            helps = remedies(settings, estimate.simulated.module, self.shard)
+            helps = remedies(settings, estimate.simulated.module, settings.shard != "no")
             raise ValueError(plan.refusal(asked(settings, plan.micro_batch), helps))
 
     def _estimate(self, recipe: Any, settings: Any, machine: Machine) -> tuple[Estimate, str]:
@@ -102,7 +99,7 @@ class MakePlan:
         objective = recipe.objective(settings, model, stage)
         gpu = machine.tflops is not None
         simulated = SimulatedStep(module, stage, objective, DTYPES[settings.precision], gpu)
-        group = (machine.devices if self.hybrid else machine.ranks) if self.shard else 1
+        group = {"no": 1, "all": machine.ranks, "node": machine.devices}[settings.shard]
         return Estimate(simulated, rows, machine.ranks, group), stage.name
 
     def _show(self, plan: Plan, machine: Machine, settings: Any, name: str, peak: str) -> None:
@@ -155,6 +152,16 @@ class MakePlan:
             "data, evaluations and checkpoints not counted",
             style="dim",
         )
+
+
+def _require_new_shard(arguments: Sequence[str]) -> None:
+    """Raises ValueError for --shard without a value and for --hybrid, as earlier versions had them,
+    naming the options of today."""
+    for word, value in zip(arguments, [*arguments[1:], "--"]):
+        if word in ("--hybrid", "--no-hybrid"):
+            raise ValueError(f"{word}: this option is now --shard node")
+        if word == "--no-shard" or (word == "--shard" and value.startswith("--")):
+            raise ValueError(f"{word}: expected --shard no, all or node, as the recipe takes it")
 
 
 def _precision(machine: Machine, asked: str) -> str:

@@ -74,6 +74,8 @@ def check_row(source: Source, row: int) -> Example:
     try:
         sizes_hw = [image_size(image) for image in example.images]
     except BadImage as error:
+        if str(error).startswith(f"{example.name}: "):  # the image is named with its row
+            raise
         raise BadImage(f"{example.name}: {error}") from error
     check_boxes(example.boxes, sizes_hw, example.name)
     return example

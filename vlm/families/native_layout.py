@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import init_empty_weights
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer
 
 from vlm import config
 from vlm.families.published_files import Reference, open_part, read_reference
-from vlm.weights import read_tensors, save_weights
+from vlm.weights import read_tensors, save_file, save_weights
 
 FORMAT = "vlm"
 VERSION = 1

@@ -60,6 +60,7 @@ class DecoderOnlyModel(Model):
         self, images: Sequence, prompt: str | None = None, batch_size: int = 16, **options
     ) -> list[str]:
         """A caption for each image; `prompt` (None: the prompt it was trained on) asks for it."""
+        require_list(images)
         asked = self.caption_prompt if prompt is None else prompt
         written = self._ask(images, [asked] * len(images), batch_size, **options)
         return [generation.text for generation in written]

@@ -29,7 +29,6 @@ from typing import Any
 import open_clip
 import torch
 from accelerate import init_empty_weights
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlm.families.contrastive.layout import OWN_SCALARS, ContrastiveModel, in_float32
@@ -52,7 +51,7 @@ from vlm.systems.open_clip.config import (
 from vlm.systems.open_clip.key_map import MAPS, SAME, Row, expand
 from vlm.systems.open_clip.text_tokenizer import clip_tokenizer, folder_tokenizer
 from vlm.systems.published_contrastive import require_end
-from vlm.weights import WeightsError, load_weights, other_weights, require_disk_space
+from vlm.weights import WeightsError, load_weights, other_weights, require_disk_space, save_file
 
 SOURCE = "open_clip 3.3; github.com/mlfoundations/open_clip"
 

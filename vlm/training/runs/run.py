@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -174,6 +176,19 @@ class TrainingRun:
             wait_for_main(self.accelerator)
         if evaluated:
             self._gathered.enter_context(gathered(model.module))
+            before = signal.signal(signal.SIGTERM, self._stop_evaluation)
+            self._gathered.callback(signal.signal, signal.SIGTERM, before)
+
+    def _stop_evaluation(self, *_: Any) -> None:
+        """Ends the program where it is asked to stop after its last step: nothing is lost but the
+        closing evaluation."""
+        if self.main:
+            print(
+                f"stopped during the closing evaluation; the model is saved in "
+                f"{self.settings.out / 'model'}, and --resume evaluates it",
+                file=sys.stderr,
+            )
+        raise SystemExit(130)
 
     def end(
         self,
