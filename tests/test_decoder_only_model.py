@@ -227,7 +227,7 @@ def test_bad_arguments_name_what_was_expected(tmp_path):
     model = training.model()
     with pytest.raises(ValueError, match="there are 1 images and 2 questions"):
         model.answer([tiny.image()], ["a", "b"])
-    with pytest.raises(ValueError, match="images and questions are lists"):
+    with pytest.raises(ValueError, match="images is a list of images, found a single str"):
         model.caption("one.png")
     with pytest.raises(BadImage, match=r"gone\.png"):
         model.caption([tmp_path / "gone.png"])
