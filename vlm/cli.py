@@ -36,23 +36,31 @@ def recipe_help(command: str, path: Path) -> None:
         tyro.cli(recipe_in(path).Settings, args=["--help"], prog=f"vlm {command} {path}")
 
 
+def run(arguments: list[str]) -> None:
+    """Does what one command line asks for. A command's own options alone are read, and its module
+    alone is imported; what is no command's name gets the list of them."""
+    name, rest = (arguments[0] if arguments else ""), arguments[1:]
+    options = {command.name: command.options for command in all_commands()}
+    if name not in options:
+        tyro.cli(command_type(), args=arguments, prog="vlm", description=__doc__.partition(":")[2])
+        return
+    kind, prog = named(options[name]), f"vlm {name}"
+    if name in ("launch", "eval"):  # all after it is accelerate's and the recipe's, or a task's own
+        kind().run(rest)
+    elif name in ("inspect-batch", "plan"):  # a recipe's settings come with theirs
+        if rest and {"-h", "--help"} & set(rest) and Path(rest[0]).is_file():
+            recipe_help(name, Path(rest[0]))
+        command, others = tyro.cli(kind, args=rest, prog=prog, return_unknown_args=True)
+        command.run(others)
+    else:
+        tyro.cli(kind, args=rest, prog=prog).run()
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; a fault of the input ends it with one line and exit code 1."""
     warn_untested()
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = {"args": arguments, "prog": "vlm", "description": __doc__.partition(":")[2]}
     try:
-        if arguments[:1] == ["launch"]:  # all after it is accelerate's and the recipe's
-            commands()["launch"]().run(arguments[1:])
-        elif arguments[:1] == ["eval"]:  # a task's options are its own
-            commands()["eval"]().run(arguments[1:])
-        elif arguments[:1] in (["inspect-batch"], ["plan"]):  # a recipe's settings come with theirs
-            if {"-h", "--help"} & set(arguments) and Path(arguments[1]).is_file():
-                recipe_help(arguments[0], Path(arguments[1]))
-            command, rest = tyro.cli(command_type(), return_unknown_args=True, **options)
-            command.run(rest)
-        else:
-            tyro.cli(command_type(), **options).run()
+        run(sys.argv[1:] if arguments is None else arguments)
     except BrokenPipeError:  # whoever read the output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
