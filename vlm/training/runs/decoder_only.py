@@ -65,7 +65,7 @@ def run(settings: Settings, make_stage: MakeStage, make_objective: MakeObjective
     training_run.check(data, source if settings.held_out_rows else None, documents)
     with training_run.accelerator.main_process_first():
         model = settings.build()
-    require_loc_tokens(data, model, settings.bad_rows)
+    require_box_codec(data, model, settings.bad_rows)
     if settings.pack is not None:
         require_segments(model.module.text)
     plan = training_run.stage(make_stage, model.module)
@@ -108,7 +108,7 @@ def run(settings: Settings, make_stage: MakeStage, make_objective: MakeObjective
     return training_run.end(progress, figures, more, show)
 
 
-def require_loc_tokens(data: MixtureDataset, model: DecoderOnlyModel, bad_rows: str) -> None:
+def require_box_codec(data: MixtureDataset, model: DecoderOnlyModel, bad_rows: str) -> None:
     """Raises ValueError where a source answers with boxes and the model cannot write them; checked
     by each source's first row. Raises BadRow for one that cannot be read, unless it is skipped."""
     for source in data.sources:
@@ -118,10 +118,10 @@ def require_loc_tokens(data: MixtureDataset, model: DecoderOnlyModel, bad_rows: 
             if bad_rows == "raise":
                 raise
             continue
-        if model.processor.loc is None and any(turn.box_numbers for turn in example.turns):
+        if model.processor.box_codec is None and any(turn.box_numbers for turn in example.turns):
             raise ValueError(
-                f"{source.name}: its answers hold boxes, and this model has no <loc> tokens to "
-                "write them; add some, such as --loc-bins 1024"
+                f"{source.name}: its answers hold boxes, and this model writes none; give it <loc> "
+                "tokens to write them with, such as --loc-bins 1024"
             )
 
 
