@@ -21,6 +21,7 @@ from vlm.box_codecs import (
     NO_BOX,
     QWEN2_VL,
     QWEN25_VL,
+    QWEN25_VL_PROMPT,
     QWEN_VL,
     JsonBoxes,
     LocTokens,
@@ -28,10 +29,11 @@ from vlm.box_codecs import (
     TaggedBoxes,
 )
 from vlm.data.example import BadRow, Box, Example, Turn
-from vlm.data.grounding import ground
+from vlm.data.grounding import GROUND_PROMPT, ground
 from vlm.families.decoder_only import inspect
 from vlm.geometry import Resize
 from vlm.systems.compose import add_loc_tokens
+from vlm.training.runs.decoder_only import ask_as_rows, require_box_codec
 
 SAME = Resize((100, 200), (100, 200), (1.0, 1.0), (0.0, 0.0))
 SMART = Resize((150, 301), (140, 308), (308 / 301, 140 / 150), (0.0, 0.0))
@@ -364,3 +366,31 @@ def test_model_that_writes_boxes_as_text_gets_no_loc_tokens():
     made.processor.box_codec = JsonBoxes()
     with pytest.raises(ValueError, match=r"writes boxes as JsonBoxes\(\), not as LocTokens"):
         add_loc_tokens(made, LocTokens(bins=16))
+
+
+# In runs
+
+
+@pytest.mark.parametrize(
+    ("rows", "asks"),
+    [
+        ([ground(row((), (CAT,)))], GROUND_PROMPT),
+        ([tiny.example(), ground(row((), (CAT, DOG)))], QWEN25_VL_PROMPT),  # the first row says
+        ([ground(row((), (CAT,)), QWEN25_VL_PROMPT)], QWEN25_VL_PROMPT),
+        ([row((0,), (CAT,))], QWEN25_VL_PROMPT),
+    ],
+)
+def test_model_asks_for_boxes_as_its_rows_did(rows, asks):
+    made = training.model()
+    made.ground_prompt = QWEN25_VL_PROMPT
+    ask_as_rows(training.dataset(rows), made, "raise")
+    assert made.ground_prompt == asks
+
+
+def test_source_with_boxes_is_refused_where_the_model_writes_none():
+    data = training.dataset([row((0,), (CAT,))])
+    with pytest.raises(ValueError, match=r"tiny: its answers hold boxes.*--loc-bins 1024"):
+        require_box_codec(data, training.model(), "raise")
+    made = training.model()
+    made.processor.box_codec = QWEN25_VL
+    require_box_codec(data, made, "raise")
