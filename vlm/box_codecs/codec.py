@@ -66,8 +66,8 @@ class BoxCodec(Protocol):
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """Texts around boxes and labels, which are kept in an answer where they are special tokens
-        of the text tokenizer."""
+        """Texts around boxes and labels. With `tokens` they are kept in an answer where they are
+        special tokens of the text tokenizer."""
 
     def write(
         self,

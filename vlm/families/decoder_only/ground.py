@@ -186,7 +186,8 @@ class AnswerReader:
         tokenizer = self.text_tokenizer
         special = {id: t.content for id, t in tokenizer.added_tokens_decoder.items() if t.special}
         special |= zip(tokenizer.all_special_ids, tokenizer.all_special_tokens)
-        self.hidden = {id for id, token in special.items() if token not in self.codec.tags}
+        kept = {*self.codec.tags, *self.codec.tokens}
+        self.hidden = {id for id, token in special.items() if token not in kept}
 
     def read(self, phrase: str, written: engine.Written, resize: Resize) -> Found:
         """The boxes in what was written for a phrase. resize: how the image came into its view."""
