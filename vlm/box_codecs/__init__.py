@@ -48,8 +48,11 @@ __all__ = [
 KINDS = {"loc": LocTokens, "tagged": TaggedBoxes, "json": JsonBoxes, "patches": PatchTokens}
 
 
-def build(values: dict[str, Any]) -> BoxCodec:
-    """A codec from its configuration, `kind` included. Raises ValueError naming the kinds."""
+def build(values: dict[str, Any] | None) -> BoxCodec | None:
+    """A codec from its configuration, `kind` included; None from None. Raises ValueError naming the
+    kinds."""
+    if values is None:
+        return None
     values = dict(values)
     kind = values.pop("kind", None)
     if kind not in KINDS:
@@ -57,7 +60,9 @@ def build(values: dict[str, Any]) -> BoxCodec:
     return from_dict(KINDS[kind], values, where=f"box codec {kind}")
 
 
-def config_of(codec: BoxCodec) -> dict[str, Any]:
+def config_of(codec: BoxCodec | None) -> dict[str, Any] | None:
     """The configuration of a codec, `kind` included: the inverse of `build`."""
+    if codec is None:
+        return None
     kind = next(kind for kind, cls in KINDS.items() if type(codec) is cls)
     return {"kind": kind, **to_dict(codec)}

@@ -58,7 +58,6 @@ class Folder(native_layout.Folder):
 def save(model: DecoderOnlyModel, folder: Path, merge: bool = True) -> None:
     """Writes our own layout; see the module's docstring. merge: whether LoRA is merged into the
     weights that are written, or kept as layers of its own."""
-    codec = model.processor.box_codec
     description = Folder(
         family=model.module.family,
         tokenizer=tokenizers.config_to_dict(model.module.tokenizer),
@@ -72,7 +71,7 @@ def save(model: DecoderOnlyModel, folder: Path, merge: bool = True) -> None:
         labelled_boxes=model.labelled_boxes,
         answer_prompt=model.answer_prompt,
         ocr_prompt=model.ocr_prompt,
-        box_codec=None if codec is None else box_codecs.config_of(codec),
+        box_codec=box_codecs.config_of(model.processor.box_codec),
         image_mark=model.processor.image_mark,
         framed=model.processor.framed,
         views=view_order.config_of(model.processor.layout_for.views),
@@ -111,7 +110,7 @@ def load_as(module_class: type[DecoderOnly], folder: Path, values: dict[str, Any
         ImageLayouts(module.tokenizer, module.adaptor, view_order.build(said.views)),
         system=said.system,
         max_tokens=said.max_tokens,
-        box_codec=None if said.box_codec is None else box_codecs.build(said.box_codec),
+        box_codec=box_codecs.build(said.box_codec),
         image_mark=said.image_mark,
         prefix=module.sees == "prefix",
         framed=said.framed,

@@ -292,7 +292,7 @@ class Processor:
                 written += parts
                 continue
             chosen = [boxes[number] for number in parts]
-            before = written.pop() if written and written[-1] is not None else ""
+            before = written.pop() if written and type(written[-1]) is str else ""
             xyxy_px, labels = [box.xyxy_px for box in chosen], [box.label for box in chosen]
             written.append(self.box_codec.write(xyxy_px, resizes[image], labels, before))
         return tuple(written)
