@@ -185,14 +185,37 @@ def test_a_run_without_tensorboard_says_so_once_and_logs_the_rest(lacks, tmp_pat
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
-@pytest.mark.parametrize(
-    ("task", "metrics", "package"),
-    [("caption", "caption", "sacrebleu"), ("grounding", "boxes", "pycocotools")],
+EVALUATIONS = pytest.mark.parametrize(
+    ("task", "metrics", "package", "options"),
+    [
+        ("caption", "caption", "sacrebleu", ["--model", "x"]),
+        ("grounding", "boxes", "pycocotools", ["--model", "x", "--data", "scenes:3"]),
+        ("ocr", "text", "jiwer", ["--model", "x"]),
+    ],
 )
-def test_evaluations_need_the_extra_eval(lacks, task, metrics, package):
+
+
+@EVALUATIONS
+def test_evaluations_name_their_extra_before_a_model_is_opened(
+    lacks, capsys, monkeypatch, task, metrics, package, options
+):
+    monkeypatch.setattr(vlm, "load", lambda *_, **__: pytest.fail("opened"), raising=False)
     lacks(package, anew=(f"vlm.evaluation.{task}", f"vlm.metrics.{metrics}"))
-    with pytest.raises(SystemExit, match=told(package, "eval")):
-        main(task, [])
+    extra = next(extra for extra, modules in MODULES.items() if package in modules)
+    with pytest.raises(SystemExit) as stopped:
+        main(task, options)
+    assert stopped.value.code == 1
+    assert re.fullmatch(f"error: {told(package, extra)}\n", capsys.readouterr().err)
+
+
+@EVALUATIONS
+def test_help_of_evaluations_needs_no_extra(lacks, capsys, task, metrics, package, options):
+    lacks(package, anew=(f"vlm.evaluation.{task}", f"vlm.metrics.{metrics}"))
+    for ask in (lambda: main(task, ["--help"]), lambda: cli.main(["eval", task, "--help"])):
+        with pytest.raises(SystemExit) as stopped:
+            ask()
+        assert stopped.value.code == 0
+        assert "--data" in capsys.readouterr().out
 
 
 def test_a_package_that_is_there_and_broken_fails_with_its_own_error():

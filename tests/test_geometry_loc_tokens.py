@@ -8,10 +8,10 @@ import pytest
 from tests import tiny
 from tests.boxes import RECORDS, random_boxes
 from tests.folders import write_parts
+from vlm.box_codecs import LocTokens
 from vlm.data.example import BadRow, Box, Example, Turn
 from vlm.data.grounding import ground
 from vlm.families.decoder_only.model import DecoderOnlyModel
-from vlm.geometry import LocTokens
 from vlm.systems.compose import add_loc_tokens
 from vlm.vocabulary import grow
 
@@ -39,9 +39,10 @@ def test_order_is_that_of_the_tokens():
 
     same = Resize((100, 200), (100, 200), (1, 1), (0, 0))
     box = (20, 10, 160, 90)  # x 0.1 to 0.8, y 0.1 to 0.9
-    assert LocTokens(bins=10).write(box, same) == "<loc0001><loc0001><loc0009><loc0008>"
+    assert LocTokens(bins=10).write([box], same) == "<loc0001><loc0001><loc0009><loc0008>"
     assert (
-        LocTokens(bins=10, order="xyxy").write(box, same) == "<loc0001><loc0001><loc0008><loc0009>"
+        LocTokens(bins=10, order="xyxy").write([box], same)
+        == "<loc0001><loc0001><loc0008><loc0009>"
     )
 
 
@@ -72,7 +73,7 @@ def test_answer_holds_one_id_for_each_loc_token():
     row = parts.processor.encode(boxed())
     written = parts.processor.text_tokenizer.decode(row.ids[row.scored])
     resize = parts.processor.pixel_spec.resize_record((9, 17))
-    assert written == "at " + parts.processor.loc.write((2, 1, 9, 8), resize) + "<|im_end|>"
+    assert written == "at " + parts.processor.box_codec.write([(2, 1, 9, 8)], resize) + "<|im_end|>"
     assert int(row.scored.sum()) == len("at ") + 4 + 1
     assert int(row.ids.max()) < parts.module.text.config.vocab_size
 
@@ -86,8 +87,8 @@ def test_model_with_loc_tokens_survives_saving(tmp_path):
     add_loc_tokens(model, LocTokens(bins=1024))
     model.save(tmp_path / "model")
     again = vlm.load(tmp_path / "model")
-    assert again.processor.loc == LocTokens(bins=1024)
-    tokens = again.processor.loc.tokens
+    assert again.processor.box_codec == LocTokens(bins=1024)
+    tokens = again.processor.box_codec.tokens
     ids = [again.processor.text_tokenizer(t, add_special_tokens=False)["input_ids"] for t in tokens]
     assert ids == [[259 + i] for i in range(1024)]
     assert [again.processor.decode(i) for i in ids] == list(tokens)
@@ -98,8 +99,8 @@ def test_model_with_loc_tokens_survives_saving(tmp_path):
 
 def test_codec_without_its_tokens_is_refused():
     processor = tiny.processor(tiny.decoder_only())
-    with pytest.raises(ValueError, match=r"16 of 16 <loc> tokens with several ids"):
-        processor.loc = LocTokens(bins=16)
+    with pytest.raises(ValueError, match=r"16 of 16 box tokens with several ids"):
+        processor.box_codec = LocTokens(bins=16)
     with pytest.raises(BadRow, match=r"row: the answers hold boxes.*--loc-bins"):
         processor.encode(boxed())
 

@@ -16,6 +16,7 @@ from tests import tiny, training
 from tests.results import read_result
 from tests.runs import on_two_processes
 from vlm import adaptors, cli, tokenizers
+from vlm.box_codecs import MALFORMED, NO_AREA, NO_BOX, QWEN2_VL, LocTokens
 from vlm.config import to_dict
 from vlm.data.example import Box, Example, Turn
 from vlm.data.grounding import ground
@@ -23,10 +24,9 @@ from vlm.data.sources import open_source
 from vlm.draw import draw_boxes, draw_page
 from vlm.evaluation import base
 from vlm.evaluation.grounding import GroundingEvaluation, Settings
-from vlm.families.decoder_only.ground import NO_AREA, NO_BOX, NOT_FOURS, find, read_answer
+from vlm.families.decoder_only.ground import AnswerReader, find
 from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly
-from vlm.geometry import LocTokens
 from vlm.pixels import BadImage, PixelSpec
 from vlm.systems.compose import add_loc_tokens
 
@@ -115,20 +115,13 @@ SPECS = {
 
 def written_boxes(made, boxes, resize):
     """What a model that knows the boxes would write, each id with probability 0.81."""
-    text = "".join(made.processor.loc.write(box, resize) for box in boxes)
+    text = made.processor.box_codec.write(boxes, resize)
     ids = made.processor.text_tokenizer(text)["input_ids"] + [made.processor.end_id]
     return ids, [math.log(0.81)] * len(ids)
 
 
-def bins_of(made):
-    tokens = made.processor.loc.tokens
-    return dict(
-        zip(made.processor.text_tokenizer.convert_tokens_to_ids(tokens), range(len(tokens)))
-    )
-
-
 def read(made, written, resize):
-    return read_answer("cat", written, made.processor, bins_of(made), resize)
+    return AnswerReader(made.processor).read("cat", written, resize)
 
 
 @pytest.mark.parametrize("frame", ["input", "image"])
@@ -178,9 +171,9 @@ def test_score_is_the_geometric_mean_of_the_boxs_own_tokens():
     [
         ("", 0, NO_BOX),
         ("it is on the left", 0, NO_BOX),
-        ("<loc0001><loc0001><loc0009>", 0, NOT_FOURS),
-        ("<loc0001><loc0001><loc0009><loc0009><loc0001>", 0, NOT_FOURS),
-        ("<loc0001><loc0001> <loc0009><loc0009>", 0, NOT_FOURS),
+        ("<loc0001><loc0001><loc0009>", 0, MALFORMED),
+        ("<loc0001><loc0001><loc0009><loc0009><loc0001>", 0, MALFORMED),
+        ("<loc0001><loc0001> <loc0009><loc0009>", 0, MALFORMED),
         ("<loc0009><loc0001><loc0001><loc0009>", 0, NO_AREA),
         ("<loc0001><loc0001><loc0001><loc0009>", 0, NO_AREA),
         ("<loc0009><loc0001><loc0001><loc0009><loc0001><loc0002><loc0003><loc0004>", 1, NO_AREA),
@@ -227,7 +220,7 @@ def test_bad_arguments_name_what_was_expected(tmp_path):
         made.ground([tmp_path / "gone.png"], ["x"])
     with pytest.raises(ValueError, match="num_beams must be at least 1, found 0"):
         made.ground([image], ["x"], num_beams=0)
-    with pytest.raises(ValueError, match="ground: this model has no <loc> tokens"):
+    with pytest.raises(ValueError, match="ground: this model writes no boxes"):
         training.model().ground([image], ["x"])
 
 
@@ -366,8 +359,10 @@ def knows(made, source, noise=0.0):
     return answers
 
 
-def evaluate(monkeypatch, tmp_path, data, answers=None, **settings):
+def evaluate(monkeypatch, tmp_path, data, answers=None, codec=None, **settings):
     made = model(bins=1024, size_hw=(64, 64))
+    if codec is not None:
+        made.processor.box_codec = codec
     monkeypatch.setattr(vlm, "load", lambda *_, **__: made, raising=False)
     if answers is not None:
         monkeypatch.setattr("vlm.families.decoder_only.ground._answers", answers(made))
@@ -378,11 +373,13 @@ def run(settings):
     return base.run(GroundingEvaluation(settings))
 
 
-def test_evaluation_of_a_model_that_knows_is_perfect(monkeypatch, tmp_path, capsys):
-    """Boxes through tokens and back, images of many sizes; 11 rows in batches of 4."""
+@pytest.mark.parametrize("codec", [None, QWEN2_VL], ids=["loc", "text"])
+def test_evaluation_of_a_model_that_knows_is_perfect(monkeypatch, tmp_path, capsys, codec):
+    """Boxes through tokens or text and back, images of many sizes; 11 rows in batches of 4."""
     data = "scenes:11:seed=77:size=mixed"
     source = open_source(data)
-    result = evaluate(monkeypatch, tmp_path, data, lambda made: knows(made, source), batch=4)
+    options = {"codec": codec, "batch": 4}
+    result = evaluate(monkeypatch, tmp_path, data, lambda made: knows(made, source), **options)
     figures = result["metrics"]
     assert figures["accuracy"] == 1.0
     assert figures["ap"] == pytest.approx(1.0)
@@ -393,7 +390,7 @@ def test_evaluation_of_a_model_that_knows_is_perfect(monkeypatch, tmp_path, caps
     out = tmp_path / "out"
     assert read_result(out) == json.loads(json.dumps(result))
     assert (result["task"], result["options"]["batch"]) == ("grounding", 4)
-    for key in ("model", "data", "prompt", "preprocessing", "versions", "loc"):
+    for key in ("model", "data", "prompt", "preprocessing", "versions", "box_codec"):
         assert result[key] is not None
     assert len((out / "predictions.jsonl").read_text().splitlines()) == 11
     assert Image.open(out / "images.png").format == "PNG"

@@ -7,12 +7,12 @@ from transformers import AutoModelForCausalLM, Qwen2VLConfig, Qwen2VLForConditio
 
 from tests import tiny
 from vlm import adaptors
+from vlm.box_codecs import LocTokens
 from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import IMAGE, Row, collate, collate_packed
 from vlm.families.decoder_only.image_layout import ImageLayout, Span, StreamLayout
 from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly
-from vlm.geometry import LocTokens
 from vlm.systems.compose import add_loc_tokens
 
 IMAGE_ID = 299

@@ -167,7 +167,7 @@ def test_new_model_learns_detection_and_is_evaluated(coco, tmp_path):
         out=tmp_path / "run", loc_bins=16, augment="light")  # fmt: skip
     model = vlm.load(tmp_path / "run", "cpu")
     assert isinstance(model.module, PrefixDecoder)
-    assert model.processor.loc.bins == 16
+    assert model.processor.box_codec.bins == 16
     assert model.ground_prompt == "detect {phrase}"
     assert model.caption_prompt == "caption en"
     settings = Settings(model=str(tmp_path / "run"), data=coco, max_new_tokens=6, images=2)
@@ -228,7 +228,7 @@ def test_data_without_boxes_or_model_without_their_tokens_says_so(coco, tmp_path
     vision, text = write_parts(tmp_path, "siglip", "llama")
     parts = dict(task="detect", vision=vision, text=text, adaptor="mlp", out=tmp_path / "run",
                  held_out=coco)  # fmt: skip
-    with pytest.raises(ValueError, match="no <loc> tokens to write them; add some"):
+    with pytest.raises(ValueError, match="this model writes none; give it <loc> tokens"):
         run(**parts, train=(coco,))
     with pytest.raises(BadRow, match="expected boxes to ask for, found none"):
         run(**parts, train=("sample:train",), loc_bins=16)

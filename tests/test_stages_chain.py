@@ -76,7 +76,7 @@ def test_three_stages_train_what_they_say(stage1, tmp_path, encoder, text):
     assert changed_parts(joint, {n: tuned[n][: len(w)] for n, w in joint.items()}) == {
         "tokenizer", "adaptor", "text",
     }  # fmt: skip
-    assert vlm.load(tmp_path / "s3").processor.loc.bins == 16
+    assert vlm.load(tmp_path / "s3").processor.box_codec.bins == 16
 
 
 @pytest.mark.parametrize("language", ["lora", "frozen"])

@@ -1,5 +1,4 @@
-"""Where an image's pixels go when it is resized and then cropped or padded, and the way back; and
-boxes as `<loc>` tokens in such a frame.
+"""Where an image's pixels go when it is resized and then cropped or padded, and the way back.
 
 One `Resize` record is made by the code that resizes, so that boxes and points can never drift from
 the pixels. Coordinates lie on pixel *edges*: the origin is the outer top left corner, pixel (0, 0)
@@ -45,7 +44,7 @@ class Resize:
 
     def points(self, points_xy_px: ArrayLike) -> NDArray[np.float64]:
         """Points of the input image, [N, 2], in the output's pixels: float64[N, 2]."""
-        points = _table(points_xy_px, 2, "points")
+        points = table(points_xy_px, 2, "points")
         return points * np.array(self.scale_xy) + np.array(self.offset_xy)
 
     def invert_points(self, points_xy_px: ArrayLike, clip: bool = False) -> NDArray[np.float64]:
@@ -53,7 +52,7 @@ class Resize:
 
         clip: move points that fall outside the input image onto its border.
         """
-        points = _table(points_xy_px, 2, "points")
+        points = table(points_xy_px, 2, "points")
         points = (points - np.array(self.offset_xy)) / np.array(self.scale_xy)
         return np.clip(points, 0.0, np.array(self.input_hw[::-1])) if clip else points
 
@@ -62,7 +61,7 @@ class Resize:
 
         They may reach beyond the output where the image was cropped.
         """
-        boxes = _table(boxes_xyxy_px, 4, "boxes")
+        boxes = table(boxes_xyxy_px, 4, "boxes")
         return self.points(boxes.reshape(-1, 2)).reshape(-1, 4)
 
     def invert_boxes(self, boxes_xyxy_px: ArrayLike, clip: bool = False) -> NDArray[np.float64]:
@@ -71,7 +70,7 @@ class Resize:
         clip: cut boxes at the input image's border; one that lies wholly in the padding becomes
         empty (its end equals its start on some axis) and keeps its place in the array.
         """
-        boxes = _table(boxes_xyxy_px, 4, "boxes")
+        boxes = table(boxes_xyxy_px, 4, "boxes")
         return self.invert_points(boxes.reshape(-1, 2), clip).reshape(-1, 4)
 
     def then(self, second: Resize) -> Resize:
@@ -92,75 +91,7 @@ class Resize:
         return Resize(self.input_hw, second.output_hw, scale_xy, offset_xy)
 
 
-LOC_ORDERS = {"yxyx": (1, 0, 3, 2), "xyxy": (0, 1, 2, 3)}
-"""Order of a box's four tokens -> which of x0, y0, x1, y1 each is. A swap is its own inverse."""
-LOC_FRAMES = ("input", "image")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LocTokens:
-    """Boxes as four tokens each, `<loc0000>` to the last bin.
-
-    bins: equal parts of each axis of the frame; a coordinate is read back as its bin's middle, so
-        that it is off by half a bin at most.
-    order: "yxyx" (top, left, bottom, right: PaliGemma's) or "xyxy".
-    frame: what 0 to 1 spans: "input", the image as the image tokenizer sees it, padding and all;
-        or "image", the image as it came. A box's part outside the frame is cut.
-
-    >>> loc, same = LocTokens(bins=10), Resize((100, 200), (100, 200), (1, 1), (0, 0))
-    >>> loc.write((20, 10, 160, 100), same)
-    '<loc0001><loc0001><loc0009><loc0008>'
-    >>> loc.decode([[1, 1, 9, 8]], same).tolist()
-    [[30.0, 15.0, 170.0, 95.0]]
-    """
-
-    bins: int = 1024
-    order: str = "yxyx"
-    frame: str = "input"
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.bins <= 10_000:
-            raise ValueError(f"bins must be 2 to 10000, found {self.bins}")
-        if self.order not in LOC_ORDERS:
-            raise ValueError(f"order is one of {', '.join(LOC_ORDERS)}, found {self.order!r}")
-        if self.frame not in LOC_FRAMES:
-            raise ValueError(f"frame is one of {', '.join(LOC_FRAMES)}, found {self.frame!r}")
-
-    @property
-    def tokens(self) -> tuple[str, ...]:
-        """The token of each bin, in order."""
-        return tuple(map(_loc, range(self.bins)))
-
-    def encode(self, boxes_xyxy_px: ArrayLike, resize: Resize) -> NDArray[np.int64]:
-        """Boxes of the image as it came, [N, 4], as bins in this order: int64[N, 4].
-
-        resize: how the image came into the image tokenizer's view.
-        """
-        boxes, size_hw = _table(boxes_xyxy_px, 4, "boxes"), resize.input_hw
-        if self.frame == "input":
-            boxes, size_hw = resize.boxes(boxes), resize.output_hw
-        parts = boxes / np.tile(size_hw[::-1], 2)
-        bins = np.floor(parts * self.bins).clip(0, self.bins - 1).astype(np.int64)
-        return bins[:, LOC_ORDERS[self.order]]
-
-    def decode(self, bins: ArrayLike, resize: Resize) -> NDArray[np.float64]:
-        """Bins in this order, [N, 4], as boxes in the pixels of the image as it came, cut at its
-        border: float64[N, 4]. A box may come out empty or inverted, as it was written."""
-        parts = (_table(bins, 4, "bins")[:, LOC_ORDERS[self.order]] + 0.5) / self.bins
-        if self.frame == "input":
-            return resize.invert_boxes(parts * np.tile(resize.output_hw[::-1], 2), clip=True)
-        return parts * np.tile(resize.input_hw[::-1], 2)
-
-    def write(self, box_xyxy_px: ArrayLike, resize: Resize) -> str:
-        """One box of the image as it came, as text."""
-        return "".join(map(_loc, self.encode([box_xyxy_px], resize)[0]))
-
-
-def _loc(number: int) -> str:
-    return f"<loc{number:04d}>"
-
-
-def _table(values: ArrayLike, columns: int, what: str) -> NDArray[np.float64]:
+def table(values: ArrayLike, columns: int, what: str) -> NDArray[np.float64]:
     """`values` as float64[N, columns]; an empty list is N = 0."""
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0 and array.ndim <= 2:

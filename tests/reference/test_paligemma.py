@@ -21,11 +21,12 @@ from tests.reference.tiny_paligemma import (
 )
 from tests.tiny import image as one_image
 from vlm import cli
+from vlm.box_codecs import MALFORMED
 from vlm.data.example import BadRow, Box, Example, Turn
 from vlm.data.sources.transfer import detection
 from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import IMAGE, collate
-from vlm.families.decoder_only.ground import NOT_FOURS, find
+from vlm.families.decoder_only.ground import find
 from vlm.losses.token import token_losses
 from vlm.systems import paligemma
 from vlm.systems.paligemma import PROMPTS, SEG_TOKENS
@@ -187,7 +188,7 @@ def test_paligemma_locations_and_segments_are_one_id_each(folder):
     """There and back, within text too."""
     model = vlm.load(folder, "cpu")
     tokenizer = model.processor.text_tokenizer
-    tokens = [*model.processor.loc.tokens, *SEG_TOKENS]
+    tokens = [*model.processor.box_codec.tokens, *SEG_TOKENS]
     assert tokens[0] == "<loc0000>"
     assert tokens[1023:1025] == ["<loc1023>", "<seg000>"]
     assert tokens[-1] == "<seg127>"
@@ -244,7 +245,7 @@ def test_paligemma_grounds_phrases_in_its_own_words(folder, monkeypatch):
     assert boxes[0].score == pytest.approx(0.5)
     answering(monkeypatch, model, "<loc0102><loc0204><loc0512> cat")
     ((answer,),) = find(model, [one_image(7)], ["cat"])
-    assert answer.fault == NOT_FOURS
+    assert answer.fault == MALFORMED
 
 
 def test_paligemma_writes_whole_boxes_where_nothing_else_is_allowed(folder):
@@ -252,7 +253,7 @@ def test_paligemma_writes_whole_boxes_where_nothing_else_is_allowed(folder):
     model = vlm.load(folder, "cpu")
     images = [one_image(7), one_image(8, (30, 50))]
     tokenizer = model.processor.text_tokenizer
-    locations = set(tokenizer.convert_tokens_to_ids(list(model.processor.loc.tokens)))
+    locations = set(tokenizer.convert_tokens_to_ids(list(model.processor.box_codec.tokens)))
     options = {"constrained": True, "max_new_tokens": 13}
     for answers in find(model, images, [["cat", "dog"], "a"], **options):
         for answer in answers:

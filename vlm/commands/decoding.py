@@ -187,9 +187,10 @@ class Ground(UsesDecoder):
     prompt: str | None = None
     """The question, with {phrase} in it; by default the one it was trained on."""
     constrained: bool = False
-    """Let the model write nothing but whole boxes."""
-    max_new_tokens: int = 128
-    """Longest answer; a box takes four tokens."""
+    """Let the model write nothing but whole boxes, of <loc> tokens."""
+    max_new_tokens: int | None = None
+    """Longest answer; None has room for 32 boxes, which are four tokens each where they are <loc>
+    tokens."""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """One JSON object a phrase and line instead of text."""
 

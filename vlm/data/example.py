@@ -45,7 +45,7 @@ class Box:
 @dataclass(frozen=True, slots=True, repr=False)
 class Turn:
     """What one side says: `content` is text, with None at the place of each image, and a number i
-    at the place of the example's i-th box, which is written as `<loc>` tokens.
+    at the place of the example's i-th box, which is written as the model writes boxes.
 
     scored: whether it is learned, where it is the assistant's; else it is context, as all other
         turns are whatever this says.

@@ -7,11 +7,9 @@ in `vlm.metrics`. Modules are named, not imported, so that looking at the table 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from vlm.compat.extras import MissingExtra
 from vlm.families.registry import named
 
 if TYPE_CHECKING:
@@ -56,8 +54,4 @@ def main(task: str, arguments: Sequence[str] | None = None) -> None:
     program with one line and exit code 1."""
     from vlm.evaluation.base import start
 
-    try:
-        evaluation = evaluation_class(task)
-    except MissingExtra as error:
-        sys.exit(f"error: {error}")
-    start(evaluation, arguments)
+    start(evaluation_class(task), arguments)

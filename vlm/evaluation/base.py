@@ -15,6 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -74,6 +75,8 @@ class Evaluation(ABC, Generic[S]):
     task: its name in `vlm.evaluation.TASKS`. settings_type: the dataclass of its options.
     ability: the method that a model needs, see `vlm.families.registry`. least: options and the
         least that each may be. libraries: whose versions the metrics depend on, beside the usual.
+    metrics_module: where its metrics need packages of an extra. `check` imports it, so that help
+        needs none of them, and nothing is computed without them; None where it needs no extra.
     files: what is written beside result.json, for people.
 
     sources, rows, items: the data, the rows that are evaluated, and what is predicted for each of
@@ -85,6 +88,7 @@ class Evaluation(ABC, Generic[S]):
     ability: ClassVar[str]
     least: ClassVar[dict[str, int]] = {}
     libraries: ClassVar[tuple[str, ...]] = ()
+    metrics_module: ClassVar[str | None] = None
     files: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: S) -> None:
@@ -110,7 +114,10 @@ class Evaluation(ABC, Generic[S]):
         return self.settings.batch
 
     def check(self) -> None:
-        """Raises ValueError naming an option that cannot be; nothing has been opened yet."""
+        """Raises ValueError naming an option that cannot be, and MissingExtra naming a package that
+        the metrics need; nothing has been opened yet."""
+        if self.metrics_module is not None:
+            import_module(self.metrics_module)
         require_least(self.settings, rows=1, threads=1, **self.least)
 
     def open(self, say: Callable[..., None]) -> None:

@@ -36,7 +36,6 @@ from vlm.evaluation import base
 from vlm.evaluation.nearest_caption import nearest_rows
 from vlm.families.decoder_only.generate import GREEDY
 from vlm.image_tokens import ImageTokenizer
-from vlm.metrics.caption import caption_metrics, cider_d, exact_matches
 from vlm.pixels import BadImage, open_image
 from vlm.systems.pretrained import load_vision
 from vlm.training.run_folder import draw_captions
@@ -98,6 +97,7 @@ class CaptionEvaluation(base.Evaluation[Settings]):
     ability = "caption"
     least: ClassVar = {"batch": 1, "max_new_tokens": 1}
     libraries = ("pycocoevalcap", "sacrebleu")
+    metrics_module = "vlm.metrics.caption"
     files = ("captions.jsonl", "captions.png")
 
     def check(self) -> None:
@@ -182,6 +182,8 @@ class CaptionEvaluation(base.Evaluation[Settings]):
     def score(
         self, model: Any, predictions: list[Captioned], accelerator: Accelerator
     ) -> dict[str, Any]:
+        from vlm.metrics.caption import caption_metrics  # of the extra eval
+
         self.baselines: dict[str, Any] = {}
         if self.vision is not None:
             pairs = [(item.nearest[1], item.references) for item in predictions]
@@ -222,6 +224,8 @@ class CaptionEvaluation(base.Evaluation[Settings]):
                 console.print(f"{baseline['skipped']} rows of the baseline skipped")
 
     def write(self, predictions: list[Captioned]) -> None:
+        from vlm.metrics.caption import cider_d, exact_matches  # of the extra eval
+
         pairs = [item.pair for item in predictions]
         scores, right = cider_d(pairs).tolist(), exact_matches(pairs).tolist()
         with (self.out / "captions.jsonl").open("w", encoding="utf-8") as file:

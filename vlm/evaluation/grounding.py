@@ -19,13 +19,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
+from vlm.box_codecs import config_of
 from vlm.config import to_dict
 from vlm.data.boxes import check_boxes
 from vlm.data.check import check_start
@@ -34,10 +35,12 @@ from vlm.data.sources import CocoSource
 from vlm.data.sources.base import Source
 from vlm.draw import draw_boxes, draw_page
 from vlm.evaluation import base
-from vlm.families.decoder_only.ground import MAX_NEW_TOKENS, find, require_prompt
-from vlm.metrics.boxes import BoxTable, coco_precision, phrases_found
+from vlm.families.decoder_only.ground import find, require_prompt
 from vlm.metrics.share import wilson, with_ci
 from vlm.pixels import open_image
+
+if TYPE_CHECKING:
+    from vlm.metrics.boxes import BoxTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +56,10 @@ class Settings(base.Settings):
     prompt: str | None = None
     """The question, with {phrase} in it; None takes the one that the model was trained on."""
     constrained: bool = False
-    """Let the model write nothing but whole boxes."""
-    max_new_tokens: int = MAX_NEW_TOKENS
-    """Longest answer; a box takes four tokens."""
+    """Let the model write nothing but whole boxes, of <loc> tokens."""
+    max_new_tokens: int | None = None
+    """Longest answer; None has room for 32 boxes, which are four tokens each where they are <loc>
+    tokens."""
     batch: int = 16
     """Images, and phrases, at once."""
     out: Path | None = None
@@ -72,6 +76,7 @@ class GroundingEvaluation(base.Evaluation[Settings]):
     ability = "ground"
     least: ClassVar = {"batch": 1, "max_new_tokens": 1, "images": 0}
     libraries = ("pycocotools",)
+    metrics_module = "vlm.metrics.boxes"
 
     def check(self) -> None:
         super().check()
@@ -145,7 +150,7 @@ class GroundingEvaluation(base.Evaluation[Settings]):
         return {
             "prompt": self.settings.prompt or model.ground_prompt,
             "system": processor.system,
-            "loc": asdict(processor.loc),
+            "box_codec": config_of(processor.box_codec),
             "preprocessing": to_dict(processor.pixel_spec),
             "faults": self.faults,
         }
@@ -228,6 +233,8 @@ def box_metrics(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     accuracy_one_true_box, of phrases with one true box, is None where no phrase has one.
     """
+    from vlm.metrics.boxes import BoxTable, coco_precision, phrases_found  # of the extra eval
+
     answers = [(i, answer) for i, r in enumerate(records) for answer in r["answers"]]
     asked = []
     for i, answer in answers:

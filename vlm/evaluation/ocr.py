@@ -20,7 +20,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -37,15 +37,10 @@ from vlm.evaluation.ocr_peers import PEERS, Reader
 from vlm.evaluation.ocr_reading import Model, Seen, read_all
 from vlm.metrics.calibration import Calibration, calibration
 from vlm.metrics.share import with_ci
-from vlm.metrics.text import (
-    NORMALISATIONS,
-    Comparison,
-    cer_difference,
-    compare_texts,
-    length_group,
-    words_right,
-)
 from vlm.pixels import open_image
+
+if TYPE_CHECKING:
+    from vlm.metrics.text import Comparison
 
 WORST = 20
 """Lines on the page of the worst."""
@@ -95,6 +90,7 @@ class OcrEvaluation(base.Evaluation[Settings]):
     ability = "ocr"
     least: ClassVar = {"batch": 1, "repeats": 1, "draws": 1}
     libraries = ("jiwer",)
+    metrics_module = "vlm.metrics.text"
     files = ("lines.jsonl", "worst.png", "reliability-*.png")
 
     def check(self) -> None:
@@ -140,6 +136,8 @@ class OcrEvaluation(base.Evaluation[Settings]):
     ) -> dict[str, Any] | None:
         """The metrics of the model, None where there are peers alone; those of peers are in
         `details`."""
+        from vlm.metrics.text import cer_difference, compare_texts  # of the extra ocr
+
         settings, lines = self.settings, predictions
         self.names = [reader.name for reader in self.readers]
         truths = [line.truth for line in lines]
@@ -172,6 +170,8 @@ class OcrEvaluation(base.Evaluation[Settings]):
         return None if model is None else self.reports[first]["metrics"]
 
     def details(self, model: Any) -> dict[str, Any]:
+        from vlm.metrics.text import NORMALISATIONS  # of the extra ocr
+
         normalise = self.settings.normalise
         peers = dict(self.reports)
         own = {} if model is None else peers.pop(self.names[0])
@@ -260,6 +260,8 @@ class OcrEvaluation(base.Evaluation[Settings]):
 
 def groups_of(lines: Sequence[Seen], sources: Sequence[Source]) -> dict[str, list[str]]:
     """By what lines are told apart, and the group of each; what sets none apart is skipped."""
+    from vlm.metrics.text import length_group  # of the extra ocr
+
     kinds = {True: "handwriting", False: "printed", None: "not said"}
     groups = {
         "data": [sources[line.data].name for line in lines],
@@ -276,6 +278,8 @@ def confidence_of(
 ) -> dict[str, Calibration]:
     """The calibration of "lines" and of "words" that have a confidence; of none of a page, whose
     words have no certain place in the truth."""
+    from vlm.metrics.text import words_right  # of the extra ocr
+
     said = [line.said[reader] for line in lines]
     if settings.page or any(one.confidence is None for one in said):
         return {}

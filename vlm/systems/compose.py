@@ -7,12 +7,12 @@ from transformers import GenerationConfig
 
 from vlm import adaptors
 from vlm.adaptors import adaptor_config
+from vlm.box_codecs import LocTokens
 from vlm.families.decoder_only.model import CAPTION_PROMPT, DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
 from vlm.families.decoder_only.processor import Processor
 from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.families.registry import model_of
-from vlm.geometry import LocTokens
 from vlm.systems.pretrained import DEMO, load_text, load_text_tokenizer, load_vision
 from vlm.vocabulary import grow
 
@@ -112,11 +112,11 @@ def add_loc_tokens(model: DecoderOnlyModel, loc: LocTokens, *, seed: int = 0) ->
     seed: of the rows' first values.
     Raises ValueError where it writes boxes in another way already.
     """
-    had = model.processor.loc
+    had = model.processor.box_codec
     if had is not None and had != loc:
         raise ValueError(f"this model writes boxes as {had}, not as {loc}")
     grow(model.module.text, model.processor.text_tokenizer, loc.tokens, seed=seed)
-    model.processor.loc = loc
+    model.processor.box_codec = loc
 
 
 def context_of(language: torch.nn.Module) -> int | None:

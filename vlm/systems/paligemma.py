@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from vlm import adaptors
+from vlm.box_codecs import LocTokens
 from vlm.families.decoder_only.chat_template import SLOT
 from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import ImageLayouts
@@ -41,7 +42,6 @@ from vlm.families.decoder_only.processor import Processor
 from vlm.families.prefix_decoder.model import PrefixDecoderModel
 from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.families.published_files import open_part, read_reference
-from vlm.geometry import LocTokens
 from vlm.image_tokens import ImageTokenizer
 from vlm.merge import plain_state
 from vlm.pixels import PixelSpec, from_transformers
@@ -221,7 +221,7 @@ def load(folder: Path, values: dict[str, Any]) -> PrefixDecoderModel:
         tokenizer.pixel_spec,
         ImageLayouts(module.tokenizer, module.adaptor),
         max_tokens=context_of(module.text),
-        loc=LOC,
+        box_codec=LOC,
         image_mark=reader.image_token,
         prefix=True,
         framed=True,

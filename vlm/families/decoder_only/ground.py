@@ -1,7 +1,8 @@
 """Where phrases are in an image: boxes in the caller's pixels, each with its score.
 
-A model answers with location tokens, four for a box. An image is encoded once, however many
-phrases are asked of it. What cannot be read as boxes gives none and says why; it never raises.
+A model answers in its own way of writing boxes (`vlm.box_codecs`). An image is encoded once,
+however many phrases are asked of it. What cannot be read as boxes gives none and says why; it never
+raises.
 
 Shapes: B phrase, T text position, P packed image tokens, D decoder width, Z vocabulary.
 """
@@ -9,9 +10,8 @@ Shapes: B phrase, T text position, P packed image tokens, D decoder width, Z voc
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from vlm.box_codecs import LocTokens
 from vlm.data.example import Box, Example, Turn
 from vlm.families.base import evaluating
 from vlm.families.decoder_only import generate as engine
@@ -31,24 +32,21 @@ from vlm.pixels import open_image
 if TYPE_CHECKING:
     from vlm.families.base import Model
 
-MAX_NEW_TOKENS = 4 * 32
-"""Longest answer where nothing else is asked: 32 boxes."""
-NO_BOX = "no location tokens"
-NOT_FOURS = "location tokens not in fours"
-NO_AREA = "a box without area"
+MAX_BOXES = 32
+"""Boxes that the longest answer has room for, where no length is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """What a model answered to where a phrase is.
 
-    phrase: what was asked for, which is the boxes' label.
-    boxes: in the order written, in the image's own pixels, cut at its border. A box's score is
-        the geometric mean of the probabilities of its four tokens, in 0 to 1.
-    text: what the model wrote.
-    fault: why something written is no box: NO_BOX (there was nothing to read), NOT_FOURS (location
-        tokens in a row are no whole boxes: none of the answer is taken), NO_AREA (a box that is
-        inverted or empty is skipped); None where all was read.
+    phrase: what was asked for, which is the boxes' label, whatever the model calls them.
+    boxes: in the order written, in the image's own pixels, cut at its border. A box's score is the
+        geometric mean of the probabilities of the ids that write its numbers, in 0 to 1.
+    text: what the model wrote; of special tokens, those that its boxes are written with.
+    fault: why something written is no box, one of `vlm.box_codecs`: NO_BOX (there was nothing to
+        read), MALFORMED (one could not be read), NO_AREA (one is inverted or empty); None where all
+        was read.
     """
 
     phrase: str
@@ -65,6 +63,7 @@ def find(
     *,
     prompt: str | None = None,
     constrained: bool = False,
+    max_new_tokens: int | None = None,
     seed: int | None = None,
     **options,
 ) -> list[list[Found]]:
@@ -74,22 +73,26 @@ def find(
     batch_size: images encoded, and phrases answered, at once.
     prompt: asks for a `{phrase}`; None takes the one that the model was trained on.
     constrained: allows nothing but whole boxes, the text after each where the model writes some,
-        and the end. Scores stay those of the model's own distribution.
+        and the end, for boxes of <loc> tokens. Scores stay those of the model's own distribution.
+    max_new_tokens: the longest answer; None has room for MAX_BOXES boxes.
     seed: of what is drawn, with `do_sample=True`.
-    options: transformers' names, greedy by default, at most MAX_NEW_TOKENS tokens.
-    Raises ValueError for a model without location tokens and for arguments that do not fit,
-    BadImage naming the image.
+    options: transformers' names, greedy by default.
+    Raises ValueError for a model that writes no boxes and for arguments that do not fit, BadImage
+    naming the image.
     """
     asked = _asked(images, phrases)
     prompt = model.ground_prompt if prompt is None else prompt
-    _check(model, prompt, batch_size)
-    options = {"max_new_tokens": MAX_NEW_TOKENS, **options}
+    _check(model, prompt, batch_size, constrained)
+    codec = model.processor.box_codec
+    room = MAX_BOXES * codec.box_tokens if max_new_tokens is None else max_new_tokens
+    options = {"max_new_tokens": room, **options}
     engine.check_options(options, seed)
-    bins = _bins(model)
     if constrained:
-        only = BoxesOnly(tuple(bins), model.stop_ids, model.labelled_boxes)
+        ids = model.processor.text_tokenizer.convert_tokens_to_ids(list(codec.tokens))
+        only = BoxesOnly(ids, model.stop_ids, model.labelled_boxes)
         given = options.get("logits_processor", ())
         options["logits_processor"] = LogitsProcessorList([*given, only])
+    reader = AnswerReader(model.processor)
     found: list[list[Found]] = [[] for _ in images]
     count = sum(map(len, asked))
     with (
@@ -101,8 +104,7 @@ def find(
             numbers = range(start, min(start + batch_size, len(images)))
             questions = _questions(model, images, asked, numbers, prompt)
             for question, written in _answers(model, questions, batch_size, options):
-                phrase, resize = question.phrase, question.resize
-                answer = read_answer(phrase, written, model.processor, bins, resize)
+                answer = reader.read(question.phrase, written, question.resize)
                 found[question.image].append(answer)
             bar.update(len(questions))
     return found
@@ -176,37 +178,58 @@ def _answers(
     return list(zip(questions, written))
 
 
-def read_answer(
-    phrase: str,
-    written: engine.Written,
-    processor: Processor,
-    bins: dict[int, int],
-    resize: Resize,
-) -> Found:
-    """The boxes in what was written; other tokens may stand between them.
+class AnswerReader:
+    """Reads what a model wrote as boxes, in its own way of writing them."""
 
-    bins: id of each location token -> its number. resize: how the image came into its view.
+    def __init__(self, processor: Processor) -> None:
+        self.codec, self.text_tokenizer = processor.box_codec, processor.text_tokenizer
+        tokenizer = self.text_tokenizer
+        special = {id: t.content for id, t in tokenizer.added_tokens_decoder.items() if t.special}
+        special |= zip(tokenizer.all_special_ids, tokenizer.all_special_tokens)
+        kept = {*self.codec.tags, *self.codec.tokens}
+        self.hidden = {id for id, token in special.items() if token not in kept}
+
+    def read(self, phrase: str, written: engine.Written, resize: Resize) -> Found:
+        """The boxes in what was written for a phrase. resize: how the image came into its view."""
+        shown = [(id, p) for id, p in zip(*written) if id not in self.hidden]
+        ids = [id for id, _ in shown]
+        text = self._decode(ids)
+        read = self.codec.read(text, resize)
+        spans = character_spans(self._decode, ids) if read.boxes else []
+        boxes = []
+        for box in read.boxes:
+            own = [
+                logprob
+                for (_, logprob), (start, end) in zip(shown, spans)
+                if any(start < last and first < end for first, last in box.spans)
+            ]
+            score = min(1.0, math.exp(sum(own) / len(own)))
+            boxes.append(Box(0, box.xyxy_px, phrase, score))
+        return Found(phrase, tuple(boxes), text.strip(), read.fault)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.text_tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def character_spans(
+    decode: Callable[[Sequence[int]], str], ids: Sequence[int]
+) -> list[tuple[int, int]]:
+    """The characters (start, end) of the text of `ids` that each of them writes, which are all of
+    them in order: those that the text has gained once it is written. Of ids that write a character
+    together, byte by byte, the last has it.
+
+    >>> character_spans(lambda ids: "".join("a1)"[id] * 2 for id in ids), [0, 2, 1])
+    [(0, 2), (2, 4), (4, 6)]
     """
-    ids, logprobs = written
-    text = processor.decode(ids)
-    runs, at = [], 0
-    for is_location, group in groupby(ids, key=bins.__contains__):
-        length = len(list(group))
-        if is_location:
-            runs.append(range(at, at + length))
-        at += length
-    if not runs:
-        return Found(phrase, (), text, NO_BOX)
-    if any(len(run) % 4 for run in runs):
-        return Found(phrase, (), text, NOT_FOURS)
-    fours = [run[i : i + 4] for run in runs for i in range(0, len(run), 4)]
-    decoded = processor.loc.decode([[bins[ids[t]] for t in four] for four in fours], resize)
-    boxes = []
-    for four, box in zip(fours, decoded.tolist()):
-        if box[0] < box[2] and box[1] < box[3]:
-            score = min(1.0, math.exp(sum(logprobs[t] for t in four) / 4))
-            boxes.append(Box(0, tuple(box), phrase, score))
-    return Found(phrase, tuple(boxes), text, None if len(boxes) == len(fours) else NO_AREA)
+    text, spans, start = decode(ids), [], 0
+    for count in range(1, len(ids) + 1):
+        so_far = decode(ids[:count])
+        end = start
+        while end < len(so_far) and end < len(text) and so_far[end] == text[end]:
+            end += 1
+        spans.append((start, end))
+        start = end
+    return spans
 
 
 class BoxesOnly(LogitsProcessor):
@@ -239,12 +262,6 @@ def _turn(prompt: str, phrase: str) -> Turn:
     return Turn("user", (None, prompt.format(phrase=phrase)))
 
 
-def _bins(model: Model) -> dict[int, int]:
-    tokens = model.processor.loc.tokens
-    ids = model.processor.text_tokenizer.convert_tokens_to_ids(list(tokens))
-    return {id: number for number, id in enumerate(ids)}
-
-
 def _asked(images: Sequence, phrases: Sequence[str | Sequence[str]]) -> list[tuple[str, ...]]:
     """The phrases of each image. Raises ValueError naming the one that cannot be asked."""
     if isinstance(images, (str, bytes, Path)) or isinstance(phrases, str):
@@ -263,11 +280,17 @@ def _asked(images: Sequence, phrases: Sequence[str | Sequence[str]]) -> list[tup
     return asked
 
 
-def _check(model: Model, prompt: str, batch_size: int) -> None:
-    if model.processor.loc is None:
+def _check(model: Model, prompt: str, batch_size: int, constrained: bool) -> None:
+    codec = model.processor.box_codec
+    if codec is None:
         raise ValueError(
-            "ground: this model has no <loc> tokens to write boxes with; decoder-only models that "
-            "were trained with --loc-bins have them"
+            "ground: this model writes no boxes; decoder-only models that were trained with "
+            "--loc-bins do, and published systems that were trained on boxes"
+        )
+    if constrained and not isinstance(codec, LocTokens):
+        raise ValueError(
+            "constrained: expected a model that writes boxes as <loc> tokens, found one that "
+            f"writes them as {codec}; its answers are read as they come"
         )
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, found {batch_size}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from vlm import adaptors, tokenizers
+from vlm import adaptors, box_codecs, tokenizers
 from vlm.data.grounding import GROUND_PROMPT
 from vlm.families import native_layout
 from vlm.families.decoder_only import view_order
@@ -23,7 +23,6 @@ from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
 from vlm.families.decoder_only.processor import MARK, Processor
 from vlm.families.decoder_only.view_order import InTurn
 from vlm.families.registry import model_of
-from vlm.geometry import LocTokens
 from vlm.weights import load_weights, read_weights
 
 SOURCE = "our own"
@@ -33,9 +32,9 @@ SOURCE = "our own"
 class Folder(native_layout.Folder):
     """What config.json says of a decoder-only or prefix model.
 
-    adaptor: a configuration with its `kind`. stop_ids: ids that end an answer. loc: how boxes are
-    written; None: not at all. views: how the views of an image follow each other, a configuration
-    with its `kind`. template: how the chat template is used. position_numbers: as in
+    adaptor: a configuration with its `kind`. stop_ids: ids that end an answer. box_codec: how boxes
+    are written, a configuration with its `kind`; None: not at all. views: how the views of an image
+    follow each other, likewise. template: how the chat template is used. position_numbers: as in
     `StreamLayout`. The rest is the prompts'.
     """
 
@@ -48,7 +47,7 @@ class Folder(native_layout.Folder):
     labelled_boxes: bool = False
     answer_prompt: str = ANSWER_PROMPT
     ocr_prompt: str | None = None
-    loc: LocTokens | None = None
+    box_codec: dict[str, Any] | None = None
     image_mark: str = MARK
     framed: bool = False
     views: dict[str, Any] = field(default_factory=lambda: view_order.config_of(InTurn()))
@@ -72,7 +71,7 @@ def save(model: DecoderOnlyModel, folder: Path, merge: bool = True) -> None:
         labelled_boxes=model.labelled_boxes,
         answer_prompt=model.answer_prompt,
         ocr_prompt=model.ocr_prompt,
-        loc=model.processor.loc,
+        box_codec=box_codecs.config_of(model.processor.box_codec),
         image_mark=model.processor.image_mark,
         framed=model.processor.framed,
         views=view_order.config_of(model.processor.layout_for.views),
@@ -92,7 +91,7 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
 
 def load_as(module_class: type[DecoderOnly], folder: Path, values: dict[str, Any]) -> Any:
     """What `load` gives, as the public model of the family whose module's class this is."""
-    said = native_layout.read_description(Folder, folder, values)
+    said = native_layout.read_description(Folder, folder, with_box_codec(values))
 
     def make() -> DecoderOnly:
         return module_class(
@@ -111,7 +110,7 @@ def load_as(module_class: type[DecoderOnly], folder: Path, values: dict[str, Any
         ImageLayouts(module.tokenizer, module.adaptor, view_order.build(said.views)),
         system=said.system,
         max_tokens=said.max_tokens,
-        loc=said.loc,
+        box_codec=box_codecs.build(said.box_codec),
         image_mark=said.image_mark,
         prefix=module.sees == "prefix",
         framed=said.framed,
@@ -129,3 +128,17 @@ def load_as(module_class: type[DecoderOnly], folder: Path, values: dict[str, Any
         ocr_prompt=said.ocr_prompt,
         reference=native_layout.read_origin(folder, said.reference),
     )
+
+
+def with_box_codec(values: dict[str, Any]) -> dict[str, Any]:
+    """What config.json holds, with how boxes are written under `box_codec`: older folders have
+    <loc> tokens under `loc`, without a kind.
+
+    >>> with_box_codec({"family": "decoder_only", "loc": {"bins": 16}})
+    {'family': 'decoder_only', 'box_codec': {'kind': 'loc', 'bins': 16}}
+    """
+    if "loc" not in values:
+        return values
+    rest = {key: value for key, value in values.items() if key != "loc"}
+    loc = values["loc"]
+    return rest | {"box_codec": None if loc is None else {"kind": "loc", **loc}}

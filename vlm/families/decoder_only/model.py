@@ -102,7 +102,7 @@ class DecoderOnlyModel(Model):
 
         phrases: for each image one, or a list. A phrase whose answer cannot be read has no box;
         `vlm.families.decoder_only.ground.find`, which takes the same options, says why.
-        Raises ValueError for a model without <loc> tokens.
+        Raises ValueError for a model that writes no boxes.
         """
         found = find(self, images, phrases, batch_size, **options)
         return [[box for answer in answers for box in answer.boxes] for answers in found]

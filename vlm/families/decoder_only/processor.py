@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from vlm.box_codecs import BoxCodec
 from vlm.data.boxes import check_boxes
-from vlm.data.example import BadRow, Example, Skipped, Turn
+from vlm.data.example import BadRow, Box, Example, Skipped, Turn
 from vlm.families.decoder_only.batch import IMAGE, Row
 from vlm.families.decoder_only.chat_template import (
     ANSWER,
@@ -26,7 +28,7 @@ from vlm.families.decoder_only.chat_template import (
 )
 from vlm.families.decoder_only.image_layout import ImageLayout, PositionNumbers, StreamLayout
 from vlm.families.decoder_only.marked_text import MarkedText
-from vlm.geometry import LocTokens
+from vlm.geometry import Resize
 from vlm.image_tokens import map_pixels, meta_pixels
 from vlm.pixels import BadImage, image_size, open_image
 
@@ -45,7 +47,7 @@ class Processor:
         the template, "" asks for an empty one (none where the template takes no system message).
     max_tokens: the longest row; None means no limit. overflow says what happens to longer rows:
         "drop" skips them, "shrink" cuts text from the end. Neither ever cuts an image run.
-    loc: how boxes are written; None where the language model has no tokens for them.
+    box_codec: how boxes are written; None where the model writes none.
     image_mark: stands for an image in a literal prompt.
     prefix: whether the model reads all that is before an answer at once, as prefix decoders do. A
         row then has one answer, which becomes ids apart from its prompt: those of the prompt are
@@ -65,7 +67,7 @@ class Processor:
         system: str | None = None,
         max_tokens: int | None = None,
         overflow: str = "drop",
-        loc: LocTokens | None = None,
+        box_codec: BoxCodec | None = None,
         image_mark: str = MARK,
         prefix: bool = False,
         framed: bool = False,
@@ -84,8 +86,7 @@ class Processor:
         self.layout_for = layout_for
         self.max_tokens = max_tokens
         self.overflow = overflow
-        self._loc = None
-        self.loc = loc
+        self.box_codec = box_codec
         self.image_mark = image_mark
         self.prefix = prefix
         self.framed = framed
@@ -98,16 +99,16 @@ class Processor:
         return self.chat_template.system
 
     @property
-    def loc(self) -> LocTokens | None:
+    def box_codec(self) -> BoxCodec | None:
         """How boxes are written. Setting it raises ValueError where the text tokenizer lacks one of
-        the tokens (each is one id)."""
-        return self._loc
+        its tokens (each is one id)."""
+        return self._box_codec
 
-    @loc.setter
-    def loc(self, loc: LocTokens | None) -> None:
-        if loc is not None:
-            self._require_loc_tokens(loc)
-        self._loc = loc
+    @box_codec.setter
+    def box_codec(self, codec: BoxCodec | None) -> None:
+        if codec is not None:
+            self._require_tokens(codec)
+        self._box_codec = codec
 
     @property
     def pad_id(self) -> int:
@@ -263,24 +264,38 @@ class Processor:
         return views, size_hw
 
     def _write_boxes(self, example: Example, sizes: list[tuple[int, int]]) -> tuple[Turn, ...]:
-        """The example's turns with each box as its tokens; boxes that no turn writes are checked
-        too, since figures may be drawn from them."""
+        """The example's turns with boxes as text; those that no turn writes are checked too, since
+        figures may be drawn from them."""
         boxes = check_boxes(example.boxes, sizes, example.name)
         if not any(turn.box_numbers for turn in example.turns):
             return example.turns
-        if self.loc is None:
+        if self.box_codec is None:
             raise BadRow(
-                f"{example.name}: the answers hold boxes, but this model has no <loc> tokens to "
-                "write them; add them with --loc-bins"
+                f"{example.name}: the answers hold boxes, but this model writes none; "
+                "give it <loc> tokens to write them with by --loc-bins"
             )
-        written = []
-        for box in boxes:
-            resize = self.pixel_spec.resize_record(sizes[box.image])
-            written.append(self.loc.write(box.xyxy_px, resize))
+        resizes = {box.image: self.pixel_spec.resize_record(sizes[box.image]) for box in boxes}
         return tuple(
-            replace(t, content=tuple(written[p] if isinstance(p, int) else p for p in t.content))
-            for t in example.turns
+            replace(turn, content=self._written(turn.content, boxes, resizes))
+            for turn in example.turns
         )
+
+    def _written(
+        self, content: Sequence[str | int | None], boxes: Sequence[Box], resizes: dict[int, Resize]
+    ) -> tuple[str | None, ...]:
+        """A turn's content with boxes as text; neighbours on one image are written together."""
+        written: list[str | None] = []
+        for image, parts in groupby(
+            content, lambda part: boxes[part].image if isinstance(part, int) else None
+        ):
+            if image is None:
+                written += parts
+                continue
+            chosen = [boxes[number] for number in parts]
+            before = written.pop() if written and type(written[-1]) is str else ""
+            xyxy_px, labels = [box.xyxy_px for box in chosen], [box.label for box in chosen]
+            written.append(self.box_codec.write(xyxy_px, resizes[image], labels, before))
+        return tuple(written)
 
     def _document(self, example: Example) -> Row:
         text = example.turns[0].text.strip()
@@ -298,12 +313,13 @@ class Processor:
             layout=self._layout(()),
         )
 
-    def _require_loc_tokens(self, loc: LocTokens) -> None:
-        split = [token for token in loc.tokens if len(self._plain_ids(token)) != 1]
+    def _require_tokens(self, codec: BoxCodec) -> None:
+        split = [token for token in codec.tokens if len(self._plain_ids(token)) != 1]
         if split:
             raise ValueError(
-                f"the text tokenizer writes {len(split)} of {loc.bins} <loc> tokens with several "
-                f"ids, such as {split[0]}: expected each as one; add them with vlm.vocabulary.grow"
+                f"the text tokenizer writes {len(split)} of {len(codec.tokens)} box tokens with "
+                f"several ids, such as {split[0]}: expected each as one; add them with "
+                "vlm.vocabulary.grow"
             )
 
     def _plain_ids(self, text: str) -> list[int]:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from vlm.data.example import BadRow, Skipped
+from vlm.data.example import BadRow, Example, Skipped
+from vlm.data.grounding import GROUND_PROMPT
 from vlm.data.mixture import MixtureDataset
 from vlm.data.sources.base import Source
 from vlm.families.decoder_only.model import DecoderOnlyModel
@@ -65,7 +67,8 @@ def run(settings: Settings, make_stage: MakeStage, make_objective: MakeObjective
     training_run.check(data, source if settings.held_out_rows else None, documents)
     with training_run.accelerator.main_process_first():
         model = settings.build()
-    require_loc_tokens(data, model, settings.bad_rows)
+    require_box_codec(data, model, settings.bad_rows)
+    ask_as_rows(data, model, settings.bad_rows)
     if settings.pack is not None:
         require_segments(model.module.text)
     plan = training_run.stage(make_stage, model.module)
@@ -108,21 +111,35 @@ def run(settings: Settings, make_stage: MakeStage, make_objective: MakeObjective
     return training_run.end(progress, figures, more, show)
 
 
-def require_loc_tokens(data: MixtureDataset, model: DecoderOnlyModel, bad_rows: str) -> None:
+def require_box_codec(data: MixtureDataset, model: DecoderOnlyModel, bad_rows: str) -> None:
     """Raises ValueError where a source answers with boxes and the model cannot write them; checked
     by each source's first row. Raises BadRow for one that cannot be read, unless it is skipped."""
+    for source, example in _first_examples(data, bad_rows):
+        if model.processor.box_codec is None and any(turn.box_numbers for turn in example.turns):
+            raise ValueError(
+                f"{source.name}: its answers hold boxes, and this model writes none; give it <loc> "
+                "tokens to write them with, such as --loc-bins 1024"
+            )
+
+
+def ask_as_rows(data: MixtureDataset, model: DecoderOnlyModel, bad_rows: str) -> None:
+    """Lets a model ask for the boxes of a phrase in the words of `vlm.data.grounding`, where its
+    rows do, so that it is asked as it was trained; a published system's own words stay else. Seen
+    by each source's first row, as `require_box_codec` does."""
+    for _, example in _first_examples(data, bad_rows):
+        asked = {GROUND_PROMPT.format(phrase=box.label) for box in example.boxes}
+        if any(turn.role == "user" and turn.text in asked for turn in example.turns):
+            model.ground_prompt = GROUND_PROMPT
+
+
+def _first_examples(data: MixtureDataset, bad_rows: str) -> Iterator[tuple[Source, Example]]:
+    """Each source with its first row, where that can be read. bad_rows: "raise" for BadRow."""
     for source in data.sources:
         try:
-            example = source[0]
+            yield source, source[0]
         except BadRow:
             if bad_rows == "raise":
                 raise
-            continue
-        if model.processor.loc is None and any(turn.box_numbers for turn in example.turns):
-            raise ValueError(
-                f"{source.name}: its answers hold boxes, and this model has no <loc> tokens to "
-                "write them; add some, such as --loc-bins 1024"
-            )
 
 
 def first_text_loss(settings: Settings, before: float) -> float:

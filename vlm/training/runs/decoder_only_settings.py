@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
+from vlm.box_codecs import LocTokens
 from vlm.data.augment import LEVELS
 from vlm.data.mixture import Mixture, MixtureDataset, check_weights
 from vlm.data.sources import Source
 from vlm.data.sources.documents import TextOnly
+from vlm.families.decoder_only.layout import with_box_codec
 from vlm.families.decoder_only.model import CAPTION_PROMPT, DecoderOnlyModel
-from vlm.geometry import LocTokens
 from vlm.lora import Lora, add_lora, lora_of, quantize_4bit
 from vlm.systems import published_caption_prompt
 from vlm.systems.compose import add_loc_tokens
@@ -89,12 +90,12 @@ class Settings(BaseSettings):
     def add_tokens(self, model: DecoderOnlyModel, learned: bool) -> None:
         """Gives the model the <loc> tokens that the settings ask for. learned: whether the whole
         language model learns; else only the rows of these tokens do, as `text.*.new`."""
-        loc = LocTokens(bins=self.loc_bins) if self.loc_bins else model.processor.loc
-        if loc is None:
+        codec = LocTokens(bins=self.loc_bins) if self.loc_bins else model.processor.box_codec
+        if not isinstance(codec, LocTokens):
             return
-        add_loc_tokens(model, loc, seed=self.seed)
+        add_loc_tokens(model, codec, seed=self.seed)
         if not learned:
-            ids = model.processor.text_tokenizer.convert_tokens_to_ids(list(loc.tokens))
+            ids = model.processor.text_tokenizer.convert_tokens_to_ids(list(codec.tokens))
             train_rows(model.module.text, ids)
 
 
@@ -248,7 +249,7 @@ class FromRun(Settings):
         modes = {"vision": self.vision, "adaptor": self.adaptor}
         before = self._before() or {}
         # Rows of <loc> tokens learn beside a frozen language model, the previous model's too.
-        if not self.loc_bins and before.get("format") == "vlm" and before.get("loc") is None:
+        if not self.loc_bins and before.get("format") == "vlm" and not _has_loc_tokens(before):
             modes["language"] = self.language
         return {
             f"{part}_rate": f"{part} is frozen" for part, mode in modes.items() if mode == "frozen"
@@ -319,6 +320,12 @@ class FromRun(Settings):
                 f"{self.previous} holds {held!r}; expected a run of "
                 f"{' or '.join(map(repr, self.follows))}, or a model's folder"
             )
+
+
+def _has_loc_tokens(values: dict[str, Any]) -> bool:
+    """Whether a model whose config.json, in our own layout, holds `values` writes boxes as <loc>
+    tokens."""
+    return (with_box_codec(values).get("box_codec") or {}).get("kind") == "loc"
 
 
 def load_stored(source: str, settings: Settings) -> DecoderOnlyModel:
