@@ -52,6 +52,7 @@ def write_folder(folder, kind, seed=0, tied=False, images=(), vision=()):
 
     images: settings of the image processor. vision: of the image encoder."""
     tokenizer, names = tiny.text_tokenizer(MARKS, PUBLISHED_TEMPLATE), NAMES[kind]
+    tokenizer.pad_token = MARKS[0]
     id = tokenizer.convert_tokens_to_ids
     ends = {"bos_token_id": id(MARKS[0]), "eos_token_id": id("<|im_end|>")}
     config = getattr(transformers, f"{names}Config")(
