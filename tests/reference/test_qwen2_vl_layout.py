@@ -118,7 +118,8 @@ REFUSED = {
         "processor_config.json", "image_processor", "patch_size", 16,
     ),
     "rope_type: expected 'axial', found 'linear'": (
-        "config.json", "vision_config", "rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+        "config.json", "vision_config", "rope_parameters",
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
     ),
 }  # fmt: skip
 
