@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm.config import from_dict, to_dict
+from vlm.grid_resampler import GridResampler
 from vlm.image_tokens import ImageTokens, TokenShape
 
 
@@ -324,6 +325,7 @@ KINDS = {
     "split_mlp": SplitMLP,
     "pixel_shuffle": PixelShuffle,
     "resampler": Resampler,
+    "grid_resampler": GridResampler,
 }
 
 
