@@ -120,7 +120,8 @@ RAW = f"""\
 {{%- endfor -%}}
 {{%- if message['role'] == 'assistant' -%}}{{{{ '<|endoftext|>' }}}}{{%- endif -%}}
 {{%- endfor -%}}"""
-"""Source: QwenLM/Qwen-VL, `eval_mm/evaluate_caption.py` and `evaluate_vqa.py`."""
+"""A space before an answer that is a token of its own, as it is before a digit, is not scored.
+Source: QwenLM/Qwen-VL, `eval_mm/evaluate_caption.py` and `evaluate_vqa.py`."""
 
 FORMATS = {"chatml": (CHATML, ANSWER_PROMPT), "raw": (RAW, "{question} Answer:")}
 """`chat_format` of generation_config.json -> the chat template, and what is written for a question.
