@@ -96,7 +96,7 @@ def random_state(config=CONFIG, seed=0):
     state = {}
 
     def matrix(name, *shape):
-        state[name] = torch.randn(*shape) * math.prod(shape[1:]) ** -0.5 * 1.5
+        state[name] = torch.randn(*shape) * math.prod(shape[1:]) ** -0.5 * 0.8
 
     def linear(name, rows, columns, dot="."):
         matrix(f"{name}{dot}weight", rows, columns)
@@ -121,7 +121,7 @@ def random_state(config=CONFIG, seed=0):
     matrix("lm_head.weight", z, d)
     v = "transformer.visual"
     matrix(f"{v}.conv1.weight", e, 3, patch, patch)
-    state[f"{v}.positional_embedding"] = torch.randn(256, e)
+    state[f"{v}.positional_embedding"] = torch.randn(256, e) * 0.5
     norm(f"{v}.ln_pre", e)
     for n in range(visual["layers"]):
         block = f"{v}.transformer.resblocks.{n}"
