@@ -13,8 +13,11 @@ from tests.reference import images_in_text as law
 from tests.reference.images_in_text import our_logits
 from tests.reference.tiny_qwen_vl import CONFIG, KINDS, our_batch, random_state, write_folder
 from vlm import vocabulary
+from vlm.lora import Lora, add_lora
+from vlm.losses.token import token_losses
 from vlm.merge import Made
 from vlm.systems import published_caption_prompt, qwen_vl
+from vlm.training.activation_checkpointing import checkpoint_activations
 from vlm.weights import WeightsError, cast_parameters, same_bits
 
 folder = law.folders(KINDS, write_folder)
@@ -171,3 +174,35 @@ def test_qwen_vl_with_new_tokens_is_written_in_our_own_layout_alone(folder, tmp_
     model.save(tmp_path / "native")
     again = vlm.load(tmp_path / "native", "cpu")
     assert len(again.processor.text_tokenizer("<loc0>")["input_ids"]) == 1
+
+
+def test_qwen_vl_lora_is_merged_into_the_fused_weights_that_are_written(folder, tmp_path):
+    """LoRA in every part; the folder answers as the model with its layers does."""
+    model = vlm.load(folder, "cpu")
+    lora = Lora(rank=2)
+    add_lora(model.module, {"tokenizer": lora, "adaptor": lora, "text": lora})
+    with torch.no_grad():
+        for name, parameter in model.module.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    model.save(tmp_path, layout="reference")
+    saved, before = load_file(tmp_path / "model.safetensors"), random_state()
+    assert {name: t.shape for name, t in saved.items()} == {n: t.shape for n, t in before.items()}
+    fused = "transformer.h.0.attn.c_attn.weight"
+    changed = (saved[fused] - before[fused]).tensor_split(3)
+    assert all(0 < torch.linalg.matrix_rank(part, atol=1e-4) <= 2 for part in changed)
+    again = vlm.load(tmp_path, "cpu")
+    with torch.no_grad():
+        ours, its = (our_logits(m, our_batch(m)) for m in (model, again))
+    law.close(its, ours)
+
+
+def test_qwen_vl_computes_activations_again_with_the_same_gradients(folder):
+    model, checkpointed = vlm.load(folder, "cpu"), vlm.load(folder, "cpu")
+    checkpoint_activations(checkpointed.module)
+    gradients = []
+    for one in (model, checkpointed):
+        batch = our_batch(one, answers=True, padding="right")
+        token_losses(one.module(batch), batch.targets).mean().backward()
+        gradients.append({name: p.grad for name, p in one.module.named_parameters()})
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-6)

@@ -175,7 +175,7 @@ SYSTEMS = {
     ),
     "idefics3": System("vlm.systems.smolvlm", "Idefics3, SmolVLM: tagged SigLIP tiles, LLaMA"),
     "smolvlm": System("vlm.systems.smolvlm", "SmolVLM2 on images: tagged SigLIP tiles, LLaMA"),
-    "qwen": System("vlm.systems.qwen_vl", "Qwen-VL (the first): ViT-bigG, queries on a grid, Qwen"),
+    "qwen": System("vlm.systems.qwen_vl", "Qwen-VL (the original): ViT-bigG, 256 queries, Qwen"),
 }
 """`format` or transformers' `model_type` in config.json -> the system. A folder whose configuration
 is open_clip_config.json is "open_clip"; one of transformers' VisionEncoderDecoderModel is "donut"
