@@ -16,6 +16,7 @@ KINDS = {
         kind="normed_shuffle", in_width=WIDTH, out_width=OUT, ratio=2, norm="rms", eps=1e-6
     ),
     "resampler": dict(kind="resampler", in_width=WIDTH, out_width=OUT, queries=5, depth=2, heads=2),
+    "grid": dict(kind="grid_resampler", in_width=WIDTH, out_width=OUT, queries_hw=(2, 3), heads=2),
 }
 
 
@@ -52,6 +53,12 @@ def test_adaptor_views_do_not_influence_each_other(kind):
     torch.testing.assert_close(adaptor(alone).tokens[0], adaptor(images).tokens[1])
 
 
+@pytest.mark.parametrize("shape", [TokenShape(25, (4, 6)), TokenShape(24, None)])
+def test_grid_resampler_refuses_tokens_without_a_place(shape):
+    with pytest.raises(ValueError, match="without prefix tokens"):
+        adaptors.build(KINDS["grid"]).shape_for(shape)
+
+
 def test_pixel_shuffle_joins_neighbours_in_space():
     adaptor = adaptors.build(KINDS["shuffle"])
     seen = {}
@@ -75,8 +82,9 @@ def test_pixel_shuffle_refuses_what_has_no_blocks(shape, message):
         adaptors.build(KINDS["shuffle"]).shape_for(shape)
 
 
-def test_resampler_ignores_invalid_tokens():
-    adaptor = adaptors.build(KINDS["resampler"])
+@pytest.mark.parametrize("kind", ["resampler", "grid"])
+def test_resampler_ignores_invalid_tokens(kind):
+    adaptor = adaptors.build(KINDS[kind])
     images = image_tokens(V=1)
     valid = torch.ones(1, 24, dtype=torch.bool)
     valid[:, 12:] = False

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm.config import from_dict, to_dict
+from vlm.grid_resampler import GridResampler
 from vlm.image_tokens import ImageTokens, TokenShape
 
 
@@ -383,6 +384,7 @@ KINDS = {
     "pixel_shuffle": PixelShuffle,
     "normed_shuffle": NormedShuffle,
     "resampler": Resampler,
+    "grid_resampler": GridResampler,
 }
 
 

@@ -28,6 +28,8 @@ from vlm.found_weights import (
 from vlm.merge import Made, plain_state
 
 INDEX = "model.safetensors.index.json"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+"""Of shards that older tools wrote, which are read and not written."""
 SHARD, MADE_SHARD = 5 * 10**9, 10**9
 """Bytes of a file at most; the second where tensors are made for it, which are then in memory."""
 
@@ -50,6 +52,14 @@ def save_weights(
     """
     state: dict[str, Tensor | Made] = dict(beside or {})
     state |= {name(key): tensor for key, tensor in plain_state(module, lora=merge).items()}
+    save_state(state, folder)
+
+
+def save_state(state: Mapping[str, Tensor | Made], folder: Path) -> None:
+    """Writes tensors by their names in the files, in shards; what is made, when it is written.
+
+    Raises OSError before anything is written where the disk is too full.
+    """
     likes = {key: t.like if isinstance(t, Made) else t for key, t in state.items()}
     unique = {t.data_ptr() or key: key for key, t in reversed(likes.items())}
     likes = {key: likes[key] for key in likes if key in set(unique.values())}
@@ -99,11 +109,13 @@ def require_disk_space(folder: Path, size: int) -> None:
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Every tensor in the weights of `folder`, by name: in model.safetensors, whole or in shards,
-    else in the one other file of weights that lies there.
+    else in the shards of pytorch_model.bin, or the one other file of weights that lies there.
 
     Raises WeightsError naming the file that is missing, cut or broken.
     """
     index = folder / INDEX
+    if not index.exists() and not (folder / "model.safetensors").exists():
+        index = folder / PICKLED_INDEX
     if not index.exists() and (other := other_weights(folder)):
         return read_file(other)
     names = ["model.safetensors"]
@@ -112,10 +124,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name in names:
         path = folder / name
+        safe = path.suffix == ".safetensors"
         if not path.exists():
             found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no folder"
-            raise WeightsError(f"{path}: expected a safetensors file, found {found}")
-        state |= read_tensors(path)
+            kind = "a safetensors file" if safe else "a file of weights"
+            raise WeightsError(f"{path}: expected {kind}, found {found}")
+        state |= read_tensors(path) if safe else read_file(path)
     return state
 
 

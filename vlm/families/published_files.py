@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from vlm.weights import INDEX
+from vlm.weights import INDEX, PICKLED_INDEX
 
-KEPT = (".json", ".jinja", ".txt", ".model")
-"""Endings of a published folder's small files: configurations, prompts, vocabularies. Its licence
-is kept too."""
+KEPT = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+"""Endings of a published folder's small files: configurations, prompts, vocabularies, and the code
+that others open it with, which is never run here. Its licence is kept too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,13 +49,13 @@ def read_reference(
     folder: Path, model_type: str, unused: Mapping[str, Tensor] | None = None
 ) -> Reference:
     """The small files of a published folder, and what the model does not use of its weights; other
-    weights, code and images are skipped."""
+    weights and images are skipped."""
     names = sorted(
         path.name
         for path in folder.iterdir()
         if path.is_file()
         and (path.suffix in KEPT or path.name.startswith("LICENSE"))
-        and path.name != INDEX
+        and path.name not in (INDEX, PICKLED_INDEX)
     )
     return Reference(
         model_type=model_type,

@@ -181,6 +181,7 @@ SYSTEMS = {
     "qwen2_5_vl": System(
         "vlm.systems.qwen2_vl", "Qwen2.5-VL on images: any size, windowed ViT, Qwen2.5 with M-RoPE"
     ),
+    "qwen": System("vlm.systems.qwen_vl", "Qwen-VL (the original): ViT-bigG, 256 queries, Qwen"),
 }
 """`format` or transformers' `model_type` in config.json -> the system. A folder whose configuration
 is open_clip_config.json is "open_clip"; one of transformers' VisionEncoderDecoderModel is "donut"

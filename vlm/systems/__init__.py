@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import warnings
 from collections.abc import Iterator
@@ -156,8 +157,16 @@ def _kind(values: dict, where: str | Path, source: str | Path) -> str:
         kind = "donut" if swin else "trocr"
     if kind not in SYSTEMS:
         _refuse_tower(kind, where, source)
+        near = difflib.get_close_matches(str(kind), SYSTEMS, n=1)
+        nearest = f"; the nearest is {near[0]!r}" if near else ""
         raise ValueError(
             f"{where}: model type {kind!r} is not one of {', '.join(SYSTEMS)} (see `vlm systems`)"
+            f"{nearest}"
+        )
+    if kind == "qwen" and "visual" not in values:
+        raise ValueError(
+            f"{where}: expected Qwen-VL, found a text-only Qwen (model type 'qwen' without "
+            "`visual`), which is no vision-language model"
         )
     return kind
 
@@ -270,16 +279,21 @@ def _folder(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     _hub_config(source)  # small: is it one of ours at all?
+    others = ["*.pt", "*.msgpack"]
     with _hub_errors(source):
-        return Path(snapshot_download(str(source), ignore_patterns=["*.bin", "*.pt", "*.msgpack"]))
+        folder = Path(snapshot_download(str(source), ignore_patterns=[*others, "*.bin"]))
+        if any(folder.glob("*.safetensors")):
+            return folder
+        return Path(snapshot_download(str(source), ignore_patterns=others))
 
 
 def _hub_config(source: str | Path) -> Path:
     """The configuration under a hub id, fetched alone. Raises ValueError where it speaks of no
-    known system, OSError where there is none."""
+    known system, OSError where there is none, and at once for what is a mistyped path."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import EntryNotFoundError
 
+    _require_hub_id(source)
     with _hub_errors(source):
         try:
             path = hf_hub_download(str(source), CONFIGS[0])
@@ -287,6 +301,24 @@ def _hub_config(source: str | Path) -> Path:
             path = hf_hub_download(str(source), CONFIGS[1])
     _kind(json.loads(Path(path).read_text()), f"{source} on the hub", source)
     return Path(path)
+
+
+def _require_hub_id(source: str | Path) -> None:
+    """Raises OSError for a source that is not here and reads as a path, so that the hub is not
+    asked for it: one that ends as files do, or lies in a folder that is here."""
+    from vlm.found_weights import SUFFIXES
+
+    path = Path(source)
+    within = path.parent != Path() and path.parent.is_dir()
+    if not within and path.suffix not in (*SUFFIXES, ".json"):
+        return
+    reason = f"{path.parent} is a folder here" if within else f"it ends in {path.suffix}"
+    here = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, here, n=1)
+    nearest = f"; the nearest is {path.parent / near[0]}" if near else ""
+    raise OSError(
+        f"{source}: no such folder or file, and no hub id ORG/NAME, since {reason}{nearest}"
+    )
 
 
 @contextmanager
