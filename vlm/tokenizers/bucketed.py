@@ -46,7 +46,8 @@ class BucketedConfig:
 
     vision_config: the tower's configuration, `model_type` included.
     pixel_spec: the preprocessing; views may be of any size of at least one patch.
-    Raises ValueError for another tower, or one whose table of positions is not a square.
+    Raises ValueError for another tower, one whose table of positions is not a square, and views of
+    less than a patch.
     """
 
     vision_config: dict[str, Any]
@@ -59,6 +60,12 @@ class BucketedConfig:
         sides = [self.vision_config[name] for name in ("image_size", "patch_size")]
         if not all(isinstance(side, int) for side in sides):
             raise ValueError(f"image_size and patch_size must be one number each, found {sides}")
+        spec, patch_px = self.pixel_spec, sides[1]
+        if spec.fit == "shrink" and spec.min_side_px < patch_px:
+            raise ValueError(
+                f"min_side_px of pixel_spec must be at least a patch of {patch_px}, found "
+                f"{spec.min_side_px}"
+            )
 
 
 Config = BucketedConfig

@@ -173,10 +173,10 @@ class Chat:
             if tokens:
                 packed = torch.cat(tokens)
                 images = packed, torch.zeros(len(packed), dtype=torch.long, device=device)
-            ends, pad_id = model.stop_ids, model.processor.pad_id
+            ends, pad_id, banned = model.stop_ids, model.processor.pad_id, model.banned_ids
             batch = collate([row], pad_id, "left").to(device)
             vectors = module.embed(batch.ids, images, batch.names)
-            (written,) = engine.write(module, vectors, batch, ends, pad_id, **options)
+            (written,) = engine.write(module, vectors, batch, ends, pad_id, banned, **options)
         return written
 
     def _look(self, images: Sequence, name: str) -> list[_Seen]:
