@@ -66,10 +66,14 @@ def write_folder(folder, kind="whole", seed=0, images=(), tied=False, perceiver=
     with torch.no_grad():  # biases, norms and latents start alike: move them
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    values = dict(size={"shortest_edge": SHORTEST, "longest_edge": LONGEST}, image_mean=[0.5] * 3,
-                  image_std=[0.5] * 3, do_image_splitting=kind == "split") | dict(images)  # fmt: skip
+    values = dict(
+        size={"shortest_edge": SHORTEST, "longest_edge": LONGEST},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        do_image_splitting=kind == "split",
+    )
     processor = transformers.Idefics2Processor(
-        transformers.Idefics2ImageProcessor(**values),
+        transformers.Idefics2ImageProcessor(**values | dict(images)),
         tokenizer,
         image_seq_len=IMAGE_TOKENS,
         chat_template=TEMPLATE,
