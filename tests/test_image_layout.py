@@ -58,17 +58,17 @@ def test_fenced_views_have_a_mark_before_between_and_after():
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ((None, None), "|#|#|"),
-        (("a", None, "", None, None, "b"), "a|#|#|#| b"),
-        ((None, " ", None, "\n", None, "<"), "|#| |#|\n|#|<"),
-        ((None, "b", None), "|#| b|#|"),
+        ((None, None), "~#~#~"),
+        (("a", None, "", None, None, "b"), "a~#~#~#~ b"),
+        ((None, " ", None, "\n", None, "<"), "~#~ ~#~\n~#~<"),
+        ((None, "b", None), "~#~ b~#~"),
     ],
 )
 def test_fences_meet_where_no_text_stands_between_images(content, expected):
     """One is left of two; a word after one begins with a space, for rows to learn from too."""
     model = tiny.decoder_only()
     processor = tiny.processor(model)
-    processor.layout_for = ImageLayouts(model.tokenizer, model.adaptor, Fenced(mark="|"))
+    processor.layout_for = ImageLayouts(model.tokenizer, model.adaptor, Fenced(mark="~"))
     row = processor.encode(tiny.example(content=content, answer="cat"))
     prompt = processor.encode_prompt(tiny.example(content=content).question())
     decode = processor.text_tokenizer.decode
@@ -79,10 +79,10 @@ def test_fences_meet_where_no_text_stands_between_images(content, expected):
 
 
 def test_fence_keeps_an_answer_right_after_an_image_scored():
-    """In a literal prompt that ends with its image, the space belongs to the answer's first word."""
+    """In a literal prompt that ends with its image; the space stands before the answer."""
     model = tiny.decoder_only()
     processor = tiny.processor(model)
-    processor.layout_for = ImageLayouts(model.tokenizer, model.adaptor, Fenced(mark="|"))
+    processor.layout_for = ImageLayouts(model.tokenizer, model.adaptor, Fenced(mark="~"))
     row = processor.encode_literal([tiny.image()], "a <image>", "cat")
     decode = processor.text_tokenizer.decode
     assert decode(row.ids[-5:]) == " cat<|im_end|>"
@@ -176,7 +176,7 @@ def test_newline_mlp_gives_a_learned_token_before_each_view():
 
 
 def test_orders_of_views_are_rebuilt_from_their_configurations():
-    for order in (InTurn(), TAGS, Joined()):
+    for order in (InTurn(), TAGS, Joined(), Fenced(mark="~")):
         assert view_order.build(view_order.config_of(order)) == order
     with pytest.raises(ValueError, match="'x' is not one of in_turn, tagged, joined"):
         view_order.build({"kind": "x"})

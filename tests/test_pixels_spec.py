@@ -268,5 +268,5 @@ def test_shrunk_images_keep_their_aspect_down_to_the_least_side(size_hw, expecte
 
 @pytest.mark.parametrize("changes", [{"size_hw": (90, 100)}, {"min_side_px": 101}])
 def test_shrunk_images_need_a_square_box_above_the_least_side(changes):
-    with pytest.raises(ValueError, match="a square of at least min_side_px .* under fit 'shrink'"):
+    with pytest.raises(ValueError, match=r"a square of at least min_side_px .* under fit 'shrink'"):
         spec("shrink", **({"size_hw": (100, 100)} | changes))
