@@ -21,6 +21,7 @@ from vlm.families.decoder_only.image_layout import PositionNumbers
 from vlm.families.decoder_only.model import ANSWER_PROMPT, DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
 from vlm.families.decoder_only.processor import MARK, Processor
+from vlm.families.decoder_only.timed_frames import TimedFrames
 from vlm.families.decoder_only.view_order import InTurn
 from vlm.families.registry import model_of
 from vlm.geometry import LocTokens
@@ -36,7 +37,8 @@ class Folder(native_layout.Folder):
     adaptor: a configuration with its `kind`. stop_ids: ids that end an answer. banned_ids: ids that
     are never written. loc: how boxes are written; None: not at all. views: how the views of an
     image follow each other, a configuration with its `kind`. template: how the chat template is
-    used. position_numbers: as in `StreamLayout`. The rest is the prompts'.
+    used. position_numbers: as in `StreamLayout`. frames: how a video stands in the stream. The rest
+    is the prompts'.
     """
 
     adaptor: dict[str, Any]
@@ -55,6 +57,7 @@ class Folder(native_layout.Folder):
     template: Template = field(default_factory=Template)
     position_numbers: PositionNumbers = 1
     banned_ids: tuple[int, ...] = ()
+    frames: TimedFrames | None = None
 
 
 def save(model: DecoderOnlyModel, folder: Path, merge: bool = True) -> None:
@@ -80,6 +83,7 @@ def save(model: DecoderOnlyModel, folder: Path, merge: bool = True) -> None:
         views=view_order.config_of(model.processor.layout_for.views),
         template=model.processor.template,
         position_numbers=model.processor.position_numbers,
+        frames=model.processor.frames,
     )
     native_layout.write(model, description, folder, merge)
 
@@ -119,6 +123,7 @@ def load_as(module_class: type[DecoderOnly], folder: Path, values: dict[str, Any
         framed=said.framed,
         template=said.template,
         position_numbers=said.position_numbers,
+        frames=said.frames,
     )
     return model_of(
         module=module.eval(),
