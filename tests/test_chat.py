@@ -235,8 +235,12 @@ def test_conversation_goes_on_after_an_answer_without_text():
             "messages: expected the last to be the user's, found assistant's",
         ),
         (
+            [{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}],
+            r"messages\[0\]\.content\[0\]: expected a part of type text, image or video, found 'au",
+        ),
+        (
             [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}],
-            r"messages\[0\]\.content\[0\]: expected a part of type text or image, found 'video'",
+            r"messages\[0\]\.content\[0\]: expected a vlm\.data\.example\.Video, found a str",
         ),
         (
             [{"role": "user", "content": [{"type": "image", "url": "http://a/b.png"}]}],

@@ -8,12 +8,9 @@ loader's workers, through `vlm.pixels.open_image`, which refuses unsafe input.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 from vlm.pixels.image_ref import ImageRef
-
-if TYPE_CHECKING:
-    pass
 
 ROLES = ("system", "user", "assistant", "text")
 
@@ -40,6 +37,35 @@ class Box:
     xyxy_px: tuple[float, float, float, float]
     label: str
     score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """Frames that were taken from a video, in the place of an image.
+
+    frames: images, in the order of time. times_s: when each is shown, from the start of the video,
+        in seconds. duration_s: of the video; None: the time of the last frame.
+    Raises ValueError where frames and times differ in number, there are none, or a time is before 0
+    or before the one before it.
+    """
+
+    frames: tuple[Any, ...]
+    times_s: tuple[float, ...]
+    duration_s: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "frames", tuple(self.frames))
+        object.__setattr__(self, "times_s", tuple(self.times_s))
+        if len(self.frames) != len(self.times_s) or not self.frames:
+            raise ValueError(
+                f"a video: expected frames with a time each, found {len(self.frames)} frames and "
+                f"{len(self.times_s)} times"
+            )
+        if any(time < before for before, time in zip((0.0, *self.times_s), self.times_s)):
+            raise ValueError(
+                f"times_s of a video: expected 0 or more, none before the one before it, found "
+                f"{list(self.times_s)}"
+            )
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -89,7 +115,8 @@ class Example:
         messages and in the record of which rows a batch held.
     turns: at least one; roles are "system" (first only), then "user" and "assistant" in turn; or
         one turn of role "text": a document without images, all of which is learned.
-    images: in the order of their places in the turns, all turns counted through.
+    images: in the order of their places in the turns, all turns counted through; a video may stand
+        in place of one.
     boxes: what is drawn where, for grounding; may be empty.
     references: all right answers to the last question, for evaluation; empty where the row has
         none beside the answer itself.
@@ -97,7 +124,7 @@ class Example:
 
     name: str
     turns: tuple[Turn, ...]
-    images: tuple[ImageRef, ...] = ()
+    images: tuple[ImageRef | Video, ...] = ()
     boxes: tuple[Box, ...] = ()
     references: tuple[str, ...] = ()
 

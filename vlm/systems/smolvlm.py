@@ -1,10 +1,11 @@
-"""Idefics3, SmolVLM and SmolVLM2 on images: tagged SigLIP tiles, read by a LLaMA-shaped model.
+"""Idefics3, SmolVLM and SmolVLM2: tagged SigLIP tiles, read by a LLaMA-shaped model.
 
 The long side of an image is brought to a size, both sides up to whole tiles; tiles follow row by
 row, each after a tag of its row and column, then the whole image. Tokens of a tile are joined in
 blocks (pixel shuffle) and go through one linear map without bias: 64 (SmolVLM 256M and 500M), 81
 (2.2B) or 169 (Idefics3) tokens a view. SmolVLM's tags are special tokens, Idefics3's plain text,
-which the text tokenizer decides. Videos are not read.
+which the text tokenizer decides. SmolVLM2 reads videos too (`vlm.data.example.Video`): their frames
+are single views, each after its time; what takes frames from a file is left to the caller.
 
 The number of image tokens follows from the layout alone; transformers takes views that are zero all
 over for padding.
@@ -26,6 +27,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoTokenizer,
+    AutoVideoProcessor,
     GenerationConfig,
     PreTrainedConfig,
 )
@@ -34,6 +36,7 @@ from vlm import adaptors
 from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
 from vlm.families.decoder_only.processor import Processor
+from vlm.families.decoder_only.timed_frames import TimedFrames
 from vlm.families.decoder_only.view_order import Tagged
 from vlm.families.published_files import open_part, read_reference
 from vlm.image_tokens import ImageTokenizer
@@ -42,6 +45,7 @@ from vlm.systems.compose import context_of
 from vlm.systems.published import (
     KeyMap,
     first_names,
+    listed_banned_ids,
     listed_stop_ids,
     published_name,
     read_json,
@@ -105,12 +109,14 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
         max_tokens=context_of(module.text),
         image_mark=image_mark,
         template=template,
+        frames=_frames(folder, views, where) if values["model_type"] == "smolvlm" else None,
     )
     _require_length(processor, folder)
     return DecoderOnlyModel(
         module=module.eval(),
         processor=processor,
         stop_ids=listed_stop_ids(folder, processor),
+        banned_ids=listed_banned_ids(folder, processor, views.mark),
         caption_prompt=CAPTION_PROMPT,
         reference=read_reference(folder, values["model_type"], unused),
     )
@@ -148,6 +154,18 @@ def _image_tokenizer(config: PreTrainedConfig, reader, where: str) -> ImageToken
     return edge_tiles.EdgeTilesTokenizer(
         tower, long_px=reader.size["longest_edge"], splits=bool(reader.do_image_splitting)
     )
+
+
+def _frames(folder: Path, views: Tagged, where: str) -> TimedFrames:
+    """How the folder's video processor brings frames to pixels. Raises ValueError where it gives
+    them another size than a longest edge first."""
+    reader = open_part(AutoVideoProcessor, folder)
+    long_px = reader.size["longest_edge"]
+    if long_px is None:
+        raise ValueError(f"{where}: expected a longest edge of video frames, found {reader.size}")
+    tile = tile_from_transformers(reader, reader.max_image_size["longest_edge"])
+    spec = edge_tiles.EdgeTilesSpec(tile=tile, long_px=long_px, splits=False)
+    return TimedFrames(pixel_spec=spec, mark=views.mark, whole=views.whole)
 
 
 def _compose(tokenizer: ImageTokenizer, ratio: int, text_config: PreTrainedConfig) -> DecoderOnly:

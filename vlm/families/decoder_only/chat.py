@@ -1,8 +1,9 @@
 """Conversations about images, each of which is encoded once.
 
 Messages have transformers' chat format: {"role": "system" | "user" | "assistant", "content": text
-or a list of parts}, a part being {"type": "text", "text": ...} or {"type": "image", "image": a
-path, bytes, PIL image or array}. A text that spells "<image>" stays text: images are parts.
+or a list of parts}, a part being {"type": "text", "text": ...}, {"type": "image", "image": a
+path, bytes, PIL image or array} or {"type": "video", "video": a `vlm.data.example.Video`}. A text
+that spells "<image>" stays text: images are parts.
 
 Shapes: T text position, P packed image tokens, D decoder width.
 """
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlm.data.example import BadRow, Turn
+from vlm.data.example import BadRow, Turn, Video
 from vlm.families.base import evaluating
 from vlm.families.decoder_only import generate as engine
 from vlm.families.decoder_only.batch import Row, collate
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from vlm.families.base import Model
 
 ROLES = ("system", "user", "assistant")
-PART_KEYS = {"text": "text", "image": "image"}
+PART_KEYS = {"text": "text", "image": "image", "video": "video"}
 """Types of parts -> the key that holds what they are."""
 IMAGES = (str, Path, bytes, bytearray, memoryview, Image.Image, np.ndarray)
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -173,10 +174,10 @@ class Chat:
             if tokens:
                 packed = torch.cat(tokens)
                 images = packed, torch.zeros(len(packed), dtype=torch.long, device=device)
-            ends, pad_id = model.stop_ids, model.processor.pad_id
+            ends, pad_id, banned = model.stop_ids, model.processor.pad_id, model.banned_ids
             batch = collate([row], pad_id, "left").to(device)
             vectors = module.embed(batch.ids, images, batch.names)
-            (written,) = engine.write(module, vectors, batch, ends, pad_id, **options)
+            (written,) = engine.write(module, vectors, batch, ends, pad_id, banned, **options)
         return written
 
     def _look(self, images: Sequence, name: str) -> list[_Seen]:
@@ -246,13 +247,17 @@ def _read_part(part: dict, name: str):
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in PART_KEYS:
         found = repr(kind) if isinstance(part, dict) else _kind(part)
-        raise ValueError(f"{name}: expected a part of type text or image, found {found}")
+        raise ValueError(f"{name}: expected a part of type text, image or video, found {found}")
     key = PART_KEYS[kind]
     if set(part) != {"type", key}:
         raise ValueError(f"{name}: expected the keys type and {key}, found {sorted(part)}")
-    wanted = (str,) if kind == "text" else IMAGES
+    wanted = {"text": (str,), "image": IMAGES, "video": (Video,)}[kind]
     if not isinstance(part[key], wanted):
-        what = "a text" if kind == "text" else "a path, bytes, PIL image or array"
+        what = {
+            "text": "a text",
+            "image": "a path, bytes, PIL image or array",
+            "video": "a vlm.data.example.Video",
+        }[kind]
         raise ValueError(f"{name}: expected {what}, found {_kind(part[key])}")
     return part[key]
 

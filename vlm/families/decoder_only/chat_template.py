@@ -7,8 +7,9 @@ reads is what its template writes, and a text that spells "<image>" stays text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 from vlm.data.example import BadRow, Turn
 
@@ -55,20 +56,31 @@ class ChatTemplate:
         self._options: dict[str, bool] = {}
         self._fit()
 
-    def render(self, turns: Sequence[Turn], name: str, open_answer: bool = False) -> str:
+    def render(
+        self,
+        turns: Sequence[Turn],
+        name: str,
+        open_answer: bool = False,
+        videos: Collection[int] = (),
+    ) -> str:
         """What the chat template writes, with images and answers still marked.
 
         open_answer: whether it ends with the opening of the assistant's turn.
+        videos: the numbers of the images, all turns counted through, that are videos: the template
+            takes these for text.
         Raises BadRow naming the row where a text holds a mark, an answer is empty, or the template
         refuses the conversation.
         """
         messages = []
+        images = count()
         if self.system is not None and turns[0].role != "system":
             messages.append({"role": "system", "content": self._content((self.system,))})
         for turn in turns:
             if any(mark in turn.text for mark in (SLOT, ANSWER, END, CONTEXT)):
                 raise BadRow(f"{name}: the text holds one of the private characters U+E5C0-U+E5C3")
-            content = turn.content
+            content = tuple(
+                SLOT if part is None and next(images) in videos else part for part in turn.content
+            )
             if turn.role == "assistant":
                 if not (turn.text.strip() or open_answer):  # a model may have answered nothing
                     raise BadRow(f"{name}: expected an answer, found an empty assistant turn")

@@ -171,8 +171,14 @@ def _answers(
         tokens = torch.cat([question.tokens for question in part])
         vectors = model.module.embed(batch.ids, (tokens, owner), batch.names)
         answers = engine.write(
-            model.module, vectors, batch, model.stop_ids, model.processor.pad_id, **options
-        )  # fmt: skip
+            model.module,
+            vectors,
+            batch,
+            model.stop_ids,
+            model.processor.pad_id,
+            model.banned_ids,
+            **options,
+        )
         for q, answer in zip(chosen, answers):
             written[q] = answer
     return list(zip(questions, written))

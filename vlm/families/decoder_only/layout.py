@@ -21,6 +21,7 @@ from vlm.families.decoder_only.image_layout import PositionNumbers
 from vlm.families.decoder_only.model import ANSWER_PROMPT, DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
 from vlm.families.decoder_only.processor import MARK, Processor
+from vlm.families.decoder_only.timed_frames import TimedFrames
 from vlm.families.decoder_only.view_order import InTurn
 from vlm.families.registry import model_of
 from vlm.text.causal import causal_language_model
@@ -33,10 +34,11 @@ SOURCE = "our own"
 class Folder(native_layout.Folder):
     """What config.json says of a decoder-only or prefix model.
 
-    adaptor: a configuration with its `kind`. stop_ids: ids that end an answer. box_codec: how boxes
-    are written, a configuration with its `kind`; None: not at all. views: how the views of an image
-    follow each other, likewise. template: how the chat template is used. position_numbers: as in
-    `StreamLayout`. The rest is the prompts'.
+    adaptor: a configuration with its `kind`. stop_ids: ids that end an answer. banned_ids: ids that
+    are never written. box_codec: how boxes are written, a configuration with its `kind`; None: not
+    at all. views: how the views of an image follow each other, likewise. template: how the chat
+    template is used. position_numbers: as in `StreamLayout`. frames: how a video stands in the
+    stream. The rest is the prompts'.
     """
 
     adaptor: dict[str, Any]
@@ -54,6 +56,8 @@ class Folder(native_layout.Folder):
     views: dict[str, Any] = field(default_factory=lambda: view_order.config_of(InTurn()))
     template: Template = field(default_factory=Template)
     position_numbers: PositionNumbers = 1
+    banned_ids: tuple[int, ...] = ()
+    frames: TimedFrames | None = None
 
 
 def save(model: DecoderOnlyModel, folder: Path, merge: bool = True) -> None:
@@ -65,6 +69,7 @@ def save(model: DecoderOnlyModel, folder: Path, merge: bool = True) -> None:
         adaptor=adaptors.config_of(model.module.adaptor),
         text=model.module.text.config.to_dict(),
         stop_ids=model.stop_ids,
+        banned_ids=model.banned_ids,
         caption_prompt=model.caption_prompt,
         system=model.processor.system,
         max_tokens=model.processor.max_tokens,
@@ -78,6 +83,7 @@ def save(model: DecoderOnlyModel, folder: Path, merge: bool = True) -> None:
         views=view_order.config_of(model.processor.layout_for.views),
         template=model.processor.template,
         position_numbers=model.processor.position_numbers,
+        frames=model.processor.frames,
     )
     native_layout.write(model, description, folder, merge)
 
@@ -117,11 +123,13 @@ def load_as(module_class: type[DecoderOnly], folder: Path, values: dict[str, Any
         framed=said.framed,
         template=said.template,
         position_numbers=said.position_numbers,
+        frames=said.frames,
     )
     return model_of(
         module=module.eval(),
         processor=processor,
         stop_ids=said.stop_ids,
+        banned_ids=said.banned_ids,
         caption_prompt=said.caption_prompt,
         ground_prompt=said.ground_prompt,
         labelled_boxes=said.labelled_boxes,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlm.box_codecs import BoxCodec
 from vlm.data.boxes import check_boxes
-from vlm.data.example import BadRow, Box, Example, Skipped, Turn
+from vlm.data.example import BadRow, Box, Example, Skipped, Turn, Video
 from vlm.families.decoder_only.batch import IMAGE, Row
 from vlm.families.decoder_only.chat_template import (
     ANSWER,
@@ -28,6 +28,7 @@ from vlm.families.decoder_only.chat_template import (
 )
 from vlm.families.decoder_only.image_layout import ImageLayout, PositionNumbers, StreamLayout
 from vlm.families.decoder_only.marked_text import MarkedText
+from vlm.families.decoder_only.timed_frames import TimedFrames
 from vlm.geometry import Resize
 from vlm.image_tokens import map_pixels, meta_pixels
 from vlm.pixels import BadImage, image_size, open_image
@@ -56,6 +57,7 @@ class Processor:
     framed: whether a literal prompt is a user's message, which the chat template frames (as
         PaliGemma's own processor does with its text); else it is read as it stands.
     position_numbers: of the language model's position ids, as in `StreamLayout`.
+    frames: how a video stands in the stream; None for models that read none.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Processor:
         framed: bool = False,
         template: Template | None = None,
         position_numbers: PositionNumbers = 1,
+        frames: TimedFrames | None = None,
     ) -> None:
         if overflow not in ("drop", "shrink"):
             raise ValueError(f"overflow is 'drop' or 'shrink', found {overflow!r}")
@@ -91,6 +94,7 @@ class Processor:
         self.prefix = prefix
         self.framed = framed
         self.position_numbers = position_numbers
+        self.frames = frames
         self.end_id = int(self._ids(PROBE, [], "chat template")[0][-1])
 
     @property
@@ -123,7 +127,7 @@ class Processor:
         Raises BadRow or BadImage naming the row where an image cannot be read or there is no
         answer. Gives Skipped where the row does not fit `max_tokens` and cannot be shrunk.
         """
-        return self._encode(example, self._see)
+        return self._encode(example, _pixels)
 
     def measure(self, example: Example) -> Row | Skipped:
         """What `encode` gives, its pixels on the meta device, where tensors have shapes and no
@@ -131,9 +135,9 @@ class Processor:
 
         Raises BadRow or BadImage as `encode` does, but not for damage after a header.
         """
-        return self._encode(example, self._foresee)
+        return self._encode(example, _shapes)
 
-    def _encode(self, example: Example, see: Callable) -> Row | Skipped:
+    def _encode(self, example: Example, read: Callable) -> Row | Skipped:
         if example.is_document:
             return self._fit(self._document(example))
         answers = sum(turn.is_learned for turn in example.turns)
@@ -146,7 +150,7 @@ class Processor:
                 f"{example.name}: expected one answer, since this model reads all before it at "
                 f"once, found {answers}; give each question a row of its own"
             )
-        views, images, turns = self._look(example, see)
+        views, images, turns = self._look(example, read)
         ids, scored, unscored = self._ids(turns, images, example.name)
         first = turns[0]
         return self._fit(
@@ -167,7 +171,7 @@ class Processor:
 
         Raises BadRow naming both numbers where it is longer than `max_tokens`.
         """
-        views, images, turns = self._look(example, self._see)
+        views, images, turns = self._look(example, _pixels)
         return replace(self.prompt_row(turns, images, example.name), views=tuple(views))
 
     def prompt_row(self, turns: Sequence[Turn], images: Sequence[ImageLayout], name: str) -> Row:
@@ -199,9 +203,9 @@ class Processor:
             )
         views, layouts = [], []
         for number, image in enumerate(images):
-            seen, size_hw = self._see(image, number, name)
+            seen, layout, _ = self._views(image, number, name, _pixels)
             views += seen
-            layouts.append(self.layout_for(size_hw))
+            layouts.append(layout)
         if self.framed:
             turn = user_turn(prompt, self.image_mark)
             marked = self.chat_template.render((turn,), name, open_answer=True)
@@ -230,43 +234,56 @@ class Processor:
         return self.text_tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def _look(
-        self, example: Example, see: Callable
+        self, example: Example, read: Callable
     ) -> tuple[list, list[ImageLayout], tuple[Turn, ...]]:
         """Views of the example's images, the layout of each image, and the turns with boxes written
-        out. see: `_see` or `_foresee`."""
+        out. read: `_pixels` or `_shapes`."""
         views, layouts, sizes = [], [], []
         for number, reference in enumerate(example.images):
-            seen, size_hw = see(reference, number, example.name)
+            seen, layout, size_hw = self._views(reference, number, example.name, read)
             views += seen
-            layouts.append(self.layout_for(size_hw))
+            layouts.append(layout)
             sizes.append(size_hw)
         return views, layouts, self._write_boxes(example, sizes)
 
-    def _see(self, image, number: int, name: str) -> tuple[list, tuple[int, int]]:
-        """The views of one image, each with its (image, view) numbers, and its rows and columns."""
-        try:
-            one_image = open_image(image)
-            views = [(view, (number, i)) for i, view in enumerate(self.pixel_spec(one_image))]
-        except BadImage as error:
-            raise BadImage(f"{name}: {error}") from error
-        return views, (one_image.height, one_image.width)
+    def _views(
+        self, image, number: int, name: str, read: Callable
+    ) -> tuple[list, ImageLayout, tuple[int, int]]:
+        """The views of one image or video, each with its (image, view) numbers, its layout, and its
+        rows and columns (those of a video's first frame). read: `_pixels` or `_shapes`."""
+        frames, spec, layout = (image,), self.pixel_spec, None
+        if isinstance(image, Video):
+            layout = self._video_layout(image, name)
+            frames, spec = image.frames, self.frames.pixel_spec
+        views, sizes = [], []
+        for frame in frames:
+            try:
+                pixels, size_hw = read(frame, spec)
+            except BadImage as error:
+                raise BadImage(f"{name}: {error}") from error
+            views += pixels
+            sizes.append(size_hw)
+        numbered = [(view, (number, i)) for i, view in enumerate(views)]
+        return numbered, layout or self.layout_for(sizes[0]), sizes[0]
 
-    def _foresee(self, image, number: int, name: str) -> tuple[list, tuple[int, int]]:
-        """What `_see` gives, by the image's header; pixels have shapes and no values."""
+    def _video_layout(self, video: Video, name: str) -> ImageLayout:
+        if self.frames is None:
+            raise BadRow(f"{name}: this model reads no videos, found one; give it images")
+        view = self.layout_for(self.frames.pixel_spec.tile.size_hw).spans[-1]
         try:
-            size_hw = image_size(image)
-            sizes = self.pixel_spec.view_sizes(size_hw)
-        except BadImage as error:
-            raise BadImage(f"{name}: {error}") from error
-        views = []
-        for view, view_hw in enumerate(sizes):
-            pixels = meta_pixels(view_hw, torch.float32)
-            views.append((map_pixels(lambda tensor: tensor[0], pixels), (number, view)))
-        return views, size_hw
+            return self.frames(video, view)
+        except ValueError as error:
+            raise BadRow(f"{name}: {error}") from error
 
     def _write_boxes(self, example: Example, sizes: list[tuple[int, int]]) -> tuple[Turn, ...]:
         """The example's turns with boxes as text; those that no turn writes are checked too, since
         figures may be drawn from them."""
+        on_videos = [box for box in example.boxes if isinstance(example.images[box.image], Video)]
+        if on_videos:
+            raise BadRow(
+                f"{example.name}: expected boxes on images, found one on image "
+                f"{on_videos[0].image}, which is a video"
+            )
         boxes = check_boxes(example.boxes, sizes, example.name)
         if not any(turn.box_numbers for turn in example.turns):
             return example.turns
@@ -338,7 +355,8 @@ class Processor:
         open_answer: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, the mask of scored ones and the mask of answers that are not scored."""
-        marked = self.chat_template.render(turns, name, open_answer)
+        videos = [number for number, image in enumerate(images) if image.is_video]
+        marked = self.chat_template.render(turns, name, open_answer, videos)
         adds = self.template.special_tokens
         ids, scored, unscored = self.marked_text.tokenize(marked, images, name, adds)
         if open_answer:
@@ -369,3 +387,19 @@ class Processor:
             cut=int((row.ids[end:] != IMAGE).sum()),
             unscored=None if row.unscored is None else row.unscored[:end],
         )
+
+
+def _pixels(image, spec) -> tuple[list, tuple[int, int]]:
+    """The views of an image, and its rows and columns."""
+    one_image = open_image(image)
+    return spec(one_image), (one_image.height, one_image.width)
+
+
+def _shapes(image, spec) -> tuple[list, tuple[int, int]]:
+    """What `_pixels` gives, of its header alone."""
+    size_hw = image_size(image)
+    views = [
+        map_pixels(lambda tensor: tensor[0], meta_pixels(view_hw, torch.float32))
+        for view_hw in spec.view_sizes(size_hw)
+    ]
+    return views, size_hw
