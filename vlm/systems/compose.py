@@ -10,8 +10,8 @@ from vlm.adaptors import adaptor_config
 from vlm.families.decoder_only.model import CAPTION_PROMPT, DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
 from vlm.families.decoder_only.processor import Processor
-from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.families.decoder_only.view_order import InTurn, Marked
+from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.families.registry import model_of
 from vlm.geometry import LocTokens
 from vlm.systems.compose_cross import cross_attended

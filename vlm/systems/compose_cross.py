@@ -14,7 +14,8 @@ from vlm.families.cross_attended.module import Cross, CrossAttended, CrossConfig
 from vlm.image_tokens import ImageTokenizer
 
 MLP_RATIO = 4
-"""Width of a block's feed-forward layer over the language model's. Source: Flamingo, section 3.2."""
+"""Width of a block's feed-forward layer over the language model's. Source: OpenFlamingo,
+`helpers.py`, `GatedCrossAttentionBlock`."""
 EPS = 1e-5
 """Of the blocks' norms: torch's own for LayerNorm, which OpenFlamingo keeps."""
 
