@@ -91,7 +91,7 @@ def test_a_folder_of_unknown_blocks_is_named(composed, tmp_path):
 
 @pytest.mark.parametrize("pack", [None, 120])
 def test_blocks_learn_beside_a_frozen_language_model(tmp_path, pack):
-    """The loss falls; what is frozen keeps its bits; the split into micro-batches changes nothing."""
+    """The loss falls, what is frozen keeps its bits, and the split changes nothing."""
     stage = dataclasses.replace(training.STAGE, rates=BLOCKS)
     runs = []
     for micro_batch in (4, 1):
@@ -165,8 +165,10 @@ def test_two_sharded_processes_follow_one_though_one_of_them_sees_no_image(tmp_p
 def test_stages_train_blocks_as_the_adaptor(tmp_path):
     """By recipes alone: blocks with the adaptor first, then beside a language model with LoRA."""
     vision, language = write_parts(tmp_path, "siglip", "llama")
-    short = dict(batch=2, steps=2, held_out="scenes:4:seed=9", held_out_rows=2, workers=0,
-                 eval_every=0, save_every=0, threads=1, precision="fp32", train=(SCENES,))  # fmt: skip
+    short = dict(
+        batch=2, steps=2, held_out="scenes:4:seed=9", held_out_rows=2, workers=0, eval_every=0,
+        save_every=0, threads=1, precision="fp32", train=(SCENES,),
+    )  # fmt: skip
     module = stage_of("stage1_adaptor")
     settings = module.Settings(
         **short, out=tmp_path / "s1", vision=vision, text=language, adaptor="resampler", queries=4,
