@@ -293,7 +293,7 @@ def test_gradients_are_exact_when_activations_are_computed_again(kind):
     batch, found = collate(rows_for(module), 256), []
     for checkpointed in (False, True):
         if checkpointed:
-            checkpoint_activations(module, ("text",))
+            checkpoint_activations(module, ("cross", "text"))
         module.zero_grad()
         module.states(batch).square().sum().backward()
         found.append({name: p.grad for name, p in module.named_parameters()})

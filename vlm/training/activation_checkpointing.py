@@ -62,7 +62,7 @@ def kept_parts(module: nn.Module, stage: Stage) -> list[str]:
     text encoder where it learns, and image tokenizers that learn."""
     rates = assign_rates(module, stage.rates)
     learned = {name.split(".")[0] for name, (_, rate) in rates.items() if rate is not FROZEN}
-    return [part for part in ("tokenizer", "text") if part in learned | {*module.through}]
+    return [part for part in ("tokenizer", "cross", "text") if part in learned | {*module.through}]
 
 
 @contextmanager

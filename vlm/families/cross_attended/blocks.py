@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlm.compat.transformers import GradientCheckpointingLayer
 from vlm.families.cross_attended.memory import MemoryView, Run
 
 
@@ -92,7 +93,7 @@ class GeluMLP(nn.Module):
         return self.down_proj(F.gelu(self.up_proj(x)))
 
 
-class GatedBlock(nn.Module):
+class GatedBlock(GradientCheckpointingLayer):
     """Gated cross-attention and a gated feed-forward layer.
 
     Sources: Flamingo (arXiv 2204.14198), section 3.2; Llama 3 (arXiv 2407.21783), section 7.2;
@@ -191,7 +192,8 @@ def change(x: Tensor, runs: Sequence[Run], function: Callable[[Tensor], Tensor])
     gives of them, end to end; the others are as they were.
 
     >>> x = torch.arange(4.0)[:, None]
-    >>> change(x, [Run(1, 2, 0, 1, True), Run(3, 4, 0, 1, True)], lambda part: 10 * part)[:, 0].tolist()
+    >>> runs = [Run(1, 2, 0, 1, feeds=True), Run(3, 4, 0, 1, feeds=True)]
+    >>> change(x, runs, lambda part: 10 * part)[:, 0].tolist()
     [0.0, 10.0, 2.0, 30.0]
     """
     lengths = [run.stop - run.start for run in runs]
