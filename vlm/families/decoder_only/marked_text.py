@@ -146,7 +146,8 @@ class MarkedText:
 
 def _merge_fences(text: str, fence: str, spaced: bool) -> str:
     """A marked text in which one fence stands where two images meet, and where `spaced` a space
-    between a fence and a word after it, as some text tokenizers write no start of a word after a special token.
+    between a fence and a word after it, as some text tokenizers write no start of a word after a
+    special token.
 
     Source: transformers, `processing_idefics2.py`, `Idefics2Processor.__call__`.
     """
