@@ -157,10 +157,12 @@ class Marked:
     """One position for the image, its mark; its tokens stand beside the stream, where gated blocks
     read them (`vlm.families.cross_attended`).
 
-    fence: the text of a special token that stands before and after the mark; of two images with no
-    text between them, one stands between. "" for none.
+    before, after: text that stands around the mark. fence: what stands around these, but once
+    between two images with no text between them, and without spaces (Idefics v1).
     """
 
+    before: str = ""
+    after: str = ""
     fence: str = ""
 
     def __call__(
@@ -168,8 +170,13 @@ class Marked:
     ) -> ImageLayout:
         """The layout of any image: the mark is what is placed of it."""
         mark = Span(length=1, grid_hw=None)
-        pieces = (self.fence, mark, self.fence) if self.fence else (mark,)
-        return ImageLayout(pieces=pieces, encoded=1, fence=self.fence, spaced=False)
+        pieces = (self.fence, self.before, mark, self.after, self.fence)
+        return ImageLayout(
+            pieces=tuple(piece for piece in pieces if piece),
+            encoded=1,
+            fence=self.fence,
+            fence_spaces="none",
+        )
 
 
 ViewOrder = InTurn | Tagged | Joined | Fenced | Marked
