@@ -158,7 +158,9 @@ def test_two_sharded_processes_follow_one_though_one_of_them_sees_no_image(tmp_p
         )  # fmt: skip
         for a, b in zip(history, lines(tmp_path / "two" / name), strict=True):
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
-        assert_close(torch.load(tmp_path / "two" / name / "weights.pt"), training.weights(chosen))
+        if "pack" not in options:
+            saved = torch.load(tmp_path / "two" / name / "weights.pt")
+            assert_close(saved, training.weights(chosen))
 
 
 @pytest.mark.slow

@@ -25,7 +25,8 @@ def cross_attended(
 ) -> CrossAttended:
     """A language model with fresh gated blocks before its layers 0, `every`, 2 * `every`, ...
 
-    adaptor: gives tokens of any width. Blocks have the language model's number of heads. The vector of an image's mark begins as the mean of its tokens' vectors.
+    adaptor: gives tokens of any width. Blocks have the language model's number of heads. The vector
+        of an image's mark begins as the mean of those of its tokens.
     Weights are drawn from torch's global generator.
     Raises ValueError for `every` below 1.
     """
