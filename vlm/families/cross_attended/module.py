@@ -171,7 +171,7 @@ class CrossAttended(DecoderOnly):
         """
         config = self.cross.config
         if images is None:
-            dtype = self.text.get_input_embeddings().weight.dtype
+            dtype = next(self.text.get_input_embeddings().parameters()).dtype
             shape = (0, config.block.memory_width)
             tokens = torch.zeros(shape, dtype=dtype, device=batch.ids.device)
             images = Memory(tokens=tokens, bounds=((0,),))
