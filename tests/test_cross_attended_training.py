@@ -216,6 +216,5 @@ def test_blocks_compute_in_16_bits(tmp_path, block):
     batch = collate(rows, chosen.processor.pad_id).to("cpu", torch.bfloat16)
     logits = chosen.module(batch)
     assert logits.dtype == torch.bfloat16
-    torch.testing.assert_close(
-        logits.float(), chosen.module.float()(batch.to("cpu", torch.float32)), atol=2.0, rtol=0.3
-    )
+    wide = chosen.module.float()(batch.to("cpu", torch.float32))
+    assert torch.nn.functional.cosine_similarity(logits.float(), wide).min() > 0.99
