@@ -29,6 +29,9 @@ class Span:
     grid_hw: tuple[int, int] | None
 
 
+FenceSpaces = Literal["before_word", "none"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageLayout:
     """What one image puts into the text stream.
@@ -39,7 +42,8 @@ class ImageLayout:
         all views; None: all of them, in their order.
     is_video: whether it is a video's, which chat templates that know images alone take for text.
     fence: what its pieces begin and end with, where that stands but once between two images with no
-        text between them, and with a space before a word; "" for none.
+        text between them; "" for none. fence_spaces: "before_word", a space stands between it and a
+        word after it; "none", no space stands on either side of it.
     Raises ValueError where the spans have another number of tokens than `encoded` or `source`.
     """
 
@@ -48,6 +52,7 @@ class ImageLayout:
     source: tuple[int, ...] | None = None
     fence: str = ""
     is_video: bool = False
+    fence_spaces: FenceSpaces = "before_word"
 
     def __post_init__(self) -> None:
         expected = self.encoded if self.source is None else len(self.source)

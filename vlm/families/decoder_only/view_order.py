@@ -1,4 +1,5 @@
-"""How the views of one image stand in the text stream: in turn, tagged, joined or fenced.
+"""How the views of one image stand in the text stream: in turn, tagged, joined, fenced, or as one
+mark.
 
 Each way is a frozen value that a folder's config.json names by its `kind`; called with an image's
 size, its preprocessing and the shape of each view's tokens, it gives an `ImageLayout`.
@@ -151,12 +152,40 @@ def unpadded(size_hw: tuple[int, int], grid_hw: tuple[int, int]) -> tuple[range,
     return range(h), range(spare, w - spare)
 
 
-ViewOrder = InTurn | Tagged | Joined | Fenced
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Marked:
+    """One position for the image, its mark; its tokens stand beside the stream, where gated blocks
+    read them (`vlm.families.cross_attended`).
+
+    before, after: text that stands around the mark. fence: what stands around these, but once
+    between two images with no text between them, and without spaces (Idefics v1).
+    """
+
+    before: str = ""
+    after: str = ""
+    fence: str = ""
+
+    def __call__(
+        self, size_hw: tuple[int, int], pixel_spec: Any, shapes: Sequence[TokenShape]
+    ) -> ImageLayout:
+        """The layout of any image: the mark is what is placed of it."""
+        mark = Span(length=1, grid_hw=None)
+        pieces = (self.fence, self.before, mark, self.after, self.fence)
+        return ImageLayout(
+            pieces=tuple(piece for piece in pieces if piece),
+            encoded=1,
+            fence=self.fence,
+            fence_spaces="none",
+        )
+
+
+ViewOrder = InTurn | Tagged | Joined | Fenced | Marked
 KINDS: dict[str, type] = {
     "in_turn": InTurn,
     "tagged": Tagged,
     "joined": Joined,
     "fenced": Fenced,
+    "marked": Marked,
 }
 """Kind in a configuration -> the way."""
 

@@ -100,7 +100,7 @@ class Settings(BaseSettings):
 
 
 PARTS = ("vision", "image_px", "vision_layer", "text", "text_layers", "adaptor", "adaptor_depth",
-         "shuffle_ratio", "queries", "system")  # fmt: skip
+         "shuffle_ratio", "queries", "cross_every", "system")  # fmt: skip
 """Settings of a model that is composed anew."""
 
 
@@ -129,7 +129,7 @@ class FromParts(Settings):
     """Language model: "demo" (SmolLM2-135M-Instruct, no hub needed), a hub id or a folder."""
     text_layers: int | None = None
     """How many of its first layers are kept, for small and fast models; None keeps all."""
-    adaptor: Literal["linear", "mlp", "pixel_shuffle", "resampler"] = "pixel_shuffle"
+    adaptor: Literal["linear", "mlp", "pixel_shuffle", "resampler", "perceiver"] = "pixel_shuffle"
     """What stands between them. pixel_shuffle makes one token of each block of neighbours, which
     cuts the cost of an image by shuffle_ratio squared; its grid must divide."""
     adaptor_depth: int = 2
@@ -137,7 +137,11 @@ class FromParts(Settings):
     shuffle_ratio: int = 2
     """pixel_shuffle: sides of the blocks that become one token."""
     queries: int = 64
-    """resampler: tokens that it gives for each view."""
+    """resampler, perceiver: tokens that they give for each view."""
+    cross_every: int | None = None
+    """Gated cross-attention blocks before each so many-th layer of the language model, which learn
+    as the adaptor does: it reads images beside the text, as in Flamingo. None places image tokens
+    in the text."""
     prompt: str = CAPTION_PROMPT
     """The user's text after an image where rows hold a caption alone."""
     system: str | None = ""
@@ -173,6 +177,7 @@ class FromParts(Settings):
             adaptor_depth=self.adaptor_depth,
             shuffle_ratio=self.shuffle_ratio,
             queries=self.queries,
+            cross_every=self.cross_every,
             system=self.system,
             caption_prompt=self.prompt,
             max_tokens=self.max_tokens,
@@ -203,7 +208,7 @@ class FromRun(Settings):
     vision_rate: float = Usual(2e-5)
     """Its peak learning rate."""
     adaptor: Mode = "full"
-    """What of the adaptor learns."""
+    """What of the adaptor learns, and of cross-attention blocks where there are any."""
     adaptor_rate: float = Usual(2e-4)
     """Its peak learning rate."""
     language: Mode = "full"
@@ -277,6 +282,8 @@ class FromRun(Settings):
         low = module.tokenizer.low_resolution
         vision = "tokenizer" if low is None else f"tokenizer.{low}"
         modes = {vision: self.vision, "adaptor": self.adaptor, "text": self.language}
+        if "cross" in module.parts():
+            modes["cross"] = self.adaptor
         value = Lora(rank=self.lora_rank, alpha=self.lora_alpha, dropout=self.lora_dropout)
         there = lora_of(module)
         asked = {"rank": value.rank, "alpha": value.alpha, "dropout": value.dropout}
@@ -343,7 +350,15 @@ def tuned(
     module: nn.Module, component: str, mode: Mode, rate: float
 ) -> tuple[tuple[str, float | None], ...]:
     """The patterns and rates of one component for `Stage.rates`. Where rows of new tokens were set
-    apart they learn at the same rate."""
+    apart they learn at the same rate. Cross-attention blocks learn as the adaptor does."""
+    if component == "adaptor" and "cross" in module.parts():
+        return (*_tuned(module, "adaptor", mode, rate), *_tuned(module, "cross", mode, rate))
+    return _tuned(module, component, mode, rate)
+
+
+def _tuned(
+    module: nn.Module, component: str, mode: Mode, rate: float
+) -> tuple[tuple[str, float | None], ...]:
     if mode == "full":
         return ((f"{component}.*", rate),)
     rates = [(f"{component}.*", FROZEN)]
