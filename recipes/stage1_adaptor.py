@@ -36,7 +36,7 @@ def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:
     """The stage as a value."""
     rates = (
         ("tokenizer.*", FROZEN),
-        ("adaptor.*", settings.rate),
+        *tuned(module, "adaptor", "full", settings.rate),
         *tuned(module, "text", "frozen", settings.rate),
     )
     return settings.stage("stage 1: adaptor", rates, micro_batch)

@@ -117,6 +117,13 @@ FAMILIES = {
         inspect="vlm.families.decoder_only.inspect",
         tasks=(*WRITING, "ocr"),
     ),
+    "cross_attended": Family(
+        said="cross_attended (Mllama, Flamingo: what `vlm.build` composes with `cross_every`)",
+        model="vlm.families.cross_attended.model:CrossAttendedModel",
+        layout="vlm.families.cross_attended.layout",
+        inspect="vlm.families.decoder_only.inspect",
+        tasks=WRITING,
+    ),
     "contrastive": Family(
         said="contrastive (CLIP, SigLIP, what recipes/contrastive.py trains)",
         model="vlm.families.contrastive.model:ContrastiveModel",

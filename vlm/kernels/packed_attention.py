@@ -91,12 +91,14 @@ def read_segments(
     positions: Tensor,
     bounds: Tensor,
     prefix: Tensor | None = None,
+    **more: Any,
 ) -> Tensor:
     """A language model's final states float[1, T, D] of a packed row.
 
     vectors: float[1, T, D]. positions: int64[1, T] or int64[3, 1, T], from 0 in each example.
     bounds: int32[S + 1], as in `vlm.families.decoder_only.batch.Batch`. prefix: int64[S], how many
-    first positions of each example see each other; None where none does.
+    first positions of each example see each other; None where none does. more: keywords of the
+    decoder.
     Raises ValueError as `require_segments` does, and for a prefix with flash attention.
     """
     require_segments(text)
@@ -110,6 +112,7 @@ def read_segments(
         "cu_seq_lens_k": bounds,
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
+        **more,
     }
     if "flash" in (attention_of(decoder.config) or ""):
         if prefix is not None:

@@ -10,9 +10,11 @@ from vlm.adaptors import adaptor_config
 from vlm.families.decoder_only.model import CAPTION_PROMPT, DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
 from vlm.families.decoder_only.processor import Processor
+from vlm.families.decoder_only.view_order import InTurn, Marked
 from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.families.registry import model_of
 from vlm.geometry import LocTokens
+from vlm.systems.compose_cross import cross_attended
 from vlm.systems.pretrained import DEMO, load_text, load_text_tokenizer, load_vision
 from vlm.vocabulary import grow
 
@@ -36,6 +38,7 @@ def build(
     vision_layer: int = -1,
     text_layers: int | None = None,
     mask: str = "causal",
+    cross_every: int | None = None,
     seed: int = 0,
 ) -> DecoderOnlyModel:
     """A model of pretrained parts and a fresh adaptor, whose language model reads the images.
@@ -50,11 +53,15 @@ def build(
         models; None keeps all.
     mask: "causal", a decoder-only model; or "prefix", where images and prompt see each other and
         the answer alone is causal, as in PaliGemma.
-    seed: of the adaptor's weights; the global generator is left as it is.
+    cross_every: gated cross-attention blocks before each so many-th layer of the language model,
+        which reads the images beside the text, as in Flamingo; None places image tokens in it.
+    seed: of the adaptor's weights and those of blocks; the global generator is left as it is.
     Raises OSError or FetchError where weights cannot be had, ValueError for what does not fit.
     """
     if mask not in MASKS:
         raise ValueError(f"mask is one of {', '.join(MASKS)}, found {mask!r}")
+    if cross_every is not None and mask != "causal":
+        raise ValueError(f"cross_every needs mask 'causal', found {mask!r}")
     image_tokenizer = load_vision(vision, size_hw, vision_layer)
     language = load_text(text)
     if text_layers is not None:
@@ -71,8 +78,12 @@ def build(
                 queries=queries,
             )
         )
-    module = MASKS[mask](image_tokenizer, bridge, language)
-    layout_for = ImageLayouts(image_tokenizer, bridge)
+        if cross_every is None:
+            module = MASKS[mask](image_tokenizer, bridge, language)
+        else:
+            module = cross_attended(image_tokenizer, bridge, language, cross_every)
+    views = InTurn() if cross_every is None else Marked()
+    layout_for = ImageLayouts(image_tokenizer, bridge, views)
     layout_for(image_tokenizer.pixel_spec.size_hw)  # whether the parts fit, before any work
     processor = Processor(
         load_text_tokenizer(text),

@@ -81,6 +81,8 @@ def flop_cost_of(
     head = list(text.get_output_embeddings().parameters())
     beside = {id(p) for p in (*head, *text.get_input_embeddings().parameters())}
     body = [p for p in text.parameters() if id(p) not in beside]
+    if "cross" in module.parts():
+        body += module.cross.parameters()  # at each position, whether it sees an image or not
     # Recurrent models, for one, have no attention to count.
     wide = getattr(config, "hidden_size", 0) * getattr(config, "num_hidden_layers", 0)
     return FlopCost(

@@ -45,14 +45,66 @@ class Memory:
     bounds: tuple[tuple[int, ...], ...]
     valid: Tensor | None = None
 
+    def sizes(self, examples: int) -> list[int]:
+        """For each of so many examples how many images it has, which is how many another must have
+        to lend it its own."""
+        return [len(self._bounds(example)) - 1 for example in range(examples)]
+
     def of(self, example: int) -> Memory:
-        """The memory of one example alone."""
-        first, *_, last = (*self.bounds[example], self.bounds[example][-1])
+        """The memory of one example, as that of example 0."""
+        bounds = self._bounds(example)
+        own = slice(bounds[0], bounds[-1])
         return Memory(
-            tokens=self.tokens[first:last],
-            bounds=(tuple(bound - first for bound in self.bounds[example]),),
-            valid=None if self.valid is None else self.valid[first:last],
+            tokens=self.tokens[own],
+            bounds=(tuple(bound - bounds[0] for bound in bounds),),
+            valid=None if self.valid is None else self.valid[own],
         )
+
+    def for_examples(self, examples: int) -> Memory:
+        """The same memory where there are so many examples, the last ones without images."""
+        return replace(self, bounds=tuple(map(self._bounds, range(examples))))
+
+    def _bounds(self, example: int) -> tuple[int, ...]:
+        return self.bounds[example] if example < len(self.bounds) else self.bounds[-1][-1:]
+
+    @classmethod
+    def side_by_side(cls, parts: Sequence[Memory]) -> Memory:
+        """The memories of `parts`, at least one part, each of one example: as those of examples 0,
+        1, 2 and so on.
+
+        >>> part = Memory(tokens=torch.zeros(5, 1), bounds=((0, 2, 5),))
+        >>> Memory.side_by_side([part, part]).bounds
+        ((0, 2, 5), (5, 7, 10))
+        """
+        bounds, start = [], 0
+        for part in parts:
+            bounds.append(tuple(start + bound for bound in part.bounds[0]))
+            start += len(part.tokens)
+        valid = None
+        if any(part.valid is not None for part in parts):
+            valid = torch.cat([part._all_valid() for part in parts])
+        return cls(
+            tokens=torch.cat([part.tokens for part in parts]), bounds=tuple(bounds), valid=valid
+        )
+
+    @classmethod
+    def in_one_example(cls, parts: Sequence[Memory]) -> Memory:
+        """The images of `parts`, at least one part, each of one example: as those of example 0, in
+        their order.
+
+        >>> part = Memory(tokens=torch.zeros(5, 1), bounds=((0, 2, 5),))
+        >>> Memory.in_one_example([part, part]).bounds
+        ((0, 2, 5, 7, 10),)
+        """
+        joined = cls.side_by_side(parts)
+        begins = [bound for own in joined.bounds for bound in own[:-1]]
+        return replace(joined, bounds=((*begins, len(joined.tokens)),))
+
+    def _all_valid(self) -> Tensor:
+        """bool[P]"""
+        if self.valid is not None:
+            return self.valid
+        return torch.ones(len(self.tokens), dtype=torch.bool, device=self.tokens.device)
 
 
 def pack_memory(groups: Sequence[ImageTokens], examples: int, keep_invalid: bool = False) -> Memory:
@@ -70,10 +122,11 @@ def pack_memory(groups: Sequence[ImageTokens], examples: int, keep_invalid: bool
     """
     whole = [replace(group, valid=None) for group in groups] if keep_invalid else groups
     tokens, _ = pack(list(whole))
-    lengths = torch.cat([_lengths(group) for group in whole])
+    lengths = [length for group in whole for length in _lengths(group)]
     owner = torch.cat([group.owner for group in whole])
-    order = stream_order(owner)
-    views = zip(owner[order, :2].tolist(), lengths[order.to(lengths.device)].tolist())
+    order = stream_order(owner).tolist()
+    own = owner[:, :2].tolist()
+    views = [(own[view], lengths[view]) for view in order]
     bounds = [[0]]
     for (example, _), image in groupby(views, key=lambda view: view[0]):
         _begin(bounds, example)
@@ -92,10 +145,10 @@ def _begin(bounds: list[list[int]], example: int) -> None:
         bounds.append([bounds[-1][-1]])
 
 
-def _lengths(group: ImageTokens) -> Tensor:
-    """The number of tokens of each view: int64[V]."""
+def _lengths(group: ImageTokens) -> list[int]:
+    """The number of tokens of each view."""
     V, L = group.tokens.shape[:2]
-    return torch.full((V,), L) if group.valid is None else group.valid.sum(1)
+    return [L] * V if group.valid is None else group.valid.sum(1).tolist()
 
 
 def _valid(group: ImageTokens) -> Tensor:
@@ -103,57 +156,6 @@ def _valid(group: ImageTokens) -> Tensor:
     if group.valid is not None:
         return group.valid
     return torch.ones(group.tokens.shape[:2], dtype=torch.bool, device=group.tokens.device)
-
-
-def as_one_example(memories: Sequence[Memory]) -> Memory:
-    """The images of all memories, at least one, as those of one example, in their order.
-
-    >>> one = Memory(tokens=torch.zeros(5, 1), bounds=((0, 2, 5),))
-    >>> as_one_example([one, one]).bounds
-    ((0, 2, 5, 7, 10),)
-    """
-    lengths = [
-        stop - start
-        for memory in memories
-        for own in memory.bounds
-        for start, stop in pairwise(own)
-    ]
-    bounds = [0]
-    for length in lengths:
-        bounds.append(bounds[-1] + length)
-    return Memory(
-        tokens=torch.cat([memory.tokens for memory in memories]),
-        bounds=(tuple(bounds),),
-        valid=_joined_valid(memories),
-    )
-
-
-def regrouped(memory: Memory, examples: Sequence[int]) -> Memory:
-    """The memory in which each example has the images of another, or its own: those of
-    `examples[e]` for example e."""
-    parts = [memory.of(example) for example in examples]
-    bounds, start = [], 0
-    for part in parts:
-        bounds.append(tuple(start + bound for bound in part.bounds[0]))
-        start += len(part.tokens)
-    return Memory(
-        tokens=torch.cat([part.tokens for part in parts]),
-        bounds=tuple(bounds),
-        valid=_joined_valid(parts),
-    )
-
-
-def _joined_valid(memories: Sequence[Memory]) -> Tensor | None:
-    if all(memory.valid is None for memory in memories):
-        return None
-    return torch.cat(
-        [
-            torch.ones(len(m.tokens), dtype=torch.bool, device=m.tokens.device)
-            if m.valid is None
-            else m.valid
-            for m in memories
-        ]
-    )
 
 
 class Run(NamedTuple):

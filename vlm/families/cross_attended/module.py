@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-from vlm.compat.transformers import CACHE, DynamicCache
+from vlm.compat.transformers import CACHE
 from vlm.families.cross_attended.blocks import GatedBlock, GatedBlockConfig
 from vlm.families.cross_attended.memory import (
     Blind,
@@ -31,7 +32,6 @@ from vlm.families.cross_attended.memory import (
     Memory,
     MemoryView,
     pack_memory,
-    regrouped,
     view_of,
 )
 from vlm.families.decoder_only.batch import IMAGE, Batch
@@ -150,7 +150,7 @@ class CrossAttended(DecoderOnly):
         names: Sequence[str] = (),
         bounds: Tensor | None = None,
     ) -> Tensor:
-        """The stream float[B, T, D] that the language model reads: the image mark's vector at IMAGE.
+        """The stream float[B, T, D] that the language model reads, with the mark's vector at IMAGE.
         The other arguments are unused: image tokens are not in the stream."""
         is_image = ids == IMAGE
         mark_id, mark = self.cross.config.mark_id, self.cross.mark
@@ -164,15 +164,13 @@ class CrossAttended(DecoderOnly):
 
         Raises ValueError where marks and images of an example differ in number.
         """
-        config, examples = self.cross.config, len(batch.names)
+        config = self.cross.config
         if images is None:
             weight = next(self.adaptor.parameters(), next(self.tokenizer.parameters()))
             tokens = weight.new_zeros(0, config.block.memory_width)
             images = Memory(tokens=tokens, bounds=((0,),))
-        ends = [(own[-1],) for own in images.bounds[-1:]] * (examples - len(images.bounds))
-        images = replace(images, bounds=(*images.bounds, *ends))
         return view_of(
-            images,
+            images.for_examples(len(batch.names)),
             batch.ids == IMAGE,
             batch.valid,
             batch.names,
@@ -213,20 +211,10 @@ class CrossAttended(DecoderOnly):
             CACHE: MemoryCache(view, self.text.config),
         }
 
-    def images_of(self, images: Memory, examples: int) -> list[int]:
-        """How many images each example has: what another must have to stand in for it."""
-        counts = [len(own) - 1 for own in images.bounds]
-        return counts + [0] * (examples - len(counts))
-
-    def regroup(self, images: Memory, examples: Sequence[int]) -> Memory:
-        """The images of `examples[e]` as those of example e."""
-        ends = ((images.bounds[-1][-1],),) * (len(examples) - len(images.bounds))
-        return regrouped(replace(images, bounds=images.bounds + ends), examples)
-
 
 class MemoryCache(DynamicCache):
-    """A decoder's cache in generation, with the memory of its prompts: keys and values of the blocks
-    are computed once for all steps and beams.
+    """A decoder's cache in generation, with the memory of its prompts: keys and values of the
+    blocks are computed once for all steps and beams.
 
     view: of the prompts' positions, with `kept`. config: of the language model.
     """
@@ -244,9 +232,8 @@ def _from_cache(
     if not isinstance(cache, MemoryCache):
         return None
     given = options.get("inputs_embeds")
-    given = (
-        options.get("input_ids", arguments[0] if arguments else None) if given is None else given
-    )
+    if given is None:
+        given = options["input_ids"] if "input_ids" in options else arguments[0]
     before = int(cache.get_seq_length())
     view = cache.view.at(before, before + given.shape[1], rows=len(given))
     return arguments, options | {MEMORY: view}

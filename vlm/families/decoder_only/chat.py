@@ -3,8 +3,6 @@
 Messages have transformers' chat format: {"role": "system" | "user" | "assistant", "content": text
 or a list of parts}, a part being {"type": "text", "text": ...} or {"type": "image", "image": a
 path, bytes, PIL image or array}. A text that spells "<image>" stays text: images are parts.
-
-Shapes: T text position, P packed image tokens, D decoder width.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from vlm.data.example import BadRow, Turn
 from vlm.families.base import evaluating
@@ -39,12 +36,12 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass(slots=True)
 class _Seen:
-    """An image of the conversation: its layout in the stream, and its image tokens float[P, D]
-    once they are made, which the pixels in `row` are kept for until then."""
+    """An image of the conversation: its layout in the stream, and what the module encodes it to
+    once it has, which the pixels in `row` are kept for until then."""
 
     layout: ImageLayout
     row: Row | None
-    tokens: Tensor | None = None
+    encoded: Any = None
 
 
 class Chat:
@@ -168,15 +165,11 @@ class Chat:
         model = self.model
         module, device = model.module, model.device
         with evaluating(module), engine.seeded(seed, device):
-            tokens = [self._encode(one) for one in seen]
-            images = None
-            if tokens:
-                packed = torch.cat(tokens)
-                images = packed, torch.zeros(len(packed), dtype=torch.long, device=device)
+            encoded = [self._encode(one) for one in seen]
+            images = type(encoded[0]).in_one_example(encoded) if encoded else None
             ends, pad_id = model.stop_ids, model.processor.pad_id
             batch = collate([row], pad_id, "left").to(device)
-            vectors = module.embed(batch.ids, images, batch.names)
-            (written,) = engine.write(module, vectors, batch, ends, pad_id, **options)
+            (written,) = engine.write(module, images, batch, ends, pad_id, **options)
         return written
 
     def _look(self, images: Sequence, name: str) -> list[_Seen]:
@@ -186,15 +179,15 @@ class Chat:
         rows = [processor.encode_literal([one], mark, name=name) for one in images]
         return [_Seen(row.layout.images[0], row) for row in rows]
 
-    def _encode(self, one: _Seen) -> Tensor:
-        """An image's image tokens at the language model's width, float[P, D]."""
-        if one.tokens is None:
+    def _encode(self, one: _Seen) -> Any:
+        """An image as the module encodes it, the only one of its example."""
+        if one.encoded is None:
             batch = collate([one.row], self.model.processor.pad_id)
             dtype = next(self.model.module.tokenizer.parameters()).dtype
             batch = batch.to(self.model.device, dtype)
-            one.tokens, _ = self.model.module.encode(batch.groups, batch.arrangement)
+            one.encoded = self.model.module.encode(batch.groups, batch.arrangement)
             one.row = None
-        return one.tokens
+        return one.encoded
 
 
 def read_messages(messages: Sequence[dict]) -> list[tuple[Turn, list]]:

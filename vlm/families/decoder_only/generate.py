@@ -22,6 +22,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from vlm.compat.transformers import BaseStreamer, prompt_position_ids
 from vlm.families.decoder_only.batch import Batch
+from vlm.families.decoder_only.encoded_images import EncodedImages
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.losses.token import state_losses, sum_by_row
 from vlm.text.generation import Written
@@ -43,8 +44,7 @@ def generate(
     if batch.bounds is not None or (batch.padding != "left" and not bool(batch.valid.all())):
         raise ValueError("generation continues at the end of rows: pad the batch on the left")
     images = module.encode(batch.groups, batch.arrangement)
-    vectors = module.embed(batch.ids, images, batch.names)
-    return write(module, vectors, batch, stop_ids, pad_id, **options)
+    return write(module, images, batch, stop_ids, pad_id, **options)
 
 
 def check_options(options: dict, seed: int | None = None) -> None:
@@ -64,17 +64,16 @@ def check_options(options: dict, seed: int | None = None) -> None:
 @torch.no_grad()
 def write(
     module: DecoderOnly,
-    vectors: Tensor,
+    images: EncodedImages | None,
     batch: Batch,
     stop_ids: Sequence[int],
     pad_id: int,
     **options,
 ) -> list[Written]:
-    """What is written after each row of a stream.
+    """What is written after each row of a batch whose images are encoded.
 
-    vectors: float[B, T, D]. batch: of whose rows they are, padded on the left; its images are not
-        encoded again. Position ids are those of its layouts, and what is written goes on at the
-        largest number of each row + 1.
+    images: as the module encoded them. batch: padded on the left. Position ids are those of its
+        layouts, and what is written goes on at the largest number of each row + 1.
     options: transformers' names (`max_new_tokens`, `num_beams`, `do_sample`, `temperature`,
         `top_p`, ...), greedy by default; with `do_sample`, transformers' `top_k` is 50 unless
         given. `num_return_sequences`, `max_length` and `min_length` are refused.
@@ -84,12 +83,12 @@ def write(
     module.require_layout(batch)
     with prompt_position_ids(module.text, batch.positions) as where:
         out = module.text.generate(
-            inputs_embeds=vectors,
             attention_mask=batch.valid.long(),
             eos_token_id=list(stop_ids),
             pad_token_id=pad_id,
             return_dict_in_generate=True,
             output_logits=True,
+            **module.prompt(images, batch),
             **where,
             **{**GREEDY, **options},
         )
@@ -187,21 +186,20 @@ def image_gain(module: DecoderOnly, batch: Batch) -> tuple[Tensor, Tensor]:
     wrong = torch.full_like(right, float("nan"))
     if encoded is None:
         return right, wrong
-    tokens, example = encoded
-    counts = torch.bincount(example, minlength=len(batch.names))
-    source = torch.arange(len(batch.names), device=tokens.device)
-    for count in counts.unique().tolist():
-        rows = (counts == count).nonzero()[:, 0]
-        if count:
-            source[rows] = rows.roll(1)
-    swapped = torch.cat([tokens[example == row] for row in source.tolist()])
-    losses = _losses(module, batch, (swapped, example))
-    moved = source != torch.arange(len(source), device=source.device)
-    return right, torch.where(moved, losses, wrong)
+    sizes = encoded.sizes(len(batch.names))
+    source = list(range(len(sizes)))
+    for size in {*sizes} - {0}:
+        rows = [row for row, own in enumerate(sizes) if own == size]
+        for row, other in zip(rows, rows[-1:] + rows[:-1]):
+            source[row] = other
+    parts = [encoded.of(row) for row in source]
+    losses = _losses(module, batch, type(encoded).side_by_side(parts))
+    moved = [row != other for row, other in enumerate(source)]
+    return right, torch.where(torch.tensor(moved, device=losses.device), losses, wrong)
 
 
-def _losses(module: DecoderOnly, batch: Batch, encoded) -> Tensor:
-    hidden = module.read(module.embed(batch.ids, encoded, batch.names, batch.bounds), batch)
+def _losses(module: DecoderOnly, batch: Batch, encoded: EncodedImages | None) -> Tensor:
+    hidden = module.hidden(encoded, batch)
     states = hidden[:, :-1][batch.scored[:, 1:]]
     losses = state_losses(module.logits, states, batch.targets)
     return sum_by_row(losses, batch.target_rows, len(batch.names))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -110,13 +110,13 @@ def find(
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """One phrase of one image: the image's number, its image tokens float[P, D] and where its
-    pixels went, and the row to answer, without pixels."""
+    """One phrase of one image: the image's number, what it is encoded to, where its pixels
+    went, and the row to answer, without pixels."""
 
     image: int
     phrase: str
     resize: Resize
-    tokens: Tensor
+    encoded: Any
     row: Row
 
 
@@ -141,11 +141,11 @@ def _questions(
         sizes.append((image.height, image.width))
     dtype = next(model.module.tokenizer.parameters()).dtype
     batch = collate(rows, processor.pad_id, "left").to(model.device, dtype)
-    tokens, owner = model.module.encode(batch.groups, batch.arrangement)
+    encoded = model.module.encode(batch.groups, batch.arrangement)
     questions = []
     for at, (i, row, size_hw) in enumerate(zip(numbers, rows, sizes)):
         resize = processor.pixel_spec.resize_record(size_hw)
-        own = tokens[owner == at]
+        own = encoded.of(at)
         for phrase in asked[i]:
             asks = processor.prompt_row((_turn(prompt, phrase),), row.layout.images, row.name)
             questions.append(_Question(i, phrase, resize, own, asks))
@@ -164,12 +164,10 @@ def _answers(
         part = [questions[q] for q in chosen]
         batch = collate([question.row for question in part], model.processor.pad_id, "left")
         batch = batch.to(model.device)
-        counts = torch.tensor([len(question.tokens) for question in part], device=model.device)
-        owner = torch.arange(len(part), device=model.device).repeat_interleave(counts)
-        tokens = torch.cat([question.tokens for question in part])
-        vectors = model.module.embed(batch.ids, (tokens, owner), batch.names)
+        encoded = [question.encoded for question in part]
+        images = type(encoded[0]).side_by_side(encoded)
         answers = engine.write(
-            model.module, vectors, batch, model.stop_ids, model.processor.pad_id, **options
+            model.module, images, batch, model.stop_ids, model.processor.pad_id, **options
         )  # fmt: skip
         for q, answer in zip(chosen, answers):
             written[q] = answer

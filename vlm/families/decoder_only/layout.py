@@ -6,10 +6,12 @@ model that came from a published system, also that folder's small files, in `ref
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from vlm import adaptors, tokenizers
@@ -56,10 +58,18 @@ class Folder(native_layout.Folder):
     position_numbers: PositionNumbers = 1
 
 
+F = TypeVar("F", bound=Folder)
+
+
 def save(model: DecoderOnlyModel, folder: Path, merge: bool = True) -> None:
     """Writes our own layout; see the module's docstring. merge: whether LoRA is merged into the
     weights that are written, or kept as layers of its own."""
-    description = Folder(
+    native_layout.write(model, Folder(**described(model)), folder, merge)
+
+
+def described(model: DecoderOnlyModel) -> dict[str, Any]:
+    """The values of a model's `Folder`, by field."""
+    return dict(
         family=model.module.family,
         tokenizer=tokenizers.config_to_dict(model.module.tokenizer),
         adaptor=adaptors.config_of(model.module.adaptor),
@@ -79,7 +89,6 @@ def save(model: DecoderOnlyModel, folder: Path, merge: bool = True) -> None:
         template=model.processor.template,
         position_numbers=model.processor.position_numbers,
     )
-    native_layout.write(model, description, folder, merge)
 
 
 def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
@@ -90,14 +99,25 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
     return load_as(DecoderOnly, folder, values)
 
 
-def load_as(module_class: type[DecoderOnly], folder: Path, values: dict[str, Any]) -> Any:
-    """What `load` gives, as the public model of the family whose module's class this is."""
-    said = native_layout.read_description(Folder, folder, values)
+def load_as(
+    module_class: type[DecoderOnly],
+    folder: Path,
+    values: dict[str, Any],
+    folder_class: type[F] = Folder,
+    between: Callable[[F], tuple[nn.Module, ...]] = lambda said: (),
+) -> Any:
+    """What `load` gives, as the public model of the family whose module's class this is.
+
+    folder_class: what config.json says. between: the parts of the module, with fresh weights, that
+        its class takes between the adaptor and the language model.
+    """
+    said = native_layout.read_description(folder_class, folder, values)
 
     def make() -> DecoderOnly:
         return module_class(
             tokenizers.build(said.tokenizer),
             adaptors.build(said.adaptor),
+            *between(said),
             AutoModelForCausalLM.from_config(AutoConfig.for_model(**said.text)),
         )
 

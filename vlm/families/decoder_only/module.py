@@ -10,11 +10,13 @@ width, Z vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from vlm.compat.transformers import has_multimodal_rotary
 from vlm.families.decoder_only.batch import IMAGE, Batch, place
+from vlm.families.decoder_only.encoded_images import EncodedImages
 from vlm.families.decoder_only.head import head_logits
 from vlm.families.decoder_only.image_layout import Arrangement, ImageLayout, Sees
 from vlm.families.decoder_only.view_order import InTurn, ViewOrder
@@ -84,7 +86,7 @@ class DecoderOnly(nn.Module):
 
     def encode(
         self, groups: Sequence[ViewGroup], arrangement: Arrangement | None = None
-    ) -> tuple[Tensor, Tensor] | None:
+    ) -> EncodedImages | None:
         """The image tokens of all views in stream order: (float[P, D], int64[P] example of each);
         None where there is no image. Encoded once, they serve any number of prompts.
         arrangement: as in `Batch`."""
@@ -95,7 +97,15 @@ class DecoderOnly(nn.Module):
             images = self.tokenizer(group.pixels)
             encoded.append(self.adaptor(images.owned_by(group.owner)))
         packed = pack(encoded)
-        return packed if arrangement is None else arrangement(*packed)
+        return EncodedImages(*(packed if arrangement is None else arrangement(*packed)))
+
+    def hidden(self, images: EncodedImages | None, batch: Batch) -> Tensor:
+        """The final states float[B, T, D] of a batch whose images are encoded."""
+        return self.read(self.embed(batch.ids, images, batch.names, batch.bounds), batch)
+
+    def prompt(self, images: EncodedImages | None, batch: Batch) -> dict[str, Any]:
+        """What `generate` of the language model is given of a batch whose images are encoded."""
+        return {"inputs_embeds": self.embed(batch.ids, images, batch.names)}
 
     def embed(
         self,
@@ -129,8 +139,8 @@ class DecoderOnly(nn.Module):
                 f"{type(self.text).__name__} takes, found 3"
             )
 
-    def read(self, vectors: Tensor, batch: Batch) -> Tensor:
-        """The language model's final states float[B, T, D].
+    def read(self, vectors: Tensor, batch: Batch, **more: Any) -> Tensor:
+        """The language model's final states float[B, T, D]. more: keywords of its decoder.
 
         Right padding needs no mask: under causal attention no real position sees a later one; and
         position ids of one number are then those that the language model counts by itself.
@@ -139,13 +149,13 @@ class DecoderOnly(nn.Module):
         """
         self.require_layout(batch)
         if batch.bounds is not None:
-            return read_segments(self.text, vectors, batch.positions, batch.bounds)
+            return read_segments(self.text, vectors, batch.positions, batch.bounds, **more)
         where = {}
         if batch.padding == "left":
             where["attention_mask"] = batch.valid
         if batch.padding == "left" or batch.position_numbers == 3:
             where["position_ids"] = batch.positions
-        out = self.text.get_decoder()(inputs_embeds=vectors, use_cache=False, **where)
+        out = self.text.get_decoder()(inputs_embeds=vectors, use_cache=False, **where, **more)
         return out.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""How the views of one image become its layout in the text stream: in turn, tagged, or joined.
+"""How the views of one image become its layout in the text stream: in turn, tagged, joined, or as
+one mark.
 
 Each way is a frozen value that a folder's config.json names by its `kind`; called with an image's
 size, its preprocessing and the shape of each view's tokens, it gives an `ImageLayout`.
@@ -129,8 +130,27 @@ def unpadded(size_hw: tuple[int, int], grid_hw: tuple[int, int]) -> tuple[range,
     return range(h), range(spare, w - spare)
 
 
-ViewOrder = InTurn | Tagged | Joined
-KINDS: dict[str, type] = {"in_turn": InTurn, "tagged": Tagged, "joined": Joined}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Marked:
+    """One position for the image, its mark; its tokens stand beside the stream, where gated blocks
+    read them (`vlm.families.cross_attended`).
+
+    before, after: text that stands around the mark.
+    """
+
+    before: str = ""
+    after: str = ""
+
+    def __call__(
+        self, size_hw: tuple[int, int], pixel_spec: Any, shapes: Sequence[TokenShape]
+    ) -> ImageLayout:
+        """The layout of any image: the mark is what is placed of it."""
+        pieces = (self.before, Span(length=1, grid_hw=None), self.after)
+        return ImageLayout(pieces=tuple(piece for piece in pieces if piece), encoded=1)
+
+
+ViewOrder = InTurn | Tagged | Joined | Marked
+KINDS: dict[str, type] = {"in_turn": InTurn, "tagged": Tagged, "joined": Joined, "marked": Marked}
 """Kind in a configuration -> the way."""
 
 

@@ -99,7 +99,7 @@ class Settings(BaseSettings):
 
 
 PARTS = ("vision", "image_px", "vision_layer", "text", "text_layers", "adaptor", "adaptor_depth",
-         "shuffle_ratio", "queries", "system")  # fmt: skip
+         "shuffle_ratio", "queries", "cross_every", "system")  # fmt: skip
 """Settings of a model that is composed anew."""
 
 
@@ -137,6 +137,10 @@ class FromParts(Settings):
     """pixel_shuffle: sides of the blocks that become one token."""
     queries: int = 64
     """resampler: tokens that it gives for each view."""
+    cross_every: int | None = None
+    """Gated cross-attention blocks before each so many-th layer of the language model, which learn
+    as the adaptor does: it reads images beside the text, as in Flamingo. None places image tokens
+    in the text."""
     prompt: str = CAPTION_PROMPT
     """The user's text after an image where rows hold a caption alone."""
     system: str | None = ""
@@ -172,6 +176,7 @@ class FromParts(Settings):
             adaptor_depth=self.adaptor_depth,
             shuffle_ratio=self.shuffle_ratio,
             queries=self.queries,
+            cross_every=self.cross_every,
             system=self.system,
             caption_prompt=self.prompt,
             max_tokens=self.max_tokens,
@@ -202,7 +207,7 @@ class FromRun(Settings):
     vision_rate: float = Usual(2e-5)
     """Its peak learning rate."""
     adaptor: Mode = "full"
-    """What of the adaptor learns."""
+    """What of the adaptor learns, and of cross-attention blocks where there are any."""
     adaptor_rate: float = Usual(2e-4)
     """Its peak learning rate."""
     language: Mode = "full"
@@ -276,6 +281,8 @@ class FromRun(Settings):
         low = module.tokenizer.low_resolution
         vision = "tokenizer" if low is None else f"tokenizer.{low}"
         modes = {vision: self.vision, "adaptor": self.adaptor, "text": self.language}
+        if "cross" in module.parts():
+            modes["cross"] = self.adaptor
         value = Lora(rank=self.lora_rank, alpha=self.lora_alpha, dropout=self.lora_dropout)
         there = lora_of(module)
         asked = {"rank": value.rank, "alpha": value.alpha, "dropout": value.dropout}
@@ -336,7 +343,15 @@ def tuned(
     module: nn.Module, component: str, mode: Mode, rate: float
 ) -> tuple[tuple[str, float | None], ...]:
     """The patterns and rates of one component for `Stage.rates`. Where rows of new tokens were set
-    apart they learn at the same rate."""
+    apart they learn at the same rate. Cross-attention blocks learn as the adaptor does."""
+    if component == "adaptor" and "cross" in module.parts():
+        return (*_tuned(module, "adaptor", mode, rate), *_tuned(module, "cross", mode, rate))
+    return _tuned(module, component, mode, rate)
+
+
+def _tuned(
+    module: nn.Module, component: str, mode: Mode, rate: float
+) -> tuple[tuple[str, float | None], ...]:
     if mode == "full":
         return ((f"{component}.*", rate),)
     rates = [(f"{component}.*", FROZEN)]
