@@ -51,8 +51,7 @@ def reopened(folder):
 def our_logits(model, batch):
     """Logits at every position, float[B, T, Z]."""
     module = model.module
-    vectors = module.embed(batch.ids, module.encode(batch.groups, batch.arrangement), batch.names)
-    hidden = module.read(vectors, batch)
+    hidden = module.hidden(module.encode(batch.groups, batch.arrangement), batch)
     return module.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
 
 

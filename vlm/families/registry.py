@@ -182,6 +182,10 @@ SYSTEMS = {
     ),
     "idefics3": System("vlm.systems.smolvlm", "Idefics3, SmolVLM: tagged SigLIP tiles, LLaMA"),
     "smolvlm": System("vlm.systems.smolvlm", "SmolVLM2 on images: tagged SigLIP tiles, LLaMA"),
+    "mllama": System(
+        "vlm.systems.mllama",
+        "Mllama (Llama 3.2 Vision): tiles of a canvas, LLaMA with gated blocks",
+    ),
 }
 """`format` or transformers' `model_type` in config.json -> the system. A folder whose configuration
 is open_clip_config.json is "open_clip"; one of transformers' VisionEncoderDecoderModel is "donut"

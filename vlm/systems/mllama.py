@@ -40,7 +40,9 @@ from vlm import adaptors
 from vlm.families.cross_attended.blocks import GatedBlockConfig
 from vlm.families.cross_attended.model import CrossAttendedModel
 from vlm.families.cross_attended.module import Cross, CrossAttended, CrossConfig
-from vlm.families.cross_attended.processor import CrossProcessor
+from vlm.families.decoder_only.module import ImageLayouts
+from vlm.families.decoder_only.processor import Processor
+from vlm.families.decoder_only.view_order import Marked
 from vlm.families.published_files import open_part, read_reference
 from vlm.pixels import OPENAI, PixelSpec, tile_from_transformers
 from vlm.pixels.canvas import layouts
@@ -182,7 +184,9 @@ def load(folder: Path, values: dict[str, Any]) -> CrossAttendedModel:
     config, text_tokenizer = open_part(AutoConfig, folder), open_part(AutoTokenizer, folder)
     reader = open_part(AutoImageProcessor, folder)
     _require_known(config, reader, text_tokenizer, where)
-    key_map = key_map_of(config.text_config.cross_attention_layers, config.text_config)
+    key_map = key_map_of(
+        config.text_config.cross_attention_layers, config.text_config.num_hidden_layers
+    )
     state, unused = first_names(read_weights(folder), key_map, (), where)
     with init_empty_weights(include_buffers=False):
         module = _compose(config, tile_from_transformers(reader, config.vision_config.image_size))
@@ -190,12 +194,13 @@ def load(folder: Path, values: dict[str, Any]) -> CrossAttendedModel:
     module.text.generation_config = GenerationConfig()
     _use_plain_template(text_tokenizer, folder)
     template = use_published_template(text_tokenizer, folder, MARK)
-    processor = CrossProcessor(
+    processor = Processor(
         text_tokenizer,
         module.tokenizer.pixel_spec,
+        ImageLayouts(module.tokenizer, module.adaptor, Marked()),
         max_tokens=context_of(module.text),
         image_mark=MARK,
-        template=template,
+        template=replace(template, begins_after_images=True),
     )
     return CrossAttendedModel(
         module=module.eval(),
@@ -310,9 +315,7 @@ def _use_plain_template(text_tokenizer: Any, folder: Path) -> None:
     text_tokenizer.chat_template = PLAIN_TEMPLATE
 
 
-def _require_known(
-    config: PreTrainedConfig, reader: Any, text_tokenizer: Any, where: str
-) -> None:
+def _require_known(config: PreTrainedConfig, reader: Any, text_tokenizer: Any, where: str) -> None:
     """Raises ValueError naming each setting of a folder that is not one of the published kind, or
     in which its processor and its weights disagree."""
     vision, text = config.vision_config, config.text_config
@@ -343,7 +346,7 @@ def _require_known(
         for field, (found, wanted) in expected.items()
         if found != wanted
     ]
-    if any(b == a + 1 for a, b in zip(layers, layers[1:])) or text.num_hidden_layers - 1 in layers:
+    if any(layer + 1 in (*layers, text.num_hidden_layers) for layer in layers):
         wrong.append(
             "text_config.cross_attention_layers: expected a layer of the language model's own "
             f"after each, found {layers} of {text.num_hidden_layers}"
@@ -370,32 +373,36 @@ BLOCK = (
 ATTENTION = ("q_proj.", "k_proj.", "v_proj.", "o_proj.", "q_norm.", "k_norm.")
 
 
-def key_map_of(cross_layers: list[int], text: PreTrainedConfig) -> KeyMap:
+def key_map_of(cross_layers: list[int], layers: int) -> KeyMap:
     """(published prefix, our prefix), read in both directions.
 
-    cross_layers: the blocks in the published counting. text: with `num_hidden_layers` of both
-    kinds together.
+    cross_layers: the blocks, in the published counting. layers: how many there are of both kinds.
     """
     return [
-        *_rows("vision_model.", "multi_modal_projector.", "language_model.model.", cross_layers,
-               text.num_hidden_layers, "language_model.lm_head."),
-        *_rows("model.vision_model.", "model.multi_modal_projector.", "model.language_model.",
-               cross_layers, text.num_hidden_layers, "lm_head."),
-    ]  # fmt: skip
+        row
+        for before, decoder, head in (
+            ("", "language_model.model.", "language_model.lm_head."),
+            ("model.", "model.language_model.", "lm_head."),
+        )
+        for row in _rows(before, decoder, head, cross_layers, layers)
+    ]
 
 
 def _rows(
-    vision: str, projector: str, decoder: str, cross_layers: list[int], layers: int, head: str
+    before: str, decoder: str, head: str, cross_layers: list[int], layers: int
 ) -> list[tuple[str, str]]:
+    """The map in the names of the authors' folders, or of transformers' class."""
     rows = [
-        (vision, "tokenizer."),
-        (projector, "adaptor.layers.0."),
+        (f"{before}vision_model.", "tokenizer."),
+        (f"{before}multi_modal_projector.", "adaptor.layers.0."),
         (f"{decoder}embed_tokens.", "text.model.embed_tokens."),
         (f"{decoder}norm.", "text.model.norm."),
         (head, "text.lm_head."),
     ]
     own = [layer for layer in range(layers) if layer not in cross_layers]
-    rows += [(f"{decoder}layers.{layer}.", f"text.model.layers.{n}.") for n, layer in enumerate(own)]
+    rows += [
+        (f"{decoder}layers.{layer}.", f"text.model.layers.{n}.") for n, layer in enumerate(own)
+    ]
     for number, layer in enumerate(cross_layers):
         published, ours = f"{decoder}layers.{layer}.", f"cross.blocks.{number}."
         for theirs, its in BLOCK:
@@ -408,4 +415,4 @@ def _key_map_of_module(module: CrossAttended) -> KeyMap:
     """The key map of a module, by the blocks that it has."""
     layers = [layer + number for number, layer in enumerate(module.cross.config.before)]
     total = module.text.config.num_hidden_layers + len(layers)
-    return _key_map(layers, total)
+    return key_map_of(layers, total)

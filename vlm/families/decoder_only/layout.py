@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from vlm import adaptors, tokenizers
 from vlm.data.grounding import GROUND_PROMPT
@@ -26,6 +26,7 @@ from vlm.families.decoder_only.processor import MARK, Processor
 from vlm.families.decoder_only.view_order import InTurn
 from vlm.families.registry import model_of
 from vlm.geometry import LocTokens
+from vlm.text.spare_rows import causal_lm
 from vlm.weights import load_weights, read_weights
 
 SOURCE = "our own"
@@ -118,7 +119,7 @@ def load_as(
             tokenizers.build(said.tokenizer),
             adaptors.build(said.adaptor),
             *between(said),
-            AutoModelForCausalLM.from_config(AutoConfig.for_model(**said.text)),
+            causal_lm(AutoConfig.for_model(**said.text)),
         )
 
     module = native_layout.empty(make, folder, said.lora)
