@@ -3,7 +3,7 @@
 Each adaptor knows how it changes a view's token count (`shape_for`), so that the prompt can
 reserve exactly that many positions before anything is computed.
 
-Shapes: V view, L image tokens per view, Q learned query, D in or out width, h w patch grid.
+Shapes: V view, L image tokens per view, D in or out width, h w patch grid.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from vlm.config import from_dict, to_dict
 from vlm.image_tokens import ImageTokens, TokenShape
+from vlm.resampler import GatedMLP, Perceiver, Resampler
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -244,77 +245,52 @@ def grid_waves(grid_hw: tuple[int, int], octaves: int) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ResamplerConfig:
-    """`queries` learned queries read each view through `depth` cross-attention blocks."""
+class ChainConfig:
+    """Adaptors one after the other. parts: the configuration of each, `kind` included."""
 
-    in_width: int
-    out_width: int
-    queries: int
-    depth: int
-    heads: int
+    parts: tuple[dict[str, Any], ...]
 
     def __post_init__(self) -> None:
-        if self.out_width % self.heads:
-            raise ValueError(f"{self.heads} heads do not divide the width {self.out_width}")
+        if not self.parts:
+            raise ValueError("parts: expected an adaptor or more, found none")
+
+    @property
+    def in_width(self) -> int:
+        return _read(self.parts[0])[1].in_width
+
+    @property
+    def out_width(self) -> int:
+        return _read(self.parts[-1])[1].out_width
 
 
-class ResamplerBlock(nn.Module):
-    """Pre-norm cross-attention from queries to image tokens, then a feed-forward layer."""
+class Chain(nn.Module):
+    """Adaptors one after the other, such as an MLP and a resampler.
 
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm_query = nn.LayerNorm(width)
-        self.norm_image = nn.LayerNorm(width)
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
-        self.norm_mlp = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, queries: Tensor, images: Tensor, valid: Tensor | None) -> Tensor:
-        """queries float[V, Q, D], images float[V, L, D], valid bool[V, L] or None."""
-        V, Q, D = queries.shape
-        q, kv = self.query(self.norm_query(queries)), self.key_value(self.norm_image(images))
-        k, v = kv.chunk(2, dim=-1)
-        q, k, v = (t.view(V, -1, self.heads, D // self.heads).transpose(1, 2) for t in (q, k, v))
-        mask = None if valid is None else valid[:, None, None, :]
-        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        queries = queries + self.out(read.transpose(1, 2).reshape(V, Q, D))
-        return queries + self.mlp(self.norm_mlp(queries))
-
-
-class Resampler(nn.Module):
-    """Any number of image tokens becomes a fixed number, whatever the image's size.
-
-    Positions come from the image tokens themselves. Source: the perceiver resampler of Flamingo
-    (arXiv 2204.14198, section 3.1) in its single-image form.
+    Raises ValueError naming two widths where one does not take what the one before it gives.
     """
 
-    Config = ResamplerConfig
+    Config = ChainConfig
 
-    def __init__(self, config: ResamplerConfig) -> None:
+    def __init__(self, config: ChainConfig) -> None:
         super().__init__()
         self.config = config
-        self.project = nn.Linear(config.in_width, config.out_width)
-        self.queries = nn.Parameter(torch.randn(config.queries, config.out_width) * 0.02)
-        self.blocks = nn.ModuleList(
-            ResamplerBlock(config.out_width, config.heads) for _ in range(config.depth)
-        )
-        self.norm = nn.LayerNorm(config.out_width)
+        self.parts = nn.ModuleList(build(part) for part in config.parts)
+        for number, (before, after) in enumerate(zip(self.parts, self.parts[1:])):
+            if before.config.out_width != after.config.in_width:
+                raise ValueError(
+                    f"parts[{number + 1}]: expected in_width {before.config.out_width}, as the "
+                    f"adaptor before it gives, found {after.config.in_width}"
+                )
 
     def shape_for(self, shape: TokenShape) -> TokenShape:
-        return TokenShape(self.config.queries, None)
+        for part in self.parts:
+            shape = part.shape_for(shape)
+        return shape
 
     def forward(self, images: ImageTokens) -> ImageTokens:
-        context = self.project(images.tokens)
-        queries = self.queries.to(context.dtype).expand(len(context), -1, -1)
-        for block in self.blocks:
-            queries = block(queries, context, images.valid)
-        tokens = self.norm(queries)
-        return images.with_tokens(tokens, TokenShape(self.config.queries, None))
+        for part in self.parts:
+            images = part(images)
+        return images
 
 
 KINDS = {
@@ -324,16 +300,25 @@ KINDS = {
     "split_mlp": SplitMLP,
     "pixel_shuffle": PixelShuffle,
     "resampler": Resampler,
+    "gated_mlp": GatedMLP,
+    "perceiver": Perceiver,
+    "chain": Chain,
 }
 
 
 def build(values: dict[str, Any]) -> nn.Module:
     """An adaptor with fresh weights from its configuration, `kind` included."""
+    cls, config = _read(values)
+    return cls(config)
+
+
+def _read(values: dict[str, Any]) -> tuple[type, Any]:
+    """The class and the configuration that values with their `kind` say."""
     values = dict(values)
     kind = values.pop("kind", None)
     if kind not in KINDS:
         raise ValueError(f"adaptor kind {kind!r} is not one of {', '.join(KINDS)}")
-    return KINDS[kind](from_dict(KINDS[kind].Config, values, where=f"adaptor {kind}"))
+    return KINDS[kind], from_dict(KINDS[kind].Config, values, where=f"adaptor {kind}")
 
 
 def config_of(adaptor: nn.Module) -> dict[str, Any]:
