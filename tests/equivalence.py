@@ -17,11 +17,14 @@ from tests.runs import launch, lines
 EVERY = {"rates": [["*", 1e-3]], "clip": 1e9}
 FAMILIES = {
     "decoder-only": {"split_by_kind": True},
+    "cross-attended": {"family": "cross_attended", "split_by_kind": True},
     "encoder-decoder": {"family": "encoder_decoder"},
     "contrastive": {"loss": "softmax"},
 }
-"""Options of a tiny run; rows of unequal length, for decoder-only with rows of text alone."""
-BATCH = {"decoder-only": 4, "encoder-decoder": 4, "contrastive": 8}
+"""Options of a tiny run; rows of unequal length, where images stand in or beside a text stream with
+rows of text alone."""
+STREAMS = ("decoder-only", "cross-attended")
+BATCH = {"decoder-only": 4, "cross-attended": 4, "encoder-decoder": 4, "contrastive": 8}
 RESUMED_AT = 3
 
 
@@ -37,7 +40,7 @@ def ways(family, processes):
         way("one", 1, save_every=RESUMED_AT, keep=9)
         way("accumulation 2", 2)
         way("accumulation 4", 4)
-        if family == "decoder-only":
+        if family in STREAMS:
             way("packed", 1, pack=60)
             way("packed, accumulation 2", 2, pack=60)
         way("resumed", 1, resume=True)
@@ -46,7 +49,7 @@ def ways(family, processes):
     way(f"{processes} sharded", 1, shard="all")
     if processes == 2:
         way("2 sharded, accumulation 2", 2, shard="all")
-        if family == "decoder-only":
+        if family in STREAMS:
             way("2 sharded, packed", 1, shard="all", pack=60)
             way("2 replicas, balanced", 1, balance=True)
     if processes == 4:

@@ -9,8 +9,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from vlm import adaptors
 from vlm.data.example import Example, Turn
+from vlm.families.cross_attended.blocks import GatedBlockConfig
+from vlm.families.cross_attended.module import Cross, CrossAttended, CrossConfig
 from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
 from vlm.families.decoder_only.processor import Processor
+from vlm.families.decoder_only.view_order import InTurn, Marked
 from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.image_tokens import ImageTokenizer, ImageTokens
 from vlm.pixels import PixelSpec
@@ -107,10 +110,11 @@ def decoder_only(kind="llama", seed=0, size_hw=(8, 12), **more):
 
 def processor(model, **options):
     """The processor of a tiny model."""
+    views = Marked() if model.family == "cross_attended" else InTurn()
     return Processor(
         options.pop("text_tokenizer", None) or text_tokenizer(),
         model.tokenizer.pixel_spec,
-        ImageLayouts(model.tokenizer, model.adaptor),
+        ImageLayouts(model.tokenizer, model.adaptor, views),
         **options,
     )
 
@@ -128,6 +132,27 @@ def example(name="row", content=(None, "what?"), answer="a cat", images=None):
     slots = sum(part is None for part in content)
     image_list = tuple(image(i) for i in range(slots)) if images is None else tuple(images)
     return Example(name, (Turn("user", tuple(content)), Turn("assistant", (answer,))), image_list)
+
+
+GATED = dict(heads=4, kv_heads=2, head_width=8, mlp_width=48, eps=1e-5)
+"""Blocks like Mllama's."""
+
+
+def cross_attended(kind="llama", before=(0, 1), gates=0.7, mark_id=None, block=(), **rule):
+    """A tiny CrossAttended in fp32 and evaluation mode, its gates open; an image is 6 tokens."""
+    made = decoder_only(kind)
+    width = made.text.config.hidden_size
+    adaptor = adaptors.build(dict(kind="mlp", in_width=12, out_width=20, depth=2, hidden_width=32))
+    config = GatedBlockConfig(width=width, memory_width=20, **{**GATED, **dict(block)})
+    rule = {"sees": "latest_group", **rule}
+    cross = Cross(CrossConfig(block=config, before=before, mark_id=mark_id, **rule))
+    with torch.no_grad():
+        for name, parameter in cross.named_parameters():
+            if name.endswith("_gate"):
+                parameter.fill_(gates)
+            elif parameter.dim() > 1 or name == "mark":
+                parameter.normal_(std=0.5)
+    return CrossAttended(made.tokenizer, adaptor, cross, made.text).eval()
 
 
 def prefix_decoder(kind="llama", **options):

@@ -22,6 +22,7 @@ from vlm.data.mixture import Draw, Mixture, MixtureDataset
 from vlm.data.sources import ListSource
 from vlm.families.contrastive.model import ContrastiveModel
 from vlm.families.contrastive.processor import PairProcessor
+from vlm.families.cross_attended.model import CrossAttendedModel
 from vlm.families.decoder_only.batch import collate
 from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.line_reader.model import LineReaderModel
@@ -61,6 +62,12 @@ def model(**options):
     module = tiny.decoder_only(**options)
     processor = tiny.processor(module)
     return DecoderOnlyModel(module=module, processor=processor, stop_ids=(processor.end_id,))
+
+
+def cross_attended_model(**options):
+    module = tiny.cross_attended(**options)
+    processor = tiny.processor(module)
+    return CrossAttendedModel(module=module, processor=processor, stop_ids=(processor.end_id,))
 
 
 def pairs(count=11, unread=()):
@@ -267,6 +274,8 @@ def run_one(out, options):
     family = options.pop("family", None)
     if family == "encoder_decoder":
         options["chosen"], data = encoder_decoder_model(), dataset(images_alone())
+    if family == "cross_attended":
+        options["chosen"] = cross_attended_model()
     if family == "line_reader":
         options["chosen"], data = line_model(), dataset(text_lines())
     gradients = keep_gradients(out) if options.pop("gradients", False) else nullcontext()

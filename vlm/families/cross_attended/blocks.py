@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlm.compat.transformers import GradientCheckpointingLayer
 from vlm.families.cross_attended.memory import MemoryView, Run
 
 
@@ -92,7 +93,7 @@ class GeluMLP(nn.Module):
         return self.down_proj(F.gelu(self.up_proj(x)))
 
 
-class GatedBlock(nn.Module):
+class GatedBlock(GradientCheckpointingLayer):
     """Gated cross-attention and a gated feed-forward layer.
 
     Sources: Flamingo (arXiv 2204.14198), section 3.2; Llama 3 (arXiv 2407.21783), section 7.2;
@@ -133,13 +134,13 @@ class GatedBlock(nn.Module):
     def _attend(self, x: Tensor, runs: Sequence[Run], view: MemoryView) -> Tensor:
         """float[N, D] of the positions of `runs`, end to end, with what they read."""
         key, value = self._keys_values(view)
-        query = self.q_norm(
-            self.q_proj(self.attention_norm(x)).unflatten(-1, (self.config.heads, -1))
-        )
-        queries = query.split([run.stop - run.start for run in runs])
+        heads = (self.config.heads, self.config.head_width)
+        query = self.q_norm(self.q_proj(self.attention_norm(x)).unflatten(-1, heads))
+        query = query.to(value.dtype)
+        queries = query.split([run.stop - run.start for run in runs]) if runs else ()
         valid = view.memory.valid
         # What nobody reads stays part of the graph: processes that share weights call alike.
-        read = [(key[:0] + value[:0]).repeat_interleave(self._groups, 1)]
+        read = [query[:0] + (key[:0] + value[:0]).repeat_interleave(self._groups, 1)]
         for run, own in zip(runs, queries):
             seen = slice(run.first, run.last)
             mask = None if valid is None or not run.masked else valid[seen]
@@ -191,7 +192,8 @@ def change(x: Tensor, runs: Sequence[Run], function: Callable[[Tensor], Tensor])
     gives of them, end to end; the others are as they were.
 
     >>> x = torch.arange(4.0)[:, None]
-    >>> change(x, [Run(1, 2, 0, 1), Run(3, 4, 0, 1)], lambda part: 10 * part)[:, 0].tolist()
+    >>> runs = [Run(1, 2, 0, 1, feeds=True), Run(3, 4, 0, 1, feeds=True)]
+    >>> change(x, runs, lambda part: 10 * part)[:, 0].tolist()
     [0.0, 10.0, 2.0, 30.0]
     """
     lengths = [run.stop - run.start for run in runs]

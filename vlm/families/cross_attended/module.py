@@ -101,7 +101,12 @@ class CrossAttended(DecoderOnly):
     ) -> None:
         super().__init__(tokenizer, adaptor, text)
         self.cross = cross
-        layers, config = text.get_decoder().layers, cross.config
+        layers, config = getattr(text.get_decoder(), "layers", None), cross.config
+        if layers is None:
+            raise ValueError(
+                "expected a language model whose decoder has `layers` for blocks to stand before, "
+                f"found {type(text).__name__}"
+            )
         if config.before[-1] >= len(layers):
             raise ValueError(
                 f"before: expected layers 0 to {len(layers) - 1}, which the language model has, "

@@ -56,6 +56,8 @@ def check_options(options: dict, seed: int | None = None) -> None:
             raise ValueError(f"{name} must be at least 1, found {options[name]}")
     if options.get("num_return_sequences", 1) != 1:
         raise ValueError("num_return_sequences: there is one answer to each prompt; ask again")
+    if options.get("use_cache") is False:
+        raise ValueError("use_cache: prompts are vectors, which only a cache keeps; leave it out")
     for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         if name in options:
             raise ValueError(f"{name} would count the prompt's tokens too: give {instead}")
