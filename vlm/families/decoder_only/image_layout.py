@@ -37,12 +37,15 @@ class ImageLayout:
     encoded: how many tokens the adaptor gives for all views of the image.
     source: for each token of the spans its number among the encoded ones, which are counted through
         all views; None: all of them, in their order.
+    fence: what its pieces begin and end with, where that stands but once between two images with no
+        text between them, and with a space before a word; "" for none.
     Raises ValueError where the spans have another number of tokens than `encoded` or `source`.
     """
 
     pieces: tuple[Span | str, ...]
     encoded: int
     source: tuple[int, ...] | None = None
+    fence: str = ""
 
     def __post_init__(self) -> None:
         expected = self.encoded if self.source is None else len(self.source)

@@ -9,6 +9,7 @@ Shapes: T text position.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -65,7 +66,10 @@ class MarkedText:
             )
         spans = [span for image in images for span in image.spans]
         marks = [image.marked(SLOT) for image in images]
-        pieces = "".join(a + b for a, b in zip(pieces, [*marks, ""])).split(SLOT)
+        text = "".join(a + b for a, b in zip(pieces, [*marks, ""]))
+        for fence in {image.fence for image in images if image.fence}:
+            text = _merge_fences(text, fence)
+        pieces = text.split(SLOT)
         ids: list[int] = []
         within: list[str] = []  # the mark that opened what each id stands in
         opened = END
@@ -138,6 +142,17 @@ class MarkedText:
         return ids, [
             (max(min(start, end - 1) - cut, 0), max(end - cut, 0)) for start, end in offsets
         ]
+
+
+def _merge_fences(text: str, fence: str) -> str:
+    """A marked text in which one fence stands where two images meet, and a space between a fence
+    and a word after it, as some text tokenizers write no start of a word after a special token.
+
+    Source: transformers, `processing_idefics2.py`, `Idefics2Processor.__call__`.
+    """
+    text = text.replace(fence + fence, fence)
+    marks = ANSWER + CONTEXT + END
+    return re.sub(rf"{re.escape(fence)}(?=[{marks}]*[^\s<{SLOT}{marks}])", f"{fence} ", text)
 
 
 def _mark_of(inside: list[str]) -> str:
