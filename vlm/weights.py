@@ -50,6 +50,12 @@ def save_weights(
     """
     state: dict[str, Tensor | Made] = dict(beside or {})
     state |= {name(key): tensor for key, tensor in plain_state(module, lora=merge).items()}
+    save_state(state, folder)
+
+
+def save_state(state: Mapping[str, Tensor | Made], folder: Path) -> None:
+    """Writes tensors by their names in the files, in shards of 5 GB; one that stands under several
+    names once. Raises OSError before anything is written where the disk is too full."""
     likes = {key: t.like if isinstance(t, Made) else t for key, t in state.items()}
     unique = {t.data_ptr() or key: key for key, t in reversed(likes.items())}
     likes = {key: likes[key] for key in likes if key in set(unique.values())}

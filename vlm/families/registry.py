@@ -186,6 +186,10 @@ SYSTEMS = {
         "vlm.systems.mllama",
         "Mllama (Llama 3.2 Vision): tiles of a canvas, LLaMA with gated blocks",
     ),
+    "idefics": System(
+        "vlm.systems.idefics",
+        "Idefics v1 (open Flamingo): CLIP, perceiver, LLaMA with gated blocks",
+    ),
 }
 """`format` or transformers' `model_type` in config.json -> the system. A folder whose configuration
 is open_clip_config.json is "open_clip"; one of transformers' VisionEncoderDecoderModel is "donut"

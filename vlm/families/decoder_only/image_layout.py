@@ -29,6 +29,9 @@ class Span:
     grid_hw: tuple[int, int] | None
 
 
+FenceSpaces = Literal["before_word", "none"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageLayout:
     """What one image puts into the text stream.
@@ -38,7 +41,8 @@ class ImageLayout:
     source: for each token of the spans its number among the encoded ones, which are counted through
         all views; None: all of them, in their order.
     fence: what its pieces begin and end with, where that stands but once between two images with no
-        text between them, and with a space before a word; "" for none.
+        text between them; "" for none. fence_spaces: "before_word", a space stands between it and a
+        word after it; "none", no space stands on either side of it.
     Raises ValueError where the spans have another number of tokens than `encoded` or `source`.
     """
 
@@ -46,6 +50,7 @@ class ImageLayout:
     encoded: int
     source: tuple[int, ...] | None = None
     fence: str = ""
+    fence_spaces: FenceSpaces = "before_word"
 
     def __post_init__(self) -> None:
         expected = self.encoded if self.source is None else len(self.source)

@@ -18,7 +18,7 @@ from torch import Tensor
 from vlm.data.example import BadRow
 from vlm.families.decoder_only.batch import IMAGE
 from vlm.families.decoder_only.chat_template import ANSWER, CONTEXT, END, SLOT
-from vlm.families.decoder_only.image_layout import ImageLayout
+from vlm.families.decoder_only.image_layout import FenceSpaces, ImageLayout
 
 
 class MarkedText:
@@ -67,8 +67,8 @@ class MarkedText:
         spans = [span for image in images for span in image.spans]
         marks = [image.marked(SLOT) for image in images]
         text = "".join(a + b for a, b in zip(pieces, [*marks, ""]))
-        for fence in {image.fence for image in images if image.fence}:
-            text = _merge_fences(text, fence)
+        for fence, spaces in {(image.fence, image.fence_spaces) for image in images if image.fence}:
+            text = _merge_fences(text, fence, spaces)
         pieces = text.split(SLOT)
         ids: list[int] = []
         within: list[str] = []  # the mark that opened what each id stands in
@@ -144,13 +144,18 @@ class MarkedText:
         ]
 
 
-def _merge_fences(text: str, fence: str) -> str:
-    """A marked text in which one fence stands where two images meet, and a space between a fence
-    and a word after it, as some text tokenizers write no start of a word after a special token.
+def _merge_fences(text: str, fence: str, spaces: FenceSpaces) -> str:
+    """A marked text in which one fence stands where two images meet, with the spaces of `spaces`:
+    "before_word" since some text tokenizers write no start of a word after a special token.
 
-    Source: transformers, `processing_idefics2.py`, `Idefics2Processor.__call__`.
+    Source: transformers, `processing_idefics2.py`, `Idefics2Processor.__call__`, and
+    `processing_idefics.py`, `IdeficsProcessor.__call__`.
     """
+    if spaces == "none":
+        text = re.sub(f" *{re.escape(fence)} *", fence, text)
     text = text.replace(fence + fence, fence)
+    if spaces == "none":
+        return text
     marks = ANSWER + CONTEXT + END
     return re.sub(rf"{re.escape(fence)}(?=[{marks}]*[^\s<{SLOT}{marks}])", f"{fence} ", text)
 

@@ -135,18 +135,26 @@ class Marked:
     """One position for the image, its mark; its tokens stand beside the stream, where gated blocks
     read them (`vlm.families.cross_attended`).
 
-    before, after: text that stands around the mark.
+    before, after: text that stands around the mark. fence: what stands around these, but once
+    between two images with no text between them, and without spaces (Idefics v1).
     """
 
     before: str = ""
     after: str = ""
+    fence: str = ""
 
     def __call__(
         self, size_hw: tuple[int, int], pixel_spec: Any, shapes: Sequence[TokenShape]
     ) -> ImageLayout:
         """The layout of any image: the mark is what is placed of it."""
-        pieces = (self.before, Span(length=1, grid_hw=None), self.after)
-        return ImageLayout(pieces=tuple(piece for piece in pieces if piece), encoded=1)
+        mark = Span(length=1, grid_hw=None)
+        pieces = (self.fence, self.before, mark, self.after, self.fence)
+        return ImageLayout(
+            pieces=tuple(piece for piece in pieces if piece),
+            encoded=1,
+            fence=self.fence,
+            fence_spaces="none",
+        )
 
 
 ViewOrder = InTurn | Tagged | Joined | Marked
