@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tests.reference.tiny_idefics import (
     MARK,
     ROWS,
     SIZES,
+    TURN_ENDS,
     examples,
     our_batch,
     prompt_of,
@@ -35,6 +37,8 @@ from vlm.training.stages import assign_rates
 from vlm.weights import same_bits
 
 folder = law.folders(KINDS, write_folder)
+
+PROMPTS = (f"{MARK} what is {MARK} it?", f"a cat {MARK}{MARK}", f"is it {MARK}\n{MARK}")
 
 
 def test_idefics_pixels_and_ids_match_reference(folder):
@@ -143,7 +147,7 @@ def test_idefics_prompts_of_tests_are_those_of_the_processor():
     for images, content, answer in ROWS:
         items = prompt_of(content, images, answer)
         texts = [isinstance(item, str) for item in items]
-        assert not any(a and b for a, b in zip(texts, texts[1:], strict=False))
+        assert not any(a and b for a, b in pairwise(texts))
 
 
 def test_idefics_chat_says_what_an_answer_says(folder):

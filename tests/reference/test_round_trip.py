@@ -36,6 +36,10 @@ def paligemma(kind, **more):
     return lambda folder: tiny_paligemma.write_folder(folder, kind, **more)
 
 
+def idefics(kind):
+    return lambda folder: tiny_idefics.write_folder(folder, kind)
+
+
 def deepseek_vl(kind, **more):
     return lambda folder: tiny_deepseek_vl.write_folder(folder, kind, **more)
 
@@ -60,8 +64,8 @@ SYSTEM_FOLDERS = {
     "deepseek_vl with a head": deepseek_vl("deepseek_vl", vision=HEAD),
     "deepseek_vl_hybrid with a head": deepseek_vl("deepseek_vl_hybrid", vision=HEAD),
 }
-UNUSED = {"trocr", "idefics", "llava", "llava_next", "paligemma 1 with a head", "paligemma 2 with a head",
-          "deepseek_vl with a head", "deepseek_vl_hybrid with a head"}  # fmt: skip
+UNUSED = {"trocr", "idefics", "llava", "llava_next", "paligemma 1 with a head",
+          "paligemma 2 with a head", "deepseek_vl with a head", "deepseek_vl_hybrid with a head"}  # fmt: skip
 """Folders that hold more than the model uses; of TrOCR every one, of LLaVA CLIP's last layer
 and norm, of Idefics CLIP's norm."""
 
