@@ -126,16 +126,11 @@ def test_idefics_training_step_changes_every_part(folder):
 
 
 def test_idefics_prompt_matches_snapshot(tmp_path):
-    for kind, (ends, end) in {
-        "instruct": ("<end_of_utterance>",) * 2,
-        "base": ("", "</s>"),
-    }.items():
+    for kind, ends, end in (("instruct", TURN_ENDS, TURN_ENDS), ("base", "", "</s>")):
         write_folder(tmp_path / kind, kind)
-        processor = vlm.load(tmp_path / kind, "cpu").processor
-        row = processor.encode(examples()[1])
-        text = processor.text_tokenizer.decode(
-            with_marks(row.ids, vlm.load(tmp_path / kind, "cpu"))
-        )
+        model = vlm.load(tmp_path / kind, "cpu")
+        row = model.processor.encode(examples()[1])
+        text = model.processor.text_tokenizer.decode(with_marks(row.ids, model))
         fenced = f"{FENCE}{MARK}{FENCE}"
         assert text == (
             f"<s>User: what is{fenced}and{fenced}?{ends}\nAssistant: two dogs, a cat{end}"

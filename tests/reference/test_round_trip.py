@@ -56,16 +56,14 @@ SYSTEM_FOLDERS = {
     **{kind: partial(tiny_llava.write_folder, kind=kind) for kind in tiny_llava.KINDS},
     **{kind: partial(tiny_smolvlm.write_folder, kind=kind) for kind in tiny_smolvlm.KINDS},
     "mllama": tiny_mllama.write_folder,
-    **{
-        f"idefics {kind}": partial(tiny_idefics.write_folder, kind=kind)
-        for kind in tiny_idefics.KINDS
-    },
+    **{f"idefics {kind}": idefics(kind) for kind in tiny_idefics.KINDS},
     "deepseek_vl": deepseek_vl("deepseek_vl"),
     "deepseek_vl with a head": deepseek_vl("deepseek_vl", vision=HEAD),
     "deepseek_vl_hybrid with a head": deepseek_vl("deepseek_vl_hybrid", vision=HEAD),
 }
-UNUSED = {"trocr", "idefics", "llava", "llava_next", "paligemma 1 with a head",
-          "paligemma 2 with a head", "deepseek_vl with a head", "deepseek_vl_hybrid with a head"}  # fmt: skip
+UNUSED = {"trocr", "idefics", "llava", "llava_next",
+          "paligemma 1 with a head", "paligemma 2 with a head",
+          "deepseek_vl with a head", "deepseek_vl_hybrid with a head"}  # fmt: skip
 """Folders that hold more than the model uses; of TrOCR every one, of LLaVA CLIP's last layer
 and norm, of Idefics CLIP's norm."""
 
