@@ -5,6 +5,9 @@ from vlm import adaptors
 from vlm.image_tokens import ImageTokens, TokenShape
 
 WIDTH, OUT = 6, 8
+GATED = dict(kind="gated_mlp", in_width=WIDTH, hidden_width=10, out_width=OUT)
+PERCEIVER = dict(kind="perceiver", width=OUT, latents=5, depth=2, heads=4, kv_heads=2, head_width=3,
+                 mlp="gated", mlp_width=12, norm="rms", eps=1e-5)  # fmt: skip
 KINDS = {
     "linear": dict(kind="mlp", in_width=WIDTH, out_width=OUT, depth=1, hidden_width=OUT),
     "mlp3": dict(kind="mlp", in_width=WIDTH, out_width=OUT, depth=3, hidden_width=16),
@@ -13,6 +16,8 @@ KINDS = {
         kind="pixel_shuffle", in_width=WIDTH, out_width=OUT, ratio=2, depth=2, hidden_width=OUT
     ),
     "resampler": dict(kind="resampler", in_width=WIDTH, out_width=OUT, queries=5, depth=2, heads=2),
+    "gated": GATED,
+    "perceiver": dict(kind="chain", parts=[GATED, PERCEIVER]),
 }
 
 
@@ -72,8 +77,9 @@ def test_pixel_shuffle_refuses_what_has_no_blocks(shape, message):
         adaptors.build(KINDS["shuffle"]).shape_for(shape)
 
 
-def test_resampler_ignores_invalid_tokens():
-    adaptor = adaptors.build(KINDS["resampler"])
+@pytest.mark.parametrize("kind", ["resampler", "perceiver"])
+def test_resampler_ignores_invalid_tokens(kind):
+    adaptor = adaptors.build(KINDS[kind])
     images = image_tokens(V=1)
     valid = torch.ones(1, 24, dtype=torch.bool)
     valid[:, 12:] = False
@@ -86,7 +92,48 @@ def test_resampler_ignores_invalid_tokens():
 
 
 def test_build_names_unknown_kinds_and_keys():
-    with pytest.raises(ValueError, match=r"'perceiver' is not one of identity, mlp"):
-        adaptors.build({"kind": "perceiver"})
+    with pytest.raises(ValueError, match=r"'pooler' is not one of identity, mlp"):
+        adaptors.build({"kind": "pooler"})
     with pytest.raises(ValueError, match=r"unknown keys \['with'\], missing keys \['depth'\]"):
         adaptors.build({"kind": "mlp", "in_width": 1, "out_width": 1, "hidden_width": 1, "with": 1})
+
+
+@pytest.mark.parametrize("size_hw", [(1, 1), (3, 5), (7, 2)])
+def test_perceiver_gives_as_many_tokens_for_any_grid(size_hw):
+    h, w = size_hw
+    out = adaptors.build(KINDS["perceiver"])(image_tokens(h, w))
+    assert out.tokens.shape == (3, 5, OUT)
+    assert out.grid_hw is None
+
+
+def test_perceiver_latents_read_each_other():
+    """Beside a context that says nothing, a latent changes with another."""
+    adaptor = adaptors.build(PERCEIVER)
+    images = ImageTokens(tokens=torch.zeros(1, 4, OUT), grid_hw=(2, 2))
+    before = adaptor(images).tokens
+    with torch.no_grad():
+        adaptor.latents[0] += torch.randn(OUT)
+    assert (adaptor(images).tokens != before).any(-1).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mlp": "swish"}, "mlp must be one of gated, relu, squared_relu, gelu, found 'swish'"),
+        ({"norm": "batch"}, "norm must be one of layer, rms, found 'batch'"),
+        ({"kv_heads": 3}, "kv_heads must divide heads, found kv_heads 3 and heads 4"),
+        ({"latents": 0}, "latents and depth must be at least 1, found 0 and 2"),
+    ],
+)
+def test_perceiver_refuses_what_cannot_be(change, message):
+    with pytest.raises(ValueError, match=message):
+        adaptors.build(PERCEIVER | change)
+
+
+def test_chain_refuses_widths_that_differ_and_no_parts():
+    chained = adaptors.build(KINDS["perceiver"])
+    assert (chained.config.in_width, chained.config.out_width) == (WIDTH, OUT)
+    with pytest.raises(ValueError, match=r"parts\[1\]: expected in_width 8, .* found 6"):
+        adaptors.build({"kind": "chain", "parts": [GATED, GATED]})
+    with pytest.raises(ValueError, match="expected an adaptor or more, found none"):
+        adaptors.build({"kind": "chain", "parts": []})

@@ -9,7 +9,7 @@ from vlm.families.decoder_only import view_order
 from vlm.families.decoder_only.batch import IMAGE, Row, collate, collate_packed
 from vlm.families.decoder_only.image_layout import ImageLayout, Span, StreamLayout
 from vlm.families.decoder_only.module import ImageLayouts
-from vlm.families.decoder_only.view_order import InTurn, Joined, Tagged, unpadded
+from vlm.families.decoder_only.view_order import Fenced, InTurn, Joined, Tagged, unpadded
 from vlm.image_tokens import ImageTokens, TokenShape
 from vlm.tokenizers.edge_tiles import EdgeTilesSpec
 from vlm.tokenizers.pinpoint_tiles import PinpointTilesSpec, best_resolution
@@ -45,6 +45,48 @@ def test_tagged_views_are_tiles_by_row_then_the_whole():
     assert TAGS((1, 1), Views(1, 1), shapes[:1]).marked("*") == "<m><all>*<m>"
     with pytest.raises(ValueError, match="expected 2 x 2 tiles and the whole image, found 7 views"):
         TAGS((1, 1), Views(2, 2), shapes)
+
+
+def test_fenced_views_have_a_mark_before_between_and_after():
+    shapes = [TokenShape(4, (2, 2)), TokenShape(6, (2, 3)), TokenShape(5, None)]
+    layout = Fenced(mark="<f>")((1, 1), Views(1, 1), shapes)
+    assert layout.marked("*") == "<f>*<f>*<f>*<f>"
+    assert [span.grid_hw for span in layout.spans] == [(2, 2), (2, 3), None]
+    assert layout.encoded == 15
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ((None, None), "~#~#~"),
+        (("a", None, "", None, None, "b"), "a~#~#~#~ b"),
+        ((None, " ", None, "\n", None, "<"), "~#~ ~#~\n~#~<"),
+        ((None, "b", None), "~#~ b~#~"),
+    ],
+)
+def test_fences_meet_where_no_text_stands_between_images(content, expected):
+    """One is left of two; a word after one begins with a space, for rows to learn from too."""
+    model = tiny.decoder_only()
+    processor = tiny.processor(model)
+    processor.layout_for = ImageLayouts(model.tokenizer, model.adaptor, Fenced(mark="~"))
+    row = processor.encode(tiny.example(content=content, answer="cat"))
+    prompt = processor.encode_prompt(tiny.example(content=content).question())
+    decode = processor.text_tokenizer.decode
+    said = "".join("#" if id == IMAGE else decode([id]) for id in row.ids)
+    assert f"user\n{expected.replace('#', '######')}<|im_end|>" in said
+    assert torch.equal(row.ids[: len(prompt.ids)], prompt.ids)
+    assert decode(row.ids[row.scored]) == "cat<|im_end|>"
+
+
+def test_fence_keeps_an_answer_right_after_an_image_scored():
+    """In a literal prompt that ends with its image; the space stands before the answer."""
+    model = tiny.decoder_only()
+    processor = tiny.processor(model)
+    processor.layout_for = ImageLayouts(model.tokenizer, model.adaptor, Fenced(mark="~"))
+    row = processor.encode_literal([tiny.image()], "a <image>", "cat")
+    decode = processor.text_tokenizer.decode
+    assert decode(row.ids[-5:]) == " cat<|im_end|>"
+    assert decode(row.ids[row.scored]) == "cat<|im_end|>"
 
 
 def test_joined_views_follow_the_rows_of_the_image():
@@ -134,7 +176,7 @@ def test_newline_mlp_gives_a_learned_token_before_each_view():
 
 
 def test_orders_of_views_are_rebuilt_from_their_configurations():
-    for order in (InTurn(), TAGS, Joined()):
+    for order in (InTurn(), TAGS, Joined(), Fenced(mark="~")):
         assert view_order.build(view_order.config_of(order)) == order
     with pytest.raises(ValueError, match="'x' is not one of in_turn, tagged, joined"):
         view_order.build({"kind": "x"})

@@ -185,7 +185,10 @@ def test_strips_that_would_grow_without_bound_are_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fit": "squeeze"}, "fit must be one of stretch, crop, pad, patches, height, page, found"),
+        (
+            {"fit": "squeeze"},
+            "fit must be one of stretch, crop, pad, patches, height, page, shrink, found",
+        ),
         ({"resample": "cubic"}, "resample must be one of nearest.* found 'cubic'"),
         ({"backend": "cv2"}, "backend must be one of .* found 'cv2'"),
         ({"rounding": "up"}, "rounding must be one of .* found 'up'"),
@@ -237,3 +240,33 @@ def test_lines_need_whole_patches_of_columns(changes):
     values = dict(size_hw=(32, 1024), fit="height", patch_px=4, resample="bilinear")
     with pytest.raises(ValueError, match="under fit 'height'"):
         PixelSpec(**values | changes, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("size_hw", "expected"),
+    [
+        ((30, 45), (30, 45)),  # smaller than the box: as it is
+        ((300, 200), (100, 66)),
+        ((90, 400), (22, 100)),
+        ((600, 90), (100, 20)),  # the least side, whatever the aspect
+        ((3, 500), (20, 100)),
+        ((9, 7), (20, 20)),
+        ((100, 100), (100, 100)),
+    ],
+)
+def test_shrunk_images_keep_their_aspect_down_to_the_least_side(size_hw, expected):
+    shrink = spec("shrink", size_hw=(100, 100), min_side_px=20)
+    assert shrink.view_sizes(size_hw) == (expected,)
+    (view,) = shrink(photo(*size_hw))
+    assert view.shape == (3, *expected)
+    record = shrink.resize_record(size_hw)
+    assert record.output_hw == expected
+    assert record.offset_xy == (0, 0)
+    corner = record.boxes([[0, 0, size_hw[1], size_hw[0]]])[0]
+    np.testing.assert_allclose(corner, [0, 0, expected[1], expected[0]])
+
+
+@pytest.mark.parametrize("changes", [{"size_hw": (90, 100)}, {"min_side_px": 101}])
+def test_shrunk_images_need_a_square_box_above_the_least_side(changes):
+    with pytest.raises(ValueError, match=r"a square of at least min_side_px .* under fit 'shrink'"):
+        spec("shrink", **({"size_hw": (100, 100)} | changes))

@@ -327,6 +327,17 @@ def config_of(adaptor: nn.Module) -> dict[str, Any]:
     return {"kind": kind, **to_dict(adaptor.config)}
 
 
+FLAMINGO = {
+    "heads": 8,
+    "kv_heads": 8,
+    "head_width": 64,
+    "mlp": "squared_relu",
+    "norm": "layer",
+    "eps": 1e-5,
+}
+"""Of a perceiver, whatever its width. Source: Flamingo (arXiv 2204.14198), appendix A.1.1."""
+
+
 def adaptor_config(
     kind: str, *, in_width: int, out_width: int, depth: int, ratio: int, queries: int
 ) -> dict[str, Any]:
@@ -350,6 +361,20 @@ def adaptor_config(
             "depth": depth,
             "queries": queries,
             "heads": max(1, out_width // 64),
+        },
+        "perceiver": {
+            "kind": "chain",
+            "parts": [
+                {
+                    "kind": "perceiver",
+                    "width": in_width,
+                    "latents": queries,
+                    "depth": depth,
+                    **FLAMINGO,
+                    "mlp_width": 4 * in_width,
+                },
+                {"kind": "mlp", **widths, "depth": 1, "hidden_width": out_width},
+            ],
         },
     }
     if kind not in known:

@@ -13,6 +13,7 @@ from tests.reference import (
     tiny_deepseek_vl,
     tiny_donut,
     tiny_idefics,
+    tiny_idefics2,
     tiny_llava,
     tiny_mllama,
     tiny_paligemma,
@@ -57,10 +58,15 @@ SYSTEM_FOLDERS = {
     **{kind: partial(tiny_smolvlm.write_folder, kind=kind) for kind in tiny_smolvlm.KINDS},
     "mllama": tiny_mllama.write_folder,
     **{f"idefics {kind}": idefics(kind) for kind in tiny_idefics.KINDS},
+    "idefics2": tiny_idefics2.write_folder,
+    "idefics2 split": partial(tiny_idefics2.write_folder, kind="split"),
     "deepseek_vl": deepseek_vl("deepseek_vl"),
     "deepseek_vl with a head": deepseek_vl("deepseek_vl", vision=HEAD),
     "deepseek_vl_hybrid with a head": deepseek_vl("deepseek_vl_hybrid", vision=HEAD),
 }
+WRITERS = {"paligemma 1", "llava", "llava_next", "idefics2", "idefics3",
+           "idefics instruct", "idefics base", "smolvlm", "deepseek_vl"}  # fmt: skip
+"""Folders of models whose images stand in the stream that they write."""
 UNUSED = {"trocr", "idefics", "llava", "llava_next",
           "paligemma 1 with a head", "paligemma 2 with a head",
           "deepseek_vl with a head", "deepseek_vl_hybrid with a head"}  # fmt: skip
@@ -133,3 +139,15 @@ def test_weights_that_are_not_used_go_by_the_names_of_those_around_them(tmp_path
     assert any(".head." in key for key in towers)
     assert len({key.partition("vision_tower.")[2].split(".")[0] for key in towers}) == 1
     assert same_bits(opened(tmp_path / "out"), opened(tmp_path / "published"))
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+def test_no_model_writes_the_mark_of_an_image(name, tmp_path):
+    """Where it is a token of the vocabulary; in our own layout too."""
+    SYSTEM_FOLDERS[name](tmp_path / "published")
+    model = vlm.load(tmp_path / "published", "cpu", "stored")
+    mark = model.processor.text_tokenizer.get_added_vocab()[model.processor.image_mark]
+    assert mark in model.banned_ids
+    assert not {*model.banned_ids} & {*model.stop_ids}
+    model.save(tmp_path / "native")
+    assert vlm.load(tmp_path / "native", "cpu", "stored").banned_ids == model.banned_ids

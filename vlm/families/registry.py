@@ -180,6 +180,9 @@ SYSTEMS = {
     "llava_next": System(
         "vlm.systems.llava", "LLaVA-NeXT (1.6): CLIP tiles of any resolution, MLP, LLaMA or Mistral"
     ),
+    "idefics2": System(
+        "vlm.systems.idefics2", "Idefics2: SigLIP at an image's own size, perceiver, Mistral"
+    ),
     "idefics3": System("vlm.systems.smolvlm", "Idefics3, SmolVLM: tagged SigLIP tiles, LLaMA"),
     "smolvlm": System("vlm.systems.smolvlm", "SmolVLM2 on images: tagged SigLIP tiles, LLaMA"),
     "mllama": System(

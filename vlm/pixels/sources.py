@@ -213,6 +213,24 @@ def _siglip2(processor: Any, shared: dict) -> PixelSpec:
     return PixelSpec(size_hw=box, fit="patches", patch_px=processor.patch_size, **shared)
 
 
+def _idefics2(processor: Any, shared: dict) -> PixelSpec:
+    """The long side to at most `longest_edge`, then each side to at least `shortest_edge`; what
+    pads the images of a batch is no part of a view.
+
+    Source: transformers, `Idefics2ImageProcessor.resize`.
+    """
+    _expect(processor, "do_image_splitting", False)
+    size = _size(processor, "size")
+    if set(size) != {"shortest_edge", "longest_edge"}:
+        raise _cannot(processor, "size", "shortest_edge and longest_edge")
+    return PixelSpec(
+        size_hw=(size["longest_edge"],) * 2,
+        fit="shrink",
+        min_side_px=size["shortest_edge"],
+        **shared,
+    )
+
+
 def _donut(processor: Any, shared: dict) -> PixelSpec:
     """The short side to the box's short side, shrunk to fit, centred on black before normalising.
 
@@ -258,6 +276,7 @@ _SPECIAL = {
     "DeepseekVLImageProcessor": _deepseek_vl,
     "Siglip2ImageProcessor": _siglip2,
     "DonutImageProcessor": _donut,
+    "Idefics2ImageProcessor": _idefics2,
     "ConvNextImageProcessor": _convnext,
     # A processor of videos, which treats each frame by the backend's own steps.
     "VideoMAEImageProcessor": _standard,

@@ -37,7 +37,7 @@ HALF = Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 CHOICES = {
-    "fit": ("stretch", "crop", "pad", "patches", "height", "page"),
+    "fit": ("stretch", "crop", "pad", "patches", "height", "page", "shrink"),
     "resample": ("nearest", "bilinear", "bicubic", "lanczos"),
     "backend": ("torchvision", "pil"),
     "rounding": ("usual", "truncate", "half_even", "half_even_ratio", "half_up"),
@@ -47,7 +47,9 @@ CHOICES = {
 """The values that each choice of a PixelSpec may take."""
 WIDTHS_PER_OCTAVE = 4
 """How many widths lines share between a width and its double."""
-FREE = ("patches", "height")
+PATCHED = ("patches", "height")
+"""Fits under which sides are whole patches."""
+FREE = (*PATCHED, "shrink")
 """Fits under which each image has a view of its own size."""
 
 
@@ -57,7 +59,7 @@ class PixelSpec:
 
     size_hw: rows and columns of the view; under "patches", which gives every image a view of its
         own size, of a box: no view has more patches than the box; under "height" its rows, and the
-        most columns.
+        most columns; under "shrink" the most of both, a square.
     fit: how the image meets the box `resize_hw`. "stretch": both sides become the box's. "crop":
         the image, its aspect kept, covers the box. "pad": it fits inside. Then a window of
         size_hw is taken; what the image does not fill is padded. "patches": the image, its
@@ -68,7 +70,9 @@ class PixelSpec:
         or narrower at most, so that lines of like width share a batch; there is no window.
         "page": the short side becomes the box's short side; what does not fit then is resized once
         more, to fit inside, and padded (Donut); sides that follow the aspect are cut to whole
-        pixels.
+        pixels. "shrink": the image, its aspect kept, is made smaller where it does not fit inside
+        the box, its short side cut to whole pixels; then a side below `min_side_px` becomes that,
+        whatever the aspect; there is no window (Idefics2).
     resample: the filter.
     backend: who resizes. "torchvision": torch on the uint8 tensor, antialiased, as transformers
         does by default; "pil": Pillow, as timm, open_clip and transformers' `backend="pil"` do.
@@ -140,26 +144,32 @@ class PixelSpec:
         self._check_patches()
 
     def _check_patches(self) -> None:
-        if not self.free:
-            if self.patch_px is not None:
+        if self.fit in PATCHED:
+            if not _is_side(self.patch_px):
                 raise ValueError(
-                    f"patch_px belongs to the fits {', '.join(FREE)}, found {self.patch_px} under "
-                    f"{self.fit!r}"
+                    f"patch_px must be a positive integer under fit {self.fit!r}, found "
+                    f"{self.patch_px}"
                 )
-            return
-        if not _is_side(self.patch_px):
+            sides = self.size_hw if self.fit == "patches" else self.size_hw[1:]
+            if any(side % self.patch_px for side in sides):
+                raise ValueError(
+                    f"size_hw must be whole patches of {self.patch_px} under fit {self.fit!r}, "
+                    f"found {self.size_hw}"
+                )
+        elif self.patch_px is not None:
             raise ValueError(
-                f"patch_px must be a positive integer under fit {self.fit!r}, found {self.patch_px}"
+                f"patch_px belongs to the fits {', '.join(PATCHED)}, found {self.patch_px} under "
+                f"{self.fit!r}"
             )
-        sides = self.size_hw if self.fit == "patches" else self.size_hw[1:]
-        if any(side % self.patch_px for side in sides):
-            raise ValueError(
-                f"size_hw must be whole patches of {self.patch_px} under fit {self.fit!r}, found "
-                f"{self.size_hw}"
-            )
-        if self.resize_hw is not None:
+        if self.free and self.resize_hw is not None:
             raise ValueError(
                 f"resize_hw must be None under fit {self.fit!r}, found {self.resize_hw}"
+            )
+        rows, columns = self.size_hw
+        if self.fit == "shrink" and not (self.min_side_px <= rows == columns):
+            raise ValueError(
+                f"size_hw must be a square of at least min_side_px {self.min_side_px} under fit "
+                f"{self.fit!r}, found {self.size_hw}"
             )
 
     @property
@@ -241,6 +251,8 @@ class PixelSpec:
         if self.fit == "patches":
             return _patches_hw(size_hw, self.patch_px, self.max_patches)
         H, W = size_hw[::-1] if self._turns(size_hw) else size_hw
+        if self.fit == "shrink":
+            return self._shrunk_hw((H, W))
         if self.fit == "page":
             return self._page_steps((H, W))[-1]
         if self.fit == "height":
@@ -263,6 +275,19 @@ class PixelSpec:
             whole = round if rounding == "half_even" else lambda side: int(side + 0.5)
             sides = (whole(H * scale), whole(W * scale))
         return max(sides[0], self.min_side_px), max(sides[1], self.min_side_px)
+
+    def _shrunk_hw(self, size_hw: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns under "shrink".
+
+        Source: transformers, `image_processing_idefics2.py`, `get_resize_output_image_size`.
+        """
+        (H, W), longest = size_hw, self.size_hw[0]
+        aspect = W / H
+        if W >= H and longest < W:
+            H, W = int(longest / aspect), longest
+        elif H > W and longest < H:
+            H, W = longest, int(longest * aspect)
+        return max(H, self.min_side_px), max(W, self.min_side_px)
 
     def _turns(self, size_hw: tuple[int, int]) -> bool:
         """Whether an image is turned: it lies across the view, and neither is square."""

@@ -46,7 +46,8 @@ def build(
     vision: "demo", or "kind:id" such as "transformers:google/siglip-base-patch16-224",
         "timm:vit_base_patch16_dinov2" or "open_clip:ViT-B-32:laion2b_s34b_b79k".
     text: "demo", or a causal language model's hub id or folder, tuned to chat.
-    adaptor: "linear", "mlp", "pixel_shuffle" or "resampler", as wide as the language model.
+    adaptor: "linear", "mlp", "pixel_shuffle", "resampler" or "perceiver" (Flamingo's), to the
+        language model's width.
     max_tokens: longest row; None takes the language model's context. overflow: what happens to
         longer rows, see `Processor`.
     text_layers: how many of the language model's first layers are kept, for small and fast

@@ -25,8 +25,8 @@ def cross_attended(
 ) -> CrossAttended:
     """A language model with fresh gated blocks before its layers 0, `every`, 2 * `every`, ...
 
-    tokenizer, adaptor: the adaptor gives tokens as wide as the language model. Blocks have its
-    number of heads. The vector of an image's mark begins as the mean of its tokens' vectors.
+    adaptor: gives tokens of any width. Blocks have the language model's number of heads. The vector
+        of an image's mark begins as the mean of those of its tokens.
     Weights are drawn from torch's global generator.
     Raises ValueError for `every` below 1.
     """
@@ -36,7 +36,7 @@ def cross_attended(
     width, heads = config.hidden_size, config.num_attention_heads
     block = GatedBlockConfig(
         width=width,
-        memory_width=width,
+        memory_width=adaptor.config.out_width,
         heads=heads,
         kv_heads=heads,
         head_width=getattr(config, "head_dim", None) or width // heads,

@@ -71,7 +71,7 @@ def build(
         fresh weights, as TrOCR's decoder began from RoBERTa's; or the sizes of one from scratch.
     text_tokenizer: a fast tokenizer of transformers, a hub id or a folder; None takes that of
         `text`. Rows of a pretrained decoder's tables are not changed: it must have as many.
-    adaptor: "identity", "linear", "mlp", "pixel_shuffle" or "resampler".
+    adaptor: "identity", "linear", "mlp", "pixel_shuffle", "resampler" or "perceiver".
     prefix: "drop" or "keep" the class token and its like, which TrOCR attends to.
     max_tokens: the longest row; None takes the decoder's positions.
     seed: of all fresh weights; the global generator is left as it is.

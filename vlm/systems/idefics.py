@@ -52,6 +52,7 @@ from vlm.systems.compose import context_of
 from vlm.systems.published import (
     KeyMap,
     first_names,
+    listed_banned_ids,
     listed_stop_ids,
     published_name,
     write_config,
@@ -182,6 +183,7 @@ def load(folder: Path, values: dict[str, Any]) -> CrossAttendedModel:
         module=module.eval(),
         processor=processor,
         stop_ids=listed_stop_ids(folder, processor),
+        banned_ids=listed_banned_ids(folder, processor, FENCE),
         reference=read_reference(folder, values["model_type"], unused),
     )
 

@@ -51,6 +51,7 @@ from vlm.systems.published import (
     KeyMap,
     architecture,
     first_names,
+    listed_banned_ids,
     listed_stop_ids,
     published_name,
     write_config,
@@ -236,6 +237,7 @@ def load(folder: Path, values: dict[str, Any]) -> PrefixDecoderModel:
         module=module.eval(),
         processor=processor,
         stop_ids=listed_stop_ids(folder, processor),
+        banned_ids=listed_banned_ids(folder, processor),
         reference=read_reference(folder, values["model_type"], unused),
     )
     ask_as_published(model)

@@ -48,6 +48,18 @@ def listed_stop_ids(folder: Path, processor: Processor) -> tuple[int, ...]:
     return tuple(dict.fromkeys([processor.end_id, *(id for id in named if id in special)]))
 
 
+def listed_banned_ids(folder: Path, processor: Processor, *marks: str) -> tuple[int, ...]:
+    """Ids that no answer holds: the image mark, and `marks`, where they are tokens; and what the
+    folder's generation_config.json bans: ids to suppress, and bad words of one id each."""
+    vocabulary = processor.text_tokenizer.get_added_vocab()
+    ids = [vocabulary[mark] for mark in (processor.image_mark, *marks) if mark in vocabulary]
+    if (folder / "generation_config.json").is_file():
+        said = GenerationConfig.from_pretrained(folder)
+        ids += [word[0] for word in said.bad_words_ids or () if len(word) == 1]
+        ids += said.suppress_tokens or ()
+    return tuple(dict.fromkeys(ids))
+
+
 def write_config(config: dict[str, Any], dtype: torch.dtype, folder: Path) -> None:
     """Writes a published config.json, which says the dtype of its weights wherever it said one."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):

@@ -42,6 +42,7 @@ from vlm.systems.compose import context_of
 from vlm.systems.published import (
     KeyMap,
     first_names,
+    listed_banned_ids,
     listed_stop_ids,
     published_name,
     read_json,
@@ -111,6 +112,7 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
         module=module.eval(),
         processor=processor,
         stop_ids=listed_stop_ids(folder, processor),
+        banned_ids=listed_banned_ids(folder, processor, views.mark),
         caption_prompt=CAPTION_PROMPT,
         reference=read_reference(folder, values["model_type"], unused),
     )

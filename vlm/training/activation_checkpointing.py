@@ -58,8 +58,8 @@ def checkpoint_activations(module: nn.Module, parts: Sequence[str] = ("tokenizer
 
 def kept_parts(module: nn.Module, stage: Stage) -> list[str]:
     """The parts that keep activations for the backward pass, as `checkpoint_activations` takes
-    them: language models and cross-attention blocks, since gradients pass through them or they learn,
-    a contrastive model's text encoder where it learns, and image tokenizers that learn."""
+    them: language models and cross-attention blocks, since gradients pass through them or they
+    learn, a contrastive model's text encoder where it learns, and image tokenizers that learn."""
     rates = assign_rates(module, stage.rates)
     learned = {name.split(".")[0] for name, (_, rate) in rates.items() if rate is not FROZEN}
     return [part for part in ("tokenizer", "cross", "text") if part in learned | {*module.through}]

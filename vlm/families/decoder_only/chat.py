@@ -167,9 +167,9 @@ class Chat:
         with evaluating(module), engine.seeded(seed, device):
             encoded = [self._encode(one) for one in seen]
             images = type(encoded[0]).in_one_example(encoded) if encoded else None
-            ends, pad_id = model.stop_ids, model.processor.pad_id
+            ends, pad_id, banned = model.stop_ids, model.processor.pad_id, model.banned_ids
             batch = collate([row], pad_id, "left").to(device)
-            (written,) = engine.write(module, images, batch, ends, pad_id, **options)
+            (written,) = engine.write(module, images, batch, ends, pad_id, banned, **options)
         return written
 
     def _look(self, images: Sequence, name: str) -> list[_Seen]:

@@ -33,18 +33,23 @@ GREEDY = {"do_sample": False, "num_beams": 1, "max_new_tokens": 64}
 
 @torch.no_grad()
 def generate(
-    module: DecoderOnly, batch: Batch, stop_ids: Sequence[int], pad_id: int, **options
+    module: DecoderOnly,
+    batch: Batch,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    banned: Sequence[int] = (),
+    **options,
 ) -> list[Written]:
     """What is written after each row of a left-padded batch.
 
-    options: see `write`.
+    banned, options: see `write`.
     Raises ValueError for a batch padded on the right, or an option that is refused.
     """
     check_options(options)
     if batch.bounds is not None or (batch.padding != "left" and not bool(batch.valid.all())):
         raise ValueError("generation continues at the end of rows: pad the batch on the left")
     images = module.encode(batch.groups, batch.arrangement)
-    return write(module, images, batch, stop_ids, pad_id, **options)
+    return write(module, images, batch, stop_ids, pad_id, banned, **options)
 
 
 def check_options(options: dict, seed: int | None = None) -> None:
@@ -70,12 +75,14 @@ def write(
     batch: Batch,
     stop_ids: Sequence[int],
     pad_id: int,
+    banned: Sequence[int] = (),
     **options,
 ) -> list[Written]:
     """What is written after each row of a batch whose images are encoded.
 
     images: as the module encoded them. batch: padded on the left. Position ids are those of its
         layouts, and what is written goes on at the largest number of each row + 1.
+    banned: ids that are never written, besides those of an option `suppress_tokens`.
     options: transformers' names (`max_new_tokens`, `num_beams`, `do_sample`, `temperature`,
         `top_p`, ...), greedy by default; with `do_sample`, transformers' `top_k` is 50 unless
         given. `num_return_sequences`, `max_length` and `min_length` are refused.
@@ -83,11 +90,13 @@ def write(
     """
     check_options(options)
     module.require_layout(batch)
+    never = [*(options.pop("suppress_tokens", None) or ()), *banned]
     with prompt_position_ids(module.text, batch.positions) as where:
         out = module.text.generate(
             attention_mask=batch.valid.long(),
             eos_token_id=list(stop_ids),
             pad_token_id=pad_id,
+            suppress_tokens=never or None,
             return_dict_in_generate=True,
             output_logits=True,
             **module.prompt(images, batch),

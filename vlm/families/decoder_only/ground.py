@@ -167,8 +167,14 @@ def _answers(
         encoded = [question.encoded for question in part]
         images = type(encoded[0]).side_by_side(encoded)
         answers = engine.write(
-            model.module, images, batch, model.stop_ids, model.processor.pad_id, **options
-        )  # fmt: skip
+            model.module,
+            images,
+            batch,
+            model.stop_ids,
+            model.processor.pad_id,
+            model.banned_ids,
+            **options,
+        )
         for q, answer in zip(chosen, answers):
             written[q] = answer
     return list(zip(questions, written))

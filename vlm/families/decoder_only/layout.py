@@ -36,10 +36,10 @@ SOURCE = "our own"
 class Folder(native_layout.Folder):
     """What config.json says of a decoder-only or prefix model.
 
-    adaptor: a configuration with its `kind`. stop_ids: ids that end an answer. loc: how boxes are
-    written; None: not at all. views: how the views of an image follow each other, a configuration
-    with its `kind`. template: how the chat template is used. position_numbers: as in
-    `StreamLayout`. The rest is the prompts'.
+    adaptor: a configuration with its `kind`. stop_ids: ids that end an answer. banned_ids: ids that
+    are never written. loc: how boxes are written; None: not at all. views: how the views of an
+    image follow each other, a configuration with its `kind`. template: how the chat template is
+    used. position_numbers: as in `StreamLayout`. The rest is the prompts'.
     """
 
     adaptor: dict[str, Any]
@@ -57,6 +57,7 @@ class Folder(native_layout.Folder):
     views: dict[str, Any] = field(default_factory=lambda: view_order.config_of(InTurn()))
     template: Template = field(default_factory=Template)
     position_numbers: PositionNumbers = 1
+    banned_ids: tuple[int, ...] = ()
 
 
 F = TypeVar("F", bound=Folder)
@@ -76,6 +77,7 @@ def described(model: DecoderOnlyModel) -> dict[str, Any]:
         adaptor=adaptors.config_of(model.module.adaptor),
         text=model.module.text.config.to_dict(),
         stop_ids=model.stop_ids,
+        banned_ids=model.banned_ids,
         caption_prompt=model.caption_prompt,
         system=model.processor.system,
         max_tokens=model.processor.max_tokens,
@@ -143,6 +145,7 @@ def load_as(
         module=module.eval(),
         processor=processor,
         stop_ids=said.stop_ids,
+        banned_ids=said.banned_ids,
         caption_prompt=said.caption_prompt,
         ground_prompt=said.ground_prompt,
         labelled_boxes=said.labelled_boxes,

@@ -32,10 +32,11 @@ ANSWER_PROMPT = "{question}"
 class DecoderOnlyModel(Model):
     """A vision-language model with its processor, ready to use.
 
-    stop_ids: ids that end an answer. caption_prompt: what asks for a caption where nothing else is
-    said. ground_prompt: what asks for the boxes of a `{phrase}`. labelled_boxes: whether its answer
-    names the phrase after each box. answer_prompt: what is written for a `{question}`.
-    ocr_prompt: what asks for the text in an image; None where it was trained on none.
+    stop_ids: ids that end an answer. banned_ids: ids that are never written, such as those of image
+    marks. caption_prompt: what asks for a caption where nothing else is said. ground_prompt: what
+    asks for the boxes of a `{phrase}`. labelled_boxes: whether its answer names the phrase after
+    each box. answer_prompt: what is written for a `{question}`. ocr_prompt: what asks for the text
+    in an image; None where it was trained on none.
     `images` holds, per example, an image (path, bytes, PIL image or array) or a list of images.
     Options carry transformers' names and are greedy by default. With `do_sample=True`, `seed` makes
     what is drawn repeatable for the same rows in the same batches; torch's global generators stay
@@ -52,6 +53,7 @@ class DecoderOnlyModel(Model):
     labelled_boxes: bool = False
     answer_prompt: str = ANSWER_PROMPT
     ocr_prompt: str | None = None
+    banned_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         require_own_logits(self.module.text)
@@ -179,7 +181,12 @@ class DecoderOnlyModel(Model):
         with engine.seeded(seed, self.device):
             for indices, batch in self._batches(rows, count, batch_size, "left"):
                 written = engine.generate(
-                    self.module, batch, self.stop_ids, self.processor.pad_id, **options
+                    self.module,
+                    batch,
+                    self.stop_ids,
+                    self.processor.pad_id,
+                    self.banned_ids,
+                    **options,
                 )
                 for index, (ids, logprobs) in zip(indices, written):
                     text = self.processor.decode(ids)

@@ -1,5 +1,5 @@
-"""How the views of one image become its layout in the text stream: in turn, tagged, joined, or as
-one mark.
+"""How the views of one image stand in the text stream: in turn, tagged, joined, fenced, or as one
+mark.
 
 Each way is a frozen value that a folder's config.json names by its `kind`; called with an image's
 size, its preprocessing and the shape of each view's tokens, it gives an `ImageLayout`.
@@ -113,6 +113,28 @@ class Joined:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fenced:
+    """The tokens of each view, one view after the other, with a mark before the first, between two,
+    and after the last. Of two images with no text between them, one mark stands between.
+
+    mark: the text of a special token. A word that follows it is written with a space before.
+    Source: transformers, `processing_idefics2.py`.
+    """
+
+    mark: str
+
+    def __call__(
+        self, size_hw: tuple[int, int], pixel_spec: Any, shapes: Sequence[TokenShape]
+    ) -> ImageLayout:
+        """The layout of an image of `size_hw` pixels whose views give tokens of `shapes`."""
+        pieces: list[Span | str] = [self.mark]
+        for shape in shapes:
+            pieces += [Span(length=shape.length, grid_hw=shape.grid_hw), self.mark]
+        encoded = sum(shape.length for shape in shapes)
+        return ImageLayout(pieces=tuple(pieces), encoded=encoded, fence=self.mark)
+
+
 def unpadded(size_hw: tuple[int, int], grid_hw: tuple[int, int]) -> tuple[range, range]:
     """The rows and columns of a grid that an image of `size_hw` pixels, which was brought into the
     middle of the grid at its own aspect, reaches.
@@ -157,8 +179,14 @@ class Marked:
         )
 
 
-ViewOrder = InTurn | Tagged | Joined | Marked
-KINDS: dict[str, type] = {"in_turn": InTurn, "tagged": Tagged, "joined": Joined, "marked": Marked}
+ViewOrder = InTurn | Tagged | Joined | Fenced | Marked
+KINDS: dict[str, type] = {
+    "in_turn": InTurn,
+    "tagged": Tagged,
+    "joined": Joined,
+    "fenced": Fenced,
+    "marked": Marked,
+}
 """Kind in a configuration -> the way."""
 
 

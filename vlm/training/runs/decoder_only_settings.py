@@ -128,7 +128,7 @@ class FromParts(Settings):
     """Language model: "demo" (SmolLM2-135M-Instruct, no hub needed), a hub id or a folder."""
     text_layers: int | None = None
     """How many of its first layers are kept, for small and fast models; None keeps all."""
-    adaptor: Literal["linear", "mlp", "pixel_shuffle", "resampler"] = "pixel_shuffle"
+    adaptor: Literal["linear", "mlp", "pixel_shuffle", "resampler", "perceiver"] = "pixel_shuffle"
     """What stands between them. pixel_shuffle makes one token of each block of neighbours, which
     cuts the cost of an image by shuffle_ratio squared; its grid must divide."""
     adaptor_depth: int = 2
@@ -136,7 +136,7 @@ class FromParts(Settings):
     shuffle_ratio: int = 2
     """pixel_shuffle: sides of the blocks that become one token."""
     queries: int = 64
-    """resampler: tokens that it gives for each view."""
+    """resampler, perceiver: tokens that they give for each view."""
     cross_every: int | None = None
     """Gated cross-attention blocks before each so many-th layer of the language model, which learn
     as the adaptor does: it reads images beside the text, as in Flamingo. None places image tokens
