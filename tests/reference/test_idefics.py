@@ -72,13 +72,13 @@ def test_idefics_ids_and_logits_match_reference(folder, answers):
 def test_idefics_greedy_ids_match_reference_and_batches(folder):
     model, (peer, processor) = vlm.load(folder, "cpu"), reopened(folder)
     options = dict(max_new_tokens=10)
-    together = model.answer_examples(examples(False), **options)
+    together = model.answer_examples(examples(), **options)
     inputs = their_inputs(processor)
     theirs = peer.generate(**inputs, **options, do_sample=False, eos_token_id=list(model.stop_ids))[
         :, inputs["input_ids"].shape[1] :
     ].tolist()
     assert together == [model.processor.decode(ids) for ids in theirs]
-    alone = [model.answer_examples([example], **options)[0] for example in examples(False)]
+    alone = [model.answer_examples([example], **options)[0] for example in examples()]
     assert together == alone
     assert len(set(together)) > 1
 

@@ -90,7 +90,7 @@ def test_mllama_reads_images_of_one_colour(folder):
 def test_mllama_greedy_ids_match_reference_and_batches(folder):
     model, (peer, processor) = opened(folder), reopened(folder)
     options = dict(max_new_tokens=10)
-    together = model.answer_examples(examples(False, EVERY_ROW), **options)
+    together = model.answer_examples(examples(True, EVERY_ROW), **options)
     for number, row in enumerate(EVERY_ROW):
         inputs = their_inputs(processor, [row])
         theirs = peer.generate(
@@ -106,7 +106,7 @@ def test_mllama_greedy_ids_match_reference_and_batches(folder):
 def test_mllama_beams_do_not_depend_on_the_batch(folder):
     model = opened(folder, reference_mask=False)
     options = dict(max_new_tokens=6, num_beams=3)
-    rows = examples(False, EVERY_ROW)
+    rows = examples(True, EVERY_ROW)
     together = model.answer_examples(rows, **options)
     assert together == [model.answer_examples([row], **options)[0] for row in rows]
 
