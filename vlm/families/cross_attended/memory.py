@@ -306,12 +306,11 @@ def _runs(
         runs.append(Run(start, before, *whole, feeds=blind == "feed_forward", masked=False))
     group = 0
     for number, (mark, after) in enumerate(zip(marks, [*marks[1:], stop])):
-        if number and (
-            sees == "latest" or (sees == "latest_group" and marks[number - 1] < mark - 1)
-        ):
+        parted = number and marks[number - 1] < mark - 1
+        if sees == "latest" or (sees == "latest_group" and parted):
             group = number
-        first = images[0] if sees == "all" else images[group]
-        runs.append(Run(mark, after, first, images[number + 1]))
+        first, last = images[group], images[number + 1]
+        runs.append(Run(mark, after, first, last, feeds=first < last or blind == "feed_forward"))
     return runs
 
 
