@@ -171,8 +171,9 @@ class CrossAttended(DecoderOnly):
         """
         config = self.cross.config
         if images is None:
-            weight = next(self.adaptor.parameters(), next(self.tokenizer.parameters()))
-            tokens = weight.new_zeros(0, config.block.memory_width)
+            dtype = next(self.text.get_input_embeddings().parameters()).dtype
+            shape = (0, config.block.memory_width)
+            tokens = torch.zeros(shape, dtype=dtype, device=batch.ids.device)
             images = Memory(tokens=tokens, bounds=((0,),))
         return view_of(
             images.for_examples(len(batch.names)),
