@@ -31,6 +31,7 @@ from vlm.families.decoder_only.batch import IMAGE, collate, collate_packed
 from vlm.losses.token import token_losses
 from vlm.systems import mllama
 from vlm.systems.published import first_names, published_name
+from vlm.training.activation_checkpointing import checkpoint_activations, saved_bytes
 
 folder = law.folders(("mllama",), write_folder)
 
@@ -212,6 +213,24 @@ def test_mllama_loss_is_that_of_rows_end_to_end(folder, reference_mask):
 
 def test_mllama_training_step_changes_every_part(folder):
     law.check_every_part_learns(folder, tiny_mllama)
+
+
+def test_mllama_activations_that_are_computed_again_give_the_same_gradients(folder):
+    found = []
+    for parts in ((), ("tokenizer", "text")):
+        model = vlm.load(folder, "cpu")
+        checkpoint_activations(model.module, parts)
+        batch = our_batch(model, True, "right")
+        with saved_bytes() as kept:
+            loss = token_losses(model.module(batch), batch.targets).mean()
+        loss.backward()
+        grads = [p.grad for p in model.module.parameters()]
+        found.append((loss.detach(), grads, sum(kept.values())))
+    (loss, grads, bytes_), (again, its, fewer) = found
+    close(loss, again, 1e-6)
+    for one, other in zip(grads, its, strict=True):
+        close(one, other, 1e-6)
+    assert fewer < 0.6 * bytes_
 
 
 @pytest.mark.parametrize("pack", [None, 200])

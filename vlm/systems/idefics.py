@@ -129,8 +129,8 @@ SIZES = {
         },
     )
 }
-"""Published sizes, of the base model. 9b: 8,930 million parameters; the blocks have 1,435 of them, the
-perceiver 126.
+"""Published sizes, of the base model. 9b: 8,930 million parameters, of which the blocks hold 1,435
+and the perceiver 126.
 Source: config.json of HuggingFaceM4/idefics-9b."""
 
 VIEW_224 = PixelSpec(
