@@ -34,10 +34,19 @@ def grow(
     text_tokenizer: a fast tokenizer of transformers.
     Raises ValueError naming every token that is empty, repeated, has a blank at an end, is there
     already as a special one (which decoding leaves out), or that would not come back from its id;
-    and after `train_rows`. Neither argument is changed by then.
+    after `train_rows`, and where the head has fewer rows than the input table. Neither argument is
+    changed by then.
     """
     if isinstance(text.get_input_embeddings(), SplitRows):
         raise ValueError("rows of this language model are trained apart: add tokens before that")
+    rows, written = (
+        len(table.weight) for table in (text.get_input_embeddings(), text.get_output_embeddings())
+    )
+    if rows != written:
+        raise ValueError(
+            f"expected as many rows in the head as in the input table, found {written} and {rows}: "
+            "tokens that are added could be read and not written"
+        )
     tokens = list(tokens)
     _check(text_tokenizer, tokens)
     known = text_tokenizer.get_vocab()

@@ -56,7 +56,8 @@ def save_weights(
 
 
 def save_state(state: Mapping[str, Tensor | Made], folder: Path) -> None:
-    """Writes tensors by their names in the files, in shards; what is made, when it is written.
+    """Writes tensors by their names in the files, in shards; what is made, when it is written, and
+    one that stands under several names once.
 
     Raises OSError before anything is written where the disk is too full.
     """

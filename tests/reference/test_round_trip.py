@@ -12,8 +12,10 @@ from tests.reference import (
     tiny_clip,
     tiny_deepseek_vl,
     tiny_donut,
+    tiny_idefics,
     tiny_idefics2,
     tiny_llava,
+    tiny_mllama,
     tiny_paligemma,
     tiny_qwen2_vl,
     tiny_siglip,
@@ -36,6 +38,10 @@ def paligemma(kind, **more):
     return lambda folder: tiny_paligemma.write_folder(folder, kind, **more)
 
 
+def idefics(kind):
+    return lambda folder: tiny_idefics.write_folder(folder, kind)
+
+
 def deepseek_vl(kind, **more):
     return lambda folder: tiny_deepseek_vl.write_folder(folder, kind, **more)
 
@@ -52,18 +58,22 @@ SYSTEM_FOLDERS = {
     **{kind: partial(tiny_llava.write_folder, kind=kind) for kind in tiny_llava.KINDS},
     **{kind: partial(tiny_smolvlm.write_folder, kind=kind) for kind in tiny_smolvlm.KINDS},
     **{kind: partial(tiny_qwen2_vl.write_folder, kind=kind) for kind in tiny_qwen2_vl.KINDS},
+    "mllama": tiny_mllama.write_folder,
+    **{f"idefics {kind}": idefics(kind) for kind in tiny_idefics.KINDS},
     "idefics2": tiny_idefics2.write_folder,
     "idefics2 split": partial(tiny_idefics2.write_folder, kind="split"),
     "deepseek_vl": deepseek_vl("deepseek_vl"),
     "deepseek_vl with a head": deepseek_vl("deepseek_vl", vision=HEAD),
     "deepseek_vl_hybrid with a head": deepseek_vl("deepseek_vl_hybrid", vision=HEAD),
 }
-WRITERS = {"paligemma 1", "llava", "llava_next", "idefics2", "idefics3", "smolvlm", "deepseek_vl"}
+WRITERS = {"paligemma 1", "llava", "llava_next", "idefics2", "idefics3",
+           "idefics instruct", "idefics base", "smolvlm", "deepseek_vl"}  # fmt: skip
 """Folders of models whose images stand in the stream that they write."""
-UNUSED = {"trocr", "llava", "llava_next", "paligemma 1 with a head", "paligemma 2 with a head",
+UNUSED = {"trocr", "idefics", "llava", "llava_next",
+          "paligemma 1 with a head", "paligemma 2 with a head",
           "deepseek_vl with a head", "deepseek_vl_hybrid with a head"}  # fmt: skip
-"""Folders that hold more than the model uses; of TrOCR every one, and of LLaVA CLIP's last layer
-and norm."""
+"""Folders that hold more than the model uses; of TrOCR every one, of LLaVA CLIP's last layer
+and norm, of Idefics CLIP's norm."""
 
 
 def opened(folder):

@@ -192,6 +192,14 @@ SYSTEMS = {
         "vlm.systems.qwen2_vl", "Qwen2.5-VL on images: any size, windowed ViT, Qwen2.5 with M-RoPE"
     ),
     "qwen": System("vlm.systems.qwen_vl", "Qwen-VL (the original): ViT-bigG, 256 queries, Qwen"),
+    "mllama": System(
+        "vlm.systems.mllama",
+        "Mllama (Llama 3.2 Vision): tiles of a canvas, LLaMA with gated blocks",
+    ),
+    "idefics": System(
+        "vlm.systems.idefics",
+        "Idefics v1 (open Flamingo): CLIP, perceiver, LLaMA with gated blocks",
+    ),
 }
 """`format` or transformers' `model_type` in config.json -> the system. A folder whose configuration
 is open_clip_config.json is "open_clip"; one of transformers' VisionEncoderDecoderModel is "donut"

@@ -24,6 +24,9 @@ from vlm.compat.transformers import CACHE, random_weights
 DECODERS = ("qwen2_vl_text", "qwen2_5_vl_text")
 """`model_type` of the decoders that transformers has no causal class for."""
 
+SPARE_ROWS = "spare_input_rows"
+"""The field of a configuration: how many rows its input table has beside those of the vocabulary."""
+
 
 class DecoderWithHead(PreTrainedModel, GenerationMixin):
     """A decoder of transformers and a linear head without bias, which may be tied to its table."""
@@ -65,7 +68,24 @@ class DecoderWithHead(PreTrainedModel, GenerationMixin):
 
 
 def causal_language_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The causal language model of a configuration, its weights random."""
+    """The causal language model of a configuration, its weights random; where the configuration has
+    SPARE_ROWS, with an input table of so many more rows than its head, for tokens that are read and
+    never written, such as Mllama's image mark.
+
+    Raises ValueError where there are such rows and both are to be one tensor.
+    """
     if config.model_type in DECODERS:
-        return random_weights(DecoderWithHead, config, "sdpa")
-    return AutoModelForCausalLM.from_config(config)
+        text = random_weights(DecoderWithHead, config, "sdpa")
+    else:
+        text = AutoModelForCausalLM.from_config(config)
+    spare = getattr(config, SPARE_ROWS, 0)
+    if not spare:
+        return text
+    if config.tie_word_embeddings:
+        raise ValueError(
+            f"{SPARE_ROWS}: expected 0 where input table and head are one tensor, found {spare}"
+        )
+    table = text.get_input_embeddings()
+    rows, width = table.weight.shape
+    text.set_input_embeddings(nn.Embedding(rows + spare, width, table.padding_idx))
+    return text

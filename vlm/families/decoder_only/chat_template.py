@@ -27,11 +27,14 @@ class Template:
     parts: whether it takes a message's content as a list of parts of type text or image; else it
         takes one text. answer_end: written after each answer, for templates that end none.
     special_tokens: whether the text tokenizer adds to what it writes the token that begins texts.
+    begins_after_images: whether a literal prompt that has no token which begins texts gets it after
+        the images that it starts with, and the text tokenizer adds none (Mllama).
     """
 
     parts: bool = False
     answer_end: str = ""
     special_tokens: bool = False
+    begins_after_images: bool = False
 
 
 class ChatTemplate:
@@ -133,3 +136,18 @@ def user_turn(prompt: str, image_mark: str) -> Turn:
     """A literal prompt as the user's message, each mark standing for an image."""
     first, *others = prompt.split(image_mark)
     return Turn("user", (first, *(part for text in others for part in (None, text))))
+
+
+def begun_after_images(marked: str, begins: str) -> str:
+    """A marked text that begins with the token `begins`, which stands after the images that come
+    first; as it is where it has that token anywhere.
+
+    Source: transformers, `processing_mllama.py`, `build_string_from_input`.
+
+    >>> begun_after_images(f"{SLOT}{SLOT}What?", "<s>") == f"{SLOT}{SLOT}<s>What?"
+    True
+    """
+    if begins in marked:
+        return marked
+    rest = marked.lstrip(SLOT)
+    return marked[: len(marked) - len(rest)] + begins + rest

@@ -24,6 +24,7 @@ from vlm.families.decoder_only.chat_template import (
     SLOT,
     ChatTemplate,
     Template,
+    begun_after_images,
     user_turn,
 )
 from vlm.families.decoder_only.image_layout import ImageLayout, PositionNumbers, StreamLayout
@@ -213,7 +214,9 @@ class Processor:
             marked = prompt.replace(self.image_mark, SLOT)
         if answer is not None:
             marked += f"{ANSWER}{answer}{END}"
-        adds = not self.framed
+        adds = not self.framed and not self.template.begins_after_images
+        if self.template.begins_after_images:
+            marked = begun_after_images(marked, self.text_tokenizer.bos_token)
         ids, scored, _ = self.marked_text.tokenize(marked, layouts, name, adds)
         if answer is not None:
             ids = torch.cat([ids, torch.tensor([self.end_id])])
@@ -319,7 +322,10 @@ class Processor:
         text = example.turns[0].text.strip()
         if not text:
             raise BadRow(f"{example.name}: expected a document's text, found none")
-        ids = self.text_tokenizer(text, add_special_tokens=True)["input_ids"]
+        adds = not self.template.begins_after_images
+        if not adds:
+            text = begun_after_images(text, self.text_tokenizer.bos_token)
+        ids = self.text_tokenizer(text, add_special_tokens=adds)["input_ids"]
         if ids[-1] == self.text_tokenizer.eos_token_id:  # some tokenizers write it, and most do not
             ids = ids[:-1]
         ids = [*ids, self.end_id]
