@@ -63,7 +63,7 @@ from vlm.weights import load_weights, read_weights
 SOURCE = "arXiv 2407.21783; meta-llama/Llama-3.2-{11B,90B}-Vision* on the hub"
 
 MARK = "<|image|>"
-SPARE_ROWS = 8
+SPARE = 8
 """Rows of the input table that the head has not. Source: transformers, `modeling_mllama.py`,
 `MllamaTextModel`."""
 
@@ -294,7 +294,7 @@ def _llama(text: PreTrainedConfig) -> LlamaConfig:
         num_hidden_layers=text.num_hidden_layers - len(text.cross_attention_layers),
         attention_dropout=text.dropout,
         tie_word_embeddings=False,
-        **{SPARE_ROWS: SPARE_ROWS},
+        **{SPARE_ROWS: SPARE},
     )
 
 

@@ -25,7 +25,7 @@ DECODERS = ("qwen2_vl_text", "qwen2_5_vl_text")
 """`model_type` of the decoders that transformers has no causal class for."""
 
 SPARE_ROWS = "spare_input_rows"
-"""The field of a configuration: how many rows its input table has beside those of the vocabulary."""
+"""Field of a configuration: how many rows its input table has beside those of the vocabulary."""
 
 
 class DecoderWithHead(PreTrainedModel, GenerationMixin):
