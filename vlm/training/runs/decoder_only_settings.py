@@ -142,13 +142,16 @@ class FromParts(Settings):
     queries: int = 64
     """resampler: tokens that it gives for each view."""
     prompt: str = CAPTION_PROMPT
-    """The user's text after an image where rows hold a caption alone."""
+    """The user's text after an image where rows hold a caption alone; where this is not given, a
+    `start` model keeps its own."""
     system: str | None = ""
     """System message where a conversation has none; "" is an empty one, None the template's own."""
 
     @property
     def caption_prompt(self) -> str:
-        return self.prompt
+        if self.start is None or self.given(("prompt",)):
+            return self.prompt
+        return stored_caption_prompt(self.start)
 
     def build(self) -> DecoderOnlyModel:
         if self.start is None:
@@ -156,7 +159,7 @@ class FromParts(Settings):
         else:
             self.require_no_parts()
             model = load_stored(self.start, self)
-            model.caption_prompt = self.prompt
+            model.caption_prompt = self.caption_prompt
         self.add_tokens(model, learned=False)
         return model
 
@@ -225,22 +228,7 @@ class FromModel(Settings):
 
     @property
     def caption_prompt(self) -> str:
-        if self.prompt is not None:
-            return self.prompt
-        before = self._before() or {}
-        if "caption_prompt" in before:
-            return before["caption_prompt"]
-        return published_caption_prompt(self.base_model)
-
-    def _before(self) -> dict[str, Any] | None:
-        """What the model's config.json says; None where it is on the hub."""
-        for folder in (
-            Path(self.base_model),
-            Path(self.base_model, "model"),
-        ):  # as `vlm.load` looks
-            if (folder / "config.json").is_file():
-                return json.loads((folder / "config.json").read_text())
-        return None
+        return stored_caption_prompt(self.base_model) if self.prompt is None else self.prompt
 
     def memory_remedies(self) -> tuple[str, ...]:
         lora = ("train less (--language lora)",) if self.language == "full" else ()
@@ -248,7 +236,7 @@ class FromModel(Settings):
 
     def unread_rates(self) -> dict[str, str]:
         modes = {"vision": self.vision, "adaptor": self.adaptor}
-        before = self._before() or {}
+        before = _config_in(self.base_model)
         # Rows of <loc> tokens learn beside a frozen language model, the model's own too.
         if not self.loc_bins and before.get("format") == "vlm" and before.get("loc") is None:
             modes["language"] = self.language
@@ -350,6 +338,23 @@ class FromRun(FromModel):
                 f"{self.previous} holds {held!r}; expected a run of "
                 f"{' or '.join(map(repr, self.follows))}, or a model's folder"
             )
+
+
+def stored_caption_prompt(source: str) -> str:
+    """What the model of a folder, run or hub id asks for a caption with; its weights are not read.
+    Raises what `published_caption_prompt` raises."""
+    held = _config_in(source)
+    if "caption_prompt" in held:
+        return held["caption_prompt"]
+    return published_caption_prompt(source)
+
+
+def _config_in(source: str) -> dict[str, Any]:
+    """What the config.json of a model in a folder or run says; empty where it is on the hub."""
+    for folder in (Path(source), Path(source, "model")):  # as `vlm.load` looks
+        if (folder / "config.json").is_file():
+            return json.loads((folder / "config.json").read_text())
+    return {}
 
 
 def load_stored(source: str, settings: Settings) -> DecoderOnlyModel:
