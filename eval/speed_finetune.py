@@ -106,7 +106,7 @@ def smolvlm_ours(peer: SmolVLMForConditionalGeneration) -> DecoderOnly:
     tile = PixelSpec(
         size_hw=(side, side), fit="stretch", resample="lanczos", mean=HALF.mean, std=HALF.std
     )
-    module = smolvlm.build(peer.config, tile, long_px=4 * side)
+    module = smolvlm.compose(peer.config, tile, long_px=4 * side)
     state, _ = first_names(peer.state_dict(), smolvlm.KEY_MAP, (), "transformers")
     own = {key: state[published_name(key, smolvlm.KEY_MAP)] for key in module.state_dict()}
     module.load_state_dict(own)

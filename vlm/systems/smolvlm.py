@@ -88,7 +88,7 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
     side_px, long_px = _sides(config, reader, where)
     with init_empty_weights(include_buffers=False):
         tile = tile_from_transformers(reader, side_px)
-        module = build(config, tile, long_px, bool(reader.do_image_splitting))
+        module = compose(config, tile, long_px, bool(reader.do_image_splitting))
     module.text.tie_weights()  # making parameters empty unties them
     load_weights(module, state, where, lambda key: published_name(key, KEY_MAP))
     module.text.generation_config = GenerationConfig()
@@ -140,7 +140,7 @@ def _sides(config: PreTrainedConfig, reader, where: str) -> tuple[int, int]:
     return side_px, long_px
 
 
-def build(
+def compose(
     config: PreTrainedConfig, tile: PixelSpec, long_px: int, splits: bool = True
 ) -> DecoderOnly:
     """The model of a configuration, with random weights.
