@@ -258,14 +258,15 @@ def test_speed_training_trains_every_variant(script, monkeypatch):
 
 @pytest.mark.slow
 def test_speed_finetune_trains_every_variant(script, monkeypatch):
-    speed_finetune, run = script("speed_finetune")
+    _, run = script("speed_finetune")
+    cases = importlib.import_module("finetune_cases")
     vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                   num_attention_heads=2, image_size=64, patch_size=8)  # fmt: skip
-    text = speed_finetune.SMOLVLM_TEXT | dict(vocab_size=120, hidden_size=24, intermediate_size=40,
+    text = cases.SMOLVLM_TEXT | dict(vocab_size=120, hidden_size=24, intermediate_size=40,
                                               num_hidden_layers=2, num_attention_heads=3,
                                               num_key_value_heads=1)  # fmt: skip
-    monkeypatch.setattr(speed_finetune, "SMOLVLM_VISION", vision)
-    monkeypatch.setattr(speed_finetune, "SMOLVLM_TEXT", text)
+    monkeypatch.setattr(cases, "SMOLVLM_VISION", vision)
+    monkeypatch.setattr(cases, "SMOLVLM_TEXT", text)
     printed = run("--tower", "frozen", "full", "--rounds", 1, "--steps", 2, "--layers", 1)
     assert "1 layers of each alone" in printed
     rows = [*cells(printed, "ours"), *cells(printed, "transformers")]
