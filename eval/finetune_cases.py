@@ -24,7 +24,7 @@ class Case(NamedTuple):
 
     said: what it is. peer: transformers' model in fp32, of so many layers in each part; None: of
     all. ours: our model with its weights. rows: unequal ones. inputs: transformers' arguments of
-    rows. tower: the path of its image encoder.
+    rows. tower, adaptor: paths of its image encoder, and of its adaptor, which may lie within.
     """
 
     said: str
@@ -33,6 +33,7 @@ class Case(NamedTuple):
     rows: Callable[[nn.Module], list[Row]]
     inputs: Callable[[nn.Module, list[Row]], dict[str, Tensor]]
     tower: str
+    adaptor: str
 
 
 def with_weights_of(peer: nn.Module, module: DecoderOnly, key_map: KeyMap) -> DecoderOnly:
@@ -140,5 +141,6 @@ CASES = {
         smolvlm_rows,
         smolvlm_inputs,
         "model.vision_model",
+        "model.connector",
     ),
 }

@@ -89,6 +89,7 @@ def step_of_transformers(
     """A step as a training loop over transformers' own class makes it."""
     peer.train()
     peer.get_submodule(case.tower).requires_grad_(tower == "full")
+    peer.get_submodule(case.adaptor).requires_grad_(True)
     inputs = case.inputs(peer, rows)
 
     def loss() -> Tensor:
