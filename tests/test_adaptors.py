@@ -12,6 +12,9 @@ KINDS = {
     "shuffle": dict(
         kind="pixel_shuffle", in_width=WIDTH, out_width=OUT, ratio=2, depth=2, hidden_width=OUT
     ),
+    "normed_shuffle": dict(
+        kind="normed_shuffle", in_width=WIDTH, out_width=OUT, ratio=2, norm="rms", eps=1e-6
+    ),
     "resampler": dict(kind="resampler", in_width=WIDTH, out_width=OUT, queries=5, depth=2, heads=2),
 }
 

@@ -34,7 +34,7 @@ def test_kinds_import_nothing_before_they_are_asked_for():
 
 
 def test_unknown_kind_raises_with_the_known_ones():
-    known = "known kinds are columns, edge_tiles, naflex, open_clip, paired, pinpoint_tiles"
+    known = "known kinds are columns, edge_tiles, naflex, native_vit, open_clip, paired"
     with pytest.raises(ValueError, match=f"'vgg'; {known}"):
         tokenizers.build({"kind": "vgg"})
     with pytest.raises(ValueError, match=known):

@@ -2,6 +2,7 @@
 
 Each adaptor knows how it changes a view's token count (`shape_for`), so that the prompt can
 reserve exactly that many positions before anything is computed.
+Longer than most files here: each kind is one short class and its configuration, over few helpers.
 
 Shapes: V view, L image tokens per view, Q learned query, D in or out width, h w patch grid.
 """
@@ -204,28 +205,85 @@ class PixelShuffle(nn.Module):
 
     def shape_for(self, shape: TokenShape) -> TokenShape:
         """Raises ValueError, showing the grid and the ratio, where blocks do not fit."""
-        r = self.config.ratio
-        if shape.grid_hw is None or shape.prefix:
-            raise ValueError(
-                f"pixel shuffle needs a grid without prefix tokens, found {shape}; "
-                "drop the prefix tokens in the image tokenizer"
-            )
-        h, w = shape.grid_hw
-        if h % r or w % r:
-            raise ValueError(f"pixel shuffle by {r} does not divide the grid {h} x {w}")
-        return TokenShape(shape.length // r**2, (h // r, w // r))
+        return _shuffled(shape, self.config.ratio)
 
     def forward(self, images: ImageTokens) -> ImageTokens:
         shape = self.shape_for(images.shape)
-        h, w = shape.grid_hw
-        r = self.config.ratio
-        V, _, D = images.tokens.shape
-        blocks = images.tokens.view(V, h, r, w, r, D).transpose(2, 3).reshape(V, h * w, r * r * D)
-        blocks = self.norm(blocks)
+        blocks = self.norm(_joined(images.tokens, shape.grid_hw, self.config.ratio))
         if self.config.positions:
-            where = grid_waves((h, w), self.config.positions).to(blocks)
-            blocks = torch.cat([blocks, where.expand(V, -1, -1)], dim=-1)
+            where = grid_waves(shape.grid_hw, self.config.positions).to(blocks)
+            blocks = torch.cat([blocks, where.expand(len(blocks), -1, -1)], dim=-1)
         return images.with_tokens(self.mlp(blocks), shape)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NormedShuffleConfig:
+    """Each token is normed, then blocks of `ratio` x `ratio` neighbours become one token, then an
+    MLP of two layers, as wide between them as a block.
+
+    norm: "layer" or "rms"; eps: of it.
+    Raises ValueError for another norm.
+    """
+
+    in_width: int
+    out_width: int
+    ratio: int
+    norm: str
+    eps: float
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}, found {self.norm!r}")
+
+
+NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+
+
+class NormedShuffle(nn.Module):
+    """`PixelShuffle` of tokens that are normed before they are joined (the patch mergers of
+    Qwen2-VL and Qwen2.5-VL)."""
+
+    Config = NormedShuffleConfig
+
+    def __init__(self, config: NormedShuffleConfig) -> None:
+        super().__init__()
+        self.config = config
+        block = config.in_width * config.ratio**2
+        self.norm = NORMS[config.norm](config.in_width, eps=config.eps)
+        self.mlp = _mlp(
+            MLPConfig(in_width=block, out_width=config.out_width, depth=2, hidden_width=block)
+        )
+
+    def shape_for(self, shape: TokenShape) -> TokenShape:
+        """Raises ValueError, showing the grid and the ratio, where blocks do not fit."""
+        return _shuffled(shape, self.config.ratio)
+
+    def forward(self, images: ImageTokens) -> ImageTokens:
+        shape = self.shape_for(images.shape)
+        blocks = _joined(self.norm(images.tokens), shape.grid_hw, self.config.ratio)
+        return images.with_tokens(self.mlp(blocks), shape)
+
+
+def _shuffled(shape: TokenShape, r: int) -> TokenShape:
+    """The shape after blocks of r x r tokens are joined. Raises ValueError where they do not
+    fit."""
+    if shape.grid_hw is None or shape.prefix:
+        raise ValueError(
+            f"pixel shuffle needs a grid without prefix tokens, found {shape}; "
+            "drop the prefix tokens in the image tokenizer"
+        )
+    h, w = shape.grid_hw
+    if h % r or w % r:
+        raise ValueError(f"pixel shuffle by {r} does not divide the grid {h} x {w}")
+    return TokenShape(shape.length // r**2, (h // r, w // r))
+
+
+def _joined(tokens: Tensor, grid_hw: tuple[int, int], r: int) -> Tensor:
+    """Tokens float[V, L, D] as blocks of r x r on the grid `grid_hw`, float[V, h * w, r * r * D]:
+    blocks row by row, and the tokens of each too."""
+    (h, w), (V, _, D) = grid_hw, tokens.shape
+    blocks = tokens.view(V, h, r, w, r, D).transpose(2, 3)
+    return blocks.reshape(V, h * w, r * r * D)
 
 
 def grid_waves(grid_hw: tuple[int, int], octaves: int) -> Tensor:
@@ -323,6 +381,7 @@ KINDS = {
     "newline_mlp": NewlineMLP,
     "split_mlp": SplitMLP,
     "pixel_shuffle": PixelShuffle,
+    "normed_shuffle": NormedShuffle,
     "resampler": Resampler,
 }
 

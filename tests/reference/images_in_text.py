@@ -60,8 +60,9 @@ def close(ours, theirs, atol=1e-4):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
 
 
-def with_marks(ids, model, mark="<image>"):
+def with_marks(ids, model, mark=None):
     """Our ids with the reference's image id at image positions."""
+    mark = mark or model.processor.image_mark
     id = model.processor.text_tokenizer.convert_tokens_to_ids(mark)
     return torch.where(ids == IMAGE, id, ids)
 

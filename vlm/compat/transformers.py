@@ -13,7 +13,7 @@
 - `SiLUActivation`: the activation of gated MLPs (`vlm.kernels.norm_mlp`).
 - `BaseStreamer`: whom `generate` hands ids as they are written
 (`vlm.families.decoder_only.generate`).
-- `random_weights`: a model of a class that no Auto class makes (image tokenizers, text encoders).
+- `random_weights`: a model of a class that no Auto class makes (image tokenizers, text models).
 - `sam_neck`: the neck of SAM, of which DeepSeek-VL has two (`vlm.tokenizers.sam_hybrid`).
 - `resizing_backends`: how an image processor resizes (`vlm.pixels.sources`).
 

@@ -175,6 +175,12 @@ SYSTEMS = {
     ),
     "idefics3": System("vlm.systems.smolvlm", "Idefics3, SmolVLM: tagged SigLIP tiles, LLaMA"),
     "smolvlm": System("vlm.systems.smolvlm", "SmolVLM2 on images: tagged SigLIP tiles, LLaMA"),
+    "qwen2_vl": System(
+        "vlm.systems.qwen2_vl", "Qwen2-VL on images: any size, 2-D rotary ViT, Qwen2 with M-RoPE"
+    ),
+    "qwen2_5_vl": System(
+        "vlm.systems.qwen2_vl", "Qwen2.5-VL on images: any size, windowed ViT, Qwen2.5 with M-RoPE"
+    ),
 }
 """`format` or transformers' `model_type` in config.json -> the system. A folder whose configuration
 is open_clip_config.json is "open_clip"; one of transformers' VisionEncoderDecoderModel is "donut"

@@ -1,7 +1,8 @@
 """From image files to normalised pixels.
 
 `decode` opens untrusted images safely; `spec` resizes, crops or pads, and normalises them as a
-model expects; `sources` reads that specification from the configurations of other libraries.
+model expects; `sources` reads that specification from the configurations of other libraries; `area`
+gives each image a view of its own size, within limits of pixels.
 """
 
 from vlm.pixels.decode import MAX_PIXELS, BadImage, image_size, open_image

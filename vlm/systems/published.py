@@ -113,7 +113,8 @@ def save_decoder_only(
     """Writes a decoder-only model in its published layout: the files of the folder that it came
     from, with what has changed since (weights, dtype, vocabulary, whether the head is tied).
 
-    text_key: of the language model's part of config.json.
+    text_key: of the language model's part of config.json, which may be the whole, as in folders of
+        before transformers 4.52.
     Raises ValueError for weights that the layout cannot represent, before anything is written.
     """
     module, reference = model.module, model.reference
@@ -121,9 +122,10 @@ def save_decoder_only(
         published_name(key, key_map)
     reference.write(folder)
     config, text_config = reference.config, module.text.config
+    text_values = config.get(text_key, config)
     tied = text_config.tie_word_embeddings
-    config["tie_word_embeddings"] = config[text_key]["tie_word_embeddings"] = tied
-    config[text_key]["vocab_size"] = text_config.vocab_size
+    config["tie_word_embeddings"] = text_values["tie_word_embeddings"] = tied
+    text_values["vocab_size"] = text_config.vocab_size
     write_config(config, next(module.text.parameters()).dtype, folder)
     write_grown_tokenizer(model.processor.text_tokenizer, folder)
     name = partial(published_name, key_map=key_map)

@@ -254,10 +254,11 @@ class Processor:
         """What `_see` gives, by the image's header; pixels have shapes and no values."""
         try:
             size_hw = image_size(image)
+            sizes = self.pixel_spec.view_sizes(size_hw)
         except BadImage as error:
             raise BadImage(f"{name}: {error}") from error
         views = []
-        for view, view_hw in enumerate(self.pixel_spec.view_sizes(size_hw)):
+        for view, view_hw in enumerate(sizes):
             pixels = meta_pixels(view_hw, torch.float32)
             views.append((map_pixels(lambda tensor: tensor[0], pixels), (number, view)))
         return views, size_hw
