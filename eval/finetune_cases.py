@@ -8,12 +8,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+from transformers import (
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+)
 
 from vlm.families.decoder_only.batch import IMAGE, Row, collate
+from vlm.families.decoder_only.image_layout import ImageLayout, Span, StreamLayout
 from vlm.families.decoder_only.module import DecoderOnly
 from vlm.pixels import HALF, PixelSpec
-from vlm.systems import smolvlm
+from vlm.pixels.area import AreaSpec
+from vlm.systems import qwen2_vl, smolvlm
 from vlm.systems.published import KeyMap, first_names, published_name
 
 PAD = 2
@@ -133,6 +140,97 @@ def smolvlm_inputs(peer: SmolVLMForConditionalGeneration, rows: list[Row]) -> di
     }
 
 
+QWEN_VISION = dict(depth=8, embed_dim=640, num_heads=8, mlp_ratio=4, patch_size=14,
+                   spatial_merge_size=2, temporal_patch_size=2)  # fmt: skip
+QWEN_TEXT = dict(vocab_size=49280, hidden_size=576, intermediate_size=1536, num_hidden_layers=12,
+                 num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
+                 rope_parameters={"rope_type": "default", "rope_theta": 1000000.0,
+                                  "mrope_section": [8, 12, 12]},
+                 pad_token_id=PAD)  # fmt: skip
+"""Qwen2-VL's structure and width of a head, with SmolLM2-135M's sizes."""
+QWEN_ROWS = (((), 160), (((8, 12),), 12), (((20, 6),), 40), (((24, 18),), 24),
+             (((4, 30), (12, 12)), 60))  # fmt: skip
+"""Rows and columns of tokens of each image of a row, and ids of its text."""
+
+
+def qwen_peer(layers: int | None, seed: int = 0) -> Qwen2VLForConditionalGeneration:
+    """transformers' Qwen2-VL with random weights."""
+    torch.manual_seed(seed)
+    few = {} if layers is None else {"num_hidden_layers": layers}
+    vision = QWEN_VISION | {"hidden_size": QWEN_TEXT["hidden_size"]}
+    config = Qwen2VLConfig(
+        vision_config=vision | ({} if layers is None else {"depth": layers}),
+        text_config=QWEN_TEXT | few,
+        image_token_id=QWEN_TEXT["vocab_size"] - 1,
+        tie_word_embeddings=True,
+    )
+    return Qwen2VLForConditionalGeneration._from_config(config, dtype=torch.float32).eval()
+
+
+def qwen_ours(peer: Qwen2VLForConditionalGeneration) -> DecoderOnly:
+    """Our model with the weights of transformers'."""
+    vision = peer.config.vision_config
+    block_px = vision.patch_size * vision.spatial_merge_size
+    block = PixelSpec(
+        size_hw=(block_px, block_px),
+        fit="stretch",
+        resample="bicubic",
+        mean=HALF.mean,
+        std=HALF.std,
+    )
+    spec = AreaSpec(block=block, min_pixels=block_px**2, max_pixels=1000 * block_px**2)
+    peer.config.text_config.tie_word_embeddings = peer.config.tie_word_embeddings
+    return with_weights_of(peer, qwen2_vl.compose(peer.config, spec), qwen2_vl.KEY_MAP)
+
+
+def qwen_rows(peer: Qwen2VLForConditionalGeneration, seed: int = 1) -> list[Row]:
+    """Rows of random ids and pixels, an id before and after each image; all ids are scored but
+    those of image tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    vision = peer.config.vision_config
+    side = vision.patch_size * vision.spatial_merge_size
+    rows = []
+    for number, (grids, count) in enumerate(QWEN_ROWS):
+        parts, views, layouts = [random_ids(peer, 4, generator)], [], []
+        for image, (h, w) in enumerate(grids):
+            parts += [torch.full((h * w,), IMAGE), random_ids(peer, 2, generator)]
+            pixels = torch.randn(3, h * side, w * side, generator=generator)
+            views.append((pixels, (image, 0)))
+            span = Span(length=h * w, grid_hw=(h, w))
+            layouts.append(ImageLayout(pieces=(span,), encoded=h * w))
+        ids = torch.cat([*parts, random_ids(peer, count, generator)])
+        rows.append(
+            Row(
+                name=f"row {number}",
+                ids=ids,
+                scored=ids != IMAGE,
+                views=tuple(views),
+                layout=StreamLayout(images=tuple(layouts), position_numbers=3),
+            )
+        )
+    return rows
+
+
+def qwen_inputs(peer: Qwen2VLForConditionalGeneration, rows: list[Row]) -> dict[str, Tensor]:
+    """What transformers' processor and the collator of its documentation make of rows: patches of
+    all images, block by block, each for two frames."""
+    vision = peer.config.vision_config
+    p, m, t = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+    patches, grids = [], []
+    for pixels in (pixels for row in rows for pixels, _ in row.views):
+        _, H, W = pixels.shape
+        parts = pixels.reshape(3, H // (m * p), m, p, W // (m * p), m, p)
+        parts = parts.permute(1, 4, 2, 5, 0, 3, 6).unsqueeze(5)
+        patches.append(parts.expand(-1, -1, -1, -1, -1, t, -1, -1).flatten(0, 3).flatten(1))
+        grids.append([1, H // p, W // p])
+    inputs = padded_inputs(rows, peer.config.image_token_id)
+    return inputs | {
+        "pixel_values": torch.cat(patches),
+        "image_grid_thw": torch.tensor(grids),
+        "mm_token_type_ids": (inputs["input_ids"] == peer.config.image_token_id).int(),
+    }
+
+
 CASES = {
     "smolvlm": Case(
         "SmolVLM-256M: SigLIP-B/16-512 tiles, pixel shuffle by 4, SmolLM2-135M",
@@ -142,5 +240,14 @@ CASES = {
         smolvlm_inputs,
         "model.vision_model",
         "model.connector",
+    ),
+    "qwen2_vl": Case(
+        "Qwen2-VL, small: ViT at native size, 8 layers 640 wide, Qwen2, 12 layers 576 wide",
+        qwen_peer,
+        qwen_ours,
+        qwen_rows,
+        qwen_inputs,
+        "model.visual",
+        "model.visual.merger",
     ),
 }
