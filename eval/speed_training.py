@@ -227,20 +227,30 @@ def step_of_ours(
 ) -> tuple[Step, FlopsOf]:
     """A step as `vlm.training.fit` makes it, and one whose operations are to be counted. cached:
     with a token cache, as long as the process lasts."""
+    rows = rows_of(batch_for(peer, BATCH)[0])
+    return step_of_fit(ours_from(peer, linear), rows, RATES[stage], dtype, cached)
+
+
+def step_of_fit(
+    module: DecoderOnly,
+    rows: list[Row],
+    rates: tuple[tuple[str, float | None], ...],
+    dtype: torch.dtype,
+    cached: bool = False,
+) -> tuple[Step, FlopsOf]:
+    """A step over rows, packed, with the state that `vlm.training.fit` builds; and one whose
+    operations are to be counted. rates: as in `Stage`. cached: as in `step_of_ours`."""
     set_mmap_threshold()
-    batch, _ = batch_for(peer, BATCH)
-    module = ours_from(peer, linear)
-    rates = Stage(
-        name="speed", rates=RATES[stage], steps=1, batch=BATCH, micro_batch=BATCH, warmup_steps=0
-    )
-    state = build_state(module, rates, dtype)
+    size = len(rows)
+    stage = Stage(name="speed", rates=rates, steps=1, batch=size, micro_batch=size, warmup_steps=0)
+    state = build_state(module, stage, dtype)
     if cached:
         held = contextlib.ExitStack()
         atexit.register(held.close)
         folder = held.enter_context(tempfile.TemporaryDirectory())
         held.enter_context(cached_tokens(module.tokenizer, Path(folder)))
     objective = NextToken(pad_id=2, pack=PACK)
-    batches = objective.collate(rows_of(batch))
+    batches = objective.collate(rows)
     totals = sum_totals(objective.totals, [objective.count(part) for part in batches])
     computes = partial(autocast, dtype)
 

@@ -48,6 +48,8 @@ def test_commands_end_with_one_line_where_input_is_bad(tmp_path, capsys):
         folder.mkdir()
     tiny.image().save(full / "a.png")
     index = [str(full), "--model", "x"]
+    (full / "index.json").write_text("{}")
+    indexed = str(full)
     image, x = str(full / "a.png"), ("--model", "x")  # no model: it must not be looked for first
     for arguments, message in (
         (["caption", str(text), "--model", "runs/none"], "text.png"),
@@ -72,17 +74,20 @@ def test_commands_end_with_one_line_where_input_is_bad(tmp_path, capsys):
         (["index", *index, "--out", "x", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["index", *index, "--out", "x", "--workers", "-1"], "--workers must be at least 0"),
         (["retrieve", str(tmp_path), "cat"], "expected an index (index.json), found none"),
-        (["retrieve", "x"], "expected one of a query, --text and --image, found 0"),
-        (["retrieve", "x", "cat", "--text", "dog"], "--text and --image, found 2"),
-        (["retrieve", "x", " "], "expected a query, found an empty text"),
-        (["retrieve", "x", "gone.png"], "at this path; to search for this text, say --text"),
-        (["retrieve", "x", str(text)], "to search for this text, say --text"),
-        (["retrieve", "x", "--image", "gone.png"], "gone.png: expected an image"),
-        (["retrieve", "x", str(notes)], "found bytes that start with b'a cat'; to search"),
-        (["retrieve", "x", str(notes)], "to search for this text, say --text"),
-        (["retrieve", "x", str(empty)], "expected an image or a text, found a folder; to search"),
-        (["retrieve", "x", "cat", "--top", "0"], "--top must be at least 1, found 0"),
-        (["retrieve", "x", "cat", "--draw", "a.jpg"], "--draw: expected a .png file"),
+        (["retrieve", indexed], "expected one of a query, --text and --image, found 0"),
+        (["retrieve", indexed, "cat", "--text", "dog"], "--text and --image, found 2"),
+        (["retrieve", indexed, " "], "expected a query, found an empty text"),
+        (["retrieve", indexed, "gone.png"], "at this path; to search for this text, say --text"),
+        (["retrieve", indexed, str(text)], "to search for this text, say --text"),
+        (["retrieve", indexed, "--image", "gone.png"], "gone.png: expected an image"),
+        (["retrieve", indexed, str(notes)], "found bytes that start with b'a cat'; to search"),
+        (["retrieve", indexed, str(notes)], "to search for this text, say --text"),
+        (
+            ["retrieve", indexed, str(empty)],
+            "expected an image or a text, found a folder; to search",
+        ),
+        (["retrieve", indexed, "cat", "--top", "0"], "--top must be at least 1, found 0"),
+        (["retrieve", indexed, "cat", "--draw", "a.jpg"], "--draw: expected a .png file"),
         (["caption", image, *x, "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (["caption", image, *x, "--batch-size", "0"], "--batch-size must be at least 1, found 0"),
         (["answer", image, *x, "--question", "?", "--num-beams", "0"], "--num-beams must be at"),
@@ -107,6 +112,15 @@ def test_commands_end_with_one_line_where_input_is_bad(tmp_path, capsys):
         assert found.startswith("error: ")
         assert message in found
         assert "Traceback" not in found
+
+
+def test_missing_index_is_told_before_anything_heavy_is_imported(tmp_path, monkeypatch, capsys):
+    for module in ("vlm.retrieval.index", "vlm.retrieval.image_files", "vlm.retrieval.fingerprint"):
+        monkeypatch.setitem(sys.modules, module, None)  # importing it fails
+    with pytest.raises(SystemExit):
+        cli.main(["retrieve", str(tmp_path / "none"), "a cat"])
+    said = "none: expected an index (index.json), found none; see `vlm index`\n"
+    assert capsys.readouterr().err.endswith(said)
 
 
 def test_systems_lists_kinds_and_assets(capsys):

@@ -49,6 +49,29 @@ def test_text_goes_to_the_terminal_in_order(reader, page, capsys):
     assert err == ""
 
 
+def test_texts_of_several_files_stand_under_their_names(reader, page, tmp_path, capsys):
+    """And what has no text is named apart from what is read; one file and other formats have no
+    such line."""
+    blank, pdf = tmp_path / "blank.png", tmp_path / "two.pdf"
+    Image.new("RGB", (60, 40), "white").save(blank)
+    image = Image.open(page)
+    image.save(pdf, "PDF", resolution=100, save_all=True, append_images=[image])
+    cli.main(["ocr", str(page), str(blank), str(pdf), "--dpi", "100"])
+    out, err = capsys.readouterr()
+    first, second, third, fourth = out.split("\f")
+    assert first.splitlines()[0] == f"==> {page} <=="
+    assert len(first.splitlines()) == 6
+    assert second == f"==> {blank} <==\n\n"
+    assert third.splitlines()[0] == f"==> {pdf} <=="
+    assert "==>" not in fourth
+    assert err.splitlines()[-1] == f"{blank}: no text found"
+    cli.main(["ocr", str(page), str(page), "--format", "json"])
+    assert "==>" not in capsys.readouterr().out
+    cli.main(["ocr", str(blank)])
+    out, err = capsys.readouterr()
+    assert (out, err) == ("\n", f"{blank}: no text found\n")
+
+
 def test_unsure_lines_are_counted_on_the_error_stream(reader, page, capsys):
     cli.main(["ocr", str(page), "--format", "json", "--min-confidence", "0.5"])
     out, err = capsys.readouterr()
@@ -152,7 +175,7 @@ def test_a_model_of_whole_images_is_asked_for_its_reading(page, capsys, monkeypa
     asked = []
     monkeypatch.setattr(vlm, "load", lambda *_, **__: Whole(), raising=False)
     cli.main(["ocr", *[str(page)] * 3, "--batch-size", "2", "--prompt", "<s_x>"])
-    assert capsys.readouterr().out == "all of it\n\fall of it\n\fall of it\n"
+    assert capsys.readouterr().out == f"==> {page} <==\n" + "\f".join(["all of it\n"] * 3)
     assert asked == [{"stream": True, "batch_size": 2, "prompt": "<s_x>"}]
     with pytest.raises(SystemExit):
         cli.main(["ocr", str(page), "--layout", "line"])

@@ -260,6 +260,25 @@ def test_speed_training_trains_every_variant(script, monkeypatch):
 
 
 @pytest.mark.slow
+def test_speed_finetune_trains_every_variant(script, monkeypatch):
+    _, run = script("speed_finetune")
+    cases = importlib.import_module("finetune_cases")
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                  num_attention_heads=2, image_size=64, patch_size=8)  # fmt: skip
+    text = cases.SMOLVLM_TEXT | dict(vocab_size=120, hidden_size=24, intermediate_size=40,
+                                              num_hidden_layers=2, num_attention_heads=3,
+                                              num_key_value_heads=1)  # fmt: skip
+    monkeypatch.setattr(cases, "SMOLVLM_VISION", vision)
+    monkeypatch.setattr(cases, "SMOLVLM_TEXT", text)
+    printed = run("--tower", "frozen", "full", "--rounds", 1, "--steps", 2, "--layers", 1)
+    assert "1 layers of each alone" in printed
+    rows = [*cells(printed, "ours"), *cells(printed, "transformers")]
+    (cached,) = cells(printed, "ours,")
+    losses = [float(words[3]) for words in rows] + [float(cached[5])]
+    assert losses == pytest.approx([losses[0]] * 5, abs=2e-4)
+
+
+@pytest.mark.slow
 def test_speed_contrastive_trains_every_variant(script, monkeypatch, tmp_path):
     speed_contrastive, run = script("speed_contrastive")
     config = {

@@ -99,7 +99,7 @@ from vlm.families.registry import FAMILIES
 from importlib import import_module
 for family in FAMILIES.values():
     family.model_class, import_module(family.layout)
-for name in ("stage1_adaptor", "contrastive", "line_reader", "trocr", "paligemma"):
+for name in ("stage1_adaptor", "contrastive", "line_reader", "trocr", "paligemma", "finetune"):
     import_module("recipes." + name)
 vlm.load, vlm.build
 from vlm.data.sources.spec import open_source

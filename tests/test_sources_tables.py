@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 
 import pytest
@@ -106,6 +107,17 @@ def test_folder_of_images_opens_with_its_classes_as_captions(tmp_path):
     source = open_source(f"{tmp_path}/pets/")
     assert [source[row].answer for row in range(2)] == ["cat", "dog"]
     assert source[0].images[0].data == tmp_path / "pets/cat/1.png"
+
+
+@pytest.mark.usefixtures("cache")
+def test_folder_of_images_alone_says_what_a_source_needs(tmp_path):
+    for name in ("1.png", "2.png"):
+        (tmp_path / name).write_bytes(png())
+    with pytest.raises(BadSource, match=r"beside images, found 2 images alone; .*metadata\.jsonl"):
+        open_source(str(tmp_path))
+    rows = [{"file_name": name, "caption": "a cat"} for name in ("1.png", "2.png")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [open_source(str(tmp_path))[row].answer for row in range(2)] == ["a cat"] * 2
 
 
 @pytest.mark.parametrize("error", [ConnectionError("Couldn't reach the Hub"), OSError("offline")])

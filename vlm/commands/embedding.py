@@ -13,6 +13,7 @@ import tyro
 
 from vlm.commands.model import UsesModel, open_model
 from vlm.config import require_least
+from vlm.retrieval.index_folder import index_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -245,6 +246,7 @@ class Retrieve:
         require_least(self, top=1)
         if self.draw is not None:
             _require_file(self.draw, ".png", "--draw")
+        index_file(self.index)
         query = self._query()
         from vlm.retrieval.fingerprint import fingerprint_of
         from vlm.retrieval.index import Index

@@ -82,8 +82,10 @@ class Ocr:
         model = open_model(self.model, "ocr", "reads no text", self.device, self.dtype)
         self._check_model(model)
         count, unsure = 0, 0
-        with Output(self.out, self.format) as output:
+        has_text: dict[Path, bool] = {}
+        with Output(self.out, self.format, headed=len(self.files) > 1) as output:
             for page, reading in self._readings(model, files, total, skipped):
+                has_text[page.file] = has_text.get(page.file, False) or bool(reading.text.strip())
                 reading, dropped = filter_by_confidence(reading, self.min_confidence)
                 count, unsure = count + 1, unsure + dropped
                 output.add(page.file, page.name, reading)
@@ -94,6 +96,8 @@ class Ocr:
             cut = skipped and skipped[-1].startswith(f"{output.file}[")  # at a page of this file
             if skip or not cut:
                 output.finish()
+        for file in (file for file, some in has_text.items() if not some):
+            print(f"{file}: no text found", file=sys.stderr)
         if unsure:
             print(
                 f"{unsure} lines of a confidence below {self.min_confidence:g} skipped",

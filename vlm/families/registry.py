@@ -104,7 +104,7 @@ class Family:
 
 FAMILIES = {
     "decoder_only": Family(
-        said="decoder_only (DeepSeek-VL, what recipes/stage1_adaptor.py trains)",
+        said="decoder_only (LLaVA, what recipes/stage1_adaptor.py and recipes/finetune.py train)",
         model="vlm.families.decoder_only.model:DecoderOnlyModel",
         layout="vlm.families.decoder_only.layout",
         inspect="vlm.families.decoder_only.inspect",

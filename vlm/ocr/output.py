@@ -18,13 +18,15 @@ class Output:
     out: None for the terminal; a file for all pages; or a folder, which gets a file for each file
         of pages. Such a one ends in .new until it is whole.
     format: one of `vlm.ocr.writers.FORMATS`.
+    headed: whether pages of several files follow each other, each file under its name.
     file: the one whose pages are being written.
     """
 
-    def __init__(self, out: Path | None, format: str) -> None:
+    def __init__(self, out: Path | None, format: str, headed: bool = False) -> None:
         self.out, self.format = out, format
         self.file: Path | None = None
         self._in_folder = out is not None and out.is_dir()
+        self._headed = headed and not self._in_folder
         self._stream: TextIO | None = None
 
     def __enter__(self) -> Output:
@@ -39,7 +41,9 @@ class Output:
             self.finish()
         if self._stream is None:
             self._begin(file)
-        self._pages.add(name, reading)
+        heading = str(file) if self._headed and file != self.file else None
+        self.file = file
+        self._pages.add(name, reading, heading)
 
     def finish(self) -> None:
         """Ends what is being written, which is whole."""
@@ -48,7 +52,6 @@ class Output:
             os.replace(self._path, self._path.with_suffix(""))
 
     def _begin(self, file: Path) -> None:
-        self.file = file
         if self.out is None:
             self._stream = sys.stdout
         else:

@@ -34,9 +34,12 @@ class PageWriter:
     def __init__(self, stream: TextIO, format: str) -> None:
         self.stream, self.format, self.pages = stream, FORMATS[format], 0
 
-    def add(self, name: str, reading: Reading) -> None:
-        """Writes a page. name: of its image."""
+    def add(self, name: str, reading: Reading, heading: str | None = None) -> None:
+        """Writes a page. name: of its image. heading: the name of the file that begins with this
+        page, where the format is to show it."""
         before = self.format.between if self.pages else self.format.start(name)
+        if heading is not None:
+            before += self.format.heading(heading)
         self.pages += 1
         self.stream.write(before + self.format.page(self.pages, name, reading))
         self.stream.flush()
@@ -184,17 +187,19 @@ def _alto_line(block: ET.Element, number: str, line: Line) -> None:
 class Format(NamedTuple):
     """suffix: how its files end. start: what stands before the pages, by the name of the first
     image, None where there is none. page: a page, by its number from 1. between, end: what stands
-    between two pages and after the last."""
+    between two pages and after the last. heading: what names a file over its first page, where
+    pages of several are in one stream: nothing in formats that name the image of each page."""
 
     suffix: str
     start: Callable[[str | None], str]
     page: Callable[[int, str, Reading], str]
     between: str
     end: str
+    heading: Callable[[str], str] = lambda file: ""
 
 
 FORMATS = {
-    "text": Format(".txt", lambda name: "", _text_page, "\f", ""),
+    "text": Format(".txt", lambda name: "", _text_page, "\f", "", lambda file: f"==> {file} <==\n"),
     "json": Format(".json", lambda name: "[\n", _json_page, ",\n", "\n]\n"),
     "hocr": Format(".hocr", _hocr_start, _hocr_page, "", HOCR_END),
     "alto": Format(".xml", _alto_start, _alto_page, "", ALTO_END),

@@ -29,11 +29,11 @@ from vlm.retrieval import nearest
 from vlm.retrieval.embed_rows import Reading
 from vlm.retrieval.fingerprint import Fingerprint, fingerprint_of
 from vlm.retrieval.image_files import embed_images, find_images, require_headers
+from vlm.retrieval.index_folder import FILE, index_file
 from vlm.retrieval.nearest import Clusters
 from vlm.weights import require_disk_space
 
 FORMAT, VERSION = "vlm index", 3
-FILE = "index.json"
 RENAMED = {2: {"origin": "fingerprint"}}
 """By the version of a file, the keys that have another name today."""
 
@@ -200,9 +200,7 @@ class Index:
         Raises ValueError naming the file that is missing, broken or of another version.
         """
         path = Path(path)
-        where = path / FILE
-        if not where.is_file():
-            raise ValueError(f"{path}: expected an index ({FILE}), found none; see `vlm index`")
+        where = index_file(path)
         values = _read_head(where)
         rows = values.pop("files", None)
         described = config.from_dict(Description, values, str(where))

@@ -351,7 +351,7 @@ def _require_known(config: PreTrainedConfig, reader: Any, text_tokenizer: Any, w
             "text_config.cross_attention_layers: expected a layer of the language model's own "
             f"after each, found {layers} of {text.num_hidden_layers}"
         )
-    rows = text.vocab_size + SPARE_ROWS
+    rows = text.vocab_size + SPARE
     if len(text_tokenizer) > rows:
         wrong.append(
             f"text tokenizer: expected at most {rows} tokens, the rows of the input table, found "

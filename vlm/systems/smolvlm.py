@@ -39,8 +39,7 @@ from vlm.families.decoder_only.processor import Processor
 from vlm.families.decoder_only.timed_frames import TimedFrames
 from vlm.families.decoder_only.view_order import Tagged
 from vlm.families.published_files import open_part, read_reference
-from vlm.image_tokens import ImageTokenizer
-from vlm.pixels import tile_from_transformers
+from vlm.pixels import PixelSpec, tile_from_transformers
 from vlm.systems.compose import context_of
 from vlm.systems.published import (
     KeyMap,
@@ -90,8 +89,10 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
     state, unused = first_names(read_weights(folder), KEY_MAP, (), where)
     text_config = config.text_config
     text_config.tie_word_embeddings = config.tie_word_embeddings
+    side_px, long_px = _sides(config, reader, where)
     with init_empty_weights(include_buffers=False):
-        module = _compose(_image_tokenizer(config, reader, where), config.scale_factor, text_config)
+        tile = tile_from_transformers(reader, side_px)
+        module = compose(config, tile, long_px, bool(reader.do_image_splitting))
     module.text.tie_weights()  # making parameters empty unties them
     load_weights(module, state, where, lambda key: published_name(key, KEY_MAP))
     module.text.generation_config = GenerationConfig()
@@ -131,15 +132,28 @@ def save(model: DecoderOnlyModel, folder: Path) -> None:
     save_decoder_only(model, folder, KEY_MAP)
 
 
-def _image_tokenizer(config: PreTrainedConfig, reader, where: str) -> ImageTokenizer:
+def _sides(config: PreTrainedConfig, reader, where: str) -> tuple[int, int]:
+    """The side of a tile, and the longest side of an image. Raises ValueError where the model's and
+    the image processor's differ."""
     vision = config.vision_config
-    side_px = reader.max_image_size["longest_edge"]
-    if side_px != vision.image_size or reader.size["longest_edge"] is None:
+    side_px, long_px = reader.max_image_size["longest_edge"], reader.size["longest_edge"]
+    if side_px != vision.image_size or long_px is None:
         raise ValueError(
             f"{where}: expected tiles of {vision.image_size} pixels, as the vision encoder has "
             f"positions for, and a longest edge; found {side_px} and {reader.size}"
         )
     _require_own_positions(vision.image_size // vision.patch_size, where)
+    return side_px, long_px
+
+
+def compose(
+    config: PreTrainedConfig, tile: PixelSpec, long_px: int, splits: bool = True
+) -> DecoderOnly:
+    """The model of a configuration, with random weights.
+
+    tile: preprocessing of one view. long_px, splits: as in `vlm.tokenizers.edge_tiles`.
+    """
+    vision, width = config.vision_config, config.text_config.hidden_size
     tower = encoders.build(
         encoders.TransformersConfig(
             vision_config={name: getattr(vision, name) for name in SIGLIP_FIELDS}
@@ -148,12 +162,22 @@ def _image_tokenizer(config: PreTrainedConfig, reader, where: str) -> ImageToken
             prefix="drop",
             norm=True,
             pooled=False,
-            pixel_spec=tile_from_transformers(reader, side_px),
+            pixel_spec=tile,
         )
     )
-    return edge_tiles.EdgeTilesTokenizer(
-        tower, long_px=reader.size["longest_edge"], splits=bool(reader.do_image_splitting)
+    tokenizer = edge_tiles.EdgeTilesTokenizer(tower, long_px=long_px, splits=splits)
+    adaptor = adaptors.build(
+        {
+            "kind": "pixel_shuffle",
+            "in_width": tokenizer.dim,
+            "out_width": width,
+            "ratio": config.scale_factor,
+            "depth": 1,
+            "hidden_width": width,
+            "bias": False,
+        }
     )
+    return DecoderOnly(tokenizer, adaptor, AutoModelForCausalLM.from_config(config.text_config))
 
 
 def _frames(folder: Path, views: Tagged, where: str) -> TimedFrames:
@@ -166,21 +190,6 @@ def _frames(folder: Path, views: Tagged, where: str) -> TimedFrames:
     tile = tile_from_transformers(reader, reader.max_image_size["longest_edge"])
     spec = edge_tiles.EdgeTilesSpec(tile=tile, long_px=long_px, splits=False)
     return TimedFrames(pixel_spec=spec, mark=views.mark, whole=views.whole)
-
-
-def _compose(tokenizer: ImageTokenizer, ratio: int, text_config: PreTrainedConfig) -> DecoderOnly:
-    adaptor = adaptors.build(
-        {
-            "kind": "pixel_shuffle",
-            "in_width": tokenizer.dim,
-            "out_width": text_config.hidden_size,
-            "ratio": ratio,
-            "depth": 1,
-            "hidden_width": text_config.hidden_size,
-            "bias": False,
-        }
-    )
-    return DecoderOnly(tokenizer, adaptor, AutoModelForCausalLM.from_config(text_config))
 
 
 def _require_own_positions(side: int, where: str) -> None:

@@ -181,7 +181,7 @@ def require_read_rates(settings: BaseSettings) -> None:
     """Raises ValueError naming a learning rate that was given for a part that does not learn."""
     for name, why in settings.unread_rates().items():
         rate = getattr(settings, name)
-        if not isinstance(rate, Usual):
+        if rate is not None and not isinstance(rate, Usual):
             option = name.replace("_", "-")
             raise ValueError(
                 f"--{option} {float(rate):g}: nothing learns at this rate, as {why}; leave "

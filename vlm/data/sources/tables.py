@@ -141,7 +141,9 @@ def load_table(body: str, split: str | None, config: str | None = None) -> tuple
             return _one_split(datasets.load_from_disk(body), body, split), path
         if path.is_dir():
             folder = datasets.load_dataset("imagefolder", data_dir=body)
-            return _one_split(folder, body, split), path
+            table = _one_split(folder, body, split)
+            _require_texts(table, body)
+            return table, path
         if path.is_file() and path.suffix.lower() == ".parquet":
             return datasets.Dataset.from_parquet(body), path.parent
         table = datasets.load_dataset(body, config)
@@ -154,6 +156,17 @@ def load_table(body: str, split: str | None, config: str | None = None) -> tuple
             "it" if path.exists() else f"the set {body!r} from the hub (no local file has its name)"
         )
         raise BadSource(f"datasets: {body}: cannot load {kind}: {reason}") from error
+
+
+def _require_texts(table: Dataset, body: str) -> None:
+    """Raises BadSource for a folder of images alone, saying what would make it a source."""
+    if table.column_names == ["image"]:
+        raise BadSource(
+            f"{body}: expected texts or classes beside images, found {len(table)} images alone; "
+            "such a folder needs a metadata.jsonl with file_name and caption on each line, or "
+            "images in a folder for each class (cat/1.png); rows of any other form are in a .jsonl "
+            "file, which is named instead"
+        )
 
 
 def _is_saved(folder: Path) -> bool:

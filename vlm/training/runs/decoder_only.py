@@ -62,9 +62,10 @@ def run(settings: Settings, make_stage: MakeStage, make_objective: MakeObjective
     """One run from settings to result: trains, evaluates, captions, saves."""
     training_run = TrainingRun(settings)
     data = training_data(settings)
-    source = settings.source(settings.held_out)
+    source = settings.source(settings.held_out) if settings.held_out else None
+    evaluated = source if settings.held_out_rows else None
     documents = settings.open(settings.text_held_out) if settings.text_held_out_rows else None
-    training_run.check(data, source if settings.held_out_rows else None, documents)
+    training_run.check(data, evaluated, documents)
     with training_run.accelerator.main_process_first():
         model = settings.build()
     require_box_codec(data, model, settings.bad_rows)
@@ -72,7 +73,7 @@ def run(settings: Settings, make_stage: MakeStage, make_objective: MakeObjective
     if settings.pack is not None:
         require_segments(model.module.text)
     plan = training_run.stage(make_stage, model.module)
-    rows, _, cut = training_run.held_out(model, source if settings.held_out_rows else None)
+    rows, _, cut = training_run.held_out(model, evaluated)
     texts = usable_documents(model, documents, settings.text_held_out_rows) if documents else []
     evaluate = _Evaluate(model, training_run.accelerator, source, rows, documents, texts)
     if texts:  # else nothing is computed before the run knows that it fits
@@ -107,7 +108,7 @@ def run(settings: Settings, make_stage: MakeStage, make_objective: MakeObjective
             show_some(model, source, rows, training_run)
         report(training_run, result)
 
-    more = {"held_out": source.name, "held_out_cut_tokens": cut}
+    more = {"held_out": source.name if source else "", "held_out_cut_tokens": cut}
     return training_run.end(progress, figures, more, show)
 
 
@@ -165,7 +166,7 @@ class _Evaluate:
         self,
         model: DecoderOnlyModel,
         accelerator: Accelerator,
-        source: Source,
+        source: Source | None,
         rows: list[int],
         documents: Source | None,
         texts: list[int],

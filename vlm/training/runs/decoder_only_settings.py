@@ -1,4 +1,7 @@
-"""What a decoder-only recipe can be told: its settings, and the model and data that they name."""
+"""What a decoder-only recipe can be told: its settings, and the model and data that they name.
+
+It is over 400 lines, as what each setting means stands beside it and nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from vlm.data.sources import Source
 from vlm.data.sources.documents import TextOnly
 from vlm.families.decoder_only.layout import with_box_codec
 from vlm.families.decoder_only.model import CAPTION_PROMPT, DecoderOnlyModel
+from vlm.families.registry import FAMILIES
 from vlm.lora import Lora, add_lora, lora_of, quantize_4bit
 from vlm.systems import published_caption_prompt
 from vlm.systems.compose import add_loc_tokens
@@ -143,13 +147,16 @@ class FromParts(Settings):
     as the adaptor does: it reads images beside the text, as in Flamingo. None places image tokens
     in the text."""
     prompt: str = CAPTION_PROMPT
-    """The user's text after an image where rows hold a caption alone."""
+    """The user's text after an image where rows hold a caption alone; where this is not given, a
+    `start` model keeps its own."""
     system: str | None = ""
     """System message where a conversation has none; "" is an empty one, None the template's own."""
 
     @property
     def caption_prompt(self) -> str:
-        return self.prompt
+        if self.start is None or self.given(("prompt",)):
+            return self.prompt
+        return stored_caption_prompt(self.start)
 
     def build(self) -> DecoderOnlyModel:
         if self.start is None:
@@ -157,7 +164,7 @@ class FromParts(Settings):
         else:
             self.require_no_parts()
             model = load_stored(self.start, self)
-            model.caption_prompt = self.prompt
+            model.caption_prompt = self.caption_prompt
         self.add_tokens(model, learned=False)
         return model
 
@@ -191,17 +198,13 @@ class FromParts(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FromRun(Settings):
-    """Settings of a run that goes on from an earlier stage's."""
+class FromModel(Settings):
+    """Settings of a run that goes on from a whole model, each of its components full, LoRA or
+    frozen."""
 
-    follows: ClassVar[tuple[str, ...]] = ()
-    """Names of the stages that this one may follow."""
-
-    previous: str
-    """The previous stage's run folder; or a model's folder or hub id that no run here made."""
     prompt: str | None = None
-    """The user's text after an image where rows hold a caption alone; None keeps the previous
-    model's, that of a published system included."""
+    """The user's text after an image where rows hold a caption alone; None keeps the model's
+    own, that of a published system included."""
 
     vision: Mode = "frozen"
     """What of the image tokenizer learns."""
@@ -225,26 +228,13 @@ class FromRun(Settings):
     """Keep the language model's frozen weights in 4 bits beside its LoRA; needs bitsandbytes."""
 
     @property
+    def base_model(self) -> str:
+        """The model that the run goes on from: a folder, a run, or a hub id."""
+        raise NotImplementedError
+
+    @property
     def caption_prompt(self) -> str:
-        if self.prompt is not None:
-            return self.prompt
-        before = self._before() or {}
-        if "caption_prompt" in before:
-            return before["caption_prompt"]
-        if self._is_missing_default():  # as `require_stage` says before the model is built
-            return CAPTION_PROMPT
-        return published_caption_prompt(self.previous)
-
-    def _is_missing_default(self) -> bool:
-        """Whether `previous` is the usual place of an earlier run, and none is there."""
-        return not self.given(("previous",)) and not Path(self.previous).exists()
-
-    def _before(self) -> dict[str, Any] | None:
-        """What the previous model's config.json says; None where it is on the hub."""
-        for folder in (Path(self.previous), Path(self.previous, "model")):  # as `vlm.load` looks
-            if (folder / "config.json").is_file():
-                return json.loads((folder / "config.json").read_text())
-        return None
+        return stored_caption_prompt(self.base_model) if self.prompt is None else self.prompt
 
     def memory_remedies(self) -> tuple[str, ...]:
         lora = ("train less (--language lora)",) if self.language == "full" else ()
@@ -252,8 +242,8 @@ class FromRun(Settings):
 
     def unread_rates(self) -> dict[str, str]:
         modes = {"vision": self.vision, "adaptor": self.adaptor}
-        before = self._before() or {}
-        # Rows of <loc> tokens learn beside a frozen language model, the previous model's too.
+        before = _config_in(self.base_model)
+        # Rows of <loc> tokens learn beside a frozen language model, the model's own too.
         if not self.loc_bins and before.get("format") == "vlm" and not _has_loc_tokens(before):
             modes["language"] = self.language
         return {
@@ -261,9 +251,8 @@ class FromRun(Settings):
         }
 
     def build(self) -> DecoderOnlyModel:
-        self.require_stage()
         self.require_used()
-        model = load_stored(self.previous, self)
+        model = load_stored(self.base_model, self)
         if self.prompt is not None:
             model.caption_prompt = self.prompt
         self.add_tokens(model, learned=self.language == "full")
@@ -291,8 +280,8 @@ class FromRun(Settings):
             found = {key: there[component][key] for key in asked}
             if found != asked:
                 raise ValueError(
-                    f"{component} of {self.previous} has LoRA layers already, of {found}; expected "
-                    f"{asked}, as --lora-rank, --lora-alpha and --lora-dropout say"
+                    f"{component} of {self.base_model} has LoRA layers already, of {found}; "
+                    f"expected {asked}, as --lora-rank, --lora-alpha and --lora-dropout say"
                 )
         wanted = {c: value for c, mode in modes.items() if mode == "lora" and c not in there}
         if wanted:
@@ -309,6 +298,36 @@ class FromRun(Settings):
                 f"adaptor, language to be lora, found {self.vision}, {self.adaptor}, "
                 f"{self.language}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromRun(FromModel):
+    """Settings of a run that goes on from an earlier stage's."""
+
+    follows: ClassVar[tuple[str, ...]] = ()
+    """Names of the stages that this one may follow."""
+
+    previous: str
+    """The previous stage's run folder; or a model's folder or hub id that no run here made, a
+    published system's for example."""
+
+    @property
+    def base_model(self) -> str:
+        return self.previous
+
+    @property
+    def caption_prompt(self) -> str:
+        if self.prompt is None and self._is_missing_default():
+            return CAPTION_PROMPT  # as `require_stage` says before the model is built
+        return super().caption_prompt
+
+    def _is_missing_default(self) -> bool:
+        """Whether `previous` is the usual place of an earlier run, and none is there."""
+        return not self.given(("previous",)) and not Path(self.previous).exists()
+
+    def build(self) -> DecoderOnlyModel:
+        self.require_stage()
+        return super().build()
 
     def require_stage(self) -> None:
         """Raises RunError where `previous` is a run of a stage that this one does not follow, or
@@ -335,11 +354,36 @@ def _has_loc_tokens(values: dict[str, Any]) -> bool:
     return (with_box_codec(values).get("box_codec") or {}).get("kind") == "loc"
 
 
+def stored_caption_prompt(source: str) -> str:
+    """What the model of a folder, run or hub id asks for a caption with; its weights are not read.
+    Raises what `published_caption_prompt` raises."""
+    held = _config_in(source)
+    if "caption_prompt" in held:
+        return held["caption_prompt"]
+    return published_caption_prompt(source)
+
+
+def _config_in(source: str) -> dict[str, Any]:
+    """What the config.json of a model in a folder or run says; empty where it is on the hub."""
+    for folder in (Path(source), Path(source, "model")):  # as `vlm.load` looks
+        if (folder / "config.json").is_file():
+            return json.loads((folder / "config.json").read_text())
+    return {}
+
+
 def load_stored(source: str, settings: Settings) -> DecoderOnlyModel:
-    """The model in a folder or under a hub id, its weights and prompts as they were saved."""
+    """The model in a folder or under a hub id, its weights and prompts as they were saved.
+
+    Raises ValueError for one of a family that does not write text from images in its stream.
+    """
     import vlm
 
     model = vlm.load(source, device="cpu", dtype="stored")
+    if not isinstance(model, DecoderOnlyModel):
+        raise ValueError(
+            f"{source}: expected a model that writes text from images in its stream, found one of "
+            f"the family {FAMILIES[model.module.family].said}"
+        )
     model.processor.overflow = settings.overflow
     if settings.max_tokens is not None:
         model.processor.max_tokens = settings.max_tokens
