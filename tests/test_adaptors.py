@@ -13,6 +13,7 @@ KINDS = {
         kind="pixel_shuffle", in_width=WIDTH, out_width=OUT, ratio=2, depth=2, hidden_width=OUT
     ),
     "resampler": dict(kind="resampler", in_width=WIDTH, out_width=OUT, queries=5, depth=2, heads=2),
+    "latents": dict(kind="latent_attention", in_width=WIDTH, out_width=OUT, queries=5, heads=2),
 }
 
 
@@ -72,8 +73,9 @@ def test_pixel_shuffle_refuses_what_has_no_blocks(shape, message):
         adaptors.build(KINDS["shuffle"]).shape_for(shape)
 
 
-def test_resampler_ignores_invalid_tokens():
-    adaptor = adaptors.build(KINDS["resampler"])
+@pytest.mark.parametrize("kind", ["resampler", "latents"])
+def test_queries_ignore_invalid_tokens(kind):
+    adaptor = adaptors.build(KINDS[kind])
     images = image_tokens(V=1)
     valid = torch.ones(1, 24, dtype=torch.bool)
     valid[:, 12:] = False

@@ -175,6 +175,9 @@ SYSTEMS = {
     ),
     "idefics3": System("vlm.systems.smolvlm", "Idefics3, SmolVLM: tagged SigLIP tiles, LLaMA"),
     "smolvlm": System("vlm.systems.smolvlm", "SmolVLM2 on images: tagged SigLIP tiles, LLaMA"),
+    "kosmos-2": System(
+        "vlm.systems.kosmos2", "Kosmos-2: CLIP, 64 latents, Magneto; patch indices as places"
+    ),
 }
 """`format` or transformers' `model_type` in config.json -> the system. A folder whose configuration
 is open_clip_config.json is "open_clip"; one of transformers' VisionEncoderDecoderModel is "donut"

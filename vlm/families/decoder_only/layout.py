@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from vlm import adaptors, tokenizers
 from vlm.data.grounding import GROUND_PROMPT
@@ -24,6 +24,7 @@ from vlm.families.decoder_only.processor import MARK, Processor
 from vlm.families.decoder_only.view_order import InTurn
 from vlm.families.registry import model_of
 from vlm.geometry import LocTokens
+from vlm.text import causal
 from vlm.weights import load_weights, read_weights
 
 SOURCE = "our own"
@@ -98,7 +99,7 @@ def load_as(module_class: type[DecoderOnly], folder: Path, values: dict[str, Any
         return module_class(
             tokenizers.build(said.tokenizer),
             adaptors.build(said.adaptor),
-            AutoModelForCausalLM.from_config(AutoConfig.for_model(**said.text)),
+            causal.build(AutoConfig.for_model(**said.text)),
         )
 
     module = native_layout.empty(make, folder, said.lora)
