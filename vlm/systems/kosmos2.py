@@ -42,7 +42,7 @@ from vlm.systems.published import (
     require_rows,
     save_decoder_only,
 )
-from vlm.text import causal
+from vlm.text.causal import causal_language_model
 from vlm.tokenizers import transformers as encoders
 from vlm.weights import load_weights, read_weights
 
@@ -162,7 +162,7 @@ def compose(config: Kosmos2Config, pixel_spec: PixelSpec) -> DecoderOnly:
             "heads": config.text_config.attention_heads,
         }
     )
-    return DecoderOnly(tokenizer, adaptor, causal.build(config.text_config))
+    return DecoderOnly(tokenizer, adaptor, causal_language_model(config.text_config))
 
 
 def _require_size(spec: PixelSpec, config: Kosmos2Config, where: str) -> None:

@@ -4,9 +4,9 @@ LayerNorm of their own inside ("Magneto"), built of transformers' blocks.
 transformers' class around those blocks makes its masks by itself, so that it takes neither a mask
 for each pair of positions nor a packed row, and counts position ids over padding, so that what it
 writes after a prompt differs with the prompts beside it. This one takes masks and position ids as
-other language models do. Its weights have the names of `Kosmos2TextForCausalLM`.
+other language models do. Its weights have the names of `Kosmos2TextTransformer`.
 
-Shapes: B example, T text position, D decoder width, Z vocabulary.
+Shapes: B example, T text position, D decoder width.
 
 Source: arXiv 2210.06423 (Magneto); transformers, `modeling_kosmos2.py`.
 """
@@ -14,13 +14,12 @@ Source: arXiv 2210.06423 (Magneto); transformers, `modeling_kosmos2.py`.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, GenerationMixin, Kosmos2PreTrainedModel, Kosmos2TextConfig
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers import DynamicCache, Kosmos2PreTrainedModel, Kosmos2TextConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vlm.compat.transformers import CACHE, create_causal_mask, magneto_block
 from vlm.text.decoders import sinusoids
@@ -82,40 +81,3 @@ class Magneto(Kosmos2PreTrainedModel):
         for layer in self.layers:
             states = layer(states, mask, use_cache=use_cache, **{CACHE: cache}, **others)
         return BaseModelOutputWithPast(last_hidden_state=self.layer_norm(states), **{CACHE: cache})
-
-
-class MagnetoForCausalLM(Kosmos2PreTrainedModel, GenerationMixin):
-    """The decoder with its head, which is tied to the embeddings."""
-
-    config_class = Kosmos2TextConfig
-    base_model_prefix = "model"
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: Kosmos2TextConfig) -> None:
-        super().__init__(config)
-        self.model = Magneto(config)
-        self.lm_head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        return_dict: bool | None = None,
-        **others,
-    ) -> CausalLMOutputWithPast:
-        """Logits float[B, T, Z], or of the last `logits_to_keep` positions."""
-        out = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **others,
-        )
-        logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
-        return CausalLMOutputWithPast(logits=logits, **{CACHE: getattr(out, CACHE)})

@@ -24,7 +24,7 @@ from vlm.families.decoder_only.processor import MARK, Processor
 from vlm.families.decoder_only.view_order import InTurn
 from vlm.families.registry import model_of
 from vlm.geometry import LocTokens
-from vlm.text import causal
+from vlm.text.causal import causal_language_model
 from vlm.weights import load_weights, read_weights
 
 SOURCE = "our own"
@@ -99,7 +99,7 @@ def load_as(module_class: type[DecoderOnly], folder: Path, values: dict[str, Any
         return module_class(
             tokenizers.build(said.tokenizer),
             adaptors.build(said.adaptor),
-            causal.build(AutoConfig.for_model(**said.text)),
+            causal_language_model(AutoConfig.for_model(**said.text)),
         )
 
     module = native_layout.empty(make, folder, said.lora)
