@@ -7,6 +7,11 @@ from transformers import GenerationConfig
 
 from vlm import adaptors
 from vlm.adaptors import adaptor_config
+from vlm.families.decoder_only.docked_text import (
+    DockedText,
+    SpanTokenizer,
+    require_both_directions,
+)
 from vlm.families.decoder_only.model import CAPTION_PROMPT, DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
 from vlm.families.decoder_only.processor import Processor
@@ -14,6 +19,8 @@ from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.families.registry import model_of
 from vlm.geometry import LocTokens
 from vlm.systems.pretrained import DEMO, load_text, load_text_tokenizer, load_vision
+from vlm.text import encoders as text_encoders
+from vlm.text.decoders import positions_of
 from vlm.vocabulary import grow
 
 MASKS = {"causal": DecoderOnly, "prefix": PrefixDecoder}
@@ -36,6 +43,7 @@ def build(
     vision_layer: int = -1,
     text_layers: int | None = None,
     mask: str = "causal",
+    docked: str | None = None,
     seed: int = 0,
 ) -> DecoderOnlyModel:
     """A model of pretrained parts and a fresh adaptor, whose language model reads the images.
@@ -50,11 +58,16 @@ def build(
         models; None keeps all.
     mask: "causal", a decoder-only model; or "prefix", where images and prompt see each other and
         the answer alone is causal, as in PaliGemma.
-    seed: of the adaptor's weights; the global generator is left as it is.
+    docked: a text encoder's hub id or folder, such as BERT's, that reads non-causal texts of rows
+        in both directions through a linear connector (MetaLM's semi-causal language modeling);
+        None docks none.
+    seed: of the adaptor's and the connector's weights; the global generator is left as it is.
     Raises OSError or FetchError where weights cannot be had, ValueError for what does not fit.
     """
     if mask not in MASKS:
         raise ValueError(f"mask is one of {', '.join(MASKS)}, found {mask!r}")
+    if docked is not None and mask != "causal":
+        raise ValueError(f"docked needs mask 'causal', found {mask!r}")
     image_tokenizer = load_vision(vision, size_hw, vision_layer)
     language = load_text(text)
     if text_layers is not None:
@@ -72,6 +85,7 @@ def build(
             )
         )
     module = MASKS[mask](image_tokenizer, bridge, language)
+    spans = None if docked is None else dock(module, docked, seed)
     layout_for = ImageLayouts(image_tokenizer, bridge)
     layout_for(image_tokenizer.pixel_spec.size_hw)  # whether the parts fit, before any work
     processor = Processor(
@@ -82,12 +96,29 @@ def build(
         max_tokens=context_of(language) if max_tokens is None else max_tokens,
         overflow=overflow,
         prefix=mask == "prefix",
+        docked=spans,
     )
     ends = stop_ids(processor, language)
     language.generation_config = GenerationConfig()  # its own habits would be lost when saved
     return model_of(
         module=module.eval(), processor=processor, stop_ids=ends, caption_prompt=caption_prompt
     )
+
+
+def dock(module: DecoderOnly, source: str, seed: int) -> SpanTokenizer:
+    """Docks a pretrained text encoder to a model through a fresh connector, in place; gives what
+    makes views of the texts that it reads.
+
+    source: a hub id or folder. Raises OSError where there is none, ValueError for an encoder that
+    does not read in both directions.
+    """
+    encoder = text_encoders.load(source, "mean", masked=True)
+    require_both_directions(encoder, source)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module.docked = DockedText(encoder, module.text.config.get_text_config().hidden_size)
+    text_tokenizer = text_encoders.load_tokenizer(source)
+    return SpanTokenizer(text_tokenizer, positions_of(encoder.backbone.config))
 
 
 def keep_layers(language: torch.nn.Module, count: int) -> None:

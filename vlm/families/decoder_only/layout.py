@@ -17,6 +17,7 @@ from vlm.data.grounding import GROUND_PROMPT
 from vlm.families import native_layout
 from vlm.families.decoder_only import view_order
 from vlm.families.decoder_only.chat_template import Template
+from vlm.families.decoder_only.docked_text import DockedText, SpanTokenizer
 from vlm.families.decoder_only.image_layout import PositionNumbers
 from vlm.families.decoder_only.model import ANSWER_PROMPT, DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
@@ -24,10 +25,13 @@ from vlm.families.decoder_only.processor import MARK, Processor
 from vlm.families.decoder_only.view_order import InTurn
 from vlm.families.registry import model_of
 from vlm.geometry import LocTokens
+from vlm.text import encoders as text_encoders
 from vlm.text.causal import causal_language_model
+from vlm.text.decoders import positions_of
 from vlm.weights import load_weights, read_weights
 
 SOURCE = "our own"
+DOCKED_TOKENIZER = "docked_tokenizer"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +41,8 @@ class Folder(native_layout.Folder):
     adaptor: a configuration with its `kind`. stop_ids: ids that end an answer. loc: how boxes are
     written; None: not at all. views: how the views of an image follow each other, a configuration
     with its `kind`. template: how the chat template is used. position_numbers: as in
-    `StreamLayout`. The rest is the prompts'.
+    `StreamLayout`. docked: the configuration of a docked text encoder, whose tokenizer is in
+    `docked_tokenizer/`; None: there is none. The rest is the prompts'.
     """
 
     adaptor: dict[str, Any]
@@ -55,11 +60,13 @@ class Folder(native_layout.Folder):
     views: dict[str, Any] = field(default_factory=lambda: view_order.config_of(InTurn()))
     template: Template = field(default_factory=Template)
     position_numbers: PositionNumbers = 1
+    docked: dict[str, Any] | None = None
 
 
 def save(model: DecoderOnlyModel, folder: Path, merge: bool = True) -> None:
     """Writes our own layout; see the module's docstring. merge: whether LoRA is merged into the
     weights that are written, or kept as layers of its own."""
+    docked = model.module.docked
     description = Folder(
         family=model.module.family,
         tokenizer=tokenizers.config_to_dict(model.module.tokenizer),
@@ -79,8 +86,11 @@ def save(model: DecoderOnlyModel, folder: Path, merge: bool = True) -> None:
         views=view_order.config_of(model.processor.layout_for.views),
         template=model.processor.template,
         position_numbers=model.processor.position_numbers,
+        docked=None if docked is None else text_encoders.config_of(docked.encoder),
     )
     native_layout.write(model, description, folder, merge)
+    if docked is not None:
+        model.processor.docked.text_tokenizer.save_pretrained(folder / DOCKED_TOKENIZER)
 
 
 def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
@@ -100,6 +110,7 @@ def load_as(module_class: type[DecoderOnly], folder: Path, values: dict[str, Any
             tokenizers.build(said.tokenizer),
             adaptors.build(said.adaptor),
             causal_language_model(AutoConfig.for_model(**said.text)),
+            **({} if said.docked is None else {"docked": _docked(said)}),
         )
 
     module = native_layout.empty(make, folder, said.lora)
@@ -118,6 +129,7 @@ def load_as(module_class: type[DecoderOnly], folder: Path, values: dict[str, Any
         framed=said.framed,
         template=said.template,
         position_numbers=said.position_numbers,
+        docked=_span_tokenizer(module, folder),
     )
     return model_of(
         module=module.eval(),
@@ -130,3 +142,17 @@ def load_as(module_class: type[DecoderOnly], folder: Path, values: dict[str, Any
         ocr_prompt=said.ocr_prompt,
         reference=native_layout.read_origin(folder, said.reference),
     )
+
+
+def _docked(said: Folder) -> DockedText:
+    """The docked text encoder of a folder, its weights random."""
+    width = AutoConfig.for_model(**said.text).get_text_config().hidden_size
+    return DockedText(text_encoders.build(said.docked), width)
+
+
+def _span_tokenizer(module: DecoderOnly, folder: Path) -> SpanTokenizer | None:
+    """What makes views of non-causal texts, where the model has a docked encoder."""
+    if module.docked is None:
+        return None
+    text_tokenizer = text_encoders.load_tokenizer(folder / DOCKED_TOKENIZER)
+    return SpanTokenizer(text_tokenizer, positions_of(module.docked.encoder.backbone.config))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlm.data.boxes import check_boxes
-from vlm.data.example import BadRow, Example, Skipped, Turn
+from vlm.data.example import BadRow, Example, NonCausal, Skipped, Turn
 from vlm.families.decoder_only.batch import IMAGE, Row
 from vlm.families.decoder_only.chat_template import (
     ANSWER,
@@ -22,12 +22,15 @@ from vlm.families.decoder_only.chat_template import (
     SLOT,
     ChatTemplate,
     Template,
+    require_no_marks,
+    slotted,
     user_turn,
 )
+from vlm.families.decoder_only.docked_text import SpanTokenizer
 from vlm.families.decoder_only.image_layout import ImageLayout, PositionNumbers, StreamLayout
 from vlm.families.decoder_only.marked_text import MarkedText
 from vlm.geometry import LocTokens
-from vlm.image_tokens import map_pixels, meta_pixels
+from vlm.image_tokens import is_text, map_pixels, meta_pixels
 from vlm.pixels import BadImage, image_size, open_image
 
 MARK = "<image>"
@@ -54,6 +57,7 @@ class Processor:
     framed: whether a literal prompt is a user's message, which the chat template frames (as
         PaliGemma's own processor does with its text); else it is read as it stands.
     position_numbers: of the language model's position ids, as in `StreamLayout`.
+    docked: makes views of non-causal texts; None where the model has no docked text encoder.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Processor:
         framed: bool = False,
         template: Template | None = None,
         position_numbers: PositionNumbers = 1,
+        docked: SpanTokenizer | None = None,
     ) -> None:
         if overflow not in ("drop", "shrink"):
             raise ValueError(f"overflow is 'drop' or 'shrink', found {overflow!r}")
@@ -90,6 +95,7 @@ class Processor:
         self.prefix = prefix
         self.framed = framed
         self.position_numbers = position_numbers
+        self.docked = docked
         self.end_id = int(self._ids(PROBE, [], "chat template")[0][-1])
 
     @property
@@ -153,7 +159,7 @@ class Processor:
                 name=example.name,
                 ids=ids,
                 scored=scored,
-                views=tuple(views),
+                **_by_kind(views),
                 layout=self._layout(images),
                 boxes=example.boxes,
                 unscored=unscored if unscored.any() else None,
@@ -167,7 +173,7 @@ class Processor:
         Raises BadRow naming both numbers where it is longer than `max_tokens`.
         """
         views, images, turns = self._look(example, self._see)
-        return replace(self.prompt_row(turns, images, example.name), views=tuple(views))
+        return replace(self.prompt_row(turns, images, example.name), **_by_kind(views))
 
     def prompt_row(self, turns: Sequence[Turn], images: Sequence[ImageLayout], name: str) -> Row:
         """A row to generate from, without pixels: a conversation whose images were seen before, up
@@ -231,14 +237,20 @@ class Processor:
     def _look(
         self, example: Example, see: Callable
     ) -> tuple[list, list[ImageLayout], tuple[Turn, ...]]:
-        """Views of the example's images, the layout of each image, and the turns with boxes written
-        out. see: `_see` or `_foresee`."""
+        """Views of the example's images and non-causal texts, the layout of each in the order of
+        the turns, and the turns with boxes written out. see: `_see` or `_foresee`."""
         views, layouts, sizes = [], [], []
-        for number, reference in enumerate(example.images):
-            seen, size_hw = see(reference, number, example.name)
-            views += seen
-            layouts.append(self.layout_for(size_hw))
-            sizes.append(size_hw)
+        images = iter(example.images)
+        for part in (part for turn in example.turns for part in turn.content):
+            if part is None:
+                seen, size_hw = see(next(images), len(layouts), example.name)
+                views += seen
+                layouts.append(self.layout_for(size_hw))
+                sizes.append(size_hw)
+            elif isinstance(part, NonCausal):
+                view, layout = self._dock(part, example.name)
+                views.append((view, (len(layouts), 0)))
+                layouts.append(layout)
         return views, layouts, self._write_boxes(example, sizes)
 
     def _see(self, image, number: int, name: str) -> tuple[list, tuple[int, int]]:
@@ -282,20 +294,32 @@ class Processor:
             for t in example.turns
         )
 
+    def _dock(self, text: NonCausal, name: str) -> tuple[Tensor, ImageLayout]:
+        """The view and the layout of a non-causal text."""
+        if self.docked is None:
+            raise BadRow(
+                f"{name}: the row holds a non-causal text, {text[:20]!r}, but this model has no "
+                "docked text encoder to read it; compose it with one (docked)"
+            )
+        return self.docked(str(text), name)
+
     def _document(self, example: Example) -> Row:
-        text = example.turns[0].text.strip()
-        if not text:
+        (turn,) = example.turns
+        if not turn.text.strip():
             raise BadRow(f"{example.name}: expected a document's text, found none")
-        ids = self.text_tokenizer(text, add_special_tokens=True)["input_ids"]
+        require_no_marks(turn, example.name)
+        views, layouts, _ = self._look(example, self._see)
+        marked = "".join(map(slotted, turn.content)).strip()
+        ids, _, _ = self.marked_text.tokenize(marked, layouts, example.name, True)
         if ids[-1] == self.text_tokenizer.eos_token_id:  # some tokenizers write it, and most do not
             ids = ids[:-1]
-        ids = [*ids, self.end_id]
+        ids = torch.cat([ids, torch.tensor([self.end_id])])
         return Row(
             name=example.name,
-            ids=torch.tensor(ids),
-            scored=torch.ones(len(ids), dtype=torch.bool),
-            views=(),
-            layout=self._layout(()),
+            ids=ids,
+            scored=ids != IMAGE,
+            **_by_kind(views),
+            layout=self._layout(layouts),
         )
 
     def _require_loc_tokens(self, loc: LocTokens) -> None:
@@ -342,13 +366,23 @@ class Processor:
         end = int(scored[-1]) + 1  # an answer's token: every image run before it is whole
         image_ends = torch.tensor([image.length for image in row.layout.images]).cumsum(0)
         kept = int((image_ends <= (row.ids[:end] == IMAGE).sum()).sum())
+        images = sum(not image.is_text for image in row.layout.images[:kept])
         return replace(
             row,
             ids=row.ids[:end],
             scored=row.scored[:end],
             views=tuple(view for view in row.views if view[1][0] < kept),
+            texts=tuple(view for view in row.texts if view[1][0] < kept),
             layout=row.layout.first(kept),
-            boxes=tuple(box for box in row.boxes if box.image < kept),
+            boxes=tuple(box for box in row.boxes if box.image < images),
             cut=int((row.ids[end:] != IMAGE).sum()),
             unscored=None if row.unscored is None else row.unscored[:end],
         )
+
+
+def _by_kind(views: Sequence[tuple]) -> dict[str, tuple]:
+    """Views as a row has them, those of images and those of non-causal texts."""
+    return {
+        "views": tuple(view for view in views if not is_text(view[0])),
+        "texts": tuple(view for view in views if is_text(view[0])),
+    }

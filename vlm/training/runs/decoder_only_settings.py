@@ -14,6 +14,7 @@ from vlm.data.augment import LEVELS
 from vlm.data.mixture import Mixture, MixtureDataset, check_weights
 from vlm.data.sources import Source
 from vlm.data.sources.documents import TextOnly
+from vlm.data.spans import DrawSpans, InOrder
 from vlm.families.decoder_only.model import CAPTION_PROMPT, DecoderOnlyModel
 from vlm.geometry import LocTokens
 from vlm.lora import Lora, add_lora, lora_of, quantize_4bit
@@ -68,6 +69,10 @@ class Settings(BaseSettings):
     loc_bins: int = 0
     """Bins of the <loc> tokens that boxes are written with, four a box; 0 adds none. 1024 is
     PaliGemma's; fewer are learned from fewer boxes. Their rows learn in every stage."""
+    span_share: float = 0.0
+    """Share of the words of learned text that are drawn at random, in spans, for the docked text
+    encoder to read in both directions; the language model learns what lies outside of them. 0
+    draws none. See --docked."""
     merge: bool = True
     """Whether the model is saved with LoRA merged into its weights, or as layers of its own."""
 
@@ -99,7 +104,7 @@ class Settings(BaseSettings):
 
 
 PARTS = ("vision", "image_px", "vision_layer", "text", "text_layers", "adaptor", "adaptor_depth",
-         "shuffle_ratio", "queries", "system")  # fmt: skip
+         "shuffle_ratio", "queries", "docked", "system")  # fmt: skip
 """Settings of a model that is composed anew."""
 
 
@@ -137,6 +142,10 @@ class FromParts(Settings):
     """pixel_shuffle: sides of the blocks that become one token."""
     queries: int = 64
     """resampler: tokens that it gives for each view."""
+    docked: str | None = None
+    """A text encoder that reads in both directions, such as BERT: a hub id or a folder. It reads
+    the spans of --span-share, through a linear connector, inside the causal stream (MetaLM). None
+    docks none."""
     prompt: str = CAPTION_PROMPT
     """The user's text after an image where rows hold a caption alone."""
     system: str | None = ""
@@ -180,6 +189,7 @@ class FromParts(Settings):
             vision_layer=self.vision_layer,
             text_layers=self.text_layers,
             mask=self.mask,
+            docked=self.docked,
             seed=self.seed,
         )
 
@@ -348,6 +358,19 @@ def tuned(
     return tuple(rates)
 
 
+def tuned_docked(
+    settings: Settings, module: nn.Module, rate: float, encoder_rate: float | None
+) -> tuple[tuple[str, float | None], ...]:
+    """The patterns and rates of a docked text encoder and its connector for `Stage.rates`: none
+    where there is none, frozen where no spans are drawn for it. encoder_rate: None freezes the
+    encoder."""
+    if module.docked is None:
+        return ()
+    if not settings.span_share:
+        return (("docked.*", FROZEN),)
+    return (("docked.connector.*", rate), ("docked.encoder.*", encoder_rate))
+
+
 def high_resolution_frozen(module: nn.Module) -> tuple[tuple[str, None], ...]:
     """The pattern that freezes the high-resolution tower of a paired image tokenizer; none where
     there is no such tower."""
@@ -387,7 +410,11 @@ def training_data(settings: Settings) -> MixtureDataset:
         samples = round(settings.modality_warmup * settings.steps) * settings.batch
         warmup = ([0.0] * len(seen) + weights[len(seen) :], samples)
     mixture = Mixture(seen + read, weights, settings.seed, warmup)
-    return MixtureDataset(seen + read, mixture, settings.bad_rows, LEVELS[settings.augment])
+    changes = LEVELS[settings.augment]
+    if settings.span_share:
+        spans = DrawSpans(share=settings.span_share)
+        changes = spans if changes is None else InOrder((changes, spans))
+    return MixtureDataset(seen + read, mixture, settings.bad_rows, changes)
 
 
 def _scaled(weights: Sequence[float], total: float) -> list[float]:
