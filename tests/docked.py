@@ -51,9 +51,9 @@ def bert(seed=0):
     return backbone
 
 
-def model(**options):
-    """A tiny model with a docked BERT."""
-    module = tiny.decoder_only(**options)
+def model(module=None, **options):
+    """A tiny model with a docked BERT. module: what it is docked to; None takes the tiny one."""
+    module = module or tiny.decoder_only(**options)
     torch.manual_seed(1)
     encoder = TextEncoder(bert(), "mean", masked=True)
     module.docked = DockedText(encoder, module.text.config.hidden_size).eval()

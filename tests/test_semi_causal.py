@@ -10,7 +10,7 @@ from rich.console import Console
 from torch.nn import functional as F
 
 import vlm
-from tests import docked, tiny, training
+from tests import docked, tiny, towers, training
 from tests.contrastive_models import backbone
 from tests.contrastive_runs import assert_close
 from tests.runs import launch, lines, stage_of
@@ -179,13 +179,13 @@ def test_rows_are_cut_to_the_context_with_every_span_whole(limit):
     assert torch.equal(row.ids, full.ids[: len(row.ids)])
 
 
-@pytest.mark.parametrize("share", [0.1, 0.4, 0.9])
-def test_drawn_spans_are_whole_words_of_a_share_of_what_is_learned(share):
+@pytest.mark.parametrize(("share", "longest"), [(0.1, 5), (0.4, 5), (0.8, 64)])
+def test_drawn_spans_are_whole_words_of_a_share_of_what_is_learned(share, longest):
     text = " ".join(f"w{i}" for i in range(40)) + "\n"
     turns = (Turn("user", (None, "w w w")), Turn("assistant", ("no no no",), scored=False),
              Turn("user", ("w w",)), Turn("assistant", (text,)))  # fmt: skip
     example = Example("r", turns, (tiny.image(),))
-    draw, drawn_words, lengths = DrawSpans(share=share, longest=5), 0, set()
+    draw, drawn_words, lengths = DrawSpans(share=share, longest=longest), 0, set()
     for seed in range(60):
         drawn = draw(example, seed)
         assert drawn == draw(example, seed)
@@ -196,13 +196,12 @@ def test_drawn_spans_are_whole_words_of_a_share_of_what_is_learned(share):
         spans = [isinstance(part, NonCausal) for part in content]
         assert not any(a and b for a, b in pairwise(spans))
         words = [len(part.split()) for part, span in zip(content, spans) if span]
-        assert all("".join(content).split() == text.split() and w <= 5 for w in words)
+        assert all("".join(content).split() == text.split() and w <= longest for w in words)
         assert sum(words) < 40
         drawn_words += sum(words)
         lengths |= set(words)
-    # Of many words not all find a place between others: each span needs a word after it.
-    assert drawn_words / (60 * 40) == pytest.approx(share, abs=0.02 if share < 0.9 else 0.2)
-    assert lengths == set(range(1, 6)) or share == 0.1
+    assert drawn_words / (60 * 40) == pytest.approx(share, abs=0.03)
+    assert lengths >= set(range(1, 6 if share == 0.4 else 4))
     assert len({draw(example, seed).turns[3].content for seed in range(8)}) > 1
 
 
@@ -244,7 +243,7 @@ def test_answers_after_spans_are_those_of_the_equations_alone_and_in_a_batch():
 
 
 def test_own_layout_returns_the_model_with_its_docked_encoder(tmp_path):
-    model = docked.model()
+    model = docked.model(towers.composed(towers.timm_vit()))
     model.save(tmp_path)
     again = vlm.load(tmp_path, "cpu")
     assert same_bits(again.module.state_dict(), model.module.state_dict())

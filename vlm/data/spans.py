@@ -17,7 +17,8 @@ class DrawSpans:
     scored, or of a document.
 
     share: of the words, above 0 and below 1; one at least stays. longest: the most words of a span;
-        lengths are drawn evenly from 1 on. Between two spans lies a word at least.
+        lengths are drawn evenly from 1 on. Between two spans lies a word at least, so that of large
+        shares in short spans not all find a place.
     Raises ValueError for another share or length.
     Source: arXiv 2206.06336 (MetaLM), section 2.3, semi-causal language modeling.
 
