@@ -22,6 +22,8 @@ from vlm.families.decoder_only.docked_text import require_both_directions
 from vlm.losses.token import token_losses
 from vlm.text.encoders import TextEncoder
 from vlm.training.flop_cost import flop_cost_of
+from vlm.training.memory.simulate import SimulatedStep
+from vlm.training.objectives.next_token import NextToken
 from vlm.training.runs.decoder_only import require_docked
 from vlm.weights import same_bits
 
@@ -376,3 +378,28 @@ def test_spans_count_in_the_cost_of_rows_and_batches():
     without = dataclasses.replace(row, texts=())
     assert cost.of_row(row) - cost.of_row(without) == 2 * 16 * 6 * weights
     assert cost.of_batch(collate_packed([row, plain])) == cost.of_row(row) + cost.of_row(plain)
+
+
+def test_a_step_with_spans_is_simulated_without_values():
+    model = docked.model()
+    objective = NextToken(model.processor.pad_id)
+    simulated = SimulatedStep(model.module, EVERY, objective, torch.float32, gpu=False)
+    rows = rows_of(model)
+    spans = simulated.run([rows], count=True)
+    none = simulated.run([rows[2:3] * 4], count=True)
+    assert spans.flops > none.flops
+    assert spans.peak.activations > none.peak.activations
+
+
+def test_a_cache_of_image_tokens_changes_nothing_beside_spans(tmp_path):
+    rates = (("tokenizer.*", None), ("adaptor.*", 1e-2), ("text.*", None), ("docked.*", 1e-2))
+    stage, losses = dataclasses.replace(EVERY, rates=rates), []
+    for name, folder in (("plain", None), ("cached", tmp_path / "tokens")):
+        torch.manual_seed(0)
+        chosen = docked.model(towers.composed(towers.timm_vit()))
+        _, _, history = training.train(
+            tmp_path / name, stage, chosen=chosen, data=docked.split_by_kind(), token_cache=folder
+        )
+        losses.append([line["loss"] for line in history])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert any((tmp_path / "tokens").iterdir())
