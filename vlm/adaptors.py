@@ -2,6 +2,7 @@
 
 Each adaptor knows how it changes a view's token count (`shape_for`), so that the prompt can
 reserve exactly that many positions before anything is computed.
+Longer than most files here: each kind is one short class and its configuration, over few helpers.
 
 Shapes: V view, L image tokens per view, Q learned query, D in or out width, h w patch grid.
 """
