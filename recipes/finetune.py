@@ -20,8 +20,14 @@ from torch import nn
 from vlm.training.runs import launch
 from vlm.training.runs.decoder_only import next_token as objective
 from vlm.training.runs.decoder_only import run
-from vlm.training.runs.decoder_only_settings import FromModel, Mode, high_resolution_frozen, tuned
-from vlm.training.stages import Stage
+from vlm.training.runs.decoder_only_settings import (
+    FromModel,
+    Mode,
+    high_resolution_frozen,
+    tuned,
+    tuned_docked,
+)
+from vlm.training.stages import FROZEN, Stage
 
 LOW_RANK = 2e-4
 """Peak learning rate of LoRA. Source: LLaVA 1.5, `scripts/v1_5/finetune_lora.sh`, whose schedule is
@@ -80,6 +86,7 @@ def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:
         *tuned(module, "tokenizer", settings.vision, settings.rate_of("vision")),
         *tuned(module, "adaptor", settings.adaptor, settings.rate_of("adaptor")),
         *tuned(module, "text", settings.language, settings.rate_of("language")),
+        *tuned_docked(settings, module, settings.rate_of("adaptor"), FROZEN),
     )
     return settings.stage("finetune", rates, micro_batch)
 

@@ -17,7 +17,7 @@ from torch import nn
 from vlm.training.runs import launch
 from vlm.training.runs.decoder_only import next_token as objective
 from vlm.training.runs.decoder_only import run
-from vlm.training.runs.decoder_only_settings import FromParts, tuned
+from vlm.training.runs.decoder_only_settings import FromParts, tuned, tuned_docked
 from vlm.training.stages import FROZEN, Stage
 
 
@@ -38,6 +38,7 @@ def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:
         ("tokenizer.*", FROZEN),
         *tuned(module, "adaptor", "full", settings.rate),
         *tuned(module, "text", "frozen", settings.rate),
+        *tuned_docked(settings, module, settings.rate, FROZEN),
     )
     return settings.stage("stage 1: adaptor", rates, micro_batch)
 

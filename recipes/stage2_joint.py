@@ -15,8 +15,8 @@ from vlm.training.base_settings import Augmentation, Usual
 from vlm.training.runs import launch
 from vlm.training.runs.decoder_only import next_token as objective
 from vlm.training.runs.decoder_only import run
-from vlm.training.runs.decoder_only_settings import FromRun, tuned
-from vlm.training.stages import Stage
+from vlm.training.runs.decoder_only_settings import FromRun, tuned, tuned_docked
+from vlm.training.stages import FROZEN, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,12 @@ def stage(settings: Settings, module: nn.Module, micro_batch: int) -> Stage:
         *tuned(module, "tokenizer", settings.vision, settings.vision_rate),
         *tuned(module, "adaptor", settings.adaptor, settings.adaptor_rate),
         *tuned(module, "text", settings.language, settings.language_rate),
+        *tuned_docked(
+            settings,
+            module,
+            settings.adaptor_rate,
+            settings.language_rate if settings.language == "full" else FROZEN,
+        ),
     )
     return settings.stage("stage 2: joint", rates, micro_batch)
 

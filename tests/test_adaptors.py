@@ -22,6 +22,7 @@ KINDS = {
     "grid": dict(kind="grid_resampler", in_width=WIDTH, out_width=OUT, queries_hw=(2, 3), heads=2),
     "gated": GATED,
     "perceiver": dict(kind="chain", parts=[GATED, PERCEIVER]),
+    "latents": dict(kind="latent_attention", in_width=WIDTH, out_width=OUT, queries=5, heads=2),
 }
 
 
@@ -87,8 +88,8 @@ def test_pixel_shuffle_refuses_what_has_no_blocks(shape, message):
         adaptors.build(KINDS["shuffle"]).shape_for(shape)
 
 
-@pytest.mark.parametrize("kind", ["resampler", "grid", "perceiver"])
-def test_resampler_ignores_invalid_tokens(kind):
+@pytest.mark.parametrize("kind", ["resampler", "grid", "perceiver", "latents"])
+def test_queries_ignore_invalid_tokens(kind):
     adaptor = adaptors.build(KINDS[kind])
     images = image_tokens(V=1)
     valid = torch.ones(1, 24, dtype=torch.bool)

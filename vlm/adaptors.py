@@ -9,7 +9,7 @@ Shapes: V view, L image tokens per view, D in or out width, h w patch grid.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -352,6 +352,62 @@ class Chain(nn.Module):
         return images
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentAttentionConfig:
+    """`queries` learned latents read each view through one attention of `heads` heads."""
+
+    in_width: int
+    out_width: int
+    queries: int
+    heads: int
+
+    def __post_init__(self) -> None:
+        if self.out_width % self.heads:
+            raise ValueError(f"{self.heads} heads do not divide the width {self.out_width}")
+
+
+class LatentAttention(nn.Module):
+    """Any number of image tokens becomes a fixed number by one attention, without norms or a
+    feed-forward layer. Tokens are brought to unit length and through a linear map; latents see
+    them, and each other beside them.
+
+    Source: transformers, `Kosmos2ImageToTextProjection`, and `normalize` before it.
+    """
+
+    Config = LatentAttentionConfig
+
+    def __init__(self, config: LatentAttentionConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.out_width
+        self.project = nn.Linear(config.in_width, width)
+        self.latents = nn.Parameter(torch.randn(config.queries, width))
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+
+    def shape_for(self, shape: TokenShape) -> TokenShape:
+        return TokenShape(self.config.queries, None)
+
+    def forward(self, images: ImageTokens) -> ImageTokens:
+        context = self.project(F.normalize(images.tokens, dim=-1))
+        V, _, D = context.shape
+        latents = self.latents.to(context.dtype).expand(V, -1, -1)
+        seen = torch.cat([context, latents], dim=1)
+        heads = self.config.heads
+        q, k, v = (
+            layer(tokens).view(V, -1, heads, D // heads).transpose(1, 2)
+            for layer, tokens in ((self.query, latents), (self.key, seen), (self.value, seen))
+        )
+        mask = None
+        if images.valid is not None:
+            mask = F.pad(images.valid, (0, self.config.queries), value=True)[:, None, None, :]
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        tokens = self.out(read.transpose(1, 2).reshape(V, -1, D))
+        return replace(images, valid=None).with_tokens(tokens, self.shape_for(images.shape))
+
+
 KINDS = {
     "identity": Identity,
     "mlp": MLP,
@@ -364,6 +420,7 @@ KINDS = {
     "gated_mlp": GatedMLP,
     "perceiver": Perceiver,
     "chain": Chain,
+    "latent_attention": LatentAttention,
 }
 
 

@@ -81,19 +81,31 @@ class ImageTokens:
 class ViewGroup:
     """The views of a batch that share one pixel size, so that they stack.
 
-    pixels: float[V, 3, H, W], or a tuple of these.
+    pixels: float[V, 3, H, W], or a tuple of these; int64[V, 2, L] where the views are texts that a
+        docked text encoder reads (`vlm.families.decoder_only.docked_text`).
     owner: int64[V, 3], as in ImageTokens.
     """
 
     pixels: Pixels
     owner: Tensor
 
+    @property
+    def is_text(self) -> bool:
+        """Whether the views are texts."""
+        return is_text(self.pixels)
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ViewGroup:
         """The group on a device, pixels also in `dtype` (None keeps theirs)."""
+        dtype = None if self.is_text else dtype
         return ViewGroup(
             pixels=map_pixels(lambda t: t.to(device, dtype), self.pixels),
             owner=self.owner.to(device),
         )
+
+
+def is_text(pixels: Pixels) -> bool:
+    """Whether a view, or several, is a text for a docked encoder, and not an image."""
+    return isinstance(pixels, Tensor) and not pixels.is_floating_point()
 
 
 def map_pixels(function, pixels: Pixels) -> Pixels:

@@ -13,7 +13,10 @@
 - `SiLUActivation`: the activation of gated MLPs (`vlm.kernels.norm_mlp`).
 - `BaseStreamer`: whom `generate` hands ids as they are written
 (`vlm.families.decoder_only.generate`).
-- `random_weights`: a model of a class that no Auto class makes (image tokenizers, text models).
+- `random_weights`: a model of a class that no Auto class makes (image tokenizers, text encoders and
+  decoders).
+- `create_causal_mask`, `magneto_block`: the mask and the blocks of Kosmos-2's language model
+  (`vlm.text.magneto`).
 - `sam_neck`: the neck of SAM, of which DeepSeek-VL has two (`vlm.tokenizers.sam_hybrid`).
 - `resizing_backends`: how an image processor resizes (`vlm.pixels.sources`).
 
@@ -46,8 +49,10 @@ __all__ = [
     "GradientCheckpointingLayer",
     "SiLUActivation",
     "attention_of",
+    "create_causal_mask",
     "has_multimodal_rotary",
     "has_recurrence",
+    "magneto_block",
     "prompt_position_ids",
     "random_weights",
     "resizing_backends",
@@ -128,6 +133,13 @@ def prompt_position_ids(model: PreTrainedModel, positions: Tensor) -> Iterator[d
 def random_weights(cls: type[M], config: PreTrainedConfig, attention: str, **arguments: Any) -> M:
     """A model of `cls` with random weights. attention: its name. arguments: of the class."""
     return cls._from_config(config, attn_implementation=attention, **arguments)
+
+
+def magneto_block(config: PreTrainedConfig, layer: int) -> nn.Module:
+    """A block of Kosmos-2's language model, random. layer: its number, from 0."""
+    from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2TextBlock
+
+    return Kosmos2TextBlock(config, layer_idx=layer)
 
 
 def sam_neck(config: PreTrainedConfig) -> nn.Module:

@@ -68,10 +68,21 @@ class Video:
             )
 
 
+class NonCausal(str):
+    """A text in a turn that a docked text encoder reads at once, in both directions: it is read and
+    never scored."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"NonCausal({super().__repr__()})"
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Turn:
     """What one side says: `content` is text, with None at the place of each image, and a number i
-    at the place of the example's i-th box, which is written as the model writes boxes.
+    at the place of the example's i-th box, which is written as the model writes boxes. A text may
+    be `NonCausal`.
 
     scored: whether it is learned, where it is the assistant's; else it is context, as all other
         turns are whatever this says.

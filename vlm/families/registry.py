@@ -200,6 +200,9 @@ SYSTEMS = {
         "vlm.systems.idefics",
         "Idefics v1 (open Flamingo): CLIP, perceiver, LLaMA with gated blocks",
     ),
+    "kosmos-2": System(
+        "vlm.systems.kosmos2", "Kosmos-2: CLIP, 64 latents, Magneto; patch indices as places"
+    ),
 }
 """`format` or transformers' `model_type` in config.json -> the system. A folder whose configuration
 is open_clip_config.json is "open_clip"; one of transformers' VisionEncoderDecoderModel is "donut"

@@ -8,6 +8,11 @@ from transformers import GenerationConfig
 from vlm import adaptors
 from vlm.adaptors import adaptor_config
 from vlm.box_codecs import LocTokens
+from vlm.families.decoder_only.docked_text import (
+    DockedText,
+    SpanTokenizer,
+    require_both_directions,
+)
 from vlm.families.decoder_only.model import CAPTION_PROMPT, DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
 from vlm.families.decoder_only.processor import Processor
@@ -16,6 +21,8 @@ from vlm.families.prefix_decoder.module import PrefixDecoder
 from vlm.families.registry import model_of
 from vlm.systems.compose_cross import cross_attended
 from vlm.systems.pretrained import DEMO, load_text, load_text_tokenizer, load_vision
+from vlm.text import encoders as text_encoders
+from vlm.text.decoders import positions_of
 from vlm.vocabulary import grow
 
 MASKS = {"causal": DecoderOnly, "prefix": PrefixDecoder}
@@ -39,6 +46,7 @@ def build(
     text_layers: int | None = None,
     mask: str = "causal",
     cross_every: int | None = None,
+    docked: str | None = None,
     seed: int = 0,
 ) -> DecoderOnlyModel:
     """A model of pretrained parts and a fresh adaptor, whose language model reads the images.
@@ -56,13 +64,22 @@ def build(
         the answer alone is causal, as in PaliGemma.
     cross_every: gated cross-attention blocks before each so many-th layer of the language model,
         which reads the images beside the text, as in Flamingo; None places image tokens in it.
-    seed: of the adaptor's weights and those of blocks; the global generator is left as it is.
+    docked: a text encoder's hub id or folder, such as BERT's, that reads non-causal texts of rows
+        in both directions through a linear connector (MetaLM's semi-causal language modeling);
+        None docks none.
+    seed: of the weights of adaptor, blocks and connector; the global generator is left as it is.
     Raises OSError or FetchError where weights cannot be had, ValueError for what does not fit.
     """
     if mask not in MASKS:
         raise ValueError(f"mask is one of {', '.join(MASKS)}, found {mask!r}")
-    if cross_every is not None and mask != "causal":
-        raise ValueError(f"cross_every needs mask 'causal', found {mask!r}")
+    for option, given in (("cross_every", cross_every), ("docked", docked)):
+        if given is not None and mask != "causal":
+            raise ValueError(f"{option} needs mask 'causal', found {mask!r}")
+    if cross_every is not None and docked is not None:
+        raise ValueError(
+            f"docked {docked!r}: expected no cross_every, since its states stand in the text "
+            f"stream, found {cross_every}"
+        )
     image_tokenizer = load_vision(vision, size_hw, vision_layer)
     language = load_text(text)
     if text_layers is not None:
@@ -83,6 +100,7 @@ def build(
             module = MASKS[mask](image_tokenizer, bridge, language)
         else:
             module = cross_attended(image_tokenizer, bridge, language, cross_every)
+    spans = None if docked is None else dock(module, docked, seed)
     views = InTurn() if cross_every is None else Marked()
     layout_for = ImageLayouts(image_tokenizer, bridge, views)
     layout_for(image_tokenizer.pixel_spec.size_hw)  # whether the parts fit, before any work
@@ -94,12 +112,29 @@ def build(
         max_tokens=context_of(language) if max_tokens is None else max_tokens,
         overflow=overflow,
         prefix=mask == "prefix",
+        docked=spans,
     )
     ends = stop_ids(processor, language)
     language.generation_config = GenerationConfig()  # its own habits would be lost when saved
     return model_of(
         module=module.eval(), processor=processor, stop_ids=ends, caption_prompt=caption_prompt
     )
+
+
+def dock(module: DecoderOnly, source: str, seed: int) -> SpanTokenizer:
+    """Docks a pretrained text encoder to a model through a fresh connector, in place; gives what
+    makes views of the texts that it reads.
+
+    source: a hub id or folder. Raises OSError where there is none, ValueError for an encoder that
+    does not read in both directions.
+    """
+    encoder = text_encoders.load(source, "mean", masked=True)
+    require_both_directions(encoder, source)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module.docked = DockedText(encoder, module.text.config.get_text_config().hidden_size)
+    text_tokenizer = text_encoders.load_tokenizer(source)
+    return SpanTokenizer(text_tokenizer, positions_of(encoder.backbone.config))
 
 
 def keep_layers(language: torch.nn.Module, count: int) -> None:

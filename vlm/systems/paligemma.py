@@ -54,6 +54,7 @@ from vlm.systems.published import (
     listed_banned_ids,
     listed_stop_ids,
     published_name,
+    require_rows,
     write_config,
     write_grown_tokenizer,
 )
@@ -215,7 +216,7 @@ def load(folder: Path, values: dict[str, Any]) -> PrefixDecoderModel:
     load_weights(module, state, where, lambda key: published_name(key, KEY_MAP))
     module.text.generation_config = GenerationConfig()
     text_tokenizer = reader.tokenizer
-    _require_rows(text_tokenizer, text_config.vocab_size, where)
+    require_rows(text_tokenizer, text_config.vocab_size, where)
     text_tokenizer.chat_template = CHAT_TEMPLATE
     processor = Processor(
         text_tokenizer,
@@ -290,20 +291,6 @@ def _compose(tokenizer: ImageTokenizer, text_config: PreTrainedConfig) -> Prefix
     bridge = {"kind": "mlp", "in_width": tokenizer.dim, "depth": 1}
     adaptor = adaptors.build(bridge | {"hidden_width": width, "out_width": width})
     return PrefixDecoder(tokenizer, adaptor, AutoModelForCausalLM.from_config(text_config))
-
-
-def _require_rows(text_tokenizer, rows: int, where: str) -> None:
-    """Raises ValueError where the text tokenizer gives ids beyond the language model's table, as
-    transformers' processor does to a folder that lacks <loc> and <seg> tokens: it adds them. The
-    image's mark, whose id no table needs, may be beyond."""
-    mark = getattr(text_tokenizer, "image_token_id", None)
-    beyond = {t: id for t, id in text_tokenizer.get_vocab().items() if id >= rows and id != mark}
-    if beyond:
-        token, id = max(beyond.items(), key=lambda item: item[1])
-        raise ValueError(
-            f"{where}: expected ids below {rows}, the rows of the embedding table, found "
-            f"{len(beyond)} tokens beyond, such as {token} ({id})"
-        )
 
 
 UNUSED = (

@@ -144,6 +144,20 @@ def save_decoder_only(
     save_weights(module, folder, name, beside=reference.unused)
 
 
+def require_rows(text_tokenizer, rows: int, where: str) -> None:
+    """Raises ValueError where the text tokenizer gives ids beyond the language model's table, as
+    some of transformers' processors do to a folder that lacks their tokens: they add them. The
+    image's mark, whose id no table needs, may be beyond."""
+    mark = getattr(text_tokenizer, "image_token_id", None)
+    beyond = {t: id for t, id in text_tokenizer.get_vocab().items() if id >= rows and id != mark}
+    if beyond:
+        token, id = max(beyond.items(), key=lambda item: item[1])
+        raise ValueError(
+            f"{where}: expected ids below {rows}, the rows of the embedding table, found "
+            f"{len(beyond)} tokens beyond, such as {token} ({id})"
+        )
+
+
 def require_unchanged(processor: PairProcessor, pixel_spec: PixelSpec, length: int) -> None:
     """Raises ValueError naming every setting of a processor that is not what the files of a
     published layout say: `pixel_spec` for images; for texts `length` tokens at most, with the

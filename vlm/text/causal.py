@@ -7,6 +7,7 @@ as all others are: a decoder, and a linear head.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ DECODERS = ("qwen2_vl_text", "qwen2_5_vl_text")
 SPARE_ROWS = "spare_input_rows"
 """Field of a configuration: how many rows its input table has beside those of the vocabulary."""
 
+OURS = {"kosmos_2_text_model": ("vlm.text.magneto", "Magneto")}
+"""`model_type` of decoders that are ours -> the module and name of the class."""
+
 
 class DecoderWithHead(PreTrainedModel, GenerationMixin):
     """A decoder of transformers and a linear head without bias, which may be tied to its table."""
@@ -41,7 +45,7 @@ class DecoderWithHead(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        self.model = AutoModel.from_config(config)
+        self.model = _decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -74,7 +78,7 @@ def causal_language_model(config: PreTrainedConfig) -> PreTrainedModel:
 
     Raises ValueError where there are such rows and both are to be one tensor.
     """
-    if config.model_type in DECODERS:
+    if config.model_type in (*DECODERS, *OURS):
         text = random_weights(DecoderWithHead, config, "sdpa")
     else:
         text = AutoModelForCausalLM.from_config(config)
@@ -89,3 +93,11 @@ def causal_language_model(config: PreTrainedConfig) -> PreTrainedModel:
     rows, width = table.weight.shape
     text.set_input_embeddings(nn.Embedding(rows + spare, width, table.padding_idx))
     return text
+
+
+def _decoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """The decoder of a configuration, its weights random."""
+    if config.model_type not in OURS:
+        return AutoModel.from_config(config)
+    module, name = OURS[config.model_type]
+    return random_weights(getattr(import_module(module), name), config, "sdpa")

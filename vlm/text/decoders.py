@@ -60,21 +60,22 @@ class SinusoidalPositions(nn.Module):
         return vectors.to(self._norm[0].weight.dtype)
 
     def _made(self, count: int) -> Tensor:
-        table = sinusoids(count + self.pad_id + 1, self.width)
+        table = sinusoids(torch.arange(count + self.pad_id + 1), self.width)
         table[self.pad_id] = 0
         return table
 
 
-def sinusoids(count: int, width: int) -> Tensor:
-    """fp32[count, width]: the sines of each position at falling frequencies, then the cosines.
+def sinusoids(positions: Tensor, width: int) -> Tensor:
+    """fp32[..., width] of positions int64[...]: the sines of each at falling frequencies, then the
+    cosines.
 
     Source: transformers, `TrOCRSinusoidalPositionalEmbedding.get_embedding`, as tensor2tensor has
     them; "Attention Is All You Need", section 3.5, has other frequencies.
     """
     half = width // 2
-    rates = torch.exp(torch.arange(half).float() * -(math.log(10000) / (half - 1)))
-    angles = torch.arange(count).float()[:, None] * rates
-    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
+    steps = torch.arange(half, device=positions.device).float()
+    angles = positions.float()[..., None] * torch.exp(steps * -(math.log(10000) / (half - 1)))
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, width % 2))
 
 
 def embed_positions(decoder: nn.Module, ids: Tensor, first: int) -> Tensor:

@@ -101,14 +101,21 @@ class TextEncoder(nn.Module):
             end_id=self.end_id,
         )
 
+    def states(self, ids: Tensor, valid: Tensor) -> Tensor:
+        """The final state of each position, float[B, T, D]; arguments as in `forward`."""
+        return self._read(ids, valid).last_hidden_state
+
+    def _read(self, ids: Tensor, valid: Tensor) -> Any:
+        mask = {"attention_mask": valid.long()} if self.masked else {}
+        return self.backbone(input_ids=ids, **mask, **self._options)
+
     def forward(self, ids: Tensor, valid: Tensor) -> Tensor:
         """The vector of each text, float[B, D].
 
         ids: int64[B, T]; valid: bool[B, T], False at padding, which lies after the text.
         Raises ValueError where "own" is asked of a model that pools nothing.
         """
-        mask = {"attention_mask": valid.long()} if self.masked else {}
-        output = self.backbone(input_ids=ids, **mask, **self._options)
+        output = self._read(ids, valid)
         pooling = self.pooling
         if pooling == "own":
             pooled = getattr(output, "pooler_output", None)

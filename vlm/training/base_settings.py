@@ -196,7 +196,7 @@ FREE = ("out", "resume", "change", "keep", "threads", "workers", "eval_every", "
 """Settings that may change when a run is resumed: they decide nothing that is learned."""
 
 
-LATER = {"bad_boxes": "stop", "ignore_keys": ()}
+LATER = {"bad_boxes": "stop", "ignore_keys": (), "docked": None, "span_share": 0.0}
 """Settings that runs of earlier versions do not have, and what they did: left out of the run
 identity where they say that, so that such a run goes on."""
 

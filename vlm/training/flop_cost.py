@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vlm.families.decoder_only.batch import Batch, Row
-from vlm.image_tokens import Pixels, map_pixels, meta_twin, pixel_shape
+from vlm.image_tokens import Pixels, is_text, map_pixels, meta_twin, pixel_shape
 from vlm.training.flops import flop_counter
 from vlm.training.stages import FROZEN, assign_rates
 
@@ -26,7 +26,7 @@ class FlopCost:
     position: of one position of the text stream. pair: of one position for each position of its own
         row, which is attention. target: of the scores of the vocabulary at one scored position.
         view: of the pixels of one view, without a view axis, in the image tokenizer and the
-        adaptor; None where views cost nothing.
+        adaptor, or of a non-causal text in the docked encoder; None where views cost nothing.
     By default one for each position: the measure where nothing is known of the model.
 
     >>> from vlm.families.decoder_only.batch import collate_packed
@@ -44,7 +44,7 @@ class FlopCost:
 
     def of_row(self, row: Row) -> int:
         """The cost of a row by itself. Its pixels may be without values."""
-        views = ((pixels, 1) for pixels, _ in row.views)
+        views = ((pixels, 1) for pixels, _ in (*row.views, *row.texts))
         return self._of([len(row.ids)], int(row.scored[1:].sum()), views)
 
     def of_batch(self, batch: Batch) -> int:
@@ -89,15 +89,17 @@ def flop_cost_of(
         position=2 * (2 * _count(body) + _count(body, learned)),
         pair=3 * 2 * wide,
         target=2 * (2 * _count(head) + _count(head, learned)),
-        view=_Views([module.tokenizer, module.adaptor], learned) if views else None,
+        view=_Views(module, learned) if views else None,
     )
 
 
 class _Views:
-    """Operations of one view in parts that take it in turn: those of the pass forward as torch
-    counts them on tensors without values, remembered for each pixel size."""
+    """Operations of one view in the image tokenizer and the adaptor: those of the pass forward as
+    torch counts them on tensors without values, remembered for each pixel size. Of a non-causal
+    text in the docked encoder: by weights, as of positions."""
 
-    def __init__(self, parts: Sequence[nn.Module], learned: set[int]) -> None:
+    def __init__(self, module: nn.Module, learned: set[int]) -> None:
+        parts, docked = [module.tokenizer, module.adaptor], getattr(module, "docked", None)
         self.twins = [meta_twin(part).float() for part in parts]
         self.passes, reached = [], False
         for part in parts:
@@ -106,9 +108,16 @@ class _Views:
             reached = reached or share > 0
             self.passes.append(1 + reached + share)
         self.known: dict[tuple, int] = {}
+        self.token = 0
+        if docked is not None:
+            table = {id(p) for p in docked.encoder.backbone.get_input_embeddings().parameters()}
+            own = [p for p in docked.parameters() if id(p) not in table]
+            self.token = 2 * (2 * _count(own) + _count(own, learned))
 
     def __call__(self, pixels: Pixels) -> int:
         shape = pixel_shape(pixels)
+        if is_text(pixels):
+            return self.token * shape[-1]
         if shape not in self.known:
             self.known[shape] = self._counted(pixels)
         return self.known[shape]

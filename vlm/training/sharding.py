@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor
 from vlm.compat.torch import make_root, multiply_all_, own_parameters, unsharded_class
 from vlm.compat.transformers import GradientCheckpointingLayer
 from vlm.families.decoder_only.batch import Batch
+from vlm.families.decoder_only.docked_text import blank_texts
 from vlm.image_tokens import ImageTokenizer, ViewGroup, blank_pixels
 from vlm.training.activation_checkpointing import PROBE_HW
 from vlm.training.stages import StageError, hold_in
@@ -169,19 +170,25 @@ def _require_masters(module: nn.Module) -> None:
 def level(module: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
     """This rank's batches, with as many dummy ones after them, and in each as many dummy views, as
     it takes for every rank to make the same calls. Called on all ranks together."""
-    own = [len(batch.groups) for batch in batches]
-    everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    own = [_calls(batch) for batch in batches]
+    everyone: list[list[tuple[int, int]]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, own)
     passes = max(map(len, everyone))
-    views = [max(g[n] if n < len(g) else 0 for g in everyone) for n in range(passes)]
     spec = module.tokenizer.pixel_spec
     levelled = [*batches, *(_dummy_batch(module) for _ in range(passes - len(batches)))]
-    return [
-        replace(
-            batch, dummy_groups=tuple(_dummy_views(spec) for _ in range(count - len(batch.groups)))
-        )
-        for batch, count in zip(levelled, views)
-    ]
+    for number, batch in enumerate(levelled):
+        calls = [own[number] for own in everyone if number < len(own)]
+        images, texts = (max(kind) - had for kind, had in zip(zip(*calls), _calls(batch)))
+        views = [_dummy_views(spec) for _ in range(images)]
+        dummies = (*views, *(blank_texts() for _ in range(texts)))
+        levelled[number] = replace(batch, dummy_groups=dummies)
+    return levelled
+
+
+def _calls(batch: Batch) -> tuple[int, int]:
+    """How many groups a batch has of images, and of non-causal texts."""
+    texts = sum(group.is_text for group in batch.groups)
+    return len(batch.groups) - texts, texts
 
 
 def passes_of_ranks(own: int) -> list[int]:

@@ -198,7 +198,8 @@ class Step:
         """Has the image tokens of a batch kept, just as the pass that follows asks for them."""
         with torch.no_grad(), self.accelerator.autocast():
             for group in batch.to(self.accelerator.device).groups:
-                self.state.module.tokenizer(group.pixels)
+                if not group.is_text:
+                    self.state.module.tokenizer(group.pixels)
 
     def _sum_gradients(self) -> None:
         """Sums gradients over ranks. A gradient that is absent everywhere is zero, on one rank as

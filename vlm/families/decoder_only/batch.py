@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +36,10 @@ class Row:
 
     name: the example's own name.
     ids: int64[T], IMAGE at image positions; scored: bool[T], True at targets of the loss.
-    views: pixels of each view, without a view axis, with its (image, view) numbers.
-    layout: how the images stand in the stream, and what each position sees.
+    views: pixels of each view, without a view axis, with its (image, view) numbers, in which
+        images and non-causal texts are counted through in the order of the stream.
+    texts: the views of its non-causal texts, in the same form (`docked_text`).
+    layout: how the images and texts stand in the stream, and what each position sees.
     boxes: the example's boxes, in the pixels of its original images.
     unscored: bool[T], True at the text of answers that are context alone; None where there is none.
     system: the system message that was put in; None where that was left to the chat template.
@@ -48,6 +51,7 @@ class Row:
     scored: Tensor
     views: tuple[tuple[Pixels, tuple[int, int]], ...]
     layout: StreamLayout = field(default_factory=StreamLayout)
+    texts: tuple[tuple[Tensor, tuple[int, int]], ...] = ()
     boxes: tuple[Box, ...] = ()
     cut: int = 0
     unscored: Tensor | None = None
@@ -107,7 +111,7 @@ def collate(rows: Sequence[Row], pad_id: int, padding: str = "right") -> Batch:
         valid=valid,
         scored=scored,
         positions=positions,
-        groups=group_views(rows),
+        groups=_groups(rows),
         names=tuple(row.name for row in rows),
         padding=padding,
         arrangement=arrange([row.layout for row in rows]),
@@ -130,12 +134,23 @@ def collate_packed(rows: Sequence[Row]) -> Batch:
         valid=torch.ones(1, len(scored), dtype=torch.bool),
         scored=scored[None],
         positions=torch.cat([row.positions for row in rows], dim=-1).unsqueeze(-2),
-        groups=group_views(rows),
+        groups=_groups(rows),
         names=tuple(row.name for row in rows),
         bounds=bounds.int(),
         arrangement=arrange([row.layout for row in rows]),
         sees=common.sees,
     )
+
+
+def _groups(rows: Sequence[Row]) -> tuple[ViewGroup, ...]:
+    """The views of all images, and those of non-causal texts."""
+    return group_views(rows) + group_views([_Texts(row.texts) for row in rows])
+
+
+class _Texts(NamedTuple):
+    """The non-causal texts of a row as `group_views` takes them."""
+
+    views: tuple[tuple[Tensor, tuple[int, int]], ...]
 
 
 def _common(rows: Sequence[Row]) -> StreamLayout:
@@ -187,7 +202,7 @@ def rows_of_like_length(rows: Sequence[Row], spread: float = 1.5) -> list[list[R
 
 
 IMAGE = -1
-"""Stands in `ids` where an image token is placed."""
+"""Stands in `ids` where an image token, or one of a non-causal text, is placed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,8 +215,8 @@ class Batch:
         first position of an example.
     positions: int64[B, T], or int64[3, B, T] where position ids have three numbers: the position
         id of each position within its example, as its layout has it; 0 at padding.
-    groups: the views of all images, grouped by pixel size; empty for text alone. Their owners are
-        numbers of examples.
+    groups: the views of all images, grouped by pixel size, and those of non-causal texts; empty for
+        text alone. Their owners are numbers of examples.
     names: each example's own name, for messages and records.
     padding: "right" or "left", the side that padding lies on.
     bounds: int32[S + 1], where each example of a packed row begins, and the row's end; None where

@@ -11,11 +11,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from vlm.data.example import BadRow, Turn
+from vlm.data.example import BadRow, NonCausal, Turn
 
 SLOT, ANSWER, END, CONTEXT = map(chr, range(0xE5C0, 0xE5C4))
-"""An image; the start of an answer that is scored, the end of an answer, the start of one that is
-context alone."""
+"""An image or a non-causal text; the start of an answer that is scored, the end of an answer, the
+start of one that is context alone."""
 
 PROBE = (Turn("user", ("a",)), Turn("assistant", ("b",)))
 
@@ -79,15 +79,14 @@ class ChatTemplate:
         if self.system is not None and turns[0].role != "system":
             messages.append({"role": "system", "content": self._content((self.system,))})
         for turn in turns:
-            if any(mark in turn.text for mark in (SLOT, ANSWER, END, CONTEXT)):
-                raise BadRow(f"{name}: the text holds one of the private characters U+E5C0-U+E5C3")
+            require_no_marks(turn, name)
             content = tuple(
                 SLOT if part is None and next(images) in videos else part for part in turn.content
             )
             if turn.role == "assistant":
                 if not (turn.text.strip() or open_answer):  # a model may have answered nothing
                     raise BadRow(f"{name}: expected an answer, found an empty assistant turn")
-                said = "".join(SLOT if part is None else part for part in content).strip()
+                said = "".join(map(slotted, content)).strip()
                 mark = ANSWER if turn.scored else CONTEXT
                 content = (f"{mark}{said}{END}{self.usage.answer_end}",)
             messages.append({"role": turn.role, "content": self._content(content)})
@@ -101,9 +100,9 @@ class ChatTemplate:
     def _content(self, content: Sequence[str | None]) -> str | list[dict[str, str]]:
         """A message's texts and images (None) as the chat template takes them."""
         if not self.usage.parts:
-            return "".join(SLOT if part is None else part for part in content)
+            return "".join(map(slotted, content))
         return [
-            {"type": "image"} if part is None else {"type": "text", "text": part}
+            {"type": "image"} if part is None else {"type": "text", "text": slotted(part)}
             for part in content
         ]
 
@@ -130,6 +129,17 @@ class ChatTemplate:
             f"{trained!r}, but to ask for one {prompted!r}; a model trained on the first would not "
             "know the second. Set `text_tokenizer.chat_template`"
         )
+
+
+def slotted(part: str | None) -> str:
+    """A part of a turn as a marked text has it, its boxes written out."""
+    return SLOT if part is None or isinstance(part, NonCausal) else part
+
+
+def require_no_marks(turn: Turn, name: str) -> None:
+    """Raises BadRow naming the row where a text holds a mark."""
+    if any(mark in turn.text for mark in (SLOT, ANSWER, END, CONTEXT)):
+        raise BadRow(f"{name}: the text holds one of the private characters U+E5C0-U+E5C3")
 
 
 def user_turn(prompt: str, image_mark: str) -> Turn:

@@ -22,11 +22,13 @@ class Span:
     """One unbroken run of image tokens in the stream.
 
     length: the number of its tokens. grid_hw: rows and columns of the last h * w of them; None
-    where they have no order in space.
+    where they have no order in space. text: the non-causal text whose tokens these are, which a
+    docked encoder gives in place of an image; None: they are an image's.
     """
 
     length: int
     grid_hw: tuple[int, int] | None
+    text: str | None = None
 
 
 FenceSpaces = Literal["before_word", "none"]
@@ -66,6 +68,11 @@ class ImageLayout:
     def spans(self) -> tuple[Span, ...]:
         """The runs of image tokens, in stream order."""
         return tuple(piece for piece in self.pieces if isinstance(piece, Span))
+
+    @property
+    def is_text(self) -> bool:
+        """Whether this is a non-causal text, not an image."""
+        return any(span.text is not None for span in self.spans)
 
     @property
     def length(self) -> int:

@@ -35,8 +35,8 @@ def show(
 ) -> list[Batch]:
     """Prints rows as they are trained on; gives the batches: one, or one for each packed row.
 
-    Green is scored (learned), struck out in yellow an answer that is not, cyan an image run with
-    its number of positions, dim what is padding. Line breaks are shown as ⏎.
+    Green is scored (learned), struck out in yellow an answer that is not, cyan an image run or a
+    non-causal text with its number of positions, dim what is padding. Line breaks are shown as ⏎.
     pack: the most positions of a packed row, in which rows stand end to end, as one micro-batch;
         None pads.
     """
@@ -112,10 +112,12 @@ def _show_positions(
 ) -> None:
     """Prints one example: its positions `own` of row b of a batch."""
     ids, scored, valid = (mask[b, own] for mask in (batch.ids, batch.scored, batch.valid))
-    images = int((row.ids == IMAGE).sum())
+    placed = int((row.ids == IMAGE).sum())
+    docked = sum(span.length for span in row.layout.spans if span.text is not None)
     said = (
-        f"{len(row.ids)} positions: {images} image, {len(row.ids) - images} text, "
-        f"{int(row.scored.sum())} scored; {int((~valid).sum())} padding"
+        f"{len(row.ids)} positions: {placed - docked} image, {len(row.ids) - placed} text, "
+        + f"{docked} docked text, " * bool(docked)
+        + f"{int(row.scored.sum())} scored; {int((~valid).sum())} padding"
     )
     show_head(row, said, console)
     if row.system is not None:
@@ -140,6 +142,9 @@ def show_masks(scored: Tensor, valid: Tensor, console: Console) -> None:
 def _show_pixels(batch: Batch, console: Console) -> None:
     for group in batch.groups:
         sizes = shapes(group.pixels, 1)
+        if group.is_text:
+            console.print(f"\nids of {len(group.owner)} docked texts: {sizes}", highlight=False)
+            continue
         console.print(f"\npixels of {len(group.owner)} views: {sizes}", highlight=False)
 
 
@@ -166,9 +171,10 @@ def row_text(
         start += length
         if kind == "image":
             while length:
-                count = next(spans).length
-                text.append(f"[image × {count}]", style=RUN)
-                length -= count
+                span = next(spans)
+                what = "image" if span.text is None else f"docked {span.text!r}"
+                text.append(f"[{what} × {span.length}]", style=RUN)
+                length -= span.length
         elif kind == "pad":
             text.append(padding(length))
         else:

@@ -19,6 +19,7 @@ from vlm.data.grounding import GROUND_PROMPT
 from vlm.families import native_layout
 from vlm.families.decoder_only import view_order
 from vlm.families.decoder_only.chat_template import Template
+from vlm.families.decoder_only.docked_text import DockedText, SpanTokenizer
 from vlm.families.decoder_only.image_layout import PositionNumbers
 from vlm.families.decoder_only.model import ANSWER_PROMPT, DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
@@ -26,10 +27,13 @@ from vlm.families.decoder_only.processor import MARK, Processor
 from vlm.families.decoder_only.timed_frames import TimedFrames
 from vlm.families.decoder_only.view_order import InTurn
 from vlm.families.registry import model_of
+from vlm.text import encoders as text_encoders
 from vlm.text.causal import causal_language_model
+from vlm.text.decoders import positions_of
 from vlm.weights import load_weights, read_weights
 
 SOURCE = "our own"
+DOCKED_TOKENIZER = "docked_tokenizer"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +44,8 @@ class Folder(native_layout.Folder):
     are never written. box_codec: how boxes are written, a configuration with its `kind`; None: not
     at all. views: how the views of an image follow each other, likewise. template: how the chat
     template is used. position_numbers: as in `StreamLayout`. frames: how a video stands in the
-    stream. The rest is the prompts'.
+    stream. docked: the configuration of a docked text encoder, whose tokenizer is in
+    `docked_tokenizer/`; None: there is none. The rest is the prompts'.
     """
 
     adaptor: dict[str, Any]
@@ -60,6 +65,7 @@ class Folder(native_layout.Folder):
     position_numbers: PositionNumbers = 1
     banned_ids: tuple[int, ...] = ()
     frames: TimedFrames | None = None
+    docked: dict[str, Any] | None = None
 
 
 F = TypeVar("F", bound=Folder)
@@ -69,10 +75,13 @@ def save(model: DecoderOnlyModel, folder: Path, merge: bool = True) -> None:
     """Writes our own layout; see the module's docstring. merge: whether LoRA is merged into the
     weights that are written, or kept as layers of its own."""
     native_layout.write(model, Folder(**described(model)), folder, merge)
+    if model.processor.docked is not None:
+        model.processor.docked.text_tokenizer.save_pretrained(folder / DOCKED_TOKENIZER)
 
 
 def described(model: DecoderOnlyModel) -> dict[str, Any]:
     """The values of a model's `Folder`, by field."""
+    docked = model.module.docked
     return dict(
         family=model.module.family,
         tokenizer=tokenizers.config_to_dict(model.module.tokenizer),
@@ -94,6 +103,7 @@ def described(model: DecoderOnlyModel) -> dict[str, Any]:
         template=model.processor.template,
         position_numbers=model.processor.position_numbers,
         frames=model.processor.frames,
+        docked=None if docked is None else text_encoders.config_of(docked.encoder),
     )
 
 
@@ -125,6 +135,7 @@ def load_as(
             adaptors.build(said.adaptor),
             *between(said),
             causal_language_model(AutoConfig.for_model(**said.text)),
+            **({} if said.docked is None else {"docked": _docked(said)}),
         )
 
     module = native_layout.empty(make, folder, said.lora)
@@ -144,6 +155,7 @@ def load_as(
         template=said.template,
         position_numbers=said.position_numbers,
         frames=said.frames,
+        docked=_span_tokenizer(module, folder),
     )
     return model_of(
         module=module.eval(),
@@ -171,3 +183,17 @@ def with_box_codec(values: dict[str, Any]) -> dict[str, Any]:
     rest = {key: value for key, value in values.items() if key != "loc"}
     loc = values["loc"]
     return rest | {"box_codec": None if loc is None else {"kind": "loc", **loc}}
+
+
+def _docked(said: Folder) -> DockedText:
+    """The docked text encoder of a folder, its weights random."""
+    width = AutoConfig.for_model(**said.text).get_text_config().hidden_size
+    return DockedText(text_encoders.build(said.docked), width)
+
+
+def _span_tokenizer(module: DecoderOnly, folder: Path) -> SpanTokenizer | None:
+    """What makes views of non-causal texts, where the model has a docked encoder."""
+    if module.docked is None:
+        return None
+    text_tokenizer = text_encoders.load_tokenizer(folder / DOCKED_TOKENIZER)
+    return SpanTokenizer(text_tokenizer, positions_of(module.docked.encoder.backbone.config))

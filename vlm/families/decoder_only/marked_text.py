@@ -46,9 +46,9 @@ class MarkedText:
         add_special_tokens: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Ids int64[T] of a marked text, IMAGE at image positions, and two masks bool[T] of its
-        answers: of scored ones and of the others. Text before, between and after spans of image
-        tokens, that of layouts included, becomes ids piece by piece, each as it would after a
-        special token.
+        answers: of scored ones, with the image positions in them, and of the others. Text before,
+        between and after spans of image tokens, that of layouts included, becomes ids piece by
+        piece, each as it would after a special token.
 
         Raises BadRow naming the row where marks and images differ in number, or the text is not
         valid Unicode.
@@ -76,7 +76,7 @@ class MarkedText:
         for number, piece in enumerate(pieces):
             if number:
                 ids += [IMAGE] * spans[number - 1].length
-                within += [END] * spans[number - 1].length
+                within += [opened] * spans[number - 1].length
             for part in _apart(piece) if self.apart else (piece,):
                 text, inside = "", []
                 for character in part:
@@ -86,17 +86,22 @@ class MarkedText:
                         text += character
                         inside.append(opened)
                 part_ids, offsets = self._piece(text, bool(ids), add_special_tokens)
+                eos, ended = self.text_tokenizer.eos_token_id, number + 1 == len(pieces)
+                if add_special_tokens and not ended and part_ids[-1:] == [eos]:
+                    part_ids, offsets = part_ids[:-1], offsets[:-1]  # the whole ends later
                 ids += part_ids
                 within += [_mark_of(inside[start:end]) for start, end in offsets]
         scored, unscored = (
             torch.tensor([found == mark for found in within], dtype=torch.bool)
             for mark in (ANSWER, CONTEXT)
         )
-        return torch.tensor(ids, dtype=torch.long), scored, unscored
+        ids_T = torch.tensor(ids, dtype=torch.long)
+        return ids_T, scored, unscored & (ids_T != IMAGE)
 
     def score_ends(self, ids: Tensor, scored: Tensor, name: str) -> int:
         """Marks in `scored`, in place, the end token after each scored answer and what stands
-        before it; gives the length of the row that ends after the last.
+        before it, and takes marks off image positions; gives the length of the row that ends after
+        the last.
 
         Raises BadRow naming the row where the chat template writes no end token.
         """
@@ -107,6 +112,7 @@ class MarkedText:
                 end = self._end_after(ids_list, t, name)
                 scored[t : end + 1] = True
                 last = end + 1
+        scored[ids == IMAGE] = False
         return last
 
     def _end_after(self, ids: list[int], last: int, name: str) -> int:

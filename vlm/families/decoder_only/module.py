@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vlm.compat.transformers import has_multimodal_rotary
 from vlm.families.decoder_only.batch import IMAGE, Batch, place
+from vlm.families.decoder_only.docked_text import DockedText, blank_texts
 from vlm.families.decoder_only.encoded_images import EncodedImages
 from vlm.families.decoder_only.head import head_logits
 from vlm.families.decoder_only.image_layout import Arrangement, ImageLayout, Sees
@@ -53,6 +54,7 @@ class DecoderOnly(nn.Module):
     tokenizer: gives image tokens.
     adaptor: brings them to the language model's width.
     text: any transformers causal language model (`AutoModelForCausalLM`).
+    docked: a text encoder for the non-causal texts of rows; None where rows have none.
     """
 
     family = "decoder_only"
@@ -61,15 +63,23 @@ class DecoderOnly(nn.Module):
     through = ("text",)
     """Parts that gradients pass through where they do not learn."""
 
-    def __init__(self, tokenizer: ImageTokenizer, adaptor: nn.Module, text: nn.Module) -> None:
+    def __init__(
+        self,
+        tokenizer: ImageTokenizer,
+        adaptor: nn.Module,
+        text: nn.Module,
+        docked: DockedText | None = None,
+    ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.adaptor = adaptor
         self.text = text
+        self.docked = docked
 
     def parts(self) -> dict[str, nn.Module]:
         """The components by name, as stages and start-up tables speak of them."""
-        return {"tokenizer": self.tokenizer, "adaptor": self.adaptor, "text": self.text}
+        parts = {"tokenizer": self.tokenizer, "adaptor": self.adaptor, "text": self.text}
+        return parts if self.docked is None else parts | {"docked": self.docked}
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits float[N, Z] at the scored positions only, row by row, each from the one before."""
@@ -80,20 +90,29 @@ class DecoderOnly(nn.Module):
         memory for all logits at once (`vlm.losses.token`)."""
         images = self.encode(batch.groups, batch.arrangement)
         vectors = self.embed(batch.ids, images, batch.names, batch.bounds)
-        if batch.dummy_groups:
-            vectors = vectors + self.encode(batch.dummy_groups)[0][:0].sum()
+        dummies = batch.dummy_groups
+        if self.docked is not None and not any(g.is_text for g in (*batch.groups, *dummies)):
+            dummies = (
+                *dummies,
+                blank_texts().to(batch.ids.device),
+            )  # its gradients are zero, not absent
+        if dummies:
+            vectors = vectors + self.encode(dummies)[0][:0].sum()
         return self.read(vectors, batch)[:, :-1][batch.scored[:, 1:]]
 
     def encode(
         self, groups: Sequence[ViewGroup], arrangement: Arrangement | None = None
     ) -> EncodedImages | None:
-        """The image tokens of all views in stream order: (float[P, D], int64[P] example of each);
-        None where there is no image. Encoded once, they serve any number of prompts.
-        arrangement: as in `Batch`."""
+        """The image tokens of all views in stream order, those of non-causal texts among them; None
+        where there is no view. Encoded once, they serve any number of prompts. arrangement: as in
+        `Batch`."""
         if not groups:
             return None
         encoded = []
         for group in groups:
+            if group.is_text:
+                encoded.append(self.docked(group.pixels).owned_by(group.owner))
+                continue
             images = self.tokenizer(group.pixels)
             encoded.append(self.adaptor(images.owned_by(group.owner)))
         packed = pack(encoded)

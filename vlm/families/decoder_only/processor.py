@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlm.box_codecs import BoxCodec
 from vlm.data.boxes import check_boxes
-from vlm.data.example import BadRow, Box, Example, Skipped, Turn, Video
+from vlm.data.example import BadRow, Box, Example, NonCausal, Skipped, Turn, Video
 from vlm.families.decoder_only.batch import IMAGE, Row
 from vlm.families.decoder_only.chat_template import (
     ANSWER,
@@ -25,13 +25,16 @@ from vlm.families.decoder_only.chat_template import (
     ChatTemplate,
     Template,
     begun_after_images,
+    require_no_marks,
+    slotted,
     user_turn,
 )
+from vlm.families.decoder_only.docked_text import SpanTokenizer
 from vlm.families.decoder_only.image_layout import ImageLayout, PositionNumbers, StreamLayout
 from vlm.families.decoder_only.marked_text import MarkedText
 from vlm.families.decoder_only.timed_frames import TimedFrames
 from vlm.geometry import Resize
-from vlm.image_tokens import map_pixels, meta_pixels
+from vlm.image_tokens import is_text, map_pixels, meta_pixels
 from vlm.pixels import BadImage, image_size, open_image
 
 MARK = "<image>"
@@ -59,6 +62,7 @@ class Processor:
         PaliGemma's own processor does with its text); else it is read as it stands.
     position_numbers: of the language model's position ids, as in `StreamLayout`.
     frames: how a video stands in the stream; None for models that read none.
+    docked: makes views of non-causal texts; None where the model has no docked text encoder.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class Processor:
         template: Template | None = None,
         position_numbers: PositionNumbers = 1,
         frames: TimedFrames | None = None,
+        docked: SpanTokenizer | None = None,
     ) -> None:
         if overflow not in ("drop", "shrink"):
             raise ValueError(f"overflow is 'drop' or 'shrink', found {overflow!r}")
@@ -96,6 +101,7 @@ class Processor:
         self.framed = framed
         self.position_numbers = position_numbers
         self.frames = frames
+        self.docked = docked
         self.end_id = int(self._ids(PROBE, [], "chat template")[0][-1])
 
     @property
@@ -159,7 +165,7 @@ class Processor:
                 name=example.name,
                 ids=ids,
                 scored=scored,
-                views=tuple(views),
+                **_by_kind(views),
                 layout=self._layout(images),
                 boxes=example.boxes,
                 unscored=unscored if unscored.any() else None,
@@ -173,7 +179,7 @@ class Processor:
         Raises BadRow naming both numbers where it is longer than `max_tokens`.
         """
         views, images, turns = self._look(example, _pixels)
-        return replace(self.prompt_row(turns, images, example.name), views=tuple(views))
+        return replace(self.prompt_row(turns, images, example.name), **_by_kind(views))
 
     def prompt_row(self, turns: Sequence[Turn], images: Sequence[ImageLayout], name: str) -> Row:
         """A row to generate from, without pixels: a conversation whose images were seen before, up
@@ -239,14 +245,20 @@ class Processor:
     def _look(
         self, example: Example, read: Callable
     ) -> tuple[list, list[ImageLayout], tuple[Turn, ...]]:
-        """Views of the example's images, the layout of each image, and the turns with boxes written
-        out. read: `_pixels` or `_shapes`."""
+        """Views of the example's images and non-causal texts, the layout of each in the order of
+        the turns, and the turns with boxes written out. read: `_pixels` or `_shapes`."""
         views, layouts, sizes = [], [], []
-        for number, reference in enumerate(example.images):
-            seen, layout, size_hw = self._views(reference, number, example.name, read)
-            views += seen
-            layouts.append(layout)
-            sizes.append(size_hw)
+        images = iter(example.images)
+        for part in (part for turn in example.turns for part in turn.content):
+            if part is None:
+                seen, layout, size_hw = self._views(next(images), len(layouts), example.name, read)
+                views += seen
+                layouts.append(layout)
+                sizes.append(size_hw)
+            elif isinstance(part, NonCausal):
+                view, layout = self._dock(part, example.name)
+                views.append((view, (len(layouts), 0)))
+                layouts.append(layout)
         return views, layouts, self._write_boxes(example, sizes)
 
     def _views(
@@ -318,23 +330,35 @@ class Processor:
             written.append(self.box_codec.write(xyxy_px, resizes[image], labels, before))
         return tuple(written)
 
+    def _dock(self, text: NonCausal, name: str) -> tuple[Tensor, ImageLayout]:
+        """The view and the layout of a non-causal text."""
+        if self.docked is None:
+            raise BadRow(
+                f"{name}: the row holds a non-causal text, {text[:20]!r}, but this model has no "
+                "docked text encoder to read it; compose it with one (docked)"
+            )
+        return self.docked(str(text), name)
+
     def _document(self, example: Example) -> Row:
-        text = example.turns[0].text.strip()
-        if not text:
+        (turn,) = example.turns
+        if not turn.text.strip():
             raise BadRow(f"{example.name}: expected a document's text, found none")
+        require_no_marks(turn, example.name)
+        views, layouts, _ = self._look(example, _pixels)
+        marked = "".join(map(slotted, turn.content)).strip()
         adds = not self.template.begins_after_images
         if not adds:
-            text = begun_after_images(text, self.text_tokenizer.bos_token)
-        ids = self.text_tokenizer(text, add_special_tokens=adds)["input_ids"]
+            marked = begun_after_images(marked, self.text_tokenizer.bos_token)
+        ids, _, _ = self.marked_text.tokenize(marked, layouts, example.name, adds)
         if ids[-1] == self.text_tokenizer.eos_token_id:  # some tokenizers write it, and most do not
             ids = ids[:-1]
-        ids = [*ids, self.end_id]
+        ids = torch.cat([ids, torch.tensor([self.end_id])])
         return Row(
             name=example.name,
-            ids=torch.tensor(ids),
-            scored=torch.ones(len(ids), dtype=torch.bool),
-            views=(),
-            layout=self._layout(()),
+            ids=ids,
+            scored=ids != IMAGE,
+            **_by_kind(views),
+            layout=self._layout(layouts),
         )
 
     def _require_tokens(self, codec: BoxCodec) -> None:
@@ -383,13 +407,15 @@ class Processor:
         end = int(scored[-1]) + 1  # an answer's token: every image run before it is whole
         image_ends = torch.tensor([image.length for image in row.layout.images]).cumsum(0)
         kept = int((image_ends <= (row.ids[:end] == IMAGE).sum()).sum())
+        images = sum(not image.is_text for image in row.layout.images[:kept])
         return replace(
             row,
             ids=row.ids[:end],
             scored=row.scored[:end],
             views=tuple(view for view in row.views if view[1][0] < kept),
+            texts=tuple(view for view in row.texts if view[1][0] < kept),
             layout=row.layout.first(kept),
-            boxes=tuple(box for box in row.boxes if box.image < kept),
+            boxes=tuple(box for box in row.boxes if box.image < images),
             cut=int((row.ids[end:] != IMAGE).sum()),
             unscored=None if row.unscored is None else row.unscored[:end],
         )
@@ -409,3 +435,11 @@ def _shapes(image, spec) -> tuple[list, tuple[int, int]]:
         for view_hw in spec.view_sizes(size_hw)
     ]
     return views, size_hw
+
+
+def _by_kind(views: Sequence[tuple]) -> dict[str, tuple]:
+    """Views as a row has them, those of images and those of non-causal texts."""
+    return {
+        "views": tuple(view for view in views if not is_text(view[0])),
+        "texts": tuple(view for view in views if is_text(view[0])),
+    }

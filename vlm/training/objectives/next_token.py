@@ -52,7 +52,7 @@ class NextToken:
             tokens=int(batch.valid.sum()),
             positions=batch.valid.numel(),
             cost=self.cost.of_batch(batch),
-            images=sum(len(group.owner) for group in batch.groups),
+            images=sum(len(group.owner) for group in batch.groups if not group.is_text),
             unscored=len(batch.names) - len(batch.target_rows.unique()),
         )
 

@@ -70,6 +70,7 @@ def run(settings: Settings, make_stage: MakeStage, make_objective: MakeObjective
         model = settings.build()
     require_box_codec(data, model, settings.bad_rows)
     ask_as_rows(data, model, settings.bad_rows)
+    require_docked(settings, model)
     if settings.pack is not None:
         require_segments(model.module.text)
     plan = training_run.stage(make_stage, model.module)
@@ -141,6 +142,19 @@ def _first_examples(data: MixtureDataset, bad_rows: str) -> Iterator[tuple[Sourc
         except BadRow:
             if bad_rows == "raise":
                 raise
+
+
+def require_docked(settings: Settings, model: DecoderOnlyModel) -> None:
+    """Raises ValueError where spans are to be drawn and no encoder is docked to read them, or one
+    is docked anew and is to read none."""
+    if settings.span_share and model.processor.docked is None:
+        raise ValueError(
+            f"span_share {settings.span_share}: expected a model with a docked text encoder to "
+            "read spans, found none; compose one with --docked"
+        )
+    docked = getattr(settings, "docked", None)
+    if docked is not None and not settings.span_share:
+        raise ValueError(f"docked {docked!r} reads the spans of --span-share, which is 0")
 
 
 def first_text_loss(settings: Settings, before: float) -> float:

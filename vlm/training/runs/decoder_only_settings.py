@@ -18,6 +18,7 @@ from vlm.data.augment import LEVELS
 from vlm.data.mixture import Mixture, MixtureDataset, check_weights
 from vlm.data.sources import Source
 from vlm.data.sources.documents import TextOnly
+from vlm.data.spans import DrawSpans, InOrder
 from vlm.families.decoder_only.layout import with_box_codec
 from vlm.families.decoder_only.model import CAPTION_PROMPT, DecoderOnlyModel
 from vlm.families.registry import FAMILIES
@@ -73,6 +74,10 @@ class Settings(BaseSettings):
     loc_bins: int = 0
     """Bins of the <loc> tokens that boxes are written with, four a box; 0 adds none. 1024 is
     PaliGemma's; fewer are learned from fewer boxes. Their rows learn in every stage."""
+    span_share: float = 0.0
+    """Share of the words of learned text that are drawn at random, in spans, for the docked text
+    encoder to read in both directions; the language model learns what lies outside of them. 0
+    draws none. See --docked."""
     merge: bool = True
     """Whether the model is saved with LoRA merged into its weights, or as layers of its own."""
 
@@ -104,7 +109,7 @@ class Settings(BaseSettings):
 
 
 PARTS = ("vision", "image_px", "vision_layer", "text", "text_layers", "adaptor", "adaptor_depth",
-         "shuffle_ratio", "queries", "cross_every", "system")  # fmt: skip
+         "shuffle_ratio", "queries", "cross_every", "docked", "system")  # fmt: skip
 """Settings of a model that is composed anew."""
 
 
@@ -146,6 +151,10 @@ class FromParts(Settings):
     """Gated cross-attention blocks before each so many-th layer of the language model, which learn
     as the adaptor does: it reads images beside the text, as in Flamingo. None places image tokens
     in the text."""
+    docked: str | None = None
+    """A text encoder that reads in both directions, such as BERT: a hub id or a folder. It reads
+    the spans of --span-share, through a linear connector, inside the causal stream (MetaLM). None
+    docks none."""
     prompt: str = CAPTION_PROMPT
     """The user's text after an image where rows hold a caption alone; where this is not given, a
     `start` model keeps its own."""
@@ -193,6 +202,7 @@ class FromParts(Settings):
             vision_layer=self.vision_layer,
             text_layers=self.text_layers,
             mask=self.mask,
+            docked=self.docked,
             seed=self.seed,
         )
 
@@ -414,6 +424,19 @@ def _tuned(
     return tuple(rates)
 
 
+def tuned_docked(
+    settings: Settings, module: nn.Module, rate: float, encoder_rate: float | None
+) -> tuple[tuple[str, float | None], ...]:
+    """The patterns and rates of a docked text encoder and its connector for `Stage.rates`: none
+    where there is none, frozen where no spans are drawn for it. encoder_rate: None freezes the
+    encoder."""
+    if module.docked is None:
+        return ()
+    if not settings.span_share:
+        return (("docked.*", FROZEN),)
+    return (("docked.connector.*", rate), ("docked.encoder.*", encoder_rate))
+
+
 def high_resolution_frozen(module: nn.Module) -> tuple[tuple[str, None], ...]:
     """The pattern that freezes the high-resolution tower of a paired image tokenizer; none where
     there is no such tower."""
@@ -453,7 +476,11 @@ def training_data(settings: Settings) -> MixtureDataset:
         samples = round(settings.modality_warmup * settings.steps) * settings.batch
         warmup = ([0.0] * len(seen) + weights[len(seen) :], samples)
     mixture = Mixture(seen + read, weights, settings.seed, warmup)
-    return MixtureDataset(seen + read, mixture, settings.bad_rows, LEVELS[settings.augment])
+    changes = LEVELS[settings.augment]
+    if settings.span_share:
+        spans = DrawSpans(share=settings.span_share)
+        changes = spans if changes is None else InOrder((changes, spans))
+    return MixtureDataset(seen + read, mixture, settings.bad_rows, changes)
 
 
 def _scaled(weights: Sequence[float], total: float) -> list[float]:
