@@ -177,7 +177,9 @@ SYSTEMS = {
         "vlm.systems.idefics2", "Idefics2: SigLIP at an image's own size, perceiver, Mistral"
     ),
     "idefics3": System("vlm.systems.smolvlm", "Idefics3, SmolVLM: tagged SigLIP tiles, LLaMA"),
-    "smolvlm": System("vlm.systems.smolvlm", "SmolVLM2 on images: tagged SigLIP tiles, LLaMA"),
+    "smolvlm": System(
+        "vlm.systems.smolvlm", "SmolVLM2: tagged SigLIP tiles or frames, LLaMA"
+    ),
 }
 """`format` or transformers' `model_type` in config.json -> the system. A folder whose configuration
 is open_clip_config.json is "open_clip"; one of transformers' VisionEncoderDecoderModel is "donut"
