@@ -118,11 +118,12 @@ def test_idefics2_loss_and_gradients_match_reference(folder):
     law.check_loss_and_gradients(folder, tiny_idefics2, {"idefics2": KEY_MAP})
 
 
+@pytest.mark.parametrize("folder", ["whole"], indirect=True)
 def test_idefics2_training_step_changes_every_part(folder):
     law.check_every_part_learns(folder, tiny_idefics2)
 
 
-@pytest.mark.parametrize("pack", [None, 400])
+@pytest.mark.parametrize(("folder", "pack"), [("whole", None), ("split", 400)], indirect=["folder"])
 def test_idefics2_trains_by_the_same_loop(folder, tmp_path, pack):
     law.check_trains_by_the_loop(folder, tiny_idefics2, tmp_path, pack)
 
@@ -235,6 +236,7 @@ def test_idefics2_refuses_an_image_without_quarters(tmp_path, see):
         getattr(processor, see)(example)
 
 
+@pytest.mark.parametrize("folder", ["split"], indirect=True)
 def test_idefics2_refuses_more_images_than_marks(folder):
     model = vlm.load(folder, "cpu")
     images = [one_image(1, (40, 60))] * 2
@@ -250,14 +252,17 @@ def test_idefics2_measures_rows_as_it_encodes_them(folder):
         assert [view.shape for view, _ in row.views] == [view.shape for view, _ in measured.views]
 
 
+@pytest.mark.parametrize("folder", ["split"], indirect=True)
 def test_idefics2_chat_says_what_an_answer_says(folder):
     law.check_chat_says_what_an_answer_says(folder, tiny_idefics2)
 
 
+@pytest.mark.parametrize("folder", ["whole"], indirect=True)
 def test_idefics2_is_listed_and_used_by_commands(folder, tmp_path, capsys):
     law.check_is_listed_and_used_by_commands(folder, tmp_path, capsys, "idefics2")
 
 
+@pytest.mark.slow
 def test_idefics2_has_the_published_number_of_parameters():
     """In millions: language model, its head, SigLIP, MLP and perceiver, all."""
     size = idefics2.SIZES["8b"]

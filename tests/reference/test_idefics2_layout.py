@@ -64,6 +64,7 @@ def published_style(folder, out):
     return out
 
 
+@pytest.mark.parametrize("folder", ["split"], indirect=True)
 @torch.no_grad()
 def test_idefics2_opens_published_folders_and_those_of_transformers_5(folder, tmp_path):
     old = vlm.load(published_style(folder, tmp_path / "old"), "cpu")
@@ -91,6 +92,7 @@ def test_idefics2_reference_layout_says_the_dtype_and_the_head_it_holds(tied, tm
     assert peer.config.tie_word_embeddings == tied
 
 
+@pytest.mark.parametrize("folder", ["whole"], indirect=True)
 def test_idefics2_names_all_wrong_keys_at_once(folder, tmp_path):
     law.check_all_wrong_keys_are_named(
         folder, tmp_path, "model.connector.perceiver_resampler.layers.1.self_attn.k_proj.weight"
@@ -127,6 +129,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("folder", ["whole"], indirect=True)
 @pytest.mark.parametrize("message", REFUSED)
 def test_idefics2_raises_where_processor_and_model_differ(folder, tmp_path, message):
     out = shutil.copytree(folder, tmp_path / "out")
@@ -139,6 +142,7 @@ def test_idefics2_raises_where_processor_and_model_differ(folder, tmp_path, mess
         vlm.load(out, "cpu")
 
 
+@pytest.mark.parametrize("folder", ["whole"], indirect=True)
 def test_idefics2_counts_64_tokens_where_a_processor_says_nothing(folder, tmp_path):
     """As transformers' processor writes then."""
     out = shutil.copytree(folder, tmp_path / "out")
@@ -150,6 +154,7 @@ def test_idefics2_counts_64_tokens_where_a_processor_says_nothing(folder, tmp_pa
         vlm.load(out, "cpu")
 
 
+@pytest.mark.parametrize("folder", ["whole"], indirect=True)
 def test_idefics2_raises_without_a_template_that_marks_images(folder, tmp_path):
     out = shutil.copytree(folder, tmp_path / "out")
     (out / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")

@@ -184,7 +184,7 @@ SYSTEMS = {
         "vlm.systems.idefics2", "Idefics2: SigLIP at an image's own size, perceiver, Mistral"
     ),
     "idefics3": System("vlm.systems.smolvlm", "Idefics3, SmolVLM: tagged SigLIP tiles, LLaMA"),
-    "smolvlm": System("vlm.systems.smolvlm", "SmolVLM2 on images: tagged SigLIP tiles, LLaMA"),
+    "smolvlm": System("vlm.systems.smolvlm", "SmolVLM2: tagged SigLIP tiles or frames, LLaMA"),
     "qwen2_vl": System(
         "vlm.systems.qwen2_vl", "Qwen2-VL on images: any size, 2-D rotary ViT, Qwen2 with M-RoPE"
     ),

@@ -47,7 +47,8 @@ def from_transformers(processor: BaseImageProcessor) -> PixelSpec:
 
     Taken are the processors that follow their backend's own steps (CLIP, SigLIP and the fixed-size
     SigLIP 2, ViT, DeiT, and BiT, which DINOv2 uses, among others), SAM's, DeepSeek-VL's, Donut's,
-    ConvNeXt's (which CvT uses), VideoMAE's (which TimeSformer uses; of one frame) and the
+    ConvNeXt's (which CvT uses), VideoMAE's (which TimeSformer uses; of one frame), Idefics2's of
+    images that are not cut in quarters (fit "shrink"), and the
     native-resolution SigLIP 2's (fit "patches": its view, cut into patches row by row, row
     and column of a patch before its channels, is the processor's `pixel_values`).
     Raises ValueError that names the class, the field, and its value.
