@@ -114,6 +114,18 @@ def test_qwen2_vl_greedy_ids_match_reference_and_batches(folder):
     assert len(set(together)) > 1
 
 
+@torch.no_grad()
+def test_qwen2_vl_beams_match_reference(folder):
+    model, (peer, processor) = vlm.load(folder, "cpu"), reopened(folder)
+    inputs = their_inputs(processor)
+    options = dict(max_new_tokens=6, do_sample=False, num_beams=3)
+    theirs = peer.generate(**inputs, **options, eos_token_id=list(model.stop_ids))
+    rows = [model.processor.encode_prompt(example.question()) for example in examples()]
+    for written, ids in zip(model.write_after(rows, **options), theirs, strict=True):
+        expected = ids[inputs["input_ids"].shape[1] :].tolist()
+        assert list(written.ids) == expected[: len(written.ids)]
+
+
 def test_qwen2_vl_prompt_matches_snapshot(folder):
     processor = vlm.load(folder, "cpu").processor
     row = processor.encode_prompt(
