@@ -21,8 +21,10 @@ from tests.reference.tiny_qwen2_vl import (
 from tests.tiny import image as one_image
 from vlm.data.example import BadRow, Example, Turn
 from vlm.families.decoder_only.batch import IMAGE, collate
+from vlm.losses.token import token_losses
 from vlm.pixels import BadImage
 from vlm.systems import qwen2_vl
+from vlm.training.activation_checkpointing import checkpoint_activations
 
 folder = law.folders(KINDS, write_folder)
 
@@ -90,6 +92,21 @@ def test_qwen2_vl_loss_and_gradients_match_reference(folder):
 
 def test_qwen2_vl_training_step_changes_every_part(folder):
     law.check_every_part_learns(folder, tiny_qwen2_vl)
+
+
+def test_qwen2_vl_computes_activations_again(folder):
+    """Checkpointed blocks of image encoder and language model give the same gradients."""
+    grads = []
+    for again in (False, True):
+        model = vlm.load(folder, "cpu")
+        if again:
+            checkpoint_activations(model.module)
+        batch = tiny_qwen2_vl.our_batch(model, answers=True, padding="right")
+        token_losses(model.module(batch), batch.targets).mean().backward()
+        grads.append({name: p.grad for name, p in model.module.named_parameters()})
+    kept, computed = grads
+    for name, grad in kept.items():
+        close(computed[name], grad, 1e-6)
 
 
 @pytest.mark.parametrize("pack", [None, 800])
