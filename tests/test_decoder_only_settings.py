@@ -6,7 +6,7 @@ import pytest
 
 import vlm
 from tests import towers
-from tests.reference import tiny_kosmos2, tiny_llava, tiny_paligemma, tiny_smolvlm
+from tests.reference import tiny_kosmos2, tiny_llava, tiny_paligemma, tiny_qwen2_vl, tiny_smolvlm
 from tests.runs import stage_of
 from vlm.tokenizers.paired import AverageNeck, PairedTokenizer
 from vlm.training.runs.decoder_only_settings import high_resolution_frozen
@@ -20,8 +20,9 @@ from vlm.training.stages import FROZEN
         (tiny_paligemma, "gemma", "caption en"),
         (tiny_llava, "llava", "Describe the picture."),
         (tiny_kosmos2, "kosmos-2", "An image of"),
+        (tiny_qwen2_vl, "qwen2_vl", "Describe this image."),
     ],
-    ids=["smolvlm", "paligemma", "llava", "kosmos2"],
+    ids=["smolvlm", "paligemma", "llava", "kosmos2", "qwen2_vl"],
 )
 def test_caption_prompt_of_a_published_model_is_kept(tmp_path, tiny, kind, prompt):
     """In the data, which are opened before the model, and in the model that is trained."""

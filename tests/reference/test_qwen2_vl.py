@@ -21,8 +21,10 @@ from tests.reference.tiny_qwen2_vl import (
 from tests.tiny import image as one_image
 from vlm.data.example import BadRow, Example, Turn
 from vlm.families.decoder_only.batch import IMAGE, collate
+from vlm.losses.token import token_losses
 from vlm.pixels import BadImage
 from vlm.systems import qwen2_vl
+from vlm.training.activation_checkpointing import checkpoint_activations
 
 folder = law.folders(KINDS, write_folder)
 
@@ -92,6 +94,21 @@ def test_qwen2_vl_training_step_changes_every_part(folder):
     law.check_every_part_learns(folder, tiny_qwen2_vl)
 
 
+def test_qwen2_vl_computes_activations_again(folder):
+    """Checkpointed blocks of image encoder and language model give the same gradients."""
+    grads = []
+    for again in (False, True):
+        model = vlm.load(folder, "cpu")
+        if again:
+            checkpoint_activations(model.module)
+        batch = tiny_qwen2_vl.our_batch(model, answers=True, padding="right")
+        token_losses(model.module(batch), batch.targets).mean().backward()
+        grads.append({name: p.grad for name, p in model.module.named_parameters()})
+    kept, computed = grads
+    for name, grad in kept.items():
+        close(computed[name], grad, 1e-6)
+
+
 @pytest.mark.parametrize("pack", [None, 800])
 def test_qwen2_vl_trains_by_the_same_loop(folder, tmp_path, pack):
     law.check_trains_by_the_loop(folder, tiny_qwen2_vl, tmp_path, pack)
@@ -112,6 +129,18 @@ def test_qwen2_vl_greedy_ids_match_reference_and_batches(folder):
         (written,) = model.write_after([row], max_new_tokens=10)
         assert list(written.ids) == theirs[number][: len(written.ids)]
     assert len(set(together)) > 1
+
+
+@torch.no_grad()
+def test_qwen2_vl_beams_match_reference(folder):
+    model, (peer, processor) = vlm.load(folder, "cpu"), reopened(folder)
+    inputs = their_inputs(processor)
+    options = dict(max_new_tokens=6, do_sample=False, num_beams=3)
+    theirs = peer.generate(**inputs, **options, eos_token_id=list(model.stop_ids))
+    rows = [model.processor.encode_prompt(example.question()) for example in examples()]
+    for written, ids in zip(model.write_after(rows, **options), theirs, strict=True):
+        expected = ids[inputs["input_ids"].shape[1] :].tolist()
+        assert list(written.ids) == expected[: len(written.ids)]
 
 
 def test_qwen2_vl_prompt_matches_snapshot(folder):

@@ -20,6 +20,7 @@ from tests.reference.tiny_qwen2_vl import (
     write_folder,
 )
 from vlm import vocabulary
+from vlm.lora import Lora, add_lora
 from vlm.weights import same_bits
 
 folder = law.folders(KINDS, write_folder)
@@ -143,3 +144,24 @@ def test_qwen2_vl_raises_where_its_encoder_has_another_width_than_its_text(tmp_p
     path.write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"vision_config\.hidden_size: expected 32, found 40"):
         vlm.load(tmp_path, "cpu")
+
+
+def test_qwen2_vl_with_lora_is_kept_and_merged(folder, tmp_path):
+    """Kept beside the weights in our own layout, merged in that of transformers."""
+    model = vlm.load(folder, "cpu")
+    add_lora(model.module, {part: Lora(rank=2, alpha=4) for part in ("tokenizer", "text")})
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.module.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    model.save(tmp_path / "kept", merge=False)
+    model.save(tmp_path / "merged", layout="reference")
+    again, (peer, processor) = vlm.load(tmp_path / "kept", "cpu"), reopened(tmp_path / "merged")
+    batch = our_batch(model)
+    with torch.no_grad():
+        logits = our_logits(model, batch)[batch.valid]
+        close(our_logits(again, batch)[batch.valid], logits, 0)
+        close(peer(**their_inputs(processor)).logits[batch.valid], logits)
+        plain = our_logits(vlm.load(folder, "cpu"), batch)[batch.valid]
+    assert (plain - logits).abs().max() > 1e-2
