@@ -146,7 +146,7 @@ QWEN_TEXT = dict(vocab_size=49280, hidden_size=576, intermediate_size=1536, num_
                  num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
                  rope_parameters={"rope_type": "default", "rope_theta": 1000000.0,
                                   "mrope_section": [8, 12, 12]},
-                 pad_token_id=PAD)  # fmt: skip
+                 bos_token_id=None, eos_token_id=None, pad_token_id=PAD)  # fmt: skip
 """Qwen2-VL's structure and width of a head, with SmolLM2-135M's sizes."""
 QWEN_ROWS = (((), 160), (((8, 12),), 12), (((20, 6),), 40), (((24, 18),), 24),
              (((4, 30), (12, 12)), 60))  # fmt: skip
