@@ -13,6 +13,7 @@ from tests.reference import tiny_llava, tiny_paligemma, tiny_smolvlm
 from tests.reference.images_in_text import folders, reopened
 from tests.runs import on_processes, stage_of, weights
 from vlm import cli
+from vlm.data.example import BadRow
 from vlm.training.runs import decoder_only as recipe
 from vlm.training.runs import launch
 from vlm.training.runs.export import export
@@ -238,3 +239,12 @@ def test_rows_of_a_published_system_are_shown_as_they_are_learned(smolvlm, rows,
     assert "<global-img>[image×4]<fake_token_around_image>" in said
     assert f"[[twodogs{END}]]" in said
     assert "[unscored:itis" in said
+
+
+def test_system_message_that_a_template_leaves_out_is_named(rows, tmp_path):
+    """Mistral's, as LLaVA-NeXT has it, writes users' and assistants' messages alone."""
+    tiny_llava.write_folder(tmp_path / "llava_next", "llava_next")
+    settings = settings_of(tmp_path / "llava_next", rows(FORMS["sharegpt"][0]))
+    processor = settings.build().processor
+    with pytest.raises(BadRow, match=r"rows.jsonl:1: .* no system message, .* 'Be brief.'"):
+        processor.encode(settings.data()[0])
