@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+import vlm
 from tests import contrastive_models, encoder_decoders, line_readers, tiny
 from vlm.data.example import caption_example
 from vlm.data.mixture import Draw, Mixture, MixtureDataset
@@ -145,6 +146,24 @@ def split_by_kind():
     """Rows of which, in batches of 4 over 2 ranks, rank 0 has images and rank 1 has none."""
     rows = examples()
     return [*rows[0:2], *rows[10:12], *rows[2:4], rows[12], rows[10]]
+
+
+def of_many_sizes():
+    """Rows of images of several sizes, two images and none, in one batch of 4 rows and the next."""
+    rows = [
+        tiny.example(
+            f"r{i}",
+            (None, "what?"),
+            "word " * (1 + i % 5),
+            (tiny.image(i, (9 + 30 * (i % 3), 40)),),
+        )
+        for i in range(5)
+    ]
+    two = tiny.example(
+        "two", (None, "and", None, "?"), "a", (tiny.image(7), tiny.image(8, (90, 20)))
+    )
+    alone = [tiny.example(f"t{i}", ("say it",), "long answer " * (i + 1)) for i in range(2)]
+    return [rows[0], rows[1], *alone, rows[2], two, rows[3], rows[4]]
 
 
 def train(out, stage=STAGE, rows=None, chosen=None, seed=0, resume=False, precision="fp32",
@@ -282,6 +301,9 @@ def run_one(out, options):
         options["chosen"] = cross_attended_model()
     if family == "line_reader":
         options["chosen"], data = line_model(), dataset(text_lines())
+    if "folder" in options:
+        options["chosen"] = vlm.load(options.pop("folder"), "cpu")
+        data = in_order(of_many_sizes())
     gradients = keep_gradients(out) if options.pop("gradients", False) else nullcontext()
     if options.pop("evaluate_on_first", False):
         options["chosen"] = model()
