@@ -1,17 +1,20 @@
 """One run, however it is split: `python -m tests.equivalence` prints README's table of it.
 
-Each family trains as one process on one micro-batch a step, and again in other ways: the losses of
-all steps and the gradients of the first step that a way makes, in fp32, are held against those.
+Each family, and a tiny published system of each kind of image layout, trains as one process on one
+micro-batch a step, and again in other ways: the losses of all steps and the gradients of the first
+step that a way makes, in fp32, are held against those.
 """
 
 import os
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from tests import training
+from tests.reference import tiny_idefics2, tiny_mllama, tiny_qwen2_vl
 from tests.runs import launch, lines
 
 EVERY = {"rates": [["*", 1e-3]], "clip": 1e9}
@@ -23,26 +26,36 @@ FAMILIES = {
 }
 """Options of a tiny run; rows of unequal length, where images stand in or beside a text stream with
 rows of text alone."""
-STREAMS = ("decoder-only", "cross-attended")
-BATCH = {"decoder-only": 4, "cross-attended": 4, "encoder-decoder": 4, "contrastive": 8}
+SYSTEMS = {
+    "Qwen2.5-VL": partial(tiny_qwen2_vl.write_folder, kind="qwen2_5_vl"),
+    "Idefics2": tiny_idefics2.write_folder,
+    "Mllama": tiny_mllama.write_folder,
+}
+"""What writes a tiny folder of a published system; its rows hold images of several sizes, two in
+one, and none."""
+STREAMS = {"decoder-only": 60, "cross-attended": 60, **dict.fromkeys(SYSTEMS, 400)}
+"""Columns with a text stream -> the positions of a packed row."""
+BATCH = dict.fromkeys((*FAMILIES, *SYSTEMS), 4) | {"contrastive": 8}
 RESUMED_AT = 3
 
 
-def ways(family, processes):
-    """The options of each way in which `processes` processes run a family, by its name."""
+def ways(family, processes, folder):
+    """The options of each way in which `processes` processes run a family or a system, by its name.
+    folder: holds the systems' folders."""
     batch, found = BATCH[family], {}
+    own = FAMILIES.get(family) or {"folder": str(folder / family)}
 
     def way(name, parts, **more):
         stage = EVERY | {"micro_batch": batch // processes // parts}
-        found[name] = FAMILIES[family] | {"stage": stage, "gradients": True} | more
+        found[name] = own | {"stage": stage, "gradients": True} | more
 
     if processes == 1:
         way("one", 1, save_every=RESUMED_AT, keep=9)
         way("accumulation 2", 2)
         way("accumulation 4", 4)
         if family in STREAMS:
-            way("packed", 1, pack=60)
-            way("packed, accumulation 2", 2, pack=60)
+            way("packed", 1, pack=STREAMS[family])
+            way("packed, accumulation 2", 2, pack=STREAMS[family])
         way("resumed", 1, resume=True)
         return found
     way(f"{processes} replicas", 1)
@@ -50,7 +63,7 @@ def ways(family, processes):
     if processes == 2:
         way("2 sharded, accumulation 2", 2, shard="all")
         if family in STREAMS:
-            way("2 sharded, packed", 1, shard="all", pack=60)
+            way("2 sharded, packed", 1, shard="all", pack=STREAMS[family])
             way("2 replicas, balanced", 1, balance=True)
     if processes == 4:
         way("2 x 2 sharded by machine", 1, shard="node", machine_of=2)
@@ -61,8 +74,11 @@ def ways(family, processes):
 def differences(out, processes=(1, 2, 4)):
     """(family, way, largest relative difference of a loss, of the gradients) for each way, run in
     the folder `out`. The gradients' is the norm of the difference over the norm."""
+    folder = out / "folders"
+    for system, write_folder in SYSTEMS.items():
+        write_folder(folder / system)
     for count in processes:
-        runs = {f"{f}/{name}": o for f in FAMILIES for name, o in ways(f, count).items()}
+        runs = {f"{f}/{name}": o for f in BATCH for name, o in ways(f, count, folder).items()}
         for name, options in runs.items():
             if options.get("resume"):
                 _copy_checkpoint(out / name.split("/")[0] / "one", out / name)
@@ -102,13 +118,13 @@ def _compared(one, other):
 
 
 def table(rows):
-    """Markdown: a line for each way, a column for each family; loss, then gradients."""
+    """Markdown: a line for each way, a column for each family and system; loss, then gradients."""
     cells: dict[str, dict[str, str]] = {}
     for family, way, loss, gradients in rows:
         cells.setdefault(way, {})[family] = f"{loss:.0e}, {gradients:.0e}"
-    text = [f"| run as | {' | '.join(FAMILIES)} |", f"| --- |{' ---: |' * len(FAMILIES)}"]
+    text = [f"| run as | {' | '.join(BATCH)} |", f"| --- |{' ---: |' * len(BATCH)}"]
     for way, found in cells.items():
-        text.append(f"| {way} | {' | '.join(found.get(family, '') for family in FAMILIES)} |")
+        text.append(f"| {way} | {' | '.join(found.get(family, '') for family in BATCH)} |")
     return "\n".join(text)
 
 
