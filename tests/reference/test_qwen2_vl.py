@@ -19,7 +19,7 @@ from tests.reference.tiny_qwen2_vl import (
     write_folder,
 )
 from tests.tiny import image as one_image
-from vlm.data.example import BadRow, Example, Turn
+from vlm.data.example import BadRow, Example, Turn, Video
 from vlm.families.decoder_only.batch import IMAGE, collate
 from vlm.losses.token import token_losses
 from vlm.pixels import BadImage
@@ -196,8 +196,9 @@ def test_qwen2_vl_never_cuts_an_image_to_fit_the_context(folder):
 
 def test_qwen2_vl_refuses_videos_by_name(folder):
     model = vlm.load(folder, "cpu")
-    messages = [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]
-    with pytest.raises(ValueError, match="expected a part of type text or image, found 'video'"):
+    video = Video((one_image(), one_image(1)), (0.0, 0.5))
+    messages = [{"role": "user", "content": [{"type": "video", "video": video}]}]
+    with pytest.raises(BadRow, match="this model reads no videos, found one"):
         model.chat(messages)
 
 
