@@ -9,7 +9,15 @@ import torch
 import vlm
 from tests import tiny
 from tests.folders import public
-from tests.reference import tiny_llava, tiny_paligemma, tiny_smolvlm
+from tests.reference import (
+    tiny_idefics2,
+    tiny_kosmos2,
+    tiny_llava,
+    tiny_mllama,
+    tiny_paligemma,
+    tiny_qwen2_vl,
+    tiny_smolvlm,
+)
 from tests.reference.images_in_text import folders, reopened
 from tests.runs import on_processes, stage_of, weights
 from vlm import cli
@@ -26,6 +34,10 @@ SYSTEMS = {
     "smolvlm": lambda path: tiny_smolvlm.write_folder(path, "smolvlm"),
     "llava": lambda path: tiny_llava.write_folder(path, "llava"),
     "paligemma": lambda path: tiny_paligemma.write_folder(path, "gemma"),
+    "idefics2": tiny_idefics2.write_folder,
+    "qwen2_5_vl": lambda path: tiny_qwen2_vl.write_folder(path, "qwen2_5_vl"),
+    "kosmos-2": tiny_kosmos2.write_folder,
+    "mllama": tiny_mllama.write_folder,
 }
 folder = folders(SYSTEMS, lambda path, kind: SYSTEMS[kind](path))
 END = "<end_of_utterance>"
@@ -128,7 +140,8 @@ def test_rows_of_other_tools_are_learned_as_they_mean_it(smolvlm, rows, form):
 
 @pytest.mark.slow
 def test_published_system_is_finetuned_and_opens_in_transformers(folder, rows, tmp_path):
-    """By default LoRA on the language model, the whole adaptor, and nothing of the tower."""
+    """By default LoRA on the language model, the whole adaptor with the cross-attention blocks of
+    models that have them, and nothing of the tower."""
     train = rows(
         IMAGE | {"conversations": asked("<image>\nwhat is it?", "a cat")},
         {"image": "b.png", "conversations": asked("<image>\nand this?", "two dogs")},
@@ -138,7 +151,7 @@ def test_published_system_is_finetuned_and_opens_in_transformers(folder, rows, t
     assert len(finetune(folder, train, out, language_rate=1e-2, adaptor_rate=1e-2)) == 2
     before, after = weights(folder), weights(out)
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert moved == {"adaptor", "text"}
+    assert moved == {"adaptor", "text"} | ({name.split(".")[0] for name in before} & {"cross"})
     assert before.keys() == after.keys()  # LoRA is merged
     asks = [vlm.load(path, "cpu").caption_prompt for path in (folder, out)]
     assert asks[0] == asks[1]

@@ -118,7 +118,8 @@ FAMILIES = {
         tasks=(*WRITING, "ocr"),
     ),
     "cross_attended": Family(
-        said="cross_attended (Mllama, Flamingo: what `vlm.build` composes with `cross_every`)",
+        said="cross_attended (Mllama, Flamingo, what recipes/stage1_adaptor.py with --cross-every "
+        "and recipes/finetune.py train)",
         model="vlm.families.cross_attended.model:CrossAttendedModel",
         layout="vlm.families.cross_attended.layout",
         inspect="vlm.families.decoder_only.inspect",
