@@ -62,8 +62,8 @@ def test_parts_that_do_not_fit_are_refused_before_any_work(folders):
     vision, language = folders("siglip", "llama")
     with pytest.raises(ValueError, match="pixel shuffle by 2 does not divide the grid 3 x 4"):
         vlm.build(vision=vision, text=language, size_hw=(48, 64))
-    with pytest.raises(ValueError, match="adaptor 'perceiver' is not one of linear"):
-        vlm.build(vision=vision, text=language, adaptor="perceiver")
+    with pytest.raises(ValueError, match="adaptor 'abstractor' is not one of linear"):
+        vlm.build(vision=vision, text=language, adaptor="abstractor")
     with pytest.raises(OSError, match="text 'no/where': AutoModelForCausalLM finds no"):
         vlm.build(vision=vision, text="no/where")
     with pytest.raises(OSError, match="no/where"):

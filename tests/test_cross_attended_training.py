@@ -193,3 +193,28 @@ def test_stages_train_blocks_as_the_adaptor(tmp_path):
 def changed(before, after):
     return {n.split(".")[0] for n in before.keys() & after.keys()
             if not torch.equal(before[n], after[n])}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "block", [{}, dict(norm="layer", qk_norm=False, gate="vector", mlp="gelu")], ids=str
+)
+def test_blocks_compute_in_16_bits(tmp_path, block):
+    """fp32 masters of blocks beside a language model in bf16, and a whole model in bf16."""
+    stage = dataclasses.replace(training.STAGE, rates=BLOCKS, steps=2)
+    losses = []
+    for precision in ("fp32", "bf16"):
+        chosen = training.cross_attended_model(block=block)
+        _, _, history = training.train(
+            tmp_path / precision, stage, chosen=chosen, precision=precision
+        )
+        losses.append([line["loss"] for line in history])
+    assert {p.dtype for p in chosen.module.cross.parameters()} == {torch.float32}
+    assert {p.dtype for p in chosen.module.text.parameters()} == {torch.bfloat16}
+    assert losses[1] == pytest.approx(losses[0], rel=3e-2)
+    chosen.module.to(torch.bfloat16).eval()
+    rows = [chosen.processor.encode(example) for example in training.examples()[8:12]]
+    batch = collate(rows, chosen.processor.pad_id).to("cpu", torch.bfloat16)
+    logits = chosen.module(batch)
+    assert logits.dtype == torch.bfloat16
+    wide = chosen.module.float()(batch.to("cpu", torch.float32))
+    assert torch.nn.functional.cosine_similarity(logits.float(), wide).min() > 0.99
