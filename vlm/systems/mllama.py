@@ -9,8 +9,7 @@ The published counting of layers goes through both kinds: of 40, the blocks are 
 
 Text that sees no image gets nothing from the blocks, as in the authors' code. transformers gives it
 the mean of all that its row's images hold, absent tiles included, so that text before an image
-depends on it (transformers issue 39379). `use_reference_mask` makes a model compute that, to
-compare the two.
+depends on it. `use_reference_mask` makes a model compute that, to compare the two.
 
 Parameters by pattern, for stages: "tokenizer.*" (the vision encoder), "adaptor.*", "cross.*" (the
 blocks), "text.*". The authors train the first three and leave the language model as it was.
