@@ -14,6 +14,9 @@ depends on it. `use_reference_mask` makes a model compute that, to compare the t
 Parameters by pattern, for stages: "tokenizer.*" (the vision encoder), "adaptor.*", "cross.*" (the
 blocks), "text.*". The authors train the first three and leave the language model as it was.
 
+Longer than most files here: published sizes, what a folder may say, and the map of its weight names
+stand together, as in every system.
+
 Source: arXiv 2407.21783, section 7; meta-llama/llama-models, `models/llama3/multimodal`;
 transformers, `mllama`.
 """
