@@ -14,7 +14,6 @@ ONE = {
     "packed, accumulation": {"parts": 2, "pack": 400},
 }
 TWO = {
-    "2 replicas": {"parts": 1},
     "2 sharded": {"parts": 1, "shard": "all"},
     "2 sharded, packed, accumulation": {"parts": 2, "shard": "all", "pack": 400},
 }

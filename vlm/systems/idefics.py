@@ -14,6 +14,9 @@ published folders, so that they could be trained while the others were not; here
 Parameters by pattern, for stages: "tokenizer.*" (CLIP), "adaptor.*" (the perceiver), "cross.*" (the
 blocks), "text.*". The authors train the adaptor, the blocks and the last rows; then all (instruct).
 
+Longer than most files here: published sizes, what a folder may say, and the map of its weights
+(which joins tables and cuts them again) stand together, as in every system.
+
 Source: arXiv 2306.16527; transformers, `idefics`.
 """
 

@@ -9,11 +9,13 @@ The published counting of layers goes through both kinds: of 40, the blocks are 
 
 Text that sees no image gets nothing from the blocks, as in the authors' code. transformers gives it
 the mean of all that its row's images hold, absent tiles included, so that text before an image
-depends on it (transformers issue 39379). `use_reference_mask` makes a model compute that, to
-compare the two.
+depends on it. `use_reference_mask` makes a model compute that, to compare the two.
 
 Parameters by pattern, for stages: "tokenizer.*" (the vision encoder), "adaptor.*", "cross.*" (the
 blocks), "text.*". The authors train the first three and leave the language model as it was.
+
+Longer than most files here: published sizes, what a folder may say, and the map of its weight names
+stand together, as in every system.
 
 Source: arXiv 2407.21783, section 7; meta-llama/llama-models, `models/llama3/multimodal`;
 transformers, `mllama`.
