@@ -12,7 +12,7 @@ encode each image once. Rows of unequal length take less time with --pack 2048.
 `vlm export RUN --layout reference --out FOLDER` writes what transformers opens, LoRA merged.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
@@ -38,7 +38,7 @@ class Settings(FromModel):
 
     model: str
     """The model to fine-tune: a folder, a run, or a hub id."""
-    train: tuple[str, ...]
+    train: tuple[str, ...] = field()
     """Training data, any number of: PATH.jsonl, PATH.json, PATH-{0000..0009}.tar, FOLDER,
     coco:ANNOTATIONS.json, datasets:ORG/NAME:SPLIT, sample:train; options after "?":
     rows.tar?caption=text."""

@@ -307,8 +307,9 @@ def test_damaged_pages_are_skipped_counted_and_named(reader, page, tmp_path, cap
     out, err = capsys.readouterr()
     found = [values["image"] for values in json.loads(out)]
     assert found == [str(page), f"{pdf}[1]", f"{pdf}[3]", str(page)]
-    first, *faults = err.splitlines()
+    first, *faults, last = err.splitlines()
     assert first == "3 files or pages skipped:"
+    assert last == f"{pdf}: no text found"
     assert [fault.split(": ")[0].rpartition("/")[2] for fault in faults] == [
         "gone.png", "cut.png", "three.pdf[2]",
     ]  # fmt: skip

@@ -13,6 +13,7 @@ from tests.reference import tiny_llava, tiny_paligemma, tiny_smolvlm
 from tests.reference.images_in_text import folders, reopened
 from tests.runs import on_processes, stage_of, weights
 from vlm import cli
+from vlm.data.example import BadRow
 from vlm.training.runs import decoder_only as recipe
 from vlm.training.runs import launch
 from vlm.training.runs.export import export
@@ -26,7 +27,7 @@ SYSTEMS = {
     "llava": lambda path: tiny_llava.write_folder(path, "llava"),
     "paligemma": lambda path: tiny_paligemma.write_folder(path, "gemma"),
 }
-published = folders(SYSTEMS, lambda path, kind: SYSTEMS[kind](path))
+folder = folders(SYSTEMS, lambda path, kind: SYSTEMS[kind](path))
 END = "<end_of_utterance>"
 """SmolVLM's end of a turn."""
 
@@ -126,7 +127,7 @@ def test_rows_of_other_tools_are_learned_as_they_mean_it(smolvlm, rows, form):
 
 
 @pytest.mark.slow
-def test_published_system_is_finetuned_and_opens_in_transformers(published, rows, tmp_path):
+def test_published_system_is_finetuned_and_opens_in_transformers(folder, rows, tmp_path):
     """By default LoRA on the language model, the whole adaptor, and nothing of the tower."""
     train = rows(
         IMAGE | {"conversations": asked("<image>\nwhat is it?", "a cat")},
@@ -134,12 +135,12 @@ def test_published_system_is_finetuned_and_opens_in_transformers(published, rows
         {"image": "b.png", "caption": "a dog"},
     )
     out = tmp_path / "run"
-    assert len(finetune(published, train, out, language_rate=1e-2, adaptor_rate=1e-2)) == 2
-    before, after = weights(published), weights(out)
+    assert len(finetune(folder, train, out, language_rate=1e-2, adaptor_rate=1e-2)) == 2
+    before, after = weights(folder), weights(out)
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"adaptor", "text"}
     assert before.keys() == after.keys()  # LoRA is merged
-    asks = [vlm.load(folder, "cpu").caption_prompt for folder in (published, out)]
+    asks = [vlm.load(path, "cpu").caption_prompt for path in (folder, out)]
     assert asks[0] == asks[1]
     export(out, tmp_path / "reference", layout="reference")
     reopened(tmp_path / "reference")
@@ -238,3 +239,12 @@ def test_rows_of_a_published_system_are_shown_as_they_are_learned(smolvlm, rows,
     assert "<global-img>[image×4]<fake_token_around_image>" in said
     assert f"[[twodogs{END}]]" in said
     assert "[unscored:itis" in said
+
+
+def test_system_message_that_a_template_leaves_out_is_named(rows, tmp_path):
+    """Mistral's, as LLaVA-NeXT has it, writes users' and assistants' messages alone."""
+    tiny_llava.write_folder(tmp_path / "llava_next", "llava_next")
+    settings = settings_of(tmp_path / "llava_next", rows(FORMS["sharegpt"][0]))
+    processor = settings.build().processor
+    with pytest.raises(BadRow, match=r"rows.jsonl:1: .* no system message, .* 'Be brief.'"):
+        processor.encode(settings.data()[0])

@@ -111,13 +111,15 @@ def test_folder_of_images_opens_with_its_classes_as_captions(tmp_path):
 
 @pytest.mark.usefixtures("cache")
 def test_folder_of_images_alone_says_what_a_source_needs(tmp_path):
+    folder = tmp_path / "plain"
+    folder.mkdir()
     for name in ("1.png", "2.png"):
-        (tmp_path / name).write_bytes(png())
+        (folder / name).write_bytes(png())
     with pytest.raises(BadSource, match=r"beside images, found 2 images alone; .*metadata\.jsonl"):
-        open_source(str(tmp_path))
+        open_source(str(folder))
     rows = [{"file_name": name, "caption": "a cat"} for name in ("1.png", "2.png")]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert [open_source(str(tmp_path))[row].answer for row in range(2)] == ["a cat"] * 2
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [open_source(str(folder))[row].answer for row in range(2)] == ["a cat"] * 2
 
 
 @pytest.mark.parametrize("error", [ConnectionError("Couldn't reach the Hub"), OSError("offline")])

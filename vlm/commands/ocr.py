@@ -96,8 +96,6 @@ class Ocr:
             cut = skipped and skipped[-1].startswith(f"{output.file}[")  # at a page of this file
             if skip or not cut:
                 output.finish()
-        for file in (file for file, some in has_text.items() if not some):
-            print(f"{file}: no text found", file=sys.stderr)
         if unsure:
             print(
                 f"{unsure} lines of a confidence below {self.min_confidence:g} skipped",
@@ -112,6 +110,8 @@ class Ocr:
             raise ValueError(_together(skipped, len(skipped)))
         if skipped:
             print(f"{len(skipped)} files or pages skipped:", *skipped, sep="\n  ", file=sys.stderr)
+        for file in (file for file, some in has_text.items() if not some):
+            print(f"{file}: no text found", file=sys.stderr)
 
     def _readings(
         self, model: Any, files: list[Path], total: int, skipped: list[str]

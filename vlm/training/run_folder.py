@@ -234,7 +234,8 @@ def plot_loss(history: list[dict[str, Any]], path: Path, curves: Curves = CAPTIO
     from matplotlib import pyplot as plt
 
     train = [(line["step"], line["loss"]) for line in history if "loss" in line]
-    held = [(line["step"], line["eval"]) for line in history if "eval" in line]
+    key = curves.lines[0][0]  # a run may evaluate texts alone
+    held = [(line["step"], line["eval"]) for line in history if key in line.get("eval", ())]
     figure, axes = plt.subplots(1, 2 if held else 1, figsize=(11 if held else 6, 4), squeeze=False)
     left = axes[0, 0]
     if train:

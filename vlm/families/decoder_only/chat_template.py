@@ -60,7 +60,7 @@ class ChatTemplate:
 
         open_answer: whether it ends with the opening of the assistant's turn.
         Raises BadRow naming the row where a text holds a mark, an answer is empty, or the template
-        refuses the conversation.
+        refuses the conversation or leaves its system message out.
         """
         messages = []
         if self.system is not None and turns[0].role != "system":
@@ -77,11 +77,18 @@ class ChatTemplate:
                 content = (f"{mark}{said}{END}{self.usage.answer_end}",)
             messages.append({"role": turn.role, "content": self._content(content)})
         try:
-            return self.text_tokenizer.apply_chat_template(
+            text = self.text_tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=open_answer, **self._options
             )
         except Exception as error:  # templates raise their own kinds of error
             raise BadRow(f"{name}: the chat template refuses this conversation: {error}") from error
+        system = turns[0].text if turns[0].role == "system" else self.system or ""
+        if system.strip() not in text:
+            raise BadRow(
+                f"{name}: the chat template writes no system message, and would leave out "
+                f"{system[:60]!r}; put it into the user's text, or take it out"
+            )
+        return text
 
     def _content(self, content: Sequence[str | None]) -> str | list[dict[str, str]]:
         """A message's texts and images (None) as the chat template takes them."""

@@ -195,7 +195,8 @@ def report(training_run: TrainingRun, result: dict[str, Any]) -> None:
     """The run's result, for people."""
     settings, say = training_run.settings, training_run.say
     training_run.say_skipped(result)
-    say(f"{settings.out}: loss.png, samples.png, metrics.jsonl, model/", highlight=False)
+    drawn = "loss.png, samples.png" if "gain" in result else "loss.png"
+    say(f"{settings.out}: {drawn}, metrics.jsonl, model/", highlight=False)
     if "text_loss" in result:
         loss, before, first = (result[f"text_loss{w}"] for w in ("", "_before", "_first"))
         say(
