@@ -1,4 +1,4 @@
-"""Fine-tuning of a published system, or of any model that writes text from images in its stream.
+"""Fine-tuning of a published system, or of any model that writes text from images.
 
     accelerate launch recipes/finetune.py --model HuggingFaceTB/SmolVLM-256M-Instruct
         --train rows.jsonl --steps 1000
@@ -6,8 +6,9 @@
 --model is a folder or hub id of SmolVLM, Idefics3, LLaVA, DeepSeek-VL, PaliGemma or another system
 of `vlm systems`, or a run. Rows are those of LLaVA, of chat templates ("messages"), ShareGPT and
 ms-swift, and detection data; they are put in the system's own template. The language model learns
-by LoRA, the adaptor as a whole, and the image tokenizer is frozen, which lets --token-cache FOLDER
-encode each image once. Rows of unequal length take less time with --pack 2048.
+by LoRA, the adaptor as a whole, cross-attention blocks too where there are some, and the image
+tokenizer is frozen, which lets --token-cache FOLDER encode each image once. Rows of unequal length
+take less time with --pack 2048.
 
 `vlm export RUN --layout reference --out FOLDER` writes what transformers opens, LoRA merged.
 """

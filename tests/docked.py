@@ -82,12 +82,13 @@ def examples():
     ]
 
 
-def split_by_kind():
-    """Rows of which, in batches of 4 over 2 ranks, rank 0 has spans and rank 1 has none; those
-    drawn have several lengths."""
+def split_by_kind(second="plain"):
+    """Rows of which, in batches of 4 over 2 ranks, rank 0 has images and spans, drawn at several
+    lengths, and rank 1 neither ("plain"), or spans alone ("spans")."""
     words = "once upon a time there was a cat that sat on the mat and then went away again"
     long = [example(f"l{i}", (None, "what?"), (f"{i} {words * (1 + i)}",)) for i in range(2)]
-    short = [example(f"s{i}", ("say",), (word,)) for i, word in enumerate(("yes", "no"))]
+    begin = (NonCausal("it is said that "),) if second == "spans" else ()
+    short = [example(f"s{i}", ("say",), (*begin, word)) for i, word in enumerate(("yes", "no"))]
     data = training.in_order([*long, *short])
     data.augment = DrawSpans(share=0.4, longest=6)
     return data

@@ -102,6 +102,14 @@ def test_queries_ignore_invalid_tokens(kind):
     torch.testing.assert_close(a.tokens, b.tokens)
 
 
+def test_queries_are_all_valid_also_where_they_are_as_many_as_the_tokens():
+    adaptor = adaptors.build(KINDS["resampler"] | {"queries": 24})
+    valid = torch.ones(1, 24, dtype=torch.bool)
+    valid[:, 12:] = False
+    images = ImageTokens(tokens=image_tokens(V=1).tokens, grid_hw=(4, 6), valid=valid)
+    assert adaptor(images).valid is None
+
+
 def test_build_names_unknown_kinds_and_keys():
     with pytest.raises(ValueError, match=r"'pooler' is not one of identity, mlp"):
         adaptors.build({"kind": "pooler"})

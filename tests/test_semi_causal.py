@@ -355,12 +355,14 @@ def test_losses_do_not_depend_on_the_split(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_sharded_processes_follow_one_though_one_of_them_sees_no_span(tmp_path):
+@pytest.mark.parametrize("second", ["plain", "spans"])
+def test_two_sharded_processes_follow_one_though_the_second_sees_no_image(tmp_path, second):
+    """Nor a span, or spans alone: all call the image tokenizer before the docked encoder."""
     whole, _, history = training.train(
-        tmp_path / "one", EVERY, chosen=docked.model(), data=docked.split_by_kind()
+        tmp_path / "one", EVERY, chosen=docked.model(), data=docked.split_by_kind(second)
     )
     stage = {"rates": [["*", 1e-2]], "micro_batch": 2}
-    done = launch(tmp_path / "two", 2, docked=True, stage=stage, shard="all")
+    done = launch(tmp_path / "two", 2, docked=second, stage=stage, shard="all")
     assert done.returncode == 0, done.stderr[-3000:]
     found = lines(tmp_path / "two")
     for a, b in zip(history, found, strict=True):

@@ -290,10 +290,10 @@ def run_one(out, options):
 
     if options.pop("two_totals", False):
         options["objective"] = TwoTotals(model().processor.pad_id)
-    if options.pop("docked", False):
+    if second := options.pop("docked", None):
         from tests import docked  # which takes from here
 
-        options["chosen"], data = docked.model(), docked.split_by_kind()
+        options["chosen"], data = docked.model(), docked.split_by_kind(second)
     family = options.pop("family", None)
     if family == "encoder_decoder":
         options["chosen"], data = encoder_decoder_model(), dataset(images_alone())

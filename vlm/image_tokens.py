@@ -68,12 +68,12 @@ class ImageTokens:
 
     def with_tokens(self, tokens: Tensor, shape: TokenShape) -> ImageTokens:
         """The same views with other tokens: float[V, shape.length, D]. Keeps owner, and valid where
-        the length stays; drops pooled, which belongs to the old width."""
+        the shape stays; drops pooled, which belongs to the old width."""
         if tokens.shape[1] != shape.length:
             raise ValueError(
                 f"tokens have length {tokens.shape[1]}, their shape says {shape.length}"
             )
-        valid = self.valid if shape.length == self.tokens.shape[1] else None
+        valid = self.valid if shape == self.shape else None
         return replace(self, tokens=tokens, grid_hw=shape.grid_hw, valid=valid, pooled=None)
 
 

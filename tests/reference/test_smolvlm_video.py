@@ -1,5 +1,6 @@
 """SmolVLM2 on frames of videos, beside transformers' processor and model."""
 
+import json
 import re
 
 import numpy as np
@@ -141,11 +142,30 @@ def test_models_without_frames_refuse_videos(tmp_path):
         (0, [], "found 0 frames and 0 times"),
         (2, [1.0, 0.5], "none before the one before it, found [1.0, 0.5]"),
         (1, [-1.0], "expected 0 or more, none before"),
+        (1, [float("nan")], "none before the one before it, found [nan]"),
     ],
 )
 def test_video_refuses_times_that_do_not_fit(frames, times, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Video([one_image()] * frames, times)
+
+
+@pytest.mark.parametrize("duration_s", [0.5, float("nan")])
+def test_video_refuses_a_duration_that_ends_before_its_last_frame(duration_s):
+    with pytest.raises(ValueError, match=f"expected 1.0 or more, .*, found {duration_s}"):
+        Video([one_image()] * 2, [0.0, 1.0], duration_s)
+
+
+def test_frames_of_another_side_than_the_encoders_are_refused_with_both(tmp_path):
+    write_folder(tmp_path, "smolvlm")
+    file = next(tmp_path.glob("*processor_config.json"))
+    values = json.loads(file.read_text())
+    values["video_processor"]["max_image_size"]["longest_edge"] += 14
+    file.write_text(json.dumps(values))
+    with pytest.raises(
+        ValueError, match=r"frames of \d+ pixels, as the vision encoder has positions"
+    ):
+        vlm.load(tmp_path, "cpu")
 
 
 def test_videos_of_too_many_frames_are_refused_with_their_row(folder):

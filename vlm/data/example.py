@@ -7,6 +7,7 @@ loader's workers, through `vlm.pixels.open_image`, which refuses unsafe input.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,8 +46,8 @@ class Video:
 
     frames: images, in the order of time. times_s: when each is shown, from the start of the video,
         in seconds. duration_s: of the video; None: the time of the last frame.
-    Raises ValueError where frames and times differ in number, there are none, or a time is before 0
-    or before the one before it.
+    Raises ValueError where frames and times differ in number, there are none, a time is not finite,
+    before 0 or before the one before it, or the duration ends before the last frame.
     """
 
     frames: tuple[Any, ...]
@@ -61,10 +62,16 @@ class Video:
                 f"a video: expected frames with a time each, found {len(self.frames)} frames and "
                 f"{len(self.times_s)} times"
             )
-        if any(time < before for before, time in zip((0.0, *self.times_s), self.times_s)):
+        times = (0.0, *self.times_s)
+        if not all(before <= time < math.inf for before, time in zip(times, self.times_s)):
             raise ValueError(
                 f"times_s of a video: expected 0 or more, none before the one before it, found "
                 f"{list(self.times_s)}"
+            )
+        if self.duration_s is not None and not times[-1] <= self.duration_s < math.inf:
+            raise ValueError(
+                f"duration_s of a video: expected {times[-1]} or more, the time of its last frame, "
+                f"found {self.duration_s}"
             )
 
 

@@ -4,6 +4,8 @@ Tokens are those of CLIP's last block, its class token first, without its closin
 reads them where the folder has one. A block of gated cross-attention stands before each
 `cross_layer_interval`-th layer. Text sees the image before it, that alone; text that sees none gets
 nothing from the attention, and the feed-forward layer's all the same, as in the published code.
+That code shows a text no image between an end of text (`</s>`) and the next image; here it sees the
+latest all the same, so that later turns of a conversation with a base model do.
 
 In the text an image is a mark between two fences, one of which two images side by side share; no
 space stands beside a fence. Turns end with `<end_of_utterance>`, which base models have not.

@@ -36,7 +36,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
 from vlm import adaptors
-from vlm.box_codecs import QWEN_VL, QWEN_VL_PROMPT
+from vlm.box_codecs import QWEN_VL
 from vlm.families.decoder_only.chat_template import Template
 from vlm.families.decoder_only.model import DecoderOnlyModel
 from vlm.families.decoder_only.module import DecoderOnly, ImageLayouts
@@ -110,7 +110,7 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
     """
     where = str(folder)
     _require_known(values, f"{folder / 'config.json'}")
-    template, answer_prompt = conversation_format(folder)
+    template, answer_prompt, ground_prompt = conversation_format(folder)
     text_tokenizer = read_text_tokenizer(folder, values)
     text_tokenizer.chat_template = template
     with init_empty_weights(include_buffers=False):
@@ -137,7 +137,7 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
         processor=processor,
         stop_ids=stop_ids,
         caption_prompt=CAPTION_PROMPT,
-        ground_prompt=QWEN_VL_PROMPT,
+        ground_prompt=ground_prompt,
         answer_prompt=answer_prompt,
         reference=read_reference(folder, values["model_type"], unused),
     )

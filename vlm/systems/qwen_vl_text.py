@@ -13,6 +13,7 @@ from tokenizers import AddedToken
 from tokenizers.normalizers import NFC
 from transformers import PreTrainedTokenizerFast
 
+from vlm.box_codecs import QWEN_VL_PROMPT
 from vlm.families.decoder_only.chat_template import SLOT
 from vlm.families.decoder_only.model import ANSWER_PROMPT
 from vlm.systems.published import read_json
@@ -73,14 +74,18 @@ RAW = f"""\
 """A space before an answer that is a token of its own, as it is before a digit, is not scored.
 Source: QwenLM/Qwen-VL, `eval_mm/evaluate_caption.py` and `evaluate_vqa.py`."""
 
-FORMATS = {"chatml": (CHATML, ANSWER_PROMPT), "raw": (RAW, "{question} Answer:")}
-"""`chat_format` of generation_config.json -> the chat template, and what is written for a question.
-The second is of `eval_mm/evaluate_vqa.py`."""
+FORMATS = {
+    "chatml": (CHATML, ANSWER_PROMPT, QWEN_VL_PROMPT),
+    "raw": (RAW, "{question} Answer:", "<ref>{phrase}</ref><box>"),
+}
+"""`chat_format` of generation_config.json -> the chat template, what is written for a question, and
+what asks for a phrase. Those of the second are of `eval_mm/evaluate_vqa.py` and
+`evaluate_grounding.py`."""
 
 
-def conversation_format(folder: Path) -> tuple[str, str]:
-    """The chat template of a folder, and what is written for a question. Raises ValueError where
-    generation_config.json names neither format."""
+def conversation_format(folder: Path) -> tuple[str, str, str]:
+    """The chat template of a folder, what is written for a question, and what asks for a phrase.
+    Raises ValueError where generation_config.json names neither format."""
     file = folder / "generation_config.json"
     found = read_json(file).get("chat_format")
     if found not in FORMATS:

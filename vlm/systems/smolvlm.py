@@ -110,7 +110,7 @@ def load(folder: Path, values: dict[str, Any]) -> DecoderOnlyModel:
         max_tokens=context_of(module.text),
         image_mark=image_mark,
         template=template,
-        frames=_frames(folder, views, where) if values["model_type"] == "smolvlm" else None,
+        frames=_frames(folder, views, side_px) if values["model_type"] == "smolvlm" else None,
     )
     _require_length(processor, folder)
     return DecoderOnlyModel(
@@ -180,14 +180,17 @@ def compose(
     return DecoderOnly(tokenizer, adaptor, AutoModelForCausalLM.from_config(config.text_config))
 
 
-def _frames(folder: Path, views: Tagged, where: str) -> TimedFrames:
+def _frames(folder: Path, views: Tagged, side_px: int) -> TimedFrames:
     """How the folder's video processor brings frames to pixels. Raises ValueError where it gives
-    them another size than a longest edge first."""
+    them another size than a longest edge first, or frames of another side than `side_px`."""
     reader = open_part(AutoVideoProcessor, folder)
-    long_px = reader.size["longest_edge"]
-    if long_px is None:
-        raise ValueError(f"{where}: expected a longest edge of video frames, found {reader.size}")
-    tile = tile_from_transformers(reader, reader.max_image_size["longest_edge"])
+    long_px, found_px = reader.size["longest_edge"], reader.max_image_size["longest_edge"]
+    if long_px is None or found_px != side_px:
+        raise ValueError(
+            f"{folder}: expected a longest edge of video frames, and frames of {side_px} pixels, "
+            f"as the vision encoder has positions for; found {reader.size} and {found_px}"
+        )
+    tile = tile_from_transformers(reader, side_px)
     spec = edge_tiles.EdgeTilesSpec(tile=tile, long_px=long_px, splits=False)
     return TimedFrames(pixel_spec=spec, mark=views.mark, whole=views.whole)
 

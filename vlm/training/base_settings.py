@@ -196,7 +196,8 @@ FREE = ("out", "resume", "change", "keep", "threads", "workers", "eval_every", "
 """Settings that may change when a run is resumed: they decide nothing that is learned."""
 
 
-LATER = {"bad_boxes": "stop", "ignore_keys": (), "docked": None, "span_share": 0.0}
+LATER = {"bad_boxes": "stop", "ignore_keys": (), "docked": None, "span_share": 0.0,
+         "cross_every": None}  # fmt: skip
 """Settings that runs of earlier versions do not have, and what they did: left out of the run
 identity where they say that, so that such a run goes on."""
 

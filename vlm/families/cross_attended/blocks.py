@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from vlm.compat.transformers import GradientCheckpointingLayer
 from vlm.families.cross_attended.memory import MemoryView, Run
+from vlm.resampler import GatedFeedForward
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,20 +68,6 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), without biases."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
-        self.act_fn = nn.SiLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
 class GeluMLP(nn.Module):
     """down(gelu(up(x))), without biases."""
 
@@ -113,7 +100,9 @@ class GatedBlock(GradientCheckpointingLayer):
         self.q_norm = RMSNorm(F_, config.eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(F_, config.eps) if config.qk_norm else nn.Identity()
         self.mlp_norm = norm(D, eps=config.eps)
-        self.mlp = (SwiGLU if config.mlp == "swiglu" else GeluMLP)(D, config.mlp_width)
+        inner = config.mlp_width
+        gated = config.mlp == "swiglu"
+        self.mlp = GatedFeedForward(D, inner, D) if gated else GeluMLP(D, inner)
         gate = 1 if config.gate == "scalar" else D
         self.attention_gate = nn.Parameter(torch.zeros(gate))
         self.mlp_gate = nn.Parameter(torch.zeros(gate))

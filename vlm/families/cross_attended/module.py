@@ -37,7 +37,7 @@ from vlm.families.cross_attended.memory import (
 from vlm.families.decoder_only.batch import IMAGE, Batch
 from vlm.families.decoder_only.image_layout import Arrangement
 from vlm.families.decoder_only.module import DecoderOnly
-from vlm.image_tokens import ImageTokenizer, ImageTokens, ViewGroup
+from vlm.image_tokens import ImageTokenizer, ViewGroup
 
 MEMORY = "memory"
 """The keyword that takes a MemoryView from the decoder to its layers."""
@@ -139,14 +139,9 @@ class CrossAttended(DecoderOnly):
         arrangement: unused, since no image token stands in the stream."""
         if not groups:
             return None
-        encoded = self._encoded(groups)
+        encoded = [self.encode_group(group) for group in groups]
         examples = 1 + max(int(group.owner[:, 0].max()) for group in groups)
         return pack_memory(encoded, examples, self.cross.config.blind == "unmasked")
-
-    def _encoded(self, groups: Sequence[ViewGroup]) -> list[ImageTokens]:
-        return [
-            self.adaptor(self.tokenizer(group.pixels).owned_by(group.owner)) for group in groups
-        ]
 
     def embed(
         self,
@@ -189,7 +184,7 @@ class CrossAttended(DecoderOnly):
         """The final states float[N, D] that `forward` makes logits of."""
         memory = self.encode(batch.groups)
         if batch.dummy_groups:
-            dummy = pack_memory(self._encoded(batch.dummy_groups), examples=1)
+            dummy = pack_memory([self.encode_group(g) for g in batch.dummy_groups], examples=1)
             if memory is None:  # nobody sees it, but every weight of the blocks is called
                 memory = replace(dummy, bounds=((0,),))
             else:

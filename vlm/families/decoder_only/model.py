@@ -123,7 +123,8 @@ class DecoderOnlyModel(Model):
     def generate(
         self, images: Sequence, prompts: Sequence[str], batch_size: int = 16, **options
     ) -> list[Generation]:
-        """What the model writes after literal prompts, in which "<image>" marks each image."""
+        """What the model writes after literal prompts, in which the processor's
+        `image_mark` stands for each image."""
         rows = (
             self.processor.encode_literal(image_list, prompt, name=name_of(image_list, i))
             for i, (image_list, prompt) in enumerate(_pairs(images, prompts, "prompts"))

@@ -1,7 +1,7 @@
 """Decoder-only vision-language models: image tokens placed in a causal language model's stream.
 
-LLaVA, DeepSeek-VL, Idefics and Qwen-VL are of this family. The parts arrive finished; stages,
-learning rates, devices and sharding are unknown here.
+LLaVA, DeepSeek-VL, Idefics2 and 3, and Qwen-VL are of this family. The parts arrive finished;
+stages, learning rates, devices and sharding are unknown here.
 
 Shapes: B example, T text position, V view, P packed image tokens, N scored position, D decoder
 width, Z vocabulary.
@@ -21,7 +21,7 @@ from vlm.families.decoder_only.encoded_images import EncodedImages
 from vlm.families.decoder_only.head import head_logits
 from vlm.families.decoder_only.image_layout import Arrangement, ImageLayout, Sees
 from vlm.families.decoder_only.view_order import InTurn, ViewOrder
-from vlm.image_tokens import ImageTokenizer, ViewGroup, meta_twin, pack
+from vlm.image_tokens import ImageTokenizer, ImageTokens, ViewGroup, meta_twin, pack
 from vlm.kernels.packed_attention import read_segments
 
 
@@ -46,6 +46,16 @@ class ImageLayouts:
         """
         shapes = [self.adaptor.shape_for(shape) for shape in self.tokenizer.shapes_for(size_hw)]
         return self.views(size_hw, self.tokenizer.pixel_spec, shapes)
+
+
+def packed_images(
+    encoded: Sequence[ImageTokens], arrangement: Arrangement | None = None
+) -> EncodedImages | None:
+    """Encoded groups as `DecoderOnly.encode` gives them; None for none."""
+    if not encoded:
+        return None
+    packed = pack(list(encoded))
+    return EncodedImages(*(packed if arrangement is None else arrangement(*packed)))
 
 
 class DecoderOnly(nn.Module):
@@ -88,16 +98,19 @@ class DecoderOnly(nn.Module):
     def states(self, batch: Batch) -> Tensor:
         """The final states float[N, D] that `forward` makes logits of, for losses that have no
         memory for all logits at once (`vlm.losses.token`)."""
-        images = self.encode(batch.groups, batch.arrangement)
-        vectors = self.embed(batch.ids, images, batch.names, batch.bounds)
         dummies = batch.dummy_groups
         if self.docked is not None and not any(g.is_text for g in (*batch.groups, *dummies)):
-            dummies = (
-                *dummies,
-                blank_texts().to(batch.ids.device),
-            )  # its gradients are zero, not absent
-        if dummies:
-            vectors = vectors + self.encode(dummies)[0][:0].sum()
+            blank = blank_texts().to(batch.ids.device)  # its gradients are zero, not absent
+            dummies = (*dummies, blank)
+        calls = [(group, False) for group in batch.groups] + [(group, True) for group in dummies]
+        calls.sort(key=lambda call: call[0].is_text)  # every rank calls images, then texts
+        encoded = [(self.encode_group(group), is_dummy) for group, is_dummy in calls]
+        own = [tokens for tokens, is_dummy in encoded if not is_dummy]
+        images = packed_images(own, batch.arrangement)
+        vectors = self.embed(batch.ids, images, batch.names, batch.bounds)
+        for tokens, is_dummy in encoded:
+            if is_dummy:
+                vectors = vectors + tokens.tokens[:0].sum()
         return self.read(vectors, batch)[:, :-1][batch.scored[:, 1:]]
 
     def encode(
@@ -106,17 +119,13 @@ class DecoderOnly(nn.Module):
         """The image tokens of all views in stream order, those of non-causal texts among them; None
         where there is no view. Encoded once, they serve any number of prompts. arrangement: as in
         `Batch`."""
-        if not groups:
-            return None
-        encoded = []
-        for group in groups:
-            if group.is_text:
-                encoded.append(self.docked(group.pixels).owned_by(group.owner))
-                continue
-            images = self.tokenizer(group.pixels)
-            encoded.append(self.adaptor(images.owned_by(group.owner)))
-        packed = pack(encoded)
-        return EncodedImages(*(packed if arrangement is None else arrangement(*packed)))
+        return packed_images([self.encode_group(group) for group in groups], arrangement)
+
+    def encode_group(self, group: ViewGroup) -> ImageTokens:
+        """The tokens of the views of one group, at the language model's width."""
+        if group.is_text:
+            return self.docked(group.pixels).owned_by(group.owner)
+        return self.adaptor(self.tokenizer(group.pixels).owned_by(group.owner))
 
     def hidden(self, images: EncodedImages | None, batch: Batch) -> Tensor:
         """The final states float[B, T, D] of a batch whose images are encoded."""

@@ -384,15 +384,16 @@ def _config_in(source: str) -> dict[str, Any]:
 def load_stored(source: str, settings: Settings) -> DecoderOnlyModel:
     """The model in a folder or under a hub id, its weights and prompts as they were saved.
 
-    Raises ValueError for one of a family that does not write text from images in its stream.
+    Raises ValueError for one of a family that does not write text from images in or beside its
+    stream.
     """
     import vlm
 
     model = vlm.load(source, device="cpu", dtype="stored")
     if not isinstance(model, DecoderOnlyModel):
         raise ValueError(
-            f"{source}: expected a model that writes text from images in its stream, found one of "
-            f"the family {FAMILIES[model.module.family].said}"
+            f"{source}: expected a model that writes text from images in or beside its stream, "
+            f"found one of the family {FAMILIES[model.module.family].said}"
         )
     model.processor.overflow = settings.overflow
     if settings.max_tokens is not None:
@@ -413,10 +414,12 @@ def tuned(
 def _tuned(
     module: nn.Module, component: str, mode: Mode, rate: float
 ) -> tuple[tuple[str, float | None], ...]:
+    names = [name for name, _ in getattr(module, component).named_parameters()]
+    if not names:  # such as the adaptor of Idefics without a perceiver
+        return ()
     if mode == "full":
         return ((f"{component}.*", rate),)
     rates = [(f"{component}.*", FROZEN)]
-    names = [name for name, _ in getattr(module, component).named_parameters()]
     if any(name.endswith(".new") for name in names):
         rates.insert(0, (f"{component}.*.new", rate))
     if mode == "lora":
