@@ -72,14 +72,16 @@ def ways(family, processes, folder):
     return found
 
 
-def differences(out, processes=(1, 2, 4), columns=tuple(BATCH)):
+def differences(out, processes=(1, 2, 4), columns=tuple(BATCH), only=None):
     """(column, way, largest relative difference of a loss, of the gradients) for each way, run in
-    the folder `out`. The gradients' is the norm of the difference over the norm."""
+    the folder `out`. The gradients' is the norm of the difference over the norm. only: names of
+    ways; None takes all."""
     folder = out / "folders"
     for system in SYSTEMS.keys() & columns:
         SYSTEMS[system](folder / system)
     for count in processes:
-        runs = {f"{f}/{name}": o for f in columns for name, o in ways(f, count, folder).items()}
+        runs = {f"{f}/{name}": o for f in columns for name, o in ways(f, count, folder).items()
+                if only is None or name in ("one", *only)}  # fmt: skip
         for name, options in runs.items():
             if options.get("resume"):
                 _copy_checkpoint(out / name.split("/")[0] / "one", out / name)
