@@ -270,12 +270,19 @@ def test_speed_finetune_trains_every_variant(script, monkeypatch):
                                               num_key_value_heads=1)  # fmt: skip
     monkeypatch.setattr(cases, "SMOLVLM_VISION", vision)
     monkeypatch.setattr(cases, "SMOLVLM_TEXT", text)
+    qwen = cases.QWEN_TEXT | dict(vocab_size=120, hidden_size=24, intermediate_size=40,
+                                  num_attention_heads=3, num_key_value_heads=1)  # fmt: skip
+    qwen["rope_parameters"] = qwen["rope_parameters"] | {"mrope_section": [2, 1, 1]}
+    monkeypatch.setattr(cases, "QWEN_TEXT", qwen)
+    monkeypatch.setattr(cases, "QWEN_VISION", cases.QWEN_VISION | dict(embed_dim=32, num_heads=2))
     printed = run("--tower", "frozen", "full", "--rounds", 1, "--steps", 2, "--layers", 1)
     assert "1 layers of each alone" in printed
-    rows = [*cells(printed, "ours"), *cells(printed, "transformers")]
-    (cached,) = cells(printed, "ours,")
-    losses = [float(words[3]) for words in rows] + [float(cached[5])]
-    assert losses == pytest.approx([losses[0]] * 5, abs=2e-4)
+    ours, theirs, cached = (cells(printed, name) for name in ("ours", "transformers", "ours,"))
+    assert (len(ours), len(theirs), len(cached)) == (4, 4, 2)
+    for case in range(2):  # of each, the tower frozen, then in full
+        rows = [*ours[2 * case :][:2], *theirs[2 * case :][:2]]
+        losses = [float(words[3]) for words in rows] + [float(cached[case][5])]
+        assert losses == pytest.approx([losses[0]] * 5, abs=2e-4)
 
 
 @pytest.mark.slow

@@ -42,6 +42,11 @@ def lacks(monkeypatch):
     def take(*packages, anew=()):
         for name in list(sys.modules):
             if name.partition(".")[0] in packages or name in anew:
+                parent, _, child = name.rpartition(".")
+                if parent in sys.modules:  # which gets the module of before back, too
+                    monkeypatch.setattr(
+                        sys.modules[parent], child, sys.modules[name], raising=False
+                    )
                 monkeypatch.delitem(sys.modules, name)
         for package in packages:
             monkeypatch.setitem(sys.modules, package, None)

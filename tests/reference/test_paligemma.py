@@ -218,10 +218,10 @@ def answering(monkeypatch, model, text):
     """Makes a model write `text`, each id with probability a half; gives what it is asked."""
     asked = []
 
-    def write(module, vectors, valid, stop_ids, pad_id, **options):
+    def write(module, images, batch, stop_ids, pad_id, banned, **options):
         ids = model.processor.text_tokenizer(text, add_special_tokens=False)["input_ids"]
         ids = [*ids, model.processor.end_id]
-        return [(ids, [math.log(0.5)] * len(ids)) for _ in vectors]
+        return [(ids, [math.log(0.5)] * len(ids)) for _ in batch.names]
 
     monkeypatch.setattr(engine, "write", write)
     kept = model.processor.encode_prompt
