@@ -45,7 +45,7 @@ def launch(out, processes=1, **options):
 
 def _run(command):
     return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
